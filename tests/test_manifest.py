@@ -38,10 +38,7 @@ def shards_of(uri: str, size: int) -> list[list[dict[str, Any]]]:
     bounds.append(end)
     rows = len(bounds) - 1
     cuts = [(i, min(size, rows - i)) for i in range(0, rows, size)]
-    return [
-        read_text(file, Shard(n, 0, i, k, 0, bounds[i], bounds[i + k] - bounds[i]), STORAGE)
-        for n, (i, k) in enumerate(cuts)
-    ]
+    return [read_text(file, Shard(n, 0, i, k, 0, bounds[i], bounds[i + k] - bounds[i]), STORAGE) for n, (i, k) in enumerate(cuts)]
 
 
 cell = st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff"), max_size=8)
@@ -68,16 +65,10 @@ def test_csv_shards_put_together_are_the_file(
 
 
 @quick
-@given(
-    prompts=st.lists(cell | st.none(), max_size=9), size=st.integers(1, 4), blank=st.sampled_from(["", "\n", " \n\n"])
-)
-def test_jsonl_shards_put_together_are_the_file(
-    tmp_path: Path, prompts: list[str | None], size: int, blank: str
-) -> None:
+@given(prompts=st.lists(cell | st.none(), max_size=9), size=st.integers(1, 4), blank=st.sampled_from(["", "\n", " \n\n"]))
+def test_jsonl_shards_put_together_are_the_file(tmp_path: Path, prompts: list[str | None], size: int, blank: str) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text(
-        blank.join(json.dumps({"prompt": p}, ensure_ascii=False) + "\n" for p in prompts), "utf-8", newline=""
-    )
+    path.write_text(blank.join(json.dumps({"prompt": p}, ensure_ascii=False) + "\n" for p in prompts), "utf-8", newline="")
     assert [row["prompt"] for shard in shards_of(str(path), size) for row in shard] == prompts
 
 

@@ -53,9 +53,7 @@ def test_of_many_writers_at_once_one_wins(folder: str) -> None:
     assert STORAGE.read(uri) == b"%d" % won[0] * 1000
 
 
-def test_one_put_whatever_the_size_and_a_lost_answer_is_ones_own_write(
-    s3: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_put_whatever_the_size_and_a_lost_answer_is_ones_own_write(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
     calls: list[str] = []

@@ -1,0 +1,44 @@
+# Two commands on a fresh machine with python3 and make: `make demo` and `make test`. All lives in .venv and build/.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+
+.PHONY: help install demo test test-full lint train bench clean
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+install: .venv/installed ## the package and what its demo and tests need, into .venv
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install ## runs jobs/demo.yaml on the bundled model; leaves build/demo with report.html
+	@$(BIN)/python jobs/demo_input.py build/demo-input
+	@rm -rf build/demo
+	@$(BIN)/context-diffusion run jobs/demo.yaml
+	@echo "report: build/demo/report.html"
+
+lint: install ## ruff and a strict type check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
+	$(BIN)/pytest -m 'not slow and not gpu'
+
+test-full: install ## the longer tests, as far as 40 minutes reach
+	timeout 2400 $(BIN)/pytest -m slow
+
+train: install ## trains the bundled model from nothing: an hour on two cores; the same command goes on
+	$(BIN)/context-diffusion run jobs/train.yaml
+
+bench: install ## the measurements of tests/benchmarks/LOG.md
+	$(BIN)/python tests/benchmarks/flow.py
+	$(BIN)/python tests/benchmarks/engine.py
+
+clean: ## removes build/ and caches; .venv stays
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,5 @@
+"""`python -m context_diffusion` is the command line."""
+
+from context_diffusion.cli import main
+
+main()

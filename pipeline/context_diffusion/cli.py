@@ -1,0 +1,160 @@
+"""The command line. Nothing here imports torch or Ray before a command needs it.
+
+Logs and progress go to stderr; the last line of stdout is one JSON object; exit codes describe OUTPUT (errors.py).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from context_diffusion.config import GenerateJob, StrictModel
+from context_diffusion.errors import EXIT_OK, EXIT_UNEXPECTED, ContextDiffusionError, JobError
+
+app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+JobFile = Annotated[str, typer.Argument(metavar="JOB", help="a job file, YAML or JSON")]
+Folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="the output folder of a job")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7")]
+
+
+def main() -> None:
+    """Runs a command; errors that are meant become one message and their exit code."""
+    try:
+        app(standalone_mode=False)
+    except ContextDiffusionError as error:
+        errors.print(f"error: {error}")
+        _print({"exit": error.exit_code, "error": str(error)})
+        sys.exit(error.exit_code)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):  # a wrong option or argument
+            errors.print(f"error: {error.format_message() if hasattr(error, 'format_message') else error}")
+            sys.exit(JobError.exit_code)
+        errors.print_exception()
+        sys.exit(EXIT_UNEXPECTED)
+
+
+def _print(summary: dict[str, Any]) -> None:
+    print(json.dumps(summary), flush=True)
+
+
+def _load(job: str, sets: list[str] | None) -> StrictModel:
+    from context_diffusion.jobfile import load_job
+
+    return load_job(job, sets)
+
+
+def _load_generate(job: str, sets: list[str] | None) -> GenerateJob:
+    loaded = _load(job, sets)
+    if not isinstance(loaded, GenerateJob):
+        raise JobError(f"{job}: this command takes a job of kind generate")
+    return loaded
+
+
+@app.command()
+def run(
+    job: JobFile,
+    sets: Sets = None,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster; default: RAY_ADDRESS, else one started here")] = None,
+    retry_failed: Annotated[bool, typer.Option(help="make the rows that failed anew")] = False,
+    accept_change: Annotated[bool, typer.Option(help="go on with other versions of torch or diffusers")] = False,
+) -> None:
+    """Runs a job, or what is missing of it.
+
+    Example: context-diffusion run jobs/demo.yaml --set settings.num_inference_steps=30
+    """
+    loaded = _load(job, sets)
+    if not isinstance(loaded, GenerateJob):
+        from context_diffusion.training import run_training
+        from context_diffusion.training.config import TrainJob
+
+        assert isinstance(loaded, TrainJob)
+        _print({**run_training(loaded), "exit": EXIT_OK})
+        return
+    from context_diffusion.supervise import supervise
+
+    options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed}
+    summary = supervise(loaded, options)
+    if "error" in summary:
+        errors.print(f"error: {summary['error']}")
+    _print(summary)
+    raise typer.Exit(summary["exit"])
+
+
+@app.command()
+def validate(
+    job: JobFile,
+    sets: Sets = None,
+    sample: Annotated[int, typer.Option(min=0, help="rows whose pictures are loaded")] = 8,
+) -> None:
+    """Checks job, model, manifest and storage; loads the pictures of some rows. Starts no Ray and writes nothing.
+
+    Example: context-diffusion validate jobs/demo.yaml --sample 20
+    """
+    from context_diffusion.validate import validate_job
+
+    found = validate_job(_load_generate(job, sets), sample)
+    for problem in found["problems"]:
+        errors.print(f"row {problem['id']}: {problem['error_code']}: {problem['error_message']}")
+    errors.print(f"{found['rows']} rows in {found['shards']} shards; {len(found['problems'])} of those looked at would fail")
+    _print({**found, "exit": EXIT_OK})
+
+
+@app.command()
+def status(output: Folder) -> None:
+    """How far OUTPUT is, from its parts alone. Example: context-diffusion status build/demo"""
+    opened = _open(output)
+    plan = opened.read_json(opened.plan)
+    counts = opened.count()
+    finished = opened.storage.exists(opened.success)
+    state = "finished" if finished else "not finished"
+    errors.print(f"{opened.root}: {state}, {counts.rows} of {plan['rows']} rows, {counts.failed} failed, {counts.images} images")
+    for code, count in sorted(counts.codes.items()):
+        errors.print(f"  {code}: {count}")
+    _print({"output": opened.root, "finished": finished, "of": plan["rows"], **vars(counts), "exit": EXIT_OK})
+
+
+@app.command()
+def report(output: Folder) -> None:
+    """(Re)builds summary.json and report.html. Example: context-diffusion report build/demo"""
+    from context_diffusion.report import rebuild
+
+    opened = _open(output)
+    summary = rebuild(opened)
+    errors.print(f"{opened.report}")
+    _print({**summary, "exit": EXIT_OK})
+
+
+@app.command()
+def verify(output: Folder) -> None:
+    """Checks every part, picture, count and checksum of a finished OUTPUT. Example: context-diffusion verify build/demo"""
+    opened = _open(output)
+    wrong = opened.verify()
+    for line in wrong:
+        errors.print(line)
+    code = EXIT_UNEXPECTED if wrong else EXIT_OK
+    _print({"output": opened.root, "wrong": len(wrong), "exit": code})
+    raise typer.Exit(code)
+
+
+def _open(root: str) -> Any:
+    from context_diffusion.output import Output
+    from context_diffusion.storage import Storage, normal
+
+    output = Output(normal(root), Storage())
+    if not output.storage.exists(output.plan):
+        raise JobError(f"{root}: no plan.json there; is it the `output:` of a job that was run?")
+    return output
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The job file's models: frozen and strict, checked once at the border.
+
+Knows no files (jobfile.py reads them) and nothing of Ray or torch.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SchedulerName = Literal["ddim", "euler"]
+ControlName = Literal["none", "canny", "gray", "soft_edges", "disabled"]
+Fit = Literal["crop", "pad", "stretch", "keep"]
+ImageFormat = Literal["png", "webp", "jpeg", "none"]
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Side = Annotated[int, Field(ge=64, le=2048, multiple_of=16)]
+
+
+class StrictModel(BaseModel):
+    """Frozen; unknown keys and wrong types are errors, never guessed at."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Settings(StrictModel):
+    """What a row may set for itself, under diffusers' names where it has one."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
+        default=None, description="left out: derived from the job's seed and the row's id; image k has seed + k"
+    )
+    num_inference_steps: int = Field(default=20, ge=1, le=1000, description="denoising steps")
+    scheduler: SchedulerName = Field(default="ddim", description="the sampler")
+    guidance_scale: Scale = Field(default=1.5, description="how strongly the prompt pulls; 1: no guidance")
+    context_guidance_scale: Scale | None = Field(
+        default=None, description="how strongly the contexts pull; left out: as guidance_scale"
+    )
+    controlnet_conditioning_scale: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=1.0, description="how strongly the query's layout holds"
+    )
+    control_guidance_start: Fraction = Field(default=0.0, description="share of the steps at which control begins")
+    control_guidance_end: Fraction = Field(default=1.0, description="share of the steps at which control ends")
+    context_scale: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=1.0, description="weight of all contexts against the prompt"
+    )
+    context_weights: list[Annotated[float, Field(ge=0, le=10)]] | None = Field(
+        default=None, description="a weight for each context; left out: all 1"
+    )
+    strength: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="start from the query's pixels with this much noise; left out: from noise alone"
+    )
+    width: Side | None = Field(default=None, description="pixels, a multiple of 16; left out: the model's size")
+    height: Side | None = Field(default=None, description="pixels, a multiple of 16; left out: the model's size")
+    num_images: int = Field(default=1, ge=1, le=64, description="images of this row")
+
+    @model_validator(mode="after")
+    def _window_is_open(self) -> Self:
+        if self.control_guidance_start >= self.control_guidance_end:
+            raise ValueError(
+                f"control_guidance_start ({self.control_guidance_start:g}) must be below "
+                f"control_guidance_end ({self.control_guidance_end:g})"
+            )
+        return self
+
+
+class ModelParts(StrictModel):
+    """A model put together from parts, each a folder or hub id in the public format."""
+
+    base: str = Field(min_length=1, description="preset name, folder or hub id")
+    image_encoder: str | None = None
+    vae: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+
+
+class Cluster(StrictModel):
+    """How the stages share the cluster."""
+
+    actors: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+        default=None, description="engines; left out: one a GPU, or one where there is none"
+    )
+    num_cpus: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="CPUs of a Ray that is started here; left out: all"
+    )
+    cpu_threads: Annotated[int, Field(ge=1, le=256)] = Field(
+        default=2, description="torch threads of a CPU engine; part of what fixes the pixels"
+    )
+    shards_per_actor: Annotated[int, Field(ge=1, le=64)] = Field(default=2, description="shards that feed one engine at once")
+    no_progress_timeout_s: Annotated[int, Field(ge=10)] = Field(
+        default=600, description="a flow that stands still for so long is ended with code 75"
+    )
+
+
+class Limits(StrictModel):
+    """What an untrusted manifest may ask for."""
+
+    max_pixels: Annotated[int, Field(ge=1)] = Field(default=50_000_000, description="pixels of one input picture")
+    max_bytes: Annotated[int, Field(ge=1)] = Field(default=64 * 2**20, description="bytes of one input file")
+    max_prompt_characters: Annotated[int, Field(ge=1)] = Field(default=10_000, description="characters of a prompt")
+
+
+def _known_columns(columns: dict[str, str]) -> dict[str, str]:
+    known = ("id", "query", "context", "prompt", "negative_prompt", *Settings.model_fields)
+    for name in columns:
+        if name not in known:
+            raise ValueError(f"columns: {name!r} is none of ours; known are {', '.join(known)}")
+    return columns
+
+
+def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
+    for key, value in options.items():
+        if re.search(r"secret|token|password|^key$|access_key|credential", key, re.IGNORECASE):
+            raise ValueError(
+                f"{key!r} is a secret and a job file is stored with the output; set it in the environment "
+                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or name a profile"
+            )
+        if isinstance(value, dict):
+            _no_secrets(value)
+    return options
+
+
+class GenerateJob(StrictModel):
+    """kind: generate. A manifest of rows in, an OUTPUT folder of Parquet and images out."""
+
+    kind: Literal["generate"] = Field(description="generate or train")
+    manifest: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] = Field(
+        description="Parquet, JSONL or CSV: a path, URL or glob, or a list of them"
+    )
+    output: str = Field(min_length=1, description="the OUTPUT folder, a path or URL")
+    model: str | ModelParts = Field(default="bundled", description="bundled, a folder or hub id, or a mapping of parts")
+    control: ControlName = Field(
+        default="gray", description="the query's control map; none: its own pixels, disabled: no ControlNet runs"
+    )
+    columns: Annotated[dict[str, str], AfterValidator(_known_columns)] = Field(
+        default={}, description="our column name -> the manifest's"
+    )
+    settings: Settings = Field(default=Settings(), description="defaults of the row settings")
+    rows_per_part: int = Field(default=64, ge=1, le=100_000, description="rows of a shard; small manifests take fewer")
+    allow: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="URI prefixes that rows may read; left out: the manifest's own folder or bucket"
+    )
+    storage_options: Annotated[dict[str, dict[str, Any]], AfterValidator(_no_secrets)] = Field(
+        default={}, description="fsspec options by protocol, no secrets: {s3: {endpoint_url: ...}}"
+    )
+    image_format: ImageFormat = Field(default="png", description="none: the picture's bytes in the Parquet only")
+    fit: Fit = Field(default="crop", description="how a query meets the output's size; keep: its own aspect ratio")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="the rows' seeds are derived from it and their ids")
+    score: list[Literal["layout", "style"]] = Field(default=[], description="scores to compute for each image")
+    cluster: Cluster = Field(default=Cluster(), description="engines, CPUs, threads")
+    limits: Limits = Field(default=Limits(), description="what a row may ask for")
+    max_failed: Annotated[int, Field(ge=0)] | str | None = Field(
+        default=None, description="failed rows that end the job: a number or a share, 5%"
+    )
+
+    @field_validator("max_failed")
+    @classmethod
+    def _number_or_share(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str) and not re.fullmatch(r"(100|\d{1,2})(\.\d+)?%", value):
+            raise ValueError(f"max_failed is a number of rows or a share such as 5%, not {value!r}")
+        return value
+
+    @property
+    def manifests(self) -> list[str]:
+        return [self.manifest] if isinstance(self.manifest, str) else self.manifest
+
+    def failures_allowed(self, rows: int) -> int:
+        """Failed rows that the job of so many rows may have."""
+        if self.max_failed is None:
+            return rows
+        if isinstance(self.max_failed, str):
+            return int(rows * float(self.max_failed.rstrip("%")) / 100)
+        return self.max_failed
+
+    def pixel_keys(self) -> dict[str, Any]:
+        """The keys that change pixels or the cut into shards: OUTPUT belongs to one set of them."""
+        keys = {"manifest", "model", "control", "columns", "settings", "rows_per_part", "image_format", "fit", "seed"}
+        chosen = self.model_dump(mode="json", include=keys | {"limits", "allow"})
+        return chosen | {"cpu_threads": self.cluster.cpu_threads}

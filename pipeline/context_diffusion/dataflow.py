@@ -1,0 +1,160 @@
+"""The one Ray Data graph: read -> load -> generate -> write, a shard a block all the way.
+
+Ray stays here: everything that the graph calls is a plain callable of stages.py, writing.py and ledger.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Datasource, TaskPoolStrategy
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.errors import ClusterError
+from context_diffusion.ledger import GuardedEngine, Ledger
+from context_diffusion.stages import Engine, LoadImages, ReadShards, generate
+from context_diffusion.writing import WriteShard
+
+EngineFactory = Callable[[GenerateJob, Callable[[BaseException], None]], Engine]
+TASK_CPUS = 0.1  # of a read or write task where CPUs are few: they wait for storage
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each engine and each load task reserves."""
+
+    actors: int
+    engine_cpus: float
+    engine_gpus: int
+    load_cpus: float
+    loads: int
+
+
+def share_out(job: GenerateJob, cpus: float, gpus: float) -> Resources:
+    """Engines and tasks that fit into the cluster together. Raises ClusterError where they cannot.
+
+    Ray Data hangs in silence when they don't fit (its issue 44687), so this is settled before anything starts.
+    """
+    actors = job.cluster.actors or max(1, int(gpus))
+    if gpus and actors > gpus:
+        raise ClusterError(f"cluster.actors asks for {actors} engines of a GPU each, the cluster has {gpus:g} GPUs")
+    few = cpus < 4
+    load_cpus = 2 * TASK_CPUS if few else 1.0
+    left = cpus - 2 * TASK_CPUS - load_cpus
+    engine_cpus = 1.0 if gpus else round(min(left, cpus / 2 if few else cpus - 2) / actors, 3)
+    if engine_cpus < 0.05 or actors * engine_cpus > left + 1e-6:
+        raise ClusterError(
+            f"{actors} engine(s) and the tasks that feed them do not fit into a cluster of {cpus:g} CPUs: "
+            "lower cluster.actors or add CPUs"
+        )
+    return Resources(actors, engine_cpus, 1 if gpus else 0, load_cpus, max(1, int(cpus)))
+
+
+class _Shards(Datasource):
+    """The read tasks of the shards that are left."""
+
+    def __init__(self, reads: list[ReadShards]) -> None:
+        super().__init__()
+        self._reads = reads
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        return [ReadTask(read, _metadata(read)) for read in self._reads]
+
+
+def _metadata(read: ReadShards) -> BlockMetadata:
+    rows = sum(shard.rows for shard in read.shards)
+    return BlockMetadata(num_rows=rows, size_bytes=None, input_files=(read.file.uri,), exec_stats=None)
+
+
+class _LedgerProxy:
+    """The ledger's actor with plain methods that wait for the answer."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._actor, name)
+        return lambda *values: ray.get(method.remote(*values))
+
+
+class Generate:
+    """The actor: one engine, fed by several shards at once."""
+
+    def __init__(self, job: GenerateJob, make_engine: EngineFactory, ledger: Any) -> None:
+        self.job = job
+        engine = make_engine(job, _end_process)
+        self.guarded = GuardedEngine(engine, _LedgerProxy(ledger), job)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return generate(table, self.guarded, self.job)
+
+
+def _end_process(error: BaseException) -> None:
+    """A broken engine (a lost device) ends its process, so that Ray replaces it and its shards run elsewhere."""
+    logging.getLogger(__name__).error("the engine is broken, its process ends: %r", error)
+    os._exit(70)
+
+
+def run_flow(
+    job: GenerateJob, reads: list[ReadShards], load: LoadImages, write: WriteShard, make_engine: EngineFactory
+) -> Iterator[dict[str, int]]:
+    """Runs the shards that are left; yields each written shard's counts. Ray is up already."""
+    cluster = ray.cluster_resources()
+    shares = share_out(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
+    _configure(job)
+    ledger = ray.remote(num_cpus=0, max_concurrency=64)(Ledger).remote()
+    shards = ray.data.read_datasource(_Shards(reads), override_num_blocks=len(reads), num_cpus=TASK_CPUS)
+    loaded = shards.map_batches(
+        load,
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=shares.load_cpus,
+        compute=TaskPoolStrategy(shares.loads),
+    )
+    made = loaded.map_batches(
+        Generate,
+        fn_constructor_args=(job, make_engine, ledger),
+        compute=ActorPoolStrategy(
+            size=shares.actors,
+            max_concurrent_calls_per_actor=job.cluster.shards_per_actor,
+            max_tasks_in_flight_per_actor=job.cluster.shards_per_actor + 1,
+            enable_true_multi_threading=True,
+        ),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=shares.engine_cpus,
+        num_gpus=shares.engine_gpus,
+    )
+    written = made.map_batches(
+        write,
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        num_cpus=TASK_CPUS,
+        compute=TaskPoolStrategy(shares.loads),
+    )
+    for table in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from table.to_pylist()
+
+
+def _configure(job: GenerateJob) -> None:
+    context = DataContext.get_current()
+    context.target_max_block_size = None  # a shard's block is never split
+    context.execution_no_progress_timeout_s = job.cluster.no_progress_timeout_s
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False

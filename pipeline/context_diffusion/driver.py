@@ -1,0 +1,195 @@
+"""One run of a generate job: plan, flow, finish. The process that talks to Ray; supervise.py watches over it.
+
+python -m context_diffusion.driver RESULT_FD < options as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console
+
+from context_diffusion import progress
+from context_diffusion.config import GenerateJob
+from context_diffusion.errors import (
+    EXIT_OK,
+    EXIT_ROWS_FAILED,
+    EXIT_UNEXPECTED,
+    ClusterError,
+    ContextDiffusionError,
+    TooManyFailuresError,
+)
+from context_diffusion.model.source import model_size
+from context_diffusion.output import Output
+from context_diffusion.plan import Plan, open_plan, read_shards
+from context_diffusion.progress import Progress
+from context_diffusion.report import write_report
+from context_diffusion.schema import Counts
+from context_diffusion.stages import LoadImages, ReadShards
+from context_diffusion.storage import Storage, normal, parent
+from context_diffusion.writing import WriteShard
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to a job."""
+
+    address: str | None = None
+    accept_change: bool = False
+    retry_failed: bool = False
+
+
+def run_generate(job: GenerateJob, options: Options, make_engine: Callable[..., Any] | None = None) -> dict[str, Any]:
+    """Makes what is missing of OUTPUT and closes it. -> the summary, `exit` in it. make_engine: the test seam."""
+    started = time.perf_counter()
+    storage = Storage(job.storage_options)
+    output = Output(normal(job.output), storage)
+    plan = open_plan(job, output, storage, options.accept_change)
+    if options.retry_failed:
+        storage.delete(output.success)
+    before = output.count()
+    if not storage.exists(output.success):
+        _make_missing(job, options, storage, output, plan, before, make_engine)
+        _check_failures(job, plan, after := output.count())
+        if after.rows != plan.rows:
+            raise ClusterError(f"{after.rows} rows in {output.root}, {plan.rows} in the manifest: run it again")
+    return _finish(output, plan, before, time.perf_counter() - started)
+
+
+def _make_missing(
+    job: GenerateJob,
+    options: Options,
+    storage: Storage,
+    output: Output,
+    plan: Plan,
+    before: Counts,
+    make_engine: Callable[..., Any] | None,
+) -> None:
+    done = output.finished()
+    if options.retry_failed:
+        done -= _shards_with_failures(output)
+        before = Counts()
+    _check_failures(job, plan, before)
+    reads = _reads(job, storage, output, plan, done)
+    if not reads:
+        return
+    image_size, context_size = model_size(job.model)
+    allow = job.allow or [parent(file.uri) for file in plan.files]
+    load = LoadImages(job, allow, image_size, context_size, storage)
+    name = job.model if isinstance(job.model, str) else job.model.base
+    write = WriteShard(job, output, f"{name}@{plan.revision}", replace=options.retry_failed)
+    from context_diffusion import dataflow  # here, not above: a wrong job is refused before Ray is imported
+    from context_diffusion.ray_session import ray_session
+
+    with ray_session(job, options.address) as logs, Progress(plan.rows, before, logs) as shown:
+        for counts in dataflow.run_flow(job, reads, load, write, make_engine or _default_engine):
+            shown.add(counts)
+            _check_failures(job, plan, shown.counts)
+
+
+def _default_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> Any:
+    from context_diffusion.pipeline import make_engine
+
+    return make_engine(job, broken)
+
+
+def _reads(job: GenerateJob, storage: Storage, output: Output, plan: Plan, done: set[int]) -> list[ReadShards]:
+    """The read tasks of what is left: a row group of a Parquet file each, a shard of a text file each."""
+    reads = []
+    for number, file in enumerate(plan.files):
+        left = [shard for shard in read_shards(output, number) if shard.number not in done]
+        for _, shards in groupby(left, key=lambda s: s.group if file.format == "parquet" else s.number):
+            reads.append(ReadShards(job, file, tuple(shards), plan.rows_per_part, plan.passed, storage))
+    return reads
+
+
+def _shards_with_failures(output: Output) -> set[int]:
+    return {shard for shard, part in output.read_parts(["status"]) if "failed" in part["status"].to_pylist()}
+
+
+def _check_failures(job: GenerateJob, plan: Plan, counts: Counts) -> None:
+    allowed = job.failures_allowed(plan.rows)
+    if counts.failed > allowed:
+        codes = ", ".join(f"{code} {count}" for code, count in sorted(counts.codes.items())) or "see data/"
+        raise TooManyFailuresError(
+            f"{counts.failed} rows failed, max_failed allows {allowed} of {plan.rows} ({codes}); "
+            "raise max_failed, or mend the inputs and run with --retry-failed"
+        )
+
+
+def _finish(output: Output, plan: Plan, before: Counts, seconds: float) -> dict[str, Any]:
+    """summary.json, report.html, checksums.parquet, and _SUCCESS last of all; a finished OUTPUT is left as it is."""
+    finished = output.storage.exists(output.success)
+    counts = output.count()
+    made = counts.images - before.images
+    summary = {
+        "output": output.root,
+        **asdict(counts),
+        "skipped": before.rows,
+        "seconds": round(seconds, 2),
+        "images_per_second": round(made / seconds, 3),
+        "exit": EXIT_ROWS_FAILED if counts.failed else EXIT_OK,
+    }
+    if not finished:
+        output.storage.replace(output.summary, json.dumps(summary, indent=2).encode())
+        write_report(output, summary)
+        output.close()
+    return summary
+
+
+def main() -> None:
+    """The child's entry: options on stdin, the result as one JSON line on the file descriptor that argv names."""
+    result = os.fdopen(int(sys.argv[1]), "w")
+    given = json.load(sys.stdin)
+    log = _redirect_noise()
+    try:
+        summary = run_generate(GenerateJob.model_validate(given["job"]), Options(**given["options"]))
+    except ContextDiffusionError as error:
+        summary = {"exit": error.exit_code, "error": str(error)}
+    except Exception as error:
+        summary = classify(error)
+        summary["error"] += f" (log: {log})"
+    result.write(json.dumps(summary) + "\n")
+    result.flush()
+    # Ray's own threads and exit hooks may hang once its cluster is gone.
+    os._exit(summary["exit"])
+
+
+def _redirect_noise() -> str:
+    """What Ray and its C++ print goes to a log file, which the progress names; progress keeps the real stderr."""
+    handle, path = tempfile.mkstemp(prefix="context-diffusion-", suffix=".log")
+    terminal = os.dup(2)
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ["CONTEXT_DIFFUSION_LOG"] = path
+    progress.CONSOLE = Console(file=os.fdopen(terminal, "w", buffering=1))
+    return path
+
+
+def classify(error: Exception) -> dict[str, Any]:
+    """An exception that crossed Ray -> exit code and message: ours travel as the cause of Ray's."""
+    chain: BaseException | None = error
+    while chain is not None:
+        ours = chain if isinstance(chain, ContextDiffusionError) else getattr(chain, "cause", None)
+        if isinstance(ours, ContextDiffusionError):
+            return {"exit": ours.exit_code, "error": str(ours)}
+        chain = chain.__cause__ or (ours if isinstance(ours, BaseException) else None)
+    name = type(error).__module__.split(".")[0]
+    if name == "ray" or isinstance(error, TimeoutError):
+        return {"exit": ClusterError.exit_code, "error": f"{type(error).__name__}: {error}"[:2000]}
+    traceback.print_exc()
+    return {"exit": EXIT_UNEXPECTED, "error": f"{type(error).__name__}: {error}"}
+
+
+if __name__ == "__main__":
+    main()

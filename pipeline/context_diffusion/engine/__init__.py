@@ -1,0 +1,1 @@
+"""Encode, denoise, decode: torch only, no Ray, no files."""

@@ -1,0 +1,37 @@
+"""Which branches of guidance a row needs, and with which weights they add up.
+
+    e = e0 + s_c (e_C - e0) + s_t (e_CT - e_C)     (Brooks et al. 2023, InstructPix2Pix, eq. 3, contexts for images)
+      = (1 - s_c) e0 + (s_c - s_t) e_C + s_t e_CT
+
+A branch whose weight is zero is not run. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from context_diffusion.config import Settings
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One lane of a row: its weight in the sum, and whether contexts and prompt are shown to it."""
+
+    weight: float
+    contexts: bool
+    prompt: bool
+
+
+def branches(settings: Settings, has_prompt: bool) -> list[Branch]:
+    """The branches of a row, 1 to 3. Without a prompt of its own (that differs from the negative one) e_CT is e_C."""
+    text_scale = settings.guidance_scale
+    context_scale = settings.context_guidance_scale
+    context_scale = text_scale if context_scale is None else context_scale
+    if not has_prompt:
+        text_scale = 0.0
+    found = [
+        Branch(1.0 - context_scale, contexts=False, prompt=False),
+        Branch(context_scale - text_scale, contexts=True, prompt=False),
+        Branch(text_scale, contexts=True, prompt=True),
+    ]
+    return [branch for branch in found if branch.weight != 0.0]

@@ -1,0 +1,55 @@
+"""One engine thread, fed by many callers: each hands in its rows, waits for them, gets them back in its order."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from context_diffusion.engine.engine import Engine
+from context_diffusion.schema import Failure, Request, Result
+
+Done = Future[Result | Failure]
+
+
+class EngineService:
+    """Runs an Engine in a thread of its own. `generate` may be called from several threads at once.
+
+    broken: called with the exception when the engine itself fails (device lost); its callers get it too.
+    """
+
+    def __init__(self, engine: Engine, broken: Callable[[BaseException], None] | None = None) -> None:
+        self.engine, self.broken = engine, broken
+        self._inbox: queue.SimpleQueue[tuple[Request, Done]] = queue.SimpleQueue()
+        # One entry a request object: two callers may hand in equal requests.
+        self._futures: dict[int, Done] = {}
+        threading.Thread(target=self._loop, name="engine", daemon=True).start()
+
+    def generate(self, requests: list[Request]) -> list[Result | Failure]:
+        """Blocks until all are made; results in the order of the requests."""
+        futures: list[Done] = [Future() for _ in requests]
+        for request, future in zip(requests, futures, strict=True):
+            self._inbox.put((request, future))
+        return [future.result() for future in futures]
+
+    def _loop(self) -> None:
+        try:
+            while True:
+                self._take()
+                for request, outcome in self.engine.step():
+                    self._futures.pop(id(request)).set_result(outcome)
+        except BaseException as error:
+            # The engine's state is unknown now: nobody may wait for it, and nobody may use it again.
+            for future in self._futures.values():
+                future.set_exception(error)
+            if self.broken:
+                self.broken(error)
+            raise
+
+    def _take(self) -> None:
+        """Moves what callers handed in to the engine; waits where there is nothing to do."""
+        while self.engine.idle or not self._inbox.empty():
+            request, future = self._inbox.get()
+            self._futures[id(request)] = future
+            self.engine.add(request)

@@ -1,0 +1,124 @@
+"""Who held what when an engine died: the rules against poison, and the lock that keeps a suspect alone.
+
+A shard that was held at its engine's death runs again row by row, alone in its engine, each row told first; a row at
+which the engine died DEATHS times alone is given up. Plain classes; dataflow.py makes the Ledger an actor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.errors import ErrorCode
+from context_diffusion.schema import Failure, Request, Result
+from context_diffusion.stages import Engine
+
+DEATHS = 3
+
+
+class Ledger:
+    """Told which shards an engine holds and, for suspects, at which row it is. Rows are counted from 0 in a shard."""
+
+    def __init__(self) -> None:
+        self._held: set[int] = set()
+        self._suspects: set[int] = set()
+        self._row: dict[int, int] = {}
+        self._deaths: dict[tuple[int, int], int] = {}
+
+    def ask(self, shard: int) -> tuple[bool, list[int]]:
+        """Before a shard begins: must it run alone, and which of its rows are given up?
+
+        A shard that is still held has lost its engine: a task runs once at a time.
+        """
+        if shard in self._held:
+            self._held.discard(shard)
+            if shard in self._row:
+                at = (shard, self._row.pop(shard))
+                self._deaths[at] = self._deaths.get(at, 0) + 1
+            self._suspects.add(shard)
+        given_up = [row for (s, row), deaths in self._deaths.items() if s == shard and deaths >= DEATHS]
+        return shard in self._suspects, sorted(given_up)
+
+    def hold(self, shard: int) -> None:
+        self._held.add(shard)
+
+    def at_row(self, shard: int, row: int) -> None:
+        self._row[shard] = row
+
+    def release(self, shard: int) -> None:
+        self._held.discard(shard)
+        self._row.pop(shard, None)
+
+
+class LedgerClient(Protocol):
+    """The Ledger as an engine's process sees it: each call returns when the ledger knows."""
+
+    def ask(self, shard: int) -> tuple[bool, list[int]]: ...
+    def hold(self, shard: int) -> None: ...
+    def at_row(self, shard: int, row: int) -> None: ...
+    def release(self, shard: int) -> None: ...
+
+
+class SharedOrAlone:
+    """A lock that many may share or one may have alone; who waits to be alone goes first."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._sharing, self._waiting, self._alone = 0, 0, False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._alone and not self._waiting)
+            self._sharing += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._sharing -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._condition:
+            self._waiting += 1
+            self._condition.wait_for(lambda: not self._alone and not self._sharing)
+            self._waiting -= 1
+            self._alone = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._alone = False
+                self._condition.notify_all()
+
+
+class GuardedEngine:
+    """An engine whose shards are entered in the ledger. One for each process, used by its threads together."""
+
+    def __init__(self, engine: Engine, ledger: LedgerClient, job: GenerateJob) -> None:
+        self.engine, self.ledger, self.job = engine, ledger, job
+        self._lock = SharedOrAlone()
+
+    def generate_shard(self, shard: int, rows: list[list[Request]]) -> list[Result | Failure]:
+        """The outcomes of a shard's requests, given by row; in order."""
+        alone, given_up = self.ledger.ask(shard)
+        with self._lock.alone() if alone else self._lock.shared():
+            self.ledger.hold(shard)
+            if alone:
+                outcomes = [o for number, row in enumerate(rows) for o in self._one(shard, number, row, given_up)]
+            else:
+                outcomes = self.engine.generate([request for row in rows for request in row])
+            self.ledger.release(shard)
+        return outcomes
+
+    def _one(self, shard: int, number: int, row: list[Request], given_up: list[int]) -> list[Result | Failure]:
+        if number in given_up:
+            message = f"the engine's process ended {DEATHS} times at this row, alone; see the log"
+            return [Failure(ErrorCode.ENGINE_CRASH, message) for _ in row]
+        if row:
+            self.ledger.at_row(shard, number)
+        return self.engine.generate(row)

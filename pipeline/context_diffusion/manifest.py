@@ -1,0 +1,176 @@
+"""Manifest files -> raw rows: Parquet by row group, JSONL and CSV by byte offsets. Rows are plain dicts here.
+
+Knows formats, not what a row means (rows.py).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from context_diffusion.errors import ManifestError
+from context_diffusion.schema import Shard
+from context_diffusion.storage import Storage
+
+Row = dict[str, Any]
+FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
+GLOB = set("*?[")
+
+
+@dataclass(frozen=True)
+class ManifestFile:
+    """One file of a manifest. groups: rows of each row group (Parquet); columns: the header (CSV)."""
+
+    uri: str
+    format: str
+    columns: list[str]
+    groups: list[int]
+
+
+def expand(manifests: list[str], storage: Storage) -> list[str]:
+    """Paths, URLs, globs and folders -> files, each list entry's in sorted order."""
+    found: list[str] = []
+    for entry in manifests:
+        if GLOB & set(entry):
+            files = storage.glob(entry)
+        elif storage.is_folder(entry):
+            files = [uri for suffix in FORMATS for uri in storage.glob(f"{entry.rstrip('/')}/**/*{suffix}")]
+        else:
+            files = [entry] if storage.exists(entry) else []
+        if not files:
+            raise ManifestError(f"{entry}: there is no such manifest (Parquet, JSONL or CSV file, folder or glob)")
+        found += files
+    return found
+
+
+def open_file(uri: str, storage: Storage) -> ManifestFile:
+    """Reads what is needed to cut a file: the Parquet footer, the CSV header."""
+    name = uri.rsplit("/", 1)[-1].lower()
+    form = next((FORMATS[suffix] for suffix in FORMATS if name.endswith(suffix)), None)
+    if form is None:
+        raise ManifestError(f"{uri}: the name of a manifest ends in one of {', '.join(FORMATS)}")
+    if form == "parquet":
+        try:
+            with storage.open(uri) as file:
+                footer = pq.ParquetFile(file)
+                groups = [footer.metadata.row_group(g).num_rows for g in range(footer.num_row_groups)]
+                return ManifestFile(uri, form, footer.schema_arrow.names, groups)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ManifestError(f"{uri}: not a readable Parquet file: {error}") from error
+    columns: list[str] = []
+    if form == "csv":
+        with storage.open(uri) as file:
+            columns = next(_csv_records(uri, file, 0))[2]
+    return ManifestFile(uri, form, columns, [])
+
+
+def parquet_schema(uri: str, storage: Storage) -> pa.Schema:
+    with storage.open(uri) as file:
+        return pq.read_schema(file)
+
+
+def scan_text(file: ManifestFile, storage: Storage) -> Iterator[tuple[int, int, Row]]:
+    """All rows of a JSONL or CSV file with the bytes that each stands in: (begin, end, row). Memory stays flat."""
+    with storage.open(file.uri) as handle:
+        if file.format == "jsonl":
+            yield from _json_rows(file.uri, handle, 0)
+        else:
+            records = _csv_records(file.uri, handle, 0)
+            next(records)  # the header
+            yield from _csv_rows(file, records)
+
+
+def scan_parquet(file: ManifestFile, storage: Storage, columns: list[str] | None) -> Iterator[Row]:
+    """All rows of a Parquet file, these columns of them (None: all)."""
+    with storage.open(file.uri) as handle:
+        for batch in _batches(file.uri, handle, None, 4096, columns):
+            yield from batch.to_pylist()
+
+
+def read_text(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:
+    """The rows of a shard of a JSONL or CSV file, from its bytes alone."""
+    data = storage.read_range(file.uri, shard.offset, shard.size)
+    handle = io.BytesIO(data)
+    if file.format == "jsonl":
+        rows = [row for *_, row in _json_rows(file.uri, handle, shard.first_row)]
+    else:
+        rows = [row for *_, row in _csv_rows(file, _csv_records(file.uri, handle, shard.first_row + 1))]
+    if len(rows) != shard.rows:
+        raise ManifestError(f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?")
+    return rows
+
+
+def read_group(
+    file: ManifestFile, group: int, shards: list[Shard], rows_per_part: int, storage: Storage
+) -> Iterator[tuple[Shard, list[Row]]]:
+    """The wanted shards of one row group, in order, reading it once and holding one shard at a time."""
+    wanted = {shard.first_row // rows_per_part: shard for shard in shards}
+    with storage.open(file.uri) as handle:
+        for number, batch in enumerate(_batches(file.uri, handle, [group], rows_per_part, None)):
+            if shard := wanted.get(number):
+                rows = batch.to_pylist()
+                if len(rows) != shard.rows:
+                    raise ManifestError(f"{file.uri}: a shard has {len(rows)} rows, the plan {shard.rows}: did it change?")
+                yield shard, rows
+
+
+def _batches(uri: str, handle: Any, groups: list[int] | None, size: int, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from pq.ParquetFile(handle).iter_batches(size, row_groups=groups, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ManifestError(f"{uri}: cannot be read as Parquet: {error}") from error
+
+
+def _json_rows(uri: str, handle: Iterable[bytes], first: int) -> Iterator[tuple[int, int, Row]]:
+    end = 0
+    for number, line in enumerate(handle, first + 1):
+        begin, end = end, end + len(line)
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except ValueError as error:
+            raise ManifestError(f"{uri}: line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ManifestError(f"{uri}: line {number} is not a JSON object but {type(row).__name__}")
+        yield begin, end, row
+
+
+def _csv_records(uri: str, handle: Iterable[bytes], first: int) -> Iterator[tuple[int, int, list[str]]]:
+    """CSV records with their bytes; a quoted cell may hold line ends."""
+    end = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal end
+        for line in handle:
+            text = line.decode("utf-8-sig" if end == 0 else "utf-8")
+            end += len(line)
+            yield text
+
+    begin, number = 0, first
+    try:
+        for record in csv.reader(lines(), strict=True):
+            number += 1
+            if record:
+                yield begin, end, record
+            begin = end
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ManifestError(f"{uri}: record {number + 1} is not CSV in UTF-8: {error}") from error
+    if end == 0 and first == 0:
+        raise ManifestError(f"{uri}: the file is empty, it has no header")
+
+
+def _csv_rows(file: ManifestFile, records: Iterator[tuple[int, int, list[str]]]) -> Iterator[tuple[int, int, Row]]:
+    for begin, end, record in records:
+        if len(record) != len(file.columns):
+            raise ManifestError(
+                f"{file.uri}: a record has {len(record)} cells, the header {len(file.columns)}: {','.join(record)[:120]}"
+            )
+        yield begin, end, {name: cell if cell != "" else None for name, cell in zip(file.columns, record, strict=True)}

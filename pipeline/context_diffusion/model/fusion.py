@@ -1,0 +1,66 @@
+"""Text and context tokens side by side for cross-attention, ragged context sets masked, never mixed.
+
+B samples  N pictures  T text tokens  K tokens a context  L = T + slots·K + K null tokens  D width
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+ABSENT = -10_000.0  # exp() of it is exactly 0, so an absent token changes no bit
+
+
+class ContextFusion(ModelMixin, ConfigMixin):
+    """The native model's own small component: projections, removed statistics as an embedding, null context.
+
+    width: D of all tokens; vision_width: of the context encoder's tokens; grid: a context becomes grid² tokens.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, width: int = 128, vision_width: int = 128, grid: int = 4) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(grid)
+        self.project = nn.Sequential(nn.LayerNorm(2 * vision_width), nn.Linear(2 * vision_width, width))
+        self.statistics = nn.Sequential(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width))
+        self.norm_context, self.norm_text = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.null_context = nn.Parameter(torch.randn(grid * grid, width) * 0.02)
+
+    def encode(self, patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """Patch tokens (N, side², D_v) with each picture's removed mean and deviation (N, 3) -> (N, K, D).
+
+        Mean and deviation over the patches of a cell: a texture is its deviation, a colour its mean.
+        """
+        side = int(patches.shape[1] ** 0.5)
+        field = patches.transpose(1, 2).unflatten(2, (side, side))
+        average = self.pool(field)
+        spread = (self.pool(field.square()) - average.square()).clamp(min=1e-6).sqrt()
+        tokens = self.project(torch.cat([average, spread], 1).flatten(2).transpose(1, 2))
+        removed = self.statistics(torch.cat([mean, std], 1).to(tokens.dtype))
+        return self.norm_context(tokens + removed[:, None])
+
+    def forward(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """text (B, T, D), mask (B, T) bool, contexts (B, slots, K, D), weights (B, slots) >= 0.
+
+        -> tokens (B, L, D) and additive bias (B, 1, L): log(weight) for a context's tokens, ABSENT for empty slots;
+        the null tokens count where all weights are 0.
+        """
+        batch, _, per_context, _ = contexts.shape
+        null = self.null_context.expand(batch, -1, -1)
+        tokens = torch.cat([self.norm_text(text), contexts.flatten(1, 2), null], 1)
+        weights = weights.float()
+        given = torch.where(weights > 0, weights.clamp(min=1e-4).log(), ABSENT)
+        none = torch.where((weights > 0).any(1, keepdim=True), ABSENT, 0.0)
+        bias = torch.cat(
+            [
+                torch.where(text_mask, 0.0, ABSENT),
+                given.repeat_interleave(per_context, 1),
+                none.expand(-1, null.shape[1]),
+            ],
+            1,
+        )
+        return tokens, bias[:, None]

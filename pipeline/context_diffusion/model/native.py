@@ -1,0 +1,204 @@
+"""The native Context Diffusion model: standard diffusers and transformers components and one small fusion of its own.
+
+The query's control map goes through a ControlNet without cross-attention, contexts and prompt through cross-attention
+of the U-Net (after arXiv 2312.03584; masked and normalised fusion, null context and dropout are ours). Every method
+treats its samples one by one. Knows files only in from_pretrained and save_pretrained.
+
+B samples  N pictures  T text tokens  K tokens a context  L all tokens  D width  C h w latents  H W pixels
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPVisionModel, PreTrainedTokenizerFast
+
+from context_diffusion.errors import ModelError
+from context_diffusion.model.fusion import ContextFusion
+
+# Pictures are normalised by their own statistics; edge maps are taken as they are, 0 to 1.
+PICTURE_KINDS = ("gray", "none")
+
+
+diffusers.utils.logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def normalise(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Dynamic normalisation: uint8 (N, 3, H, W) -> float with mean 0 and deviation 1 by picture and channel, and the
+    removed mean and deviation (N, 3). A constant picture becomes 0: its deviation is taken as one level, 1/255."""
+    values = images.float() / 255
+    mean = values.mean((2, 3))
+    std = values.flatten(2).std(2, correction=0)
+    return (values - mean[..., None, None]) / std.clamp(min=1 / 255)[..., None, None], mean, std
+
+
+@dataclass
+class NativeModel:
+    """The components, and what the engine asks of them (engine/backbone.py)."""
+
+    vae: AutoencoderTiny
+    unet: UNet2DConditionModel
+    controlnet: ControlNetModel
+    image_encoder: CLIPVisionModel
+    text_encoder: CLIPTextModel
+    fusion: ContextFusion
+    tokenizer: Any  # a PreTrainedTokenizerFast
+    scheduler_config: dict[str, Any]
+    image_size: int = 128
+    context_size: int = 128
+    context_slots: int = 8
+
+    MODULES: ClassVar[dict[str, Any]] = {
+        "vae": AutoencoderTiny,
+        "unet": UNet2DConditionModel,
+        "controlnet": ControlNetModel,
+        "image_encoder": CLIPVisionModel,
+        "text_encoder": CLIPTextModel,
+        "fusion": ContextFusion,
+    }
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {name: getattr(self, name) for name in self.MODULES}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.image_size // 8
+        return (self.unet.config.in_channels, side, side)
+
+    @property
+    def latent_scale(self) -> float:
+        return float(self.vae.config.scaling_factor)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        for module in self.modules.values():
+            module.to(device=device, dtype=dtype)
+        return self
+
+    def eval(self) -> Self:
+        for module in self.modules.values():
+            module.eval().requires_grad_(False)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def encode_text(self, prompts: list[str | None]) -> tuple[Tensor, Tensor]:
+        """-> tokens (B, T, D), mask (B, T) bool. Longer prompts are cut."""
+        length = self.text_encoder.config.max_position_embeddings
+        batch = self.tokenizer(
+            [prompt or "" for prompt in prompts],
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        ).to(self.device)
+        mask = batch["attention_mask"].bool()
+        hidden = self.text_encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return hidden.last_hidden_state, mask
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, S, S) -> (N, K, D). The statistics that normalisation removes come back as an embedding."""
+        values, mean, std = normalise(images)
+        patches = self.image_encoder(pixel_values=values.to(self.dtype)).last_hidden_state[:, 1:]
+        return self.fusion.encode(patches, mean, std)
+
+    def fuse(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fusion(text, text_mask, contexts, weights)
+
+    def control_input(self, control_maps: Tensor, kinds: list[str]) -> Tensor:
+        """uint8 (B, 3, H, W) -> what the ControlNet sees: pictures normalised, edge maps as 0 to 1."""
+        normal, _, _ = normalise(control_maps)
+        picture = torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=control_maps.device)
+        return torch.where(picture[:, None, None, None], normal, control_maps.float() / 255).to(self.dtype)
+
+    def control(self, latents: Tensor, timesteps: Tensor, control_maps: Tensor, kinds: list[str]) -> tuple[list[Tensor], Tensor]:
+        down, mid = self.controlnet(
+            latents.to(self.dtype),
+            timesteps,
+            encoder_hidden_states=None,
+            controlnet_cond=self.control_input(control_maps, kinds),
+            return_dict=False,
+        )
+        return list(down), mid
+
+    def predict(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        hidden: Tensor,
+        bias: Tensor,
+        down: list[Tensor] | None,
+        mid: Tensor | None,
+    ) -> Tensor:
+        # The U-Net takes a mask m and adds (1 - m) · -10000: solved for m.
+        mask = 1 + bias[:, 0] / 10_000
+        return self.unet(
+            latents.to(self.dtype),
+            timesteps,
+            hidden.to(self.dtype),
+            encoder_attention_mask=mask,
+            down_block_additional_residuals=None if down is None else tuple(down),
+            mid_block_additional_residual=mid,
+        ).sample
+
+    def encode_pixels(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> latents (B, C, h, w) of about unit deviation."""
+        return self.vae.encode(images.to(self.dtype) / 127.5 - 1).latents * self.latent_scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> (B, 3, H, W) in [0, 1]."""
+        sample = self.vae.decode(latents.to(self.dtype) / self.latent_scale).sample
+        return (sample / 2 + 0.5).clamp(0, 1)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """A folder per component and model_index.json, safetensors in `dtype`."""
+        for name, module in self.modules.items():
+            kept = next(module.parameters()).dtype
+            module.to(dtype).save_pretrained(Path(folder) / name, safe_serialization=True)
+            module.to(kept)
+        self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
+        index = {
+            "_class_name": "ContextDiffusion",
+            "scheduler_config": self.scheduler_config,
+            "image_size": self.image_size,
+            "context_size": self.context_size,
+            "context_slots": self.context_slots,
+        }
+        (Path(folder) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> NativeModel:
+        """Loads what save_pretrained wrote, in float32. Raises ModelError naming the part that is missing."""
+        root = Path(folder)
+        try:
+            index = json.loads((root / "model_index.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{root}: no readable model_index.json; is it a folder that `kind: train` made?") from error
+        if index.pop("_class_name", None) != "ContextDiffusion":
+            raise ModelError(f"{root}: not a native Context Diffusion model (_class_name in model_index.json)")
+        parts: dict[str, Any] = {}
+        for name, component in cls.MODULES.items():
+            if not (root / name / "config.json").exists():
+                raise ModelError(f"{root}: the component {name}/ is missing; copy the whole model folder")
+            try:
+                parts[name] = component.from_pretrained(root / name, use_safetensors=True).to(torch.float32)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise ModelError(f"{root / name}: cannot be loaded as {component.__name__}: {error}") from error
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "tokenizer")
+        return cls(**parts, tokenizer=tokenizer, **index).eval()

@@ -1,0 +1,134 @@
+"""The Python API: one model, pictures in, a picture out. What a job's engine runs, too."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from context_diffusion.config import Fit, GenerateJob, ModelParts, Settings
+from context_diffusion.control import CONTROLS, control_map
+from context_diffusion.engine.engine import Engine
+from context_diffusion.engine.service import EngineService
+from context_diffusion.errors import ModelError
+from context_diffusion.images import output_size, resize
+from context_diffusion.model.native import NativeModel
+from context_diffusion.model.source import model_folder
+from context_diffusion.schema import Failure, Request, Result, derive_seed
+from context_diffusion.tensors import to_pixels
+
+# (chunk, lanes) by kind of device: fixed, for they decide the bits. A CPU gains little from a batch.
+SHAPES = {"cpu": (2, 8), "cuda": (32, 64)}
+CPU_THREADS = 2
+
+
+class ContextDiffusion:
+    """A model that keeps a query's layout, wears its contexts' style and follows a prompt.
+
+    model = ContextDiffusion.from_pretrained()
+    image = model(query, context, "a misty forest")
+    """
+
+    def __init__(self, model: NativeModel, device: torch.device, cpu_threads: int = CPU_THREADS) -> None:
+        self.model, self.device = model.to(device), device
+        if device.type == "cpu":
+            torch.set_num_threads(cpu_threads)  # more or fewer threads change the last bits
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | dict[str, Any] | ModelParts = "bundled",
+        device: str | None = None,
+        cpu_threads: int = CPU_THREADS,
+    ) -> ContextDiffusion:
+        """model: `bundled`, a folder that training made, or a mapping of parts. Raises ModelError."""
+        parts = ModelParts.model_validate(model) if isinstance(model, dict) else model
+        if isinstance(parts, ModelParts) and (parts.image_encoder or parts.vae or parts.dtype):
+            raise ModelError("model: a native model's parts cannot be replaced; name `base` alone")
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(NativeModel.from_pretrained(model_folder(parts)), where, cpu_threads)
+
+    def engine(self) -> Engine:
+        chunk, lanes = SHAPES[self.device.type]
+        return Engine(self.model, self.device, chunk, lanes)
+
+    def __call__(
+        self,
+        query: Any,
+        context: list[Any],
+        prompt: str | None = None,
+        *,
+        negative_prompt: str | None = None,
+        control: str = "gray",
+        fit: Fit = "crop",
+        **settings: Any,
+    ) -> Any:
+        """query and each context: a tensor of load_image_as_tensor, PIL image, array, path, URI or bytes.
+
+        settings: the row settings, num_inference_steps, guidance_scale, seed, ... -> a PIL image, or a list of them
+        where num_images is over 1. Raises ValueError for a wrong setting, RowError where the row cannot be made.
+        """
+        requests = self.requests(query, context, prompt, negative_prompt, control, fit, settings)
+        made: dict[int, Image.Image] = {}
+        for request, outcome in self.generate(requests):
+            if isinstance(outcome, Failure):
+                raise ValueError(f"{outcome.code}: {outcome.message}")
+            made[request.index] = Image.fromarray(outcome.image)
+        images = [made[index] for index in range(len(requests))]
+        return images[0] if len(images) == 1 else images
+
+    def generate(self, requests: list[Request]) -> Iterator[tuple[Request, Result | Failure]]:
+        """Requests of any settings together in full batches; each comes back as it finishes."""
+        return self.engine().run(requests)
+
+    def requests(
+        self,
+        query: Any,
+        context: list[Any],
+        prompt: str | None,
+        negative_prompt: str | None,
+        control: str,
+        fit: Fit,
+        settings: dict[str, Any],
+    ) -> list[Request]:
+        """The requests of one row: what a job makes of the same pictures and settings."""
+        if control != "disabled" and control not in CONTROLS:
+            raise ValueError(f"control is one of {', '.join(CONTROLS)} or disabled, not {control!r}")
+        if not isinstance(context, list | tuple) or not context:
+            raise ValueError("context is a list of one or more pictures")
+        try:
+            checked = Settings.model_validate(settings)
+        except ValidationError as error:
+            raise ValueError(f"row settings: {error}") from None
+        pixels = to_pixels(query)
+        wide, tall = output_size(fit, pixels.shape[1], pixels.shape[0], checked.width, checked.height, self.model.image_size)
+        pixels = resize(pixels, wide, tall, fit)
+        side = self.model.context_size
+        contexts = tuple(resize(to_pixels(picture), side, side, "crop") for picture in context)
+        seed = checked.seed
+        if seed is None:
+            seed = derive_seed(0, hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest())
+        return [
+            Request(
+                "row",
+                index,
+                pixels,
+                None if control == "disabled" else control_map(pixels, control),
+                control,
+                contexts,
+                prompt,
+                negative_prompt,
+                checked.model_copy(update={"seed": seed + index}),
+            )
+            for index in range(checked.num_images)
+        ]
+
+
+def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> EngineService:
+    """The engine of a job: what each actor of the flow holds."""
+    pipeline = ContextDiffusion.from_pretrained(job.model, cpu_threads=job.cluster.cpu_threads)
+    return EngineService(pipeline.engine(), broken)

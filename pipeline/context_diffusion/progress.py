@@ -1,0 +1,65 @@
+"""Progress on stderr: a bar in a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from context_diffusion.schema import Counts
+
+EVERY_SECONDS = 10.0
+CONSOLE = Console(stderr=True)  # the driver puts the terminal here before Ray takes stderr
+
+
+class Progress:
+    """rows: of the whole job; before: what earlier runs made; logs: where Ray writes its own."""
+
+    def __init__(self, rows: int, before: Counts, logs: str) -> None:
+        self.counts = Counts(before.rows, before.ok, before.failed, before.images, dict(before.codes))
+        self.rows, self._first, self._logs = rows, before.rows, logs
+        self._made, self._started, self._told = 0, time.monotonic(), time.monotonic()
+        self._console = CONSOLE
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Self:
+        self._console.print(f"{self.rows} rows, {self._first} done before; Ray's logs: {self._logs}", soft_wrap=True)
+        if self._console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=self._console)
+            self._bar.start()
+            self._task = self._bar.add_task("rows", total=self.rows, completed=self._first, told="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif self.counts.rows > self._first:
+            self._line()
+
+    def add(self, counts: dict[str, int]) -> None:
+        """A written shard's counts."""
+        self.counts.rows += counts["rows"]
+        self.counts.failed += counts["failed"]
+        self.counts.images += counts["images"]
+        self.counts.ok = self.counts.rows - self.counts.failed
+        self._made += counts["images"]
+        if self._bar:
+            self._bar.update(self._task, completed=self.counts.rows, told=self._rate())
+        elif time.monotonic() - self._told > EVERY_SECONDS:
+            self._line()
+
+    def _rate(self) -> str:
+        rate = self._made / max(time.monotonic() - self._started, 1e-6)
+        return f"{rate:.2f} images/s, {self.counts.failed} failed"
+
+    def _line(self) -> None:
+        self._told = time.monotonic()
+        spent = self._told - self._started
+        done = self.counts.rows - self._first
+        left = spent / done * (self.rows - self.counts.rows) if done else 0.0
+        self._console.print(f"{self.counts.rows}/{self.rows} rows, {self._rate()}, {left:.0f} s left", highlight=False)

@@ -1,0 +1,164 @@
+"""Raw rows -> the READ table: ids, sources, prompts, settings. What is wrong with a row is written into the row."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from context_diffusion.config import GenerateJob, Settings
+from context_diffusion.errors import ErrorCode, RowError
+from context_diffusion.manifest import Row
+from context_diffusion.schema import (
+    CONTEXT,
+    ID,
+    MANIFEST_COLUMNS,
+    NEGATIVE_PROMPT,
+    OUTPUT,
+    PASSED,
+    PROMPT,
+    QUERY,
+    READ,
+    SETTINGS,
+    derive_id,
+    derive_seed,
+)
+from context_diffusion.storage import resolve
+
+Source = dict[str, Any]  # {"bytes": ..., "path": ...}
+
+
+def column_names(job: GenerateJob) -> dict[str, str]:
+    """Our column name -> the manifest's."""
+    return {name: job.columns.get(name, name) for name in MANIFEST_COLUMNS}
+
+
+def row_id(row: Row, names: dict[str, str]) -> str:
+    """The id that the row gives, or one derived from all of it."""
+    given = row.get(names[ID])
+    return derive_id(row) if given is None or given == "" else str(given)
+
+
+def passed_name(name: str) -> str:
+    """The output's name of a manifest column that we don't know."""
+    return f"manifest_{name}" if name in OUTPUT.names else name
+
+
+def read_table(rows: list[Row], shard: int, job: GenerateJob, base: str, passed: pa.Schema) -> pa.Table:
+    """One shard. base: the manifest's folder, for relative URIs; passed: the manifest's columns that we don't know."""
+    names = column_names(job)
+    read = [_read_row(_storable(row), shard, job, base, names) for row in rows]
+    columns = {name: pa.array([row[name] for row in read], READ.field(name).type) for name in READ.names}
+    for field in passed:
+        values = [_as_type(row.get(field.name), field.type) for row in rows]
+        columns[PASSED + passed_name(field.name)] = pa.array(values, field.type)
+    return pa.table(columns)
+
+
+def _storable(row: Row) -> Row:
+    """Half a surrogate pair is JSON but no UTF-8: such text would end the shard, so it is marked where it stands."""
+
+    def mend(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.encode("utf-8", "replace").decode() if any("\ud800" <= c <= "\udfff" for c in value) else value
+        return [mend(item) for item in value] if isinstance(value, list) else value
+
+    return {name: mend(value) for name, value in row.items()}
+
+
+def _read_row(row: Row, shard: int, job: GenerateJob, base: str, names: dict[str, str]) -> Row:
+    read: Row = dict.fromkeys(READ.names)
+    read["shard"], read[ID] = shard, row_id(row, names)
+    try:
+        read[PROMPT], read[NEGATIVE_PROMPT] = (_prompt(row.get(names[n]), n, job) for n in (PROMPT, NEGATIVE_PROMPT))
+        read[QUERY] = _source(row.get(names[QUERY]), base)
+        read[CONTEXT] = _sources(row.get(names[CONTEXT]), base)
+        _check_id(read[ID])
+        read["settings"] = _settings(row, names, job, read[ID]).model_dump_json()
+        if read[QUERY] is None:
+            raise RowError(ErrorCode.NO_QUERY, f"the column {names[QUERY]!r} is empty")
+        if not read[CONTEXT]:
+            raise RowError(ErrorCode.NO_CONTEXT, f"the column {names[CONTEXT]!r} is empty; a row needs one or more")
+    except RowError as error:
+        read["error_code"], read["error_message"] = str(error.code), error.message
+    return read
+
+
+def _check_id(row: str) -> None:
+    if "\0" in row or any(part in (".", "..") for part in re.split(r"[/\\]", row)):
+        raise RowError(ErrorCode.INVALID_ID, f"the id {row[:200]!r} is a way out of a folder; ids hold no `.` or `..` parts")
+
+
+def _prompt(value: Any, name: str, job: GenerateJob) -> str | None:
+    if value is None or value == "":
+        return None
+    text = str(value)
+    if len(text) > job.limits.max_prompt_characters:
+        raise RowError(
+            ErrorCode.PROMPT_TOO_LONG,
+            f"{name} has {len(text)} characters, allowed are {job.limits.max_prompt_characters}: {text[:60]!r}...",
+        )
+    return text
+
+
+def _source(value: Any, base: str) -> Source | None:
+    """A URI, bytes, or {bytes, path} -> {bytes, path}; None where it is empty."""
+    if isinstance(value, bytes):
+        value = {"bytes": value}
+    if isinstance(value, str):
+        value = {"path": value} if value else None
+    if not isinstance(value, dict):
+        return None
+    data, path = value.get("bytes"), value.get("path")
+    if data:
+        return {"bytes": data, "path": path}
+    return {"bytes": None, "path": resolve(str(path), base)} if path else None
+
+
+def _sources(value: Any, base: str) -> list[Source]:
+    """A list of sources, as a list, a JSON list (CSV), or one alone."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RowError(ErrorCode.NO_CONTEXT, f"context is not a JSON list: {value[:80]!r} ({error})") from None
+    listed = value if isinstance(value, list) else [value]
+    return [source for item in listed if (source := _source(item, base)) is not None]
+
+
+def _settings(row: Row, names: dict[str, str], job: GenerateJob, row_name: str) -> Settings:
+    own = {name: _plain(row[names[name]], name) for name in SETTINGS if row.get(names[name]) is not None}
+    try:
+        settings = Settings.model_validate(job.settings.model_dump() | own)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = str(first["loc"][0]) if first["loc"] else "settings"
+        message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        code = ErrorCode.UNKNOWN_SCHEDULER if where == "scheduler" else ErrorCode.INVALID_SETTING
+        raise RowError(code, f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
+    if settings.seed is None:
+        settings = settings.model_copy(update={"seed": derive_seed(job.seed, row_name)})
+    return settings
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A cell as the settings' model takes it: CSV text parsed, whole floats as integers, numpy lists as lists."""
+    if isinstance(value, str) and name != "scheduler":
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    integer = Settings.model_fields[name].annotation in (int, int | None) or name in ("seed", "width", "height")
+    if integer and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _as_type(value: Any, kind: pa.DataType) -> Any:
+    """A value of a passed column as its type holds it; text where types differ over the manifest."""
+    if value is None or not pa.types.is_string(kind):
+        return value
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,219 @@
+"""The nouns of the pipeline and their Arrow schemas: the only place that names a column.
+
+A shard travels as one Arrow table: READ columns from the read task, LOADED ones after loading, MADE ones after the
+engine, and what is written are OUTPUT columns. Columns of the manifest that we don't know ride along under PASSED.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from context_diffusion.config import Settings
+from context_diffusion.errors import ErrorCode
+
+Pixels = NDArray[np.uint8]
+
+ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT = "id", "query", "context", "prompt", "negative_prompt"
+SETTINGS = tuple(Settings.model_fields)
+MANIFEST_COLUMNS = (ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT, *SETTINGS)
+PASSED = "passed:"  # prefix in flight of a manifest column that we don't know
+
+FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the Hugging Face Image storage type
+IMAGE = pa.struct([("data", pa.binary()), ("height", pa.int32()), ("width", pa.int32())])  # raw uint8 RGB
+
+READ = pa.schema(
+    [
+        ("shard", pa.int64()),
+        (ID, pa.string()),
+        (QUERY, FILE),
+        (CONTEXT, pa.list_(FILE)),
+        (PROMPT, pa.string()),
+        (NEGATIVE_PROMPT, pa.string()),
+        ("settings", pa.string()),  # JSON of the row's own settings over the job's, seed filled in
+        ("error_code", pa.string()),
+        ("error_message", pa.string()),
+    ]
+)
+LOADED = pa.schema(
+    [
+        ("query_image", IMAGE),
+        ("control_image", IMAGE),
+        ("context_images", pa.list_(IMAGE)),
+        ("query_mean", pa.list_(pa.float32())),
+        ("query_std", pa.list_(pa.float32())),
+    ]
+)
+MADE = pa.schema(
+    [
+        ("index", pa.int32()),
+        ("made_image", IMAGE),
+        ("seconds", pa.float32()),
+        ("lanes", pa.int32()),
+        ("device", pa.string()),
+    ]
+)
+SETTING_TYPES: dict[str, pa.DataType] = {
+    "seed": pa.int64(),
+    "num_inference_steps": pa.int32(),
+    "scheduler": pa.string(),
+    "guidance_scale": pa.float32(),
+    "context_guidance_scale": pa.float32(),
+    "controlnet_conditioning_scale": pa.float32(),
+    "control_guidance_start": pa.float32(),
+    "control_guidance_end": pa.float32(),
+    "context_scale": pa.float32(),
+    "context_weights": pa.list_(pa.float32()),
+    "strength": pa.float32(),
+    "num_images": pa.int32(),
+}
+OUTPUT = pa.schema(
+    [
+        (ID, pa.string()),
+        ("index", pa.int32()),
+        ("status", pa.string()),
+        ("error_code", pa.string()),
+        ("error_message", pa.string()),
+        ("file_name", pa.string()),
+        ("image", FILE),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),
+        *SETTING_TYPES.items(),
+        (QUERY, pa.string()),
+        (CONTEXT, pa.list_(pa.string())),
+        (PROMPT, pa.string()),
+        (NEGATIVE_PROMPT, pa.string()),
+        ("control", pa.string()),
+        ("fit", pa.string()),
+        ("model", pa.string()),
+        ("query_mean", pa.list_(pa.float32())),
+        ("query_std", pa.list_(pa.float32())),
+        ("layout_score", pa.float32()),
+        ("style_score", pa.float32()),
+        ("prompt_score", pa.float32()),
+        ("seconds", pa.float32()),
+        ("device", pa.string()),
+        ("lanes", pa.int32()),
+        ("created_at", pa.timestamp("ms", tz="UTC")),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to make: pixels in, no files. All arrays are uint8 RGB (H, W, 3).
+
+    The output has the query's size. `settings.seed` is this image's own seed.
+    """
+
+    id: str
+    index: int
+    query: Pixels
+    control: Pixels | None
+    control_kind: str
+    contexts: tuple[Pixels, ...]
+    prompt: str | None
+    negative_prompt: str | None
+    settings: Settings
+
+    @property
+    def context_keys(self) -> tuple[str, ...]:
+        """A content hash for each context: the key of the embedding cache."""
+        return tuple(hashlib.blake2b(c.tobytes(), digest_size=16).hexdigest() + str(c.shape) for c in self.contexts)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished image, uint8 RGB (H, W, 3), with what it cost."""
+
+    image: Pixels
+    seconds: float
+    lanes: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request has no image."""
+
+    code: ErrorCode
+    message: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work, of retry and of resume: `rows` rows from `first_row` on of the manifest's file `file`.
+
+    Parquet: `group` is the row group and `first_row` counts within it. CSV and JSONL: `offset` and `size` in bytes.
+    """
+
+    number: int
+    file: int
+    first_row: int
+    rows: int
+    group: int = 0
+    offset: int = 0
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        return part_name(self.number)
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}"
+
+
+def to_image(pixels: Pixels | None) -> dict[str, Any] | None:
+    """uint8 (H, W, 3) -> a value of the Arrow type IMAGE."""
+    if pixels is None:
+        return None
+    return {"data": pixels.tobytes(), "height": pixels.shape[0], "width": pixels.shape[1]}
+
+
+def from_image(value: dict[str, Any] | None) -> Pixels | None:
+    """A value of the Arrow type IMAGE -> uint8 (H, W, 3), read-only."""
+    if value is None:
+        return None
+    return np.frombuffer(value["data"], np.uint8).reshape(value["height"], value["width"], 3)
+
+
+def required(value: dict[str, Any] | None) -> Pixels:
+    """from_image where there must be one."""
+    pixels = from_image(value)
+    assert pixels is not None
+    return pixels
+
+
+def derive_seed(job_seed: int, row_id: str) -> int:
+    """The seed of a row that sets none: 32 bits of a hash of the job's seed and the row's id."""
+    digest = hashlib.blake2b(f"{job_seed}:{row_id}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+def derive_id(row: dict[str, Any]) -> str:
+    """The id of a row that has none: a hash of all that the manifest says of it."""
+
+    def plain(value: Any) -> Any:
+        return hashlib.blake2b(value, digest_size=16).hexdigest() if isinstance(value, bytes) else str(value)
+
+    text = json.dumps(row, sort_keys=True, default=plain, ensure_ascii=True)
+    return "row-" + hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+@dataclass
+class Counts:
+    """Rows and images of an OUTPUT."""
+
+    rows: int = 0
+    ok: int = 0
+    failed: int = 0
+    images: int = 0
+    codes: dict[str, int] = field(default_factory=dict)

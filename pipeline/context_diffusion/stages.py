@@ -1,0 +1,206 @@
+"""The stages of the flow as plain callables, each from one shard's table to the next. Nothing here knows Ray.
+
+ReadShards -> load_images -> generate (around an engine) -> write_shard
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from context_diffusion.allow import check_allowed
+from context_diffusion.config import GenerateJob, Settings
+from context_diffusion.control import control_map
+from context_diffusion.errors import RowError
+from context_diffusion.images import decode_image, output_size, resize, statistics
+from context_diffusion.manifest import ManifestFile, read_group, read_text
+from context_diffusion.rows import read_table
+from context_diffusion.schema import (
+    CONTEXT,
+    ID,
+    LOADED,
+    MADE,
+    NEGATIVE_PROMPT,
+    PROMPT,
+    QUERY,
+    Failure,
+    Pixels,
+    Request,
+    Result,
+    Shard,
+    from_image,
+    required,
+    to_image,
+)
+from context_diffusion.storage import Storage, parent
+
+
+class Engine(Protocol):
+    """The seam: whoever makes pictures. `generate` may be called from several threads at once."""
+
+    def generate(self, requests: list[Request]) -> list[Result | Failure]: ...
+
+
+class ShardEngine(Protocol):
+    """Makes the images of a shard, given by row; the outcomes come flat and in order."""
+
+    def generate_shard(self, shard: int, rows: list[list[Request]]) -> list[Result | Failure]: ...
+
+
+@dataclass(frozen=True)
+class ReadShards:
+    """One read task: shards of one file (for Parquet: of one row group), a table each, in order."""
+
+    job: GenerateJob
+    file: ManifestFile
+    shards: tuple[Shard, ...]
+    rows_per_part: int
+    passed: pa.Schema
+    storage: Storage
+
+    def __call__(self) -> Iterator[pa.Table]:
+        base = parent(self.file.uri)
+        for shard, rows in self._raw():
+            yield read_table(rows, shard.number, self.job, base, self.passed)
+
+    def _raw(self) -> Iterator[tuple[Shard, list[dict[str, Any]]]]:
+        if self.file.format == "parquet":
+            group = self.shards[0].group
+            yield from read_group(self.file, group, list(self.shards), self.rows_per_part, self.storage)
+        else:
+            yield from ((shard, read_text(self.file, shard, self.storage)) for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class LoadImages:
+    """Sources -> pixels at the sizes that the model takes, and the control map. One picture read once a shard."""
+
+    job: GenerateJob
+    allow: list[str]
+    image_size: int
+    context_size: int
+    storage: Storage
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        seen: dict[str, Pixels] = {}
+        rows, codes, messages = [], [], []
+        for row in table.to_pylist():
+            loaded: dict[str, Any] = dict.fromkeys(LOADED.names)
+            code, message = row["error_code"], row["error_message"]
+            if code is None:
+                try:
+                    loaded = self._load(row, seen)
+                except RowError as error:
+                    code, message = str(error.code), error.message
+            rows.append(loaded)
+            codes.append(code)
+            messages.append(message)
+        for name, values in (("error_code", codes), ("error_message", messages)):
+            table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
+        for name, values in ((QUERY, table[QUERY]), (CONTEXT, table[CONTEXT])):
+            table = table.set_column(table.column_names.index(name), name, _without_bytes(values))
+        for name in LOADED.names:
+            table = table.append_column(name, pa.array([row[name] for row in rows], LOADED.field(name).type))
+        return table
+
+    def _load(self, row: dict[str, Any], seen: dict[str, Pixels]) -> dict[str, Any]:
+        settings, job = Settings.model_validate_json(row["settings"]), self.job
+        original = self._pixels(row[QUERY], seen)
+        size = output_size(job.fit, original.shape[1], original.shape[0], settings.width, settings.height, self.image_size)
+        query = resize(original, *size, job.fit)
+        contexts = [resize(self._pixels(c, seen), self.context_size, self.context_size, "crop") for c in row[CONTEXT]]
+        mean, std = statistics(query)
+        return {
+            "query_image": to_image(query),
+            "control_image": None if job.control == "disabled" else to_image(control_map(query, job.control)),
+            "context_images": [to_image(context) for context in contexts],
+            "query_mean": mean,
+            "query_std": std,
+        }
+
+    def _pixels(self, source: dict[str, Any], seen: dict[str, Pixels]) -> Pixels:
+        if source["bytes"] is not None:
+            return decode_image(source["bytes"], self.job.limits, source["path"] or "inline image")
+        uri = source["path"]
+        if uri not in seen:
+            check_allowed(uri, self.allow)
+            seen[uri] = decode_image(self.storage.read_input(uri, self.job.limits.max_bytes), self.job.limits, uri)
+        return seen[uri]
+
+
+def _without_bytes(column: pa.ChunkedArray) -> pa.Array:
+    """Sources with their bytes dropped: they are pixels now."""
+    strip = [
+        [{**item, "bytes": None} for item in value] if isinstance(value, list) else value and {**value, "bytes": None}
+        for value in column.to_pylist()
+    ]
+    return pa.array(strip, column.type)
+
+
+def requests_of(table: pa.Table, job: GenerateJob) -> list[list[Request]]:
+    """The images to make of each row: none for a failed one, num_images for the others."""
+    wanted: list[list[Request]] = []
+    for row in table.to_pylist():
+        wanted.append([])
+        if row["error_code"] is not None:
+            continue
+        settings = Settings.model_validate_json(row["settings"])
+        contexts = tuple(required(context) for context in row["context_images"])
+        for index in range(settings.num_images):
+            assert settings.seed is not None
+            wanted[-1].append(
+                Request(
+                    row[ID],
+                    index,
+                    required(row["query_image"]),
+                    from_image(row["control_image"]),
+                    job.control,
+                    contexts,
+                    row[PROMPT],
+                    row[NEGATIVE_PROMPT],
+                    settings.model_copy(update={"seed": settings.seed + index}),
+                )
+            )
+    return wanted
+
+
+def generate(table: pa.Table, engine: ShardEngine, job: GenerateJob) -> pa.Table:
+    """Hands a shard's rows to the engine and waits for them: a row for each image, and one for each failed row."""
+    wanted = requests_of(table, job)
+    outcomes = iter(engine.generate_shard(table["shard"][0].as_py(), wanted))
+    rows: list[int] = []
+    index: list[int] = []
+    made: list[Result | Failure | None] = []
+    for number, requests in enumerate(wanted):
+        results = [next(outcomes) for _ in requests]
+        failure = next((result for result in results if isinstance(result, Failure)), None)
+        if failure or not results:
+            rows.append(number)
+            index.append(0)
+            made.append(failure)
+            continue
+        rows += [number] * len(results)
+        index += range(len(results))
+        made += results
+    return _with_made(table.take(pa.array(rows, pa.int64())), index, made)
+
+
+def _with_made(table: pa.Table, index: list[int], made: list[Result | Failure | None]) -> pa.Table:
+    for name, attribute in (("error_code", "code"), ("error_message", "message")):
+        old = table[name].to_pylist()
+        new = [str(getattr(m, attribute)) if isinstance(m, Failure) else o for m, o in zip(made, old, strict=True)]
+        table = table.set_column(table.column_names.index(name), name, pa.array(new, pa.string()))
+    results = [m if isinstance(m, Result) else None for m in made]
+    columns = {
+        "index": index,
+        "made_image": [to_image(r.image) if r else None for r in results],
+        "seconds": [r.seconds if r else None for r in results],
+        "lanes": [r.lanes if r else None for r in results],
+        "device": [r.device if r else None for r in results],
+    }
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values, MADE.field(name).type))
+    return table

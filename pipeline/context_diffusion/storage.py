@@ -1,0 +1,273 @@
+"""What may be read and where is written: one object for local disks and object stores (fsspec).
+
+Objects are created whole or not at all, never overwritten but by `replace`. Faults that pass are retried until a
+deadline. Knows nothing of rows, Ray or torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import tenacity
+from fsspec.core import url_to_fs
+
+from context_diffusion.errors import ConfigError, ErrorCode, RowError, StorageError
+
+T = TypeVar("T")
+SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+ONE_PUT = 5 * 2**30  # a chunk size that keeps s3fs from cutting an object into a multipart upload
+# What no second try mends.
+FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+FINAL_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EDQUOT}
+
+
+def protocol(uri: str) -> str:
+    """The URI's scheme in lower case; `file` for a plain path."""
+    match = SCHEME.match(uri)
+    return match[1].lower() if match else "file"
+
+
+def local_path(uri: str) -> str:
+    """The path of a file:// URI or of a plain path, made absolute. Nothing is unquoted: a name may hold % or #."""
+    return os.path.abspath(re.sub(r"^file://(localhost)?(?=/)", "", uri, flags=re.IGNORECASE))
+
+
+def is_local(uri: str) -> bool:
+    return protocol(uri) in ("file", "local")
+
+
+def normal(uri: str) -> str:
+    """One spelling: an absolute path, or scheme://... without a slash at its end."""
+    return local_path(uri) if is_local(uri) else uri.rstrip("/")
+
+
+def parent(uri: str) -> str:
+    return normal(uri).rsplit("/", 1)[0]
+
+
+def resolve(uri: str, base: str) -> str:
+    """A relative URI against the folder `base`; others as they are."""
+    if SCHEME.match(uri) or uri.startswith("/") or "::" in uri:
+        return uri
+    return f"{base.rstrip('/')}/{uri}"
+
+
+def _passes(error: BaseException) -> bool:
+    """Is the fault one that a later try may not meet?"""
+    if isinstance(error, FINAL) or (isinstance(error, OSError) and error.errno in FINAL_ERRNO):
+        return False
+    return isinstance(error, OSError | TimeoutError) or type(error).__module__.split(".")[0] in (
+        "botocore",
+        "aiohttp",
+        "aiobotocore",
+    )
+
+
+@dataclass(frozen=True)
+class Storage:
+    """options: fsspec's storage options by protocol. deadline_s: how long one operation is tried again."""
+
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    deadline_s: float = 60.0
+
+    def _fs(self, uri: str) -> tuple[Any, str]:
+        scheme = protocol(uri)
+        try:
+            return url_to_fs(normal(uri), **self.options.get(scheme, {}))
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"{uri}: the protocol {scheme}:// cannot be used: {error}") from error
+
+    def _try(self, uri: str, action: Callable[[], T]) -> T:
+        """Runs an action with retries; what remains becomes a StorageError, what is final is raised as it is."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_passes),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
+            stop=tenacity.stop_after_delay(self.deadline_s),
+            reraise=True,
+        )
+        try:
+            return retrying(action)
+        except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) or _passes(error):
+                raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
+            raise
+
+    def read(self, uri: str) -> bytes:
+        """All bytes. Raises FileNotFoundError, StorageError."""
+        fs, path = self._fs(uri)
+        return self._try(uri, lambda: fs.cat_file(path))
+
+    def read_range(self, uri: str, offset: int, size: int) -> bytes:
+        fs, path = self._fs(uri)
+        return self._try(uri, lambda: fs.cat_file(path, start=offset, end=offset + size))
+
+    def read_input(self, uri: str, max_bytes: int) -> bytes:
+        """The bytes of a row's file. Raises RowError with the URI; StorageError where the store itself is away."""
+        fs, path = self._fs(uri)
+        try:
+            size = self._try(uri, lambda: fs.info(path))
+            if size["type"] == "directory":
+                raise RowError(ErrorCode.UNREADABLE_FILE, f"{uri} is a folder")
+            if (size["size"] or 0) > max_bytes:
+                raise RowError(ErrorCode.FILE_TOO_LARGE, f"{uri} has {size['size']} bytes, allowed are {max_bytes}")
+            # A server that tells no size gets no more than one byte over the limit read of it.
+            data = self._try(uri, lambda: fs.cat_file(path, end=None if size["size"] else max_bytes + 1))
+            if len(data) > max_bytes:
+                raise RowError(ErrorCode.FILE_TOO_LARGE, f"{uri} has over {max_bytes} bytes, which are allowed")
+            return data
+        except (FileNotFoundError, NotADirectoryError):
+            raise RowError(ErrorCode.MISSING_FILE, f"{uri} does not exist") from None
+        except (PermissionError, StorageError) as error:
+            cause = error.__cause__ if isinstance(error, StorageError) else error
+            if isinstance(cause, PermissionError) or getattr(cause, "errno", None) in FINAL_ERRNO:
+                raise RowError(ErrorCode.UNREADABLE_FILE, f"{uri} cannot be read: {cause}") from None
+            raise
+
+    def open(self, uri: str) -> BinaryIO:
+        """A seekable file for reading."""
+        fs, path = self._fs(uri)
+        return self._try(uri, lambda: fs.open(path, "rb"))
+
+    def exists(self, uri: str) -> bool:
+        fs, path = self._fs(uri)
+        fs.invalidate_cache()
+        return self._try(uri, lambda: fs.exists(path))
+
+    def is_folder(self, uri: str) -> bool:
+        fs, path = self._fs(uri)
+        return self._try(uri, lambda: fs.isdir(path))
+
+    def glob(self, pattern: str) -> list[str]:
+        """The files that match, sorted, with their scheme."""
+        fs, path = self._fs(pattern)
+        found = self._try(pattern, lambda: fs.glob(path, detail=True))
+        return sorted(fs.unstrip_protocol(p) if not is_local(pattern) else p for p, i in found.items() if i["type"] == "file")
+
+    def list(self, folder: str) -> list[str]:
+        """The names in a folder; none where there is no folder."""
+        fs, path = self._fs(folder)
+        fs.invalidate_cache()
+        try:
+            return [str(name).rsplit("/", 1)[-1] for name in self._try(folder, lambda: fs.ls(path, detail=False))]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def fingerprint(self, uri: str) -> dict[str, Any]:
+        """What tells one version of a file from another: its size and its ETag or time of change."""
+        fs, path = self._fs(uri)
+        info = self._try(uri, lambda: fs.info(path))
+        changed = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or ""
+        return {"bytes": info["size"], "version": str(changed)}
+
+    def create(self, uri: str, data: bytes) -> bool:
+        """Creates an object, whole or not at all. False where it is there already: the first one stays."""
+        if is_local(uri):
+            return self._try(uri, lambda: _create_local(Path(local_path(uri)), data))
+        fs, path = self._fs(uri)
+        if protocol(uri) in ("s3", "s3a"):
+            return self._try(uri, lambda: self._create_s3(fs, path, data))
+        if self.exists(uri):
+            return False
+        self._try(uri, lambda: fs.pipe_file(path, data))
+        return True
+
+    def _create_s3(self, fs: Any, path: str, data: bytes) -> bool:
+        try:
+            fs.pipe_file(path, data, mode="create", chunksize=ONE_PUT)
+        except FileExistsError:
+            return bool(fs.cat_file(path) == data)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # 412: it is there. It may be our own, if the answer to an earlier try was lost.
+            return bool(fs.cat_file(path) == data)
+        return True
+
+    def replace(self, uri: str, data: bytes) -> None:
+        """Writes an object, over the one that may be there."""
+        if is_local(uri):
+            self._try(uri, lambda: _replace_local(Path(local_path(uri)), data))
+            return
+        fs, path = self._fs(uri)
+        self._try(
+            uri,
+            lambda: fs.pipe_file(path, data, chunksize=ONE_PUT) if protocol(uri) == "s3" else fs.pipe_file(path, data),
+        )
+
+    def delete(self, uri: str) -> None:
+        fs, path = self._fs(uri)
+        with contextlib.suppress(FileNotFoundError):
+            self._try(uri, lambda: fs.rm_file(path))
+
+
+def _create_local(path: Path, data: bytes) -> bool:
+    """A file without a name is filled, then linked to its name: a kill at any moment leaves nothing behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            handle = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o644, dir_fd=folder)
+        except (OSError, AttributeError):  # a file system or a system that has no nameless files
+            return _create_by_temporary(path, data)
+        try:
+            _write_all(handle, data)
+            # src_dir_fd makes Python call linkat, which follows the link in /proc; plain link() does not.
+            os.link(f"/proc/self/fd/{handle}", path.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
+        except FileExistsError:
+            return False
+        finally:
+            os.close(handle)
+    finally:
+        os.close(folder)
+    return True
+
+
+def _create_by_temporary(path: Path, data: bytes) -> bool:
+    """Where there are no nameless files: a temporary one, linked; without hard links, the name is claimed first."""
+    handle, temporary = tempfile.mkstemp(prefix=".creating-", dir=path.parent)
+    try:
+        _write_all(handle, data)
+        os.chmod(temporary, 0o644)
+        try:
+            os.link(temporary, path)
+        except PermissionError:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            os.replace(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        os.close(handle)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return True
+
+
+def _replace_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=".replacing-", dir=path.parent)
+    try:
+        _write_all(handle, data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+    os.fsync(handle)

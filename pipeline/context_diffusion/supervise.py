@@ -1,0 +1,117 @@
+"""`run` from outside: the Ray driver runs in a child process with a session of its own; this one decides the code.
+
+When Ray's raylet or gcs dies, Ray ends the driver with 1, or not for a minute, and `ray.init` takes over SIGTERM: so
+signals, lost children and the last line of stdout are handled here, where no Ray is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.errors import EXIT_EXTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED
+from context_diffusion.output import Output
+from context_diffusion.storage import Storage, normal
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+GRACE_SECONDS = 3.0
+
+
+class _StopSignalError(Exception):
+    def __init__(self, number: int) -> None:
+        self.exit = EXIT_TERMINATED if number == signal.SIGTERM else EXIT_INTERRUPTED
+
+
+def supervise(job: GenerateJob, options: dict[str, Any]) -> dict[str, Any]:
+    """Runs the driver; -> its summary, or what is known of OUTPUT where it could not give one. `exit` always in it."""
+    started = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    reading, writing = os.pipe()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "context_diffusion.driver", str(writing)],
+        stdin=subprocess.PIPE,
+        stdout=sys.stderr,  # whatever Ray prints; stdout is for the result
+        pass_fds=[writing],
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
+    )
+    os.close(writing)
+    try:
+        assert child.stdin
+        child.stdin.write(json.dumps({"job": job.model_dump(mode="json"), "options": options}).encode())
+        child.stdin.close()
+        with os.fdopen(reading) as result:
+            text = result.readline()
+        child.wait()
+    except _StopSignalError as stopped:
+        return _known(job, stopped.exit, "stopped; the same command goes on", started)
+    finally:
+        end_session(child.pid)
+        child.wait()
+    if text.strip():
+        summary = json.loads(text)
+        if "rows" in summary:
+            return summary
+        return _known(job, summary["exit"], summary["error"], started)
+    how = f"signal {-child.returncode}" if child.returncode < 0 else f"code {child.returncode}"
+    return _known(job, EXIT_EXTERNAL, f"the Ray driver ended with {how} and no result; the same command goes on", started)
+
+
+def _stop(number: int, _frame: Any) -> None:
+    raise _StopSignalError(number)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_session(session: int) -> None:
+    """Ends every process of a session: the driver and the Ray that it started. First politely."""
+    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        until = time.monotonic() + patience
+        while (members := _members(session)) and time.monotonic() < until:
+            for pid in members:
+                _kill(pid, number)
+            time.sleep(0.1)
+
+
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def _members(session: int) -> list[int]:
+    """The living processes of a session, from /proc: state and session are the third and sixth field of stat."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def _known(job: GenerateJob, code: int, error: str, started: float) -> dict[str, Any]:
+    """What OUTPUT's parts say, where the run itself could not."""
+    output = Output(normal(job.output), Storage(job.storage_options, deadline_s=5))
+    summary: dict[str, Any] = {"output": output.root, "rows": 0, "ok": 0, "failed": 0, "images": 0}
+    try:
+        counts = output.count()
+        summary |= {"rows": counts.rows, "ok": counts.ok, "failed": counts.failed, "images": counts.images}
+    except Exception as uncounted:
+        error += f" (OUTPUT could not be counted: {uncounted})"
+    seconds = round(time.monotonic() - started, 2)
+    return {**summary, "skipped": 0, "seconds": seconds, "images_per_second": 0.0, "exit": code, "error": error}

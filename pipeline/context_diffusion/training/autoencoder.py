@@ -1,0 +1,128 @@
+"""Stage one: the autoencoder, pictures -> latents -> pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from context_diffusion.model.native import NativeModel
+from context_diffusion.training.config import TrainJob
+from context_diffusion.training.data import Pool
+from context_diffusion.training.losses import picture_loss
+from context_diffusion.training.pools import Pools
+from context_diffusion.training.state import Metrics, Progress, load_checkpoint, save_checkpoint
+
+
+def train_autoencoder(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> None:
+    """Trains model.vae in place, from where an earlier run stopped; sets its scaling factor at the end."""
+    stage = _Stage(job, model, folder / "autoencoder.pt", job.autoencoder.minutes, model.vae)
+    if not stage.done:
+        stage.run(pools, metrics, "autoencoder", first_pool=0)
+        _set_scale(model, pools.validation().targets)
+        stage.save(done=True)
+    else:
+        model.vae.register_to_config(scaling_factor=stage.scale)
+    stage.close(pools, metrics, "autoencoder")
+
+
+def train_decoder(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> None:
+    """Trains the decoder alone: the latents that the diffusion model learned stay what they are."""
+    stage = _Stage(job, model, folder / "decoder.pt", job.autoencoder.decoder_minutes, model.vae.decoder)
+    if not stage.done:
+        stage.run(pools, metrics, "decoder", first_pool=20_000)
+        stage.save(done=True)
+    stage.close(pools, metrics, "decoder")
+
+
+class _Stage:
+    """Optimiser, progress and checkpoint of one of the two; `trained` is the part whose weights move."""
+
+    def __init__(self, job: TrainJob, model: NativeModel, path: Path, minutes: float, trained: torch.nn.Module) -> None:
+        self.job, self.model, self.path, self.trained = job, model, path, trained
+        model.vae.requires_grad_(False)
+        trained.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            trained.parameters(), lr=job.autoencoder.learning_rate, weight_decay=1e-4, betas=(0.9, 0.95)
+        )
+        self.step, self.done, self.scale, spent = 0, False, 1.0, 0.0
+        if (state := load_checkpoint(path)) is not None:
+            model.vae.load_state_dict(state["vae"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.done, self.scale, spent = state["step"], state["done"], state["scale"], state["spent"]
+        self.progress = Progress(minutes, job.max_steps, job.cpu_threads, spent)
+        model.vae.train().to(memory_format=torch.channels_last)
+
+    def run(self, pools: Pools, metrics: Metrics, name: str, first_pool: int) -> None:
+        job = self.job
+        while (share := self.progress.at(self.step)) < 1:
+            for group in self.optimizer.param_groups:
+                group["lr"] = job.autoencoder.learning_rate * self.progress.learning_rate(self.step)
+            loss = self._loss(pools.at(first_pool + self.step // job.pool_steps))
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
+            self.optimizer.step()
+            self.step += 1
+            if self.step % 25 == 0:
+                metrics.write(stage=name, step=self.step, share=round(share, 4), loss=round(loss.item(), 5))
+            if self.step % job.checkpoint_every == 0:
+                self.save(done=False)
+
+    def _loss(self, pool: Pool) -> Tensor:
+        """Of one batch; which pictures and which noise follow from the step."""
+        job, model, step = self.job, self.model, self.step
+        rng = np.random.default_rng((job.seed, 1, step))
+        generator = torch.Generator().manual_seed(job.seed * 1_000_003 + step)
+        targets, queries = pool.targets, pool.queries
+        half, rest = job.autoencoder.batch_size // 2, job.autoencoder.batch_size - job.autoencoder.batch_size // 2
+        drawn = [targets[rng.integers(0, len(targets), half)], queries[rng.integers(0, len(queries), rest)]]
+        true = to_signed(np.concatenate(drawn))
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = model.vae.encode(true).latents
+            noise = torch.randn(latents.shape, generator=generator) * job.autoencoder.latent_noise
+            made = model.vae.decode(latents + noise * latents.detach().float().std()).sample
+        # Latents are kept near unit size, so that one scaling factor serves them all.
+        return picture_loss(made.float(), true) + 1e-3 * (latents.float().square().mean() - 1).square()
+
+    def save(self, done: bool) -> None:
+        state = {
+            "vae": self.model.vae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "spent": self.progress.elapsed,
+            "done": done,
+            "scale": float(self.model.vae.config.scaling_factor),
+        }
+        save_checkpoint(self.path, state)
+
+    def close(self, pools: Pools, metrics: Metrics, name: str) -> None:
+        self.model.vae.eval().requires_grad_(False)
+        decibels = psnr(self.model, pools.validation().targets[:128])
+        metrics.write(stage=name, step=self.step, psnr=round(decibels, 2))
+
+
+def to_signed(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1], channels last."""
+    values = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(memory_format=torch.channels_last)
+    return values.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def psnr(model: NativeModel, pictures: np.ndarray) -> float:
+    """Mean PSNR in dB of the reconstruction."""
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+    errors = [
+        (model.decode(model.encode_pixels(part)) - part.float() / 255).square().mean((1, 2, 3)) for part in images.split(16)
+    ]
+    return float((-10 * torch.cat(errors).log10()).mean())
+
+
+@torch.no_grad()
+def _set_scale(model: NativeModel, pictures: np.ndarray) -> None:
+    """Latents times scaling_factor have deviation 1."""
+    images = torch.from_numpy(pictures[:256]).permute(0, 3, 1, 2).contiguous()
+    latents = torch.cat([model.vae.encode(part.float() / 127.5 - 1).latents for part in images.split(16)])
+    model.vae.register_to_config(scaling_factor=float(1 / latents.std()))

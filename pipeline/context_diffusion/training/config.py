@@ -1,0 +1,59 @@
+"""The job file of `kind: train`. Every number that makes the data, the model or the steps stands here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from context_diffusion.config import StrictModel
+
+
+class AutoencoderSteps(StrictModel):
+    minutes: float = Field(default=18, gt=0, description="of cpu_threads cores; the learning rate falls to the end")
+    decoder_minutes: float = Field(default=7, gt=0, description="of the decoder alone, last of all")
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    latent_noise: float = Field(default=0.08, ge=0, description="noise on the latents, so that small errors don't show")
+
+
+class DiffusionSteps(StrictModel):
+    minutes: float = Field(default=34, gt=0, description="of cpu_threads cores; the learning rate falls to the end")
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=1.5e-3, gt=0)
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    min_snr: float = Field(default=5.0, gt=0, description="Hang et al. 2023, gamma")
+    context_dropout: float = Field(default=0.15, ge=0, le=1)
+    prompt_dropout: float = Field(default=0.4, ge=0, le=1)
+    auxiliary: float = Field(default=0.2, ge=0, description="weight of the loss of the auxiliary heads")
+
+
+class Architecture(StrictModel):
+    """Sizes of the native model's components."""
+
+    image_size: int = Field(default=128, multiple_of=16)
+    vae_width: int = 64
+    latent_channels: int = 16
+    channels: list[int] = [64, 128]
+    width: int = Field(default=128, description="of text and context tokens")
+    context_patch: int = 16
+    context_grid: int = Field(default=4, description="a context becomes grid x grid tokens")
+    context_slots: int = 8
+    text_length: int = 20
+
+
+class TrainJob(StrictModel):
+    """kind: train. The project's own data in, a model folder out."""
+
+    kind: Literal["train"]
+    output: str = Field(min_length=1, description="folder for checkpoints, metrics, samples and the model")
+    seed: int = Field(default=0, ge=0)
+    styles: int = Field(default=384, ge=2, description="styles of one pool of data")
+    pictures: int = Field(default=8, ge=4, description="layouts that each style of a pool dresses")
+    pool_steps: int = Field(default=192, ge=1, description="steps before the next pool is made")
+    checkpoint_every: int = Field(default=250, ge=1)
+    cpu_threads: int = Field(default=2, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, description="of each stage; left out: the minutes decide")
+    architecture: Architecture = Architecture()
+    autoencoder: AutoencoderSteps = AutoencoderSteps()
+    diffusion: DiffusionSteps = DiffusionSteps()

@@ -1,0 +1,120 @@
+"""Pools of training data: layouts x styles, endless and deterministic by (seed, index). numpy and OpenCV only.
+
+A pool is drawn once and read many times: what is drawn from it at a step depends on the step alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from context_diffusion.control import control_map
+from context_diffusion.training.layouts import Rng, make_layout
+from context_diffusion.training.prompts import describe
+from context_diffusion.training.styles import Style, dress, make_style, vary
+
+KINDS = ("gray", "none", "canny", "soft_edges")
+KIND_SHARES = (0.4, 0.2, 0.2, 0.2)
+VALIDATION_SEED = 2**40  # pools from here on are never trained on
+
+
+@dataclass(frozen=True)
+class Pool:
+    """S styles, each with P pictures, over shared layouts; Q = 2 queries a layout, each in a style of its own.
+
+    targets: uint8 (S·P, H, W, 3), style s has rows s·P to s·P + P. layout_of: (S·P,) its layout.
+    controls: uint8 (layouts · 2, H, W, 3), control_kinds their kinds: layout l has 2l and 2l + 1.
+    queries: the pictures that the controls were made of. parents: the style that style s varies, else itself.
+    """
+
+    styles: list[Style]
+    parents: NDArray[np.int64]
+    varied: list[str]
+    families: list[str]
+    targets: NDArray[np.uint8]
+    layout_of: NDArray[np.int64]
+    tones: NDArray[np.uint8]
+    queries: NDArray[np.uint8]
+    controls: NDArray[np.uint8]
+    control_kinds: list[str]
+
+
+def _styles(rng: Rng, count: int, held_out: bool) -> tuple[list[Style], NDArray[np.int64], list[str]]:
+    """Styles, a fifth of them one-attribute variants of the one before."""
+    styles: list[Style] = []
+    parents, varied = np.arange(count), [""] * count
+    for s in range(count):
+        if s and s % 5 == 4 and not held_out:
+            varied[s], style = vary(rng, styles[s - 1])
+            parents[s] = s - 1
+        else:
+            style = make_style(rng, held_out)
+        styles.append(style)
+    return styles, parents, varied
+
+
+def shift_exposure(rng: Rng, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A query as a camera might have taken it: other exposure, contrast, noise, blur."""
+    values = image.astype(np.float32) / 255
+    values = 0.5 + (values - 0.5) * rng.uniform(0.35, 1.1) + rng.normal(0, 0.12)
+    if rng.random() < 0.3:
+        values += rng.standard_normal(values.shape, dtype=np.float32) * rng.uniform(0, 0.05)
+    if rng.random() < 0.2:
+        values = np.asarray(cv2.GaussianBlur(values, (0, 0), rng.uniform(0.4, 1.0)))
+    return (np.clip(values, 0, 1) * 255).astype(np.uint8)
+
+
+def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: bool = False) -> Pool:
+    """A pool by its seed alone."""
+    cv2.setNumThreads(1)
+    rng = np.random.default_rng(seed)
+    chosen, parents, varied = _styles(rng, styles, held_out)
+    layouts = [make_layout(rng, size) for _ in range(max(pictures * 2, styles * pictures // 4))]
+    layout_of = np.concatenate([rng.permutation(len(layouts))[:pictures] for _ in range(styles)])
+    targets = np.stack([dress(layouts[k][1], chosen[i // pictures], rng) for i, k in enumerate(layout_of)])
+    queries, controls, kinds = [], [], []
+    for _, tone in layouts:
+        for _ in range(2):
+            query = shift_exposure(rng, dress(tone, make_style(rng), rng))
+            kind = str(rng.choice(KINDS, p=KIND_SHARES))
+            queries.append(query)
+            controls.append(control_map(query, kind))
+            kinds.append(kind)
+    tones = np.stack([(cv2.resize(tone, (16, 16), interpolation=cv2.INTER_AREA) * 255).astype(np.uint8) for _, tone in layouts])
+    families = [family for family, _ in layouts]
+    return Pool(chosen, parents, varied, families, targets, layout_of, tones, np.stack(queries), np.stack(controls), kinds)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Indices into a pool for B samples. contexts: (B, 3) targets; counts: how many of them are shown."""
+
+    targets: NDArray[np.int64]
+    contexts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    controls: NDArray[np.int64]
+    prompts: list[str]
+
+
+def draw(pool: Pool, rng: Rng, size: int, context_dropout: float, prompt_dropout: float) -> Batch:
+    """Samples of a pool: contexts are other layouts in the target's style; where the target's style varies another
+    one, half of the time the contexts show that other one and the prompt names what differs."""
+    pictures = len(pool.targets) // len(pool.styles)
+    targets = rng.integers(0, len(pool.targets), size)
+    contexts, counts, prompts = np.zeros((size, 3), np.int64), np.zeros(size, np.int64), []
+    for i, target in enumerate(targets):
+        style = target // pictures
+        shown, must = style, None
+        if pool.parents[style] != style and rng.random() < 0.5:
+            shown, must = pool.parents[style], pool.varied[style]
+        others = rng.permutation(pictures)
+        others = others[others != target % pictures][:3]
+        contexts[i] = shown * pictures + others
+        counts[i] = 0 if must is None and rng.random() < context_dropout else rng.integers(1, 4)
+        prompt = describe(rng, pool.styles[style], pool.families[pool.layout_of[target]], must)
+        prompts.append(prompt if must or rng.random() >= prompt_dropout else "")
+    controls = pool.layout_of[targets] * 2 + rng.integers(0, 2, size)
+    return Batch(targets, contexts, counts, controls, prompts)

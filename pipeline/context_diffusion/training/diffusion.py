@@ -1,0 +1,189 @@
+"""Stage two: U-Net, ControlNet, context and text encoders and fusion, all together, on cached latents.
+
+B samples  C h w latents
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+from context_diffusion.model.native import NativeModel
+from context_diffusion.training.config import TrainJob
+from context_diffusion.training.data import Batch, Pool, draw
+from context_diffusion.training.losses import AuxiliaryHeads, noised, update_ema, v_loss
+from context_diffusion.training.pools import Pools
+from context_diffusion.training.samples import save_samples
+from context_diffusion.training.state import Metrics, Progress, load_checkpoint, save_checkpoint
+from context_diffusion.training.styles import TEXTURES
+
+TRAINED = ("unet", "controlnet", "image_encoder", "text_encoder", "fusion")
+
+
+@dataclass
+class Encoded:
+    """A pool with its latents and what the auxiliary heads should say of its styles."""
+
+    pool: Pool
+    latents: Tensor  # float16 (S·P, C, h, w)
+    palettes: Tensor  # (S, 24)
+    textures: Tensor  # (S,)
+
+
+def train_diffusion(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> dict[str, Any]:
+    """Trains in place, from where an earlier run stopped; the model ends with the averaged weights."""
+    run = _Run(job, model, folder)
+    model.unet.set_attn_processor(AttnProcessor())  # SDPA's backward pass is slow on a CPU
+    encoded: tuple[int, Encoded] | None = None
+    validation = encode_pool(model, pools.validation())
+    while (share := run.progress.at(run.step)) < 1:
+        number = run.step // job.pool_steps
+        if encoded is None or encoded[0] != number:
+            encoded = (number, encode_pool(model, pools.at(10_000 + number)))
+        loss = run.train_step(encoded[1])
+        if run.step % 25 == 0:
+            metrics.write(stage="diffusion", step=run.step, share=round(share, 4), loss=round(loss, 5))
+        if run.step % job.checkpoint_every == 0:
+            run.save(done=False)
+            with run.averaged():
+                metrics.write(stage="validation", step=run.step, loss=round(run.validate(validation), 5))
+                save_samples(model, validation.pool, folder / f"samples-{run.step:06d}.png")
+                model.save_pretrained(folder / "model")
+    run.save(done=True)
+    run.modules.load_state_dict(run.average, strict=False)
+    model.unet.set_attn_processor(AttnProcessor2_0())
+    loss = run.validate(validation)
+    metrics.write(stage="validation", step=run.step, loss=round(loss, 5))
+    save_samples(model, validation.pool, folder / "samples.png")
+    return {"steps": run.step, "validation_loss": loss}
+
+
+class _Run:
+    """Optimiser, average and step of the second stage."""
+
+    def __init__(self, job: TrainJob, model: NativeModel, folder: Path) -> None:
+        self.job, self.model, self.path = job, model, folder / "diffusion.pt"
+        self.modules = nn.ModuleDict({name: model.modules[name] for name in TRAINED}).requires_grad_(True).train()
+        for module in self.modules.values():
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        torch.manual_seed(job.seed + 1)
+        embedding = model.controlnet.controlnet_cond_embedding
+        self.heads = AuxiliaryHeads(model.controlnet.config.block_out_channels[0], job.architecture.width, len(TEXTURES))
+        self.features: list[Tensor] = []
+        embedding.register_forward_hook(lambda _m, _i, output: self.features.append(output))
+        matrices = [p for p in self.modules.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.modules.parameters() if p.ndim < 2] + list(self.heads.parameters())
+        groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=job.diffusion.learning_rate, betas=(0.9, 0.98))
+        self.alphas = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod
+        self.step, spent = 0, 0.0
+        state = load_checkpoint(self.path)
+        if state is not None:
+            self.modules.load_state_dict(state["modules"])
+            self.heads.load_state_dict(state["heads"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, spent = state["step"], state["spent"]
+        self.average = state["average"] if state else {k: v.clone() for k, v in self.modules.state_dict().items()}
+        self.progress = Progress(job.diffusion.minutes, job.max_steps, job.cpu_threads, spent)
+
+    def save(self, done: bool) -> None:
+        state = {
+            "modules": self.modules.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "step": self.step,
+            "spent": self.progress.elapsed,
+            "done": done,
+        }
+        save_checkpoint(self.path, state)
+
+    def train_step(self, encoded: Encoded) -> float:
+        stage = self.job.diffusion
+        for group in self.optimizer.param_groups:
+            group["lr"] = stage.learning_rate * self.progress.learning_rate(self.step)
+        rng = np.random.default_rng((self.job.seed, 2, self.step))
+        batch = draw(encoded.pool, rng, stage.batch_size, stage.context_dropout, stage.prompt_dropout)
+        loss = self.loss(encoded, batch, torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step))
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        # A short memory at first, so that the average isn't that of the first, untrained weights.
+        update_ema(self.average, self.modules, min(stage.ema, self.step / (self.step + 10)))
+        return loss.item()
+
+    def loss(self, encoded: Encoded, batch: Batch, generator: torch.Generator) -> Tensor:
+        """The loss of one batch; noise and timesteps follow from the generator."""
+        pool, model = encoded.pool, self.model
+        latents = encoded.latents[batch.targets].float()
+        timesteps = torch.randint(len(self.alphas), (len(latents),), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        alphas = self.alphas[timesteps]
+        noisy, target = noised(latents, noise, alphas)
+        shown = torch.arange(batch.contexts.shape[1])[None] < torch.from_numpy(batch.counts)[:, None]
+        self.features.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            contexts = model.encode_images(to_uint8(pool.targets[batch.contexts[shown.numpy()]]))
+            slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
+            slots[shown] = contexts
+            text, mask = model.encode_text(list(batch.prompts))
+            hidden, bias = model.fuse(text, mask, slots, shown.float())
+            kinds = [pool.control_kinds[index] for index in batch.controls]
+            down, mid = model.control(noisy, timesteps, to_uint8(pool.controls[batch.controls]), kinds)
+            output = model.predict(noisy, timesteps, hidden, bias, down, mid)
+        loss = v_loss(output, target, alphas, self.job.diffusion.min_snr)
+        styles = batch.contexts[shown.numpy()] // (len(pool.targets) // len(pool.styles))
+        tones = torch.from_numpy(pool.tones[batch.controls // 2]).float() / 255
+        hints = self.heads(self.features[0], tones, contexts, encoded.palettes[styles], encoded.textures[styles])
+        return loss + self.job.diffusion.auxiliary * hints
+
+    @torch.no_grad()
+    def validate(self, encoded: Encoded) -> float:
+        """The loss on held-out styles, always the same batches."""
+        losses = []
+        for number in range(4):
+            batch = draw(encoded.pool, np.random.default_rng((7, number)), 32, 0.1, 0.5)
+            losses.append(self.loss(encoded, batch, torch.Generator().manual_seed(number)).item())
+        return float(np.mean(losses))
+
+    def averaged(self) -> _Averaged:
+        return _Averaged(self.modules, self.average)
+
+
+class _Averaged:
+    """Within it the modules carry the averaged weights, and are in eval mode."""
+
+    def __init__(self, modules: nn.Module, average: dict[str, Tensor]) -> None:
+        self.modules, self.average = modules, average
+
+    def __enter__(self) -> None:
+        self.kept = {name: value.clone() for name, value in self.modules.state_dict().items()}
+        self.modules.load_state_dict(self.average)
+        self.modules.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.modules.load_state_dict(self.kept)
+        self.modules.train()
+
+
+def to_uint8(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> uint8 (B, 3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
+
+
+@torch.no_grad()
+def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [model.encode_pixels(to_uint8(pool.targets[i : i + 32])).half() for i in range(0, len(pool.targets), 32)]
+    palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles])
+    textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
+    return Encoded(pool, torch.cat(parts), torch.from_numpy(palettes), textures)

@@ -1,0 +1,181 @@
+"""Layouts: what is where, as a tone map. Regions, figures, leaves, lines, grids, landscapes and fractal fields.
+
+A layout is float32 (S, S) in [0, 1]: its tone. A style turns tone into colour (styles.py), so the tone is what a query
+and its picture share. Deterministic by the generator that is handed in. numpy and OpenCV only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Tone = NDArray[np.float32]
+Rng = np.random.Generator
+
+
+def smooth_noise(rng: Rng, size: int, cells: int) -> Tone:
+    """Noise of about `cells` bumps a side, mean 0, deviation 1."""
+    coarse = rng.standard_normal((cells + 3, cells + 3)).astype(np.float32)
+    zoom = int(np.ceil(size * (cells + 3) / cells))
+    field = cv2.resize(coarse, (zoom, zoom), interpolation=cv2.INTER_CUBIC)
+    top, left = rng.integers(0, zoom - size + 1, 2)
+    field = field[top : top + size, left : left + size]
+    return (field - field.mean()) / (field.std() + 1e-6)
+
+
+def fractal(rng: Rng, size: int, roughness: float) -> Tone:
+    """A sum of octaves, each `roughness` as strong as the one before; rescaled to [0, 1]."""
+    field = np.zeros((size, size), np.float32)
+    for octave, cells in enumerate((2, 4, 8, 16, 32)):
+        field += roughness**octave * smooth_noise(rng, size, cells)
+    return _unit(field)
+
+
+def _unit(field: Tone) -> Tone:
+    low, high = np.percentile(field, (1, 99))
+    return np.clip((field - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
+
+
+def _tones(rng: Rng, count: int) -> Tone:
+    """`count` tones, spread over [0, 1] and shuffled, so that neighbours differ."""
+    spread = (np.arange(count) + rng.uniform(0.15, 0.85, count)) / count
+    return rng.permutation(spread).astype(np.float32)
+
+
+def _figure(rng: Rng, centre: NDArray[np.float64], radius: float) -> NDArray[np.int32]:
+    """A polygon's corners: from triangle to nearly round, star or blob, turned at random."""
+    corners = int(rng.choice([3, 4, 4, 5, 6, 8, 24]))
+    angles = np.sort(rng.uniform(0, 2 * np.pi, corners)) if rng.random() < 0.3 else np.arange(corners) * 2 * np.pi / corners
+    radii = radius * np.where(np.arange(corners) % 2 == 0, 1.0, rng.uniform(0.4, 1.0) if rng.random() < 0.4 else 1.0)
+    angles = angles + rng.uniform(0, 2 * np.pi)
+    points = centre + np.stack([np.cos(angles), np.sin(angles) * rng.uniform(0.5, 1)], 1) * radii[:, None]
+    return (points * 16).astype(np.int32)  # 4 fractional bits for cv2's anti-aliased fill
+
+
+def _fill(canvas: Tone, points: NDArray[np.int32], tone: float) -> None:
+    cv2.fillPoly(canvas, [points], float(tone), lineType=cv2.LINE_8, shift=4)
+
+
+def regions(rng: Rng, size: int) -> Tone:
+    """Smooth noise cut into 2 to 6 levels."""
+    field = smooth_noise(rng, size, int(rng.integers(2, 9)))
+    levels = int(rng.integers(2, 7))
+    cuts = np.quantile(field, np.sort(rng.uniform(0.1, 0.9, levels - 1)))
+    return _tones(rng, levels)[np.digitize(field, cuts)]
+
+
+def figures(rng: Rng, size: int) -> Tone:
+    """1 to 10 figures before a ground."""
+    count = int(rng.integers(1, 11))
+    tones = _tones(rng, count + 1)
+    canvas = np.full((size, size), tones[0], np.float32)
+    for tone in tones[1:]:
+        _fill(canvas, _figure(rng, rng.uniform(0.1, 0.9, 2) * size, rng.uniform(0.06, 0.35) * size), tone)
+    return canvas
+
+
+def dead_leaves(rng: Rng, size: int) -> Tone:
+    """Overlapping figures with power-law radii: the statistics of natural pictures (Lee, Mumford and Huang 2001)."""
+    canvas = np.full((size, size), rng.random(), np.float32)
+    for _ in range(int(rng.integers(30, 140))):
+        radius = size * min(0.4, 0.035 * rng.pareto(1.6) + 0.02)
+        _fill(canvas, _figure(rng, rng.uniform(0, 1, 2) * size, radius), rng.random())
+    return canvas
+
+
+def lines(rng: Rng, size: int) -> Tone:
+    """Thin and thick curves over a ground of one or two tones."""
+    tones = _tones(rng, 4)
+    canvas = np.where(smooth_noise(rng, size, 2) > rng.uniform(-1, 3), tones[0], tones[1]).astype(np.float32)
+    for _ in range(int(rng.integers(2, 14))):
+        steps = np.cumsum(rng.normal(0, rng.uniform(0.1, 0.7), 40))
+        walk = np.cumsum(np.stack([np.cos(steps), np.sin(steps)], 1), 0) * size / 25 + rng.uniform(0, 1, 2) * size
+        cv2.polylines(canvas, [walk.astype(np.int32)], False, float(rng.choice(tones[2:])), int(rng.integers(1, 7)))
+    return canvas
+
+
+def grid(rng: Rng, size: int) -> Tone:
+    """One figure again and again, in rows, with jitter: coins, windows, bricks."""
+    tones = _tones(rng, 3)
+    canvas = np.full((size, size), tones[0], np.float32)
+    pitch = size / int(rng.integers(2, 8))
+    jitter, radius = rng.uniform(0, 0.15), rng.uniform(0.25, 0.5) * pitch
+    shape = _figure(rng, np.zeros(2), radius)
+    for y in np.arange(pitch / 2, size, pitch):
+        for x in np.arange(pitch / 2, size, pitch):
+            place = (np.array([x, y]) + rng.normal(0, jitter, 2) * pitch) * 16
+            _fill(canvas, shape + place.astype(np.int32), rng.choice(tones[1:]))
+    return canvas
+
+
+def landscape(rng: Rng, size: int) -> Tone:
+    """Sky, sun, ridges one before the other, trees or houses on the nearest."""
+    ridges = int(rng.integers(1, 5))
+    tones: Tone = np.sort(_tones(rng, ridges + 2)).astype(np.float32)
+    if rng.random() < 0.5:
+        tones = tones[::-1]
+    x = np.arange(size)
+    canvas = np.repeat((tones[0] + np.linspace(-0.08, 0.08, size))[:, None], size, 1).astype(np.float32)
+    if rng.random() < 0.6:
+        centre = tuple(int(v) for v in rng.uniform(0.15, 0.85, 2) * (size, size / 2))
+        cv2.circle(canvas, centre, int(rng.uniform(0.05, 0.14) * size), float(rng.random()), -1)
+    horizon = rng.uniform(0.25, 0.55)
+    for ridge in range(ridges):
+        height = horizon + (1 - horizon) * ridge / ridges
+        profile = height * size + rng.uniform(0.02, 0.1) * size * smooth_noise(rng, size, int(rng.integers(2, 12)))[0]
+        canvas[np.arange(size)[:, None] > profile[None]] = tones[ridge + 1]
+    for foot in rng.choice(x, int(rng.integers(0, 9))):
+        base, tall = int(profile[foot]) + 3, int(rng.uniform(0.08, 0.3) * size)
+        wide = int(tall * rng.uniform(0.2, 0.5))
+        corners = [(foot - wide, base), (foot, base - tall), (foot + wide, base)]
+        if rng.random() < 0.4:
+            corners = [(foot - wide, base), (foot - wide, base - tall), (foot + wide, base - tall), (foot + wide, base)]
+        cv2.fillPoly(canvas, [np.array(corners, np.int32)], float(tones[-1]))
+    return canvas
+
+
+def fields(rng: Rng, size: int) -> Tone:
+    """A fractal field, as it is or cut into a few tones."""
+    field = fractal(rng, size, rng.uniform(0.35, 0.75))
+    if rng.random() < 0.5:
+        levels = int(rng.integers(3, 7))
+        field = np.round(field * (levels - 1)).astype(np.float32) / (levels - 1)
+    return field
+
+
+def composite(rng: Rng, size: int) -> Tone:
+    """One layout seen through the silhouette of a blob, before another."""
+    first, second = (FAMILIES[name](rng, size) for name in rng.choice(["regions", "figures", "fields", "lines"], 2))
+    mask = smooth_noise(rng, size, int(rng.integers(2, 4))) > rng.uniform(-0.3, 0.6)
+    return np.where(mask, 0.5 * first, 0.5 + 0.5 * second).astype(np.float32)
+
+
+FAMILIES: dict[str, Callable[[Rng, int], Tone]] = {
+    "regions": regions,
+    "figures": figures,
+    "dead_leaves": dead_leaves,
+    "lines": lines,
+    "grid": grid,
+    "landscape": landscape,
+    "fields": fields,
+    "composite": composite,
+}
+
+
+def make_layout(rng: Rng, size: int = 128) -> tuple[str, Tone]:
+    """A layout of a random family, some with soft borders, shading or fine detail. -> (family, tone (size, size))."""
+    family = str(rng.choice(list(FAMILIES)))
+    # Drawn at twice the size: the area filter below is the anti-aliasing.
+    tone = cv2.resize(FAMILIES[family](rng, 2 * size), (size, size), interpolation=cv2.INTER_AREA)
+    if rng.random() < 0.3:
+        tone = cv2.GaussianBlur(tone, (0, 0), rng.uniform(0.5, 2.5))
+    if rng.random() < 0.5:
+        tone = tone + rng.uniform(0.02, 0.12) * smooth_noise(rng, size, int(rng.integers(1, 4)))
+    if rng.random() < 0.3:
+        tone = tone + rng.uniform(0.02, 0.1) * (fractal(rng, size, 0.8) - 0.5)
+    if rng.random() < 0.15:
+        tone = 0.5 + (tone - 0.5) * rng.uniform(0.4, 0.8)
+    return family, np.clip(tone, 0, 1).astype(np.float32)

@@ -1,0 +1,54 @@
+"""The losses. B samples, C h w latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def picture_loss(made: Tensor, true: Tensor) -> Tensor:
+    """Of the autoencoder, both (B, 3, H, W) in [-1, 1]: L1, L1 of the gradients, and squares."""
+    loss = F.l1_loss(made, true) + F.mse_loss(made, true)
+    for axis in (2, 3):
+        loss = loss + F.l1_loss(made.diff(dim=axis), true.diff(dim=axis))
+    return loss
+
+
+def noised(latents: Tensor, noise: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (x_t, v) of v-prediction (Salimans and Ho 2022): x = a·x0 + s·noise, v = a·noise - s·x0. alphas: (B,)."""
+    signal, sigma = (value.view(-1, 1, 1, 1) for value in (alphas.sqrt(), (1 - alphas).sqrt()))
+    return signal * latents + sigma * noise, signal * noise - sigma * latents
+
+
+def v_loss(output: Tensor, target: Tensor, alphas: Tensor, min_snr: float) -> Tensor:
+    """Squared error of v, weighted by min(SNR, gamma) / (SNR + 1) (Hang et al. 2023)."""
+    snr = alphas / (1 - alphas)
+    weight = snr.clamp(max=min_snr) / (snr + 1)
+    return (weight * (output.float() - target).square().mean((1, 2, 3))).mean()
+
+
+class AuxiliaryHeads(nn.Module):
+    """Thrown away after training: what tone is here (from the ControlNet's first features), which colours and which
+    texture (from the contexts' tokens). They give the encoders a signal long before the U-Net listens to them."""
+
+    def __init__(self, control_width: int, width: int, textures: int) -> None:
+        super().__init__()
+        self.tone = nn.Conv2d(control_width, 1, 1)
+        self.palette, self.texture = nn.Linear(width, 8 * 3), nn.Linear(width, textures)
+
+    def forward(self, features: Tensor, tones: Tensor, tokens: Tensor, palettes: Tensor, textures: Tensor) -> Tensor:
+        """features (B, F, h, w) with tones (B, h, w); tokens (M, K, D) with palettes (M, 24) and textures (M,)."""
+        pooled = tokens.float().mean(1)
+        return (
+            F.mse_loss(self.tone(features.float())[:, 0], tones)
+            + F.mse_loss(self.palette(pooled), palettes)
+            + 0.1 * F.cross_entropy(self.texture(pooled), textures)
+        )
+
+
+def update_ema(average: dict[str, Tensor], modules: nn.Module, decay: float) -> None:
+    with torch.no_grad():
+        for name, value in modules.state_dict().items():
+            if value.is_floating_point():
+                average[name].lerp_(value, 1 - decay)

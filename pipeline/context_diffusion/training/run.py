@@ -1,0 +1,34 @@
+"""The training run: autoencoder, diffusion model, the decoder once more; resumes exactly where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from context_diffusion.model.build import build
+from context_diffusion.training.autoencoder import train_autoencoder, train_decoder
+from context_diffusion.training.config import TrainJob
+from context_diffusion.training.diffusion import train_diffusion
+from context_diffusion.training.pools import Pools
+from context_diffusion.training.prompts import vocabulary
+from context_diffusion.training.state import Metrics
+
+
+def run(job: TrainJob) -> dict[str, Any]:
+    """Trains; leaves job.output/model (a folder that `model:` takes), metrics.jsonl and samples. -> a summary."""
+    torch.set_num_threads(job.cpu_threads)
+    torch.manual_seed(job.seed)  # the fresh weights; everything later draws from generators of its own
+    folder = Path(job.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = build(job.architecture, vocabulary())
+    metrics, pools = Metrics(folder), Pools(job, workers=0 if job.max_steps else 1)
+    try:
+        train_autoencoder(job, model, pools, folder, metrics)
+        summary = train_diffusion(job, model, pools, folder, metrics)
+        train_decoder(job, model, pools, folder, metrics)
+    finally:
+        pools.close()
+    model.save_pretrained(folder / "model")
+    return {"output": str(folder), "model": str(folder / "model"), **summary}

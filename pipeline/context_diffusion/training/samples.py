@@ -1,0 +1,57 @@
+"""A picture of what the model makes of held-out rows: query, contexts, truth, output, a row each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from context_diffusion.config import Settings
+from context_diffusion.engine.engine import Engine
+from context_diffusion.model.native import NativeModel
+from context_diffusion.schema import Request, Result
+from context_diffusion.training.data import Pool, draw
+
+
+def pool_requests(pool: Pool, count: int, settings: Settings, prompts: bool = True) -> tuple[list[Request], NDArray[np.int64]]:
+    """Rows of a pool, and the index of the picture that each should become."""
+    batch = draw(pool, np.random.default_rng(11), count, 0.0, 0.5 if prompts else 1.0)
+    requests = [
+        Request(
+            id=f"validation-{i}",
+            index=0,
+            query=pool.queries[batch.controls[i]],
+            control=pool.controls[batch.controls[i]],
+            control_kind=pool.control_kinds[batch.controls[i]],
+            contexts=tuple(pool.targets[k] for k in batch.contexts[i][: batch.counts[i]]),
+            prompt=batch.prompts[i] or None,
+            negative_prompt=None,
+            settings=settings.model_copy(update={"seed": i}),
+        )
+        for i in range(count)
+    ]
+    return requests, batch.targets
+
+
+def make(model: NativeModel, requests: list[Request]) -> list[NDArray[np.uint8]]:
+    """The engine's pictures, in the order of the requests."""
+    made: dict[str, NDArray[np.uint8]] = {}
+    for request, outcome in Engine(model, torch.device("cpu"), chunk=4, lanes=16).run(requests):
+        assert isinstance(outcome, Result), outcome
+        made[request.id] = outcome.image
+    return [made[request.id] for request in requests]
+
+
+def save_samples(model: NativeModel, pool: Pool, path: Path, count: int = 12) -> None:
+    requests, targets = pool_requests(pool, count, Settings(num_inference_steps=12, guidance_scale=1.5))
+    blank = np.full_like(pool.targets[0], 128)
+    rows = []
+    for request, image, target in zip(requests, make(model, requests), targets, strict=True):
+        contexts = [*request.contexts, blank, blank][:3]
+        assert request.control is not None
+        rows.append(np.concatenate([request.query, request.control, *contexts, pool.targets[target], image], 1))
+    half = count // 2
+    Image.fromarray(np.concatenate([np.concatenate(rows[:half]), np.concatenate(rows[half:])], 1)).save(path)

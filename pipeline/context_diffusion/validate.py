@@ -1,0 +1,50 @@
+"""What is wrong with a job before anything is paid: plan in memory, some rows loaded for real."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.manifest import expand, open_file
+from context_diffusion.model.source import model_revision, model_size
+from context_diffusion.output import Output
+from context_diffusion.plan import Scan, part_rows
+from context_diffusion.schema import ID
+from context_diffusion.stages import LoadImages, ReadShards
+from context_diffusion.storage import Storage, normal, parent
+
+
+def validate_job(job: GenerateJob, sample: int) -> dict[str, Any]:
+    """Scans the whole manifest, loads `sample` rows spread over it. -> rows, shards, problems of the sampled rows.
+
+    Raises JobError for what stops the job; bad rows are only told, for a run turns them into failed rows.
+    """
+    storage = Storage(job.storage_options)
+    revision = model_revision(job.model)
+    files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
+    scan = Scan(job, files, storage)
+    size = part_rows(scan.rows, job.rows_per_part)
+    shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
+    load = LoadImages(job, job.allow or [parent(file.uri) for file in files], *model_size(job.model), storage)
+    looked, problems = 0, []
+    chosen = shards[:: max(1, len(shards) // max(sample, 1))] if sample else []
+    for shard in chosen:
+        left = sample - looked
+        if left <= 0:
+            break
+        read = ReadShards(job, files[shard.file], (shard,), size, scan.passed(), storage)
+        table = load(next(iter(read())).slice(0, max(1, min(left, -(-sample // len(chosen))))))
+        looked += len(table)
+        told = table.select([ID, "error_code", "error_message"]).to_pylist()
+        problems += [row for row in told if row["error_code"] is not None]
+    output = Output(normal(job.output), storage)
+    begun = storage.exists(output.plan)
+    return {
+        "output": output.root,
+        "begun": begun,
+        "rows": scan.rows,
+        "shards": len(shards),
+        "sampled": looked,
+        "problems": problems,
+        "model_revision": revision,
+    }
