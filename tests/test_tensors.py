@@ -162,6 +162,7 @@ def test_a_missing_file_is_pythons_own_error_and_a_bad_one_a_row_error(tmp_path:
         torch.zeros(3, 8, 8, dtype=torch.uint8),
         torch.zeros(3, 0, 8),
         torch.full((3, 8, 8), 2.0),
+        torch.full((3, 8, 8), -0.1),
         torch.full((3, 8, 8), float("nan")),
         load_image_as_tensor(PIXELS) * 1,  # normalised, and it has forgotten how
     ],

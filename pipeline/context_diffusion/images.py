@@ -67,10 +67,10 @@ def _open(data: bytes, limits: Limits, name: str) -> Image.Image:
 def _read_header(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombWarning:
+    except Warning:
         # Only where warnings are errors. The filters belong to the whole process: they are changed as rarely as can be.
         with WARNING_FILTERS, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data), formats=FORMATS)
 
 

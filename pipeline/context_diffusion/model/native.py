@@ -68,7 +68,7 @@ class NativeModel:
     }
 
     @property
-    def modules(self) -> dict[str, torch.nn.Module]:
+    def modules(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.MODULES}
 
     @property

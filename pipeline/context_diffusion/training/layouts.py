@@ -142,7 +142,7 @@ def fields(rng: Rng, size: int) -> Tone:
     field = fractal(rng, size, rng.uniform(0.35, 0.75))
     if rng.random() < 0.5:
         levels = int(rng.integers(3, 7))
-        field = np.round(field * (levels - 1)).astype(np.float32) / (levels - 1)
+        return (np.round(field * (levels - 1)) / (levels - 1)).astype(np.float32)
     return field
 
 

@@ -1,0 +1,158 @@
+"""Same row, same image; every row its own settings; and each input of a row moves its picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from context_diffusion.engine.engine import Engine
+from context_diffusion.engine.service import EngineService
+from context_diffusion.errors import ErrorCode
+from context_diffusion.schema import Failure, Pixels, Request, Result
+from tiny import picture, request, tiny_model
+
+
+def engine(lanes: int = 8) -> Engine:
+    torch.set_num_threads(2)
+    return Engine(tiny_model(), torch.device("cpu"), chunk=2, lanes=lanes)
+
+
+def alone(one: Request) -> Pixels:
+    [(_, outcome)] = list(engine().run([one]))
+    assert isinstance(outcome, Result), outcome
+    return outcome.image
+
+
+def moved(first: Pixels, second: Pixels) -> int:
+    return int(np.abs(first.astype(int) - second.astype(int)).max())
+
+
+rows = st.builds(
+    request,
+    seed=st.integers(0, 50),
+    contexts=st.integers(1, 4),
+    prompt=st.sampled_from([None, "ocean", "dots forest"]),
+    size=st.sampled_from([(64, 64), (64, 96)]),
+    num_inference_steps=st.integers(1, 4),
+    scheduler=st.sampled_from(["ddim", "euler"]),
+    guidance_scale=st.sampled_from([1.0, 2.0]),
+    context_guidance_scale=st.sampled_from([None, 1.0, 3.0]),
+    control=st.sampled_from(["gray", "canny", "none", "soft_edges", "disabled"]),
+    strength=st.sampled_from([None, 0.6]),
+)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(rows, min_size=2, max_size=6), st.integers(3, 9))
+def test_a_row_is_the_same_alone_and_among_any_neighbours(batch: list[Request], lanes: int) -> None:
+    batch = [dataclasses.replace(one, id=str(number)) for number, one in enumerate(batch)]
+    together = {one.id: outcome for one, outcome in engine(lanes).run(batch)}
+    assert set(together) == {one.id for one in batch}
+    for one in batch[:3]:
+        outcome = together[one.id]
+        assert isinstance(outcome, Result), outcome
+        assert np.array_equal(outcome.image, alone(one))
+
+
+BASE: dict[str, Any] = {"seed": 3, "contexts": 2, "prompt": "ocean", "num_inference_steps": 4, "guidance_scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_inference_steps": 2},
+        {"guidance_scale": 6.0},
+        {"context_guidance_scale": 6.0},
+        {"prompt": "dots forest"},
+        {"contexts": 1},
+        {"controlnet_conditioning_scale": 0.0},
+        {"control_guidance_end": 0.3},
+        {"control": "canny"},
+        {"context_weights": [1.0, 0.0]},
+        {"strength": 0.5},
+    ],
+)
+def test_each_setting_moves_the_picture(change: dict[str, Any]) -> None:
+    assert moved(alone(request(**BASE)), alone(request(**(BASE | change)))) > 0
+
+
+def test_query_contexts_and_seed_move_the_picture() -> None:
+    base = request(**BASE)
+    before = alone(base)
+    assert moved(before, alone(dataclasses.replace(base, control=picture(77)))) > 0
+    assert moved(before, alone(dataclasses.replace(base, contexts=(picture(88),)))) > 0
+    assert moved(before, alone(request(**(BASE | {"seed": 4})))) > 0
+
+
+def test_the_order_of_contexts_changes_no_bit_and_a_weight_of_nothing_is_absence() -> None:
+    base = request(**(BASE | {"contexts": 3}))
+    turned = dataclasses.replace(base, contexts=base.contexts[::-1])
+    assert np.array_equal(alone(base), alone(turned))
+    without = dataclasses.replace(base, contexts=base.contexts[:2])
+    weighted = dataclasses.replace(base, settings=base.settings.model_copy(update={"context_weights": [1.0, 1.0, 0.0]}))
+    assert np.array_equal(alone(without), alone(weighted))
+
+
+@torch.inference_mode()
+def test_the_engine_is_a_plain_diffusers_loop() -> None:
+    """The same row by hand: diffusers' scheduler, guidance as in the paper, no slots, no tables, no lanes."""
+    one = request(**(BASE | {"contexts": 1, "guidance_scale": 3.0, "context_guidance_scale": 2.0}))
+    model = tiny_model()
+    scheduler = DDIMScheduler.from_config(model.scheduler_config)
+    scheduler.set_timesteps(4)
+    pixels = torch.from_numpy(np.stack([one.contexts[0], one.control]).copy()).permute(0, 3, 1, 2)
+    contexts = torch.zeros(1, 8, 4, 32)
+    contexts[0, 0] = model.encode_images(pixels[:1])[0]
+    weights = torch.zeros(1, 8)
+    conditions = []
+    for prompt, shown in (("", 0.0), ("", 1.0), ("ocean", 1.0)):
+        weights[0, 0] = shown
+        conditions.append(model.fuse(*model.encode_text([prompt]), contexts, weights))
+    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3))
+    for timestep in scheduler.timesteps:
+        time = timestep[None].float()
+        down, mid = model.control(latents, time, pixels[1:], ["gray"])
+        e0, e_context, e_both = (model.predict(latents, time, h, b, down, mid) for h, b in conditions)
+        guided = e0 + 2.0 * (e_context - e0) + 3.0 * (e_both - e_context)
+        latents = scheduler.step(guided, timestep, latents).prev_sample
+    byhand = (model.decode(latents)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    assert moved(alone(one), byhand) <= 1
+
+
+def test_a_row_that_cannot_be_made_fails_alone() -> None:
+    good, bad = request(1), request(2, contexts=9)
+    wrong = request(3, contexts=2, context_weights=[1.0])
+    outcomes = {one.id: outcome for one, outcome in engine().run([bad, good, wrong])}
+    assert isinstance(outcomes["row-1"], Result)
+    assert isinstance(outcomes["row-2"], Failure)
+    assert outcomes["row-2"].code == ErrorCode.TOO_MANY_CONTEXTS
+    assert isinstance(outcomes["row-3"], Failure)
+    assert "context_weights" in outcomes["row-3"].message
+
+
+def test_contexts_are_encoded_once() -> None:
+    shared = picture(5)
+    batch = [dataclasses.replace(request(seed), contexts=(shared,)) for seed in range(6)]
+    busy = engine()
+    list(busy.run(batch))
+    assert busy.conditioner.contexts.misses == 1
+
+
+def test_the_service_answers_each_caller_in_its_order_and_breaks_loudly() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    service = EngineService(engine())
+    batches = [[request(seed, num_inference_steps=1 + seed % 3) for seed in range(start, start + 4)] for start in (0, 10, 20)]
+    with ThreadPoolExecutor(3) as threads:
+        answers = list(threads.map(service.generate, batches))
+    for batch, outcomes in zip(batches, answers, strict=True):
+        for one, outcome in zip(batch, outcomes, strict=True):
+            assert isinstance(outcome, Result)
+            assert np.array_equal(outcome.image, alone(one))

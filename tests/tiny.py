@@ -1,0 +1,53 @@
+"""A native model of the real classes, small enough for a test: made once a process, random weights, no file."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+
+from context_diffusion.config import Settings
+from context_diffusion.control import control_map
+from context_diffusion.model.build import build
+from context_diffusion.model.native import NativeModel
+from context_diffusion.schema import Pixels, Request
+from context_diffusion.training.config import Architecture
+
+SIZES = Architecture(
+    image_size=64, vae_width=16, latent_channels=4, channels=[32, 32], width=32, context_patch=16, context_grid=2, text_length=8
+)
+
+
+@cache
+def tiny_model() -> NativeModel:
+    torch.manual_seed(7)
+    model = build(SIZES, ["ocean", "dots", "forest"]).eval()
+    for parameter in model.controlnet.parameters():  # louder than at birth, so that the control map shows
+        if parameter.ndim == 4 and parameter.shape[-1] == 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def picture(seed: int, height: int = 64, width: int = 64) -> Pixels:
+    """Coarse coloured noise."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+
+
+def request(
+    seed: int, contexts: int = 1, prompt: str | None = None, size: tuple[int, int] = (64, 64), **settings: object
+) -> Request:
+    query = picture(seed, *size)
+    kind = str(settings.pop("control", "gray"))
+    return Request(
+        id=f"row-{seed}",
+        index=0,
+        query=query,
+        control=None if kind == "disabled" else control_map(query, kind),
+        control_kind=kind,
+        contexts=tuple(picture(1000 + seed + k) for k in range(contexts)),
+        prompt=prompt,
+        negative_prompt=None,
+        settings=Settings.model_validate({"seed": seed, "num_inference_steps": 3, **settings}),
+    )
