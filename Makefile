@@ -30,8 +30,8 @@ lint: install ## ruff and a strict type check
 test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
 	$(BIN)/pytest -m 'not slow and not gpu'
 
-test-full: install ## the longer tests, as far as 40 minutes reach
-	timeout 2400 $(BIN)/pytest -m slow
+test-full: install ## the longer tests, as far as 40 minutes reach; 5 means that there is none yet
+	timeout 2400 $(BIN)/pytest -m slow || test $$? -eq 5
 
 train: install ## trains the bundled model from nothing: an hour on two cores; the same command goes on
 	$(BIN)/context-diffusion run jobs/train.yaml
