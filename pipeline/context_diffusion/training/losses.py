@@ -22,9 +22,10 @@ def noised(latents: Tensor, noise: Tensor, alphas: Tensor) -> tuple[Tensor, Tens
 
 
 def v_loss(output: Tensor, target: Tensor, alphas: Tensor, min_snr: float) -> Tensor:
-    """Squared error of v, weighted by min(SNR, gamma) / (SNR + 1) (Hang et al. 2023)."""
+    """Squared error of v, weighted by min(1, gamma / (SNR + 1)): min-SNR's (Hang et al. 2023) where there is little
+    noise, but 1 where there is much: there v is the picture itself, and the contexts decide it."""
     snr = alphas / (1 - alphas)
-    weight = snr.clamp(max=min_snr) / (snr + 1)
+    weight = (min_snr / (snr + 1)).clamp(max=1)
     return (weight * (output.float() - target).square().mean((1, 2, 3))).mean()
 
 
