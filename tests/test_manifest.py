@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ErrorCode, ManifestError
-from context_diffusion.manifest import expand, open_file, read_group, read_text, scan_text
+from context_diffusion.manifest import expand, open_file, read_parquet, read_text, scan_text
 from context_diffusion.rows import read_table
 from context_diffusion.schema import PASSED, READ, Shard, derive_seed
 from context_diffusion.storage import Storage
@@ -78,8 +78,11 @@ def test_parquet_shards_come_in_order_and_only_the_wanted(tmp_path: Path) -> Non
     file = open_file(uri, STORAGE)
     assert file.groups == [10, 10, 5]
     wanted = [Shard(4, 0, 0, 4, 1), Shard(6, 0, 8, 2, 1)]
-    got = [(shard.number, [row["id"] for row in rows]) for shard, rows in read_group(file, 1, wanted, 4, STORAGE)]
-    assert got == [(4, ["10", "11", "12", "13"]), (6, ["18", "19"])]
+    got = [[row["id"] for row in read_parquet(file, shard, STORAGE)] for shard in wanted]
+    assert got == [["10", "11", "12", "13"], ["18", "19"]]
+    assert [row["id"] for row in read_parquet(file, Shard(0, 0, 0, 2, 0), STORAGE)] == ["0", "1"]
+    with pytest.raises(ManifestError, match="did the file change"):
+        read_parquet(file, Shard(9, 0, 3, 9, 2), STORAGE)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ray.data.datasource import ReadTask
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ClusterError
 from context_diffusion.ledger import GuardedEngine, Ledger
-from context_diffusion.stages import Engine, LoadImages, ReadShards, generate
+from context_diffusion.stages import Engine, LoadImages, ReadShard, generate
 from context_diffusion.writing import WriteShard
 
 EngineFactory = Callable[[GenerateJob, Callable[[BaseException], None]], Engine]
@@ -61,7 +61,7 @@ def share_out(job: GenerateJob, cpus: float, gpus: float) -> Resources:
 class _Shards(Datasource):
     """The read tasks of the shards that are left."""
 
-    def __init__(self, reads: list[ReadShards]) -> None:
+    def __init__(self, reads: list[ReadShard]) -> None:
         super().__init__()
         self._reads = reads
 
@@ -74,9 +74,8 @@ class _Shards(Datasource):
         return [ReadTask(read, _metadata(read)) for read in self._reads]
 
 
-def _metadata(read: ReadShards) -> BlockMetadata:
-    rows = sum(shard.rows for shard in read.shards)
-    return BlockMetadata(num_rows=rows, size_bytes=None, input_files=(read.file.uri,), exec_stats=None)
+def _metadata(read: ReadShard) -> BlockMetadata:
+    return BlockMetadata(num_rows=read.shard.rows, size_bytes=None, input_files=None, exec_stats=None)
 
 
 class _LedgerProxy:
@@ -109,7 +108,7 @@ def _end_process(error: BaseException) -> None:
 
 
 def run_flow(
-    job: GenerateJob, reads: list[ReadShards], load: LoadImages, write: WriteShard, make_engine: EngineFactory
+    job: GenerateJob, reads: list[ReadShard], load: LoadImages, write: WriteShard, make_engine: EngineFactory
 ) -> Iterator[dict[str, int]]:
     """Runs the shards that are left; yields each written shard's counts. Ray is up already."""
     cluster = ray.cluster_resources()

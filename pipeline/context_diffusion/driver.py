@@ -12,8 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -34,7 +33,7 @@ from context_diffusion.plan import Plan, open_plan, read_shards
 from context_diffusion.progress import Progress
 from context_diffusion.report import write_report
 from context_diffusion.schema import Counts
-from context_diffusion.stages import LoadImages, ReadShards
+from context_diffusion.stages import LoadImages, ReadShard
 from context_diffusion.storage import Storage, normal, parent
 from context_diffusion.writing import WriteShard
 
@@ -102,14 +101,14 @@ def _default_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -
     return make_engine(job, broken)
 
 
-def _reads(job: GenerateJob, storage: Storage, output: Output, plan: Plan, done: set[int]) -> list[ReadShards]:
-    """The read tasks of what is left: a row group of a Parquet file each, a shard of a text file each."""
-    reads = []
-    for number, file in enumerate(plan.files):
-        left = [shard for shard in read_shards(output, number) if shard.number not in done]
-        for _, shards in groupby(left, key=lambda s: s.group if file.format == "parquet" else s.number):
-            reads.append(ReadShards(job, file, tuple(shards), plan.rows_per_part, plan.passed, storage))
-    return reads
+def _reads(job: GenerateJob, storage: Storage, output: Output, plan: Plan, done: set[int]) -> list[ReadShard]:
+    """A read task for each shard that is left."""
+    return [
+        ReadShard(job, replace(file, groups=[]), shard, plan.passed, storage)
+        for number, file in enumerate(plan.files)
+        for shard in read_shards(output, number)
+        if shard.number not in done
+    ]
 
 
 def _shards_with_failures(output: Output) -> set[int]:

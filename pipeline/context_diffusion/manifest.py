@@ -90,7 +90,7 @@ def scan_text(file: ManifestFile, storage: Storage) -> Iterator[tuple[int, int, 
 def scan_parquet(file: ManifestFile, storage: Storage, columns: list[str] | None) -> Iterator[Row]:
     """All rows of a Parquet file, these columns of them (None: all)."""
     with storage.open(file.uri) as handle:
-        for batch in _batches(file.uri, handle, None, 4096, columns):
+        for batch in _batches(file.uri, handle, columns):
             yield from batch.to_pylist()
 
 
@@ -107,23 +107,29 @@ def read_text(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:
     return rows
 
 
-def read_group(
-    file: ManifestFile, group: int, shards: list[Shard], rows_per_part: int, storage: Storage
-) -> Iterator[tuple[Shard, list[Row]]]:
-    """The wanted shards of one row group, in order, reading it once and holding one shard at a time."""
-    wanted = {shard.first_row // rows_per_part: shard for shard in shards}
-    with storage.open(file.uri) as handle:
-        for number, batch in enumerate(_batches(file.uri, handle, [group], rows_per_part, None)):
-            if shard := wanted.get(number):
-                rows = batch.to_pylist()
-                if len(rows) != shard.rows:
-                    raise ManifestError(f"{file.uri}: a shard has {len(rows)} rows, the plan {shard.rows}: did it change?")
-                yield shard, rows
+def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:
+    """The rows of a shard of a Parquet file. Its row group stays in this process for the shards that follow: a group
+    cannot be entered in the middle, and Ray Data would join the blocks of a task that read it all."""
+    key = (file.uri, shard.group)
+    if key not in _last_group:
+        _last_group.clear()
+        try:
+            with storage.open(file.uri) as handle:
+                _last_group[key] = pq.ParquetFile(handle).read_row_group(shard.group)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ManifestError(f"{file.uri}: cannot be read as Parquet: {error}") from error
+    rows = _last_group[key].slice(shard.first_row, shard.rows).to_pylist()
+    if len(rows) != shard.rows:
+        raise ManifestError(f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?")
+    return rows
 
 
-def _batches(uri: str, handle: Any, groups: list[int] | None, size: int, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+_last_group: dict[tuple[str, int], pa.Table] = {}
+
+
+def _batches(uri: str, handle: Any, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     try:
-        yield from pq.ParquetFile(handle).iter_batches(size, row_groups=groups, columns=columns)
+        yield from pq.ParquetFile(handle).iter_batches(4096, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
         raise ManifestError(f"{uri}: cannot be read as Parquet: {error}") from error
 

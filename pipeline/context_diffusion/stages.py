@@ -1,11 +1,10 @@
 """The stages of the flow as plain callables, each from one shard's table to the next. Nothing here knows Ray.
 
-ReadShards -> load_images -> generate (around an engine) -> write_shard
+ReadShards -> load_images -> generate (around an engine) -> WriteShard (writing.py)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ from context_diffusion.config import GenerateJob, Settings
 from context_diffusion.control import control_map
 from context_diffusion.errors import RowError
 from context_diffusion.images import decode_image, output_size, resize, statistics
-from context_diffusion.manifest import ManifestFile, read_group, read_text
+from context_diffusion.manifest import ManifestFile, read_parquet, read_text
 from context_diffusion.rows import read_table
 from context_diffusion.schema import (
     CONTEXT,
@@ -51,27 +50,19 @@ class ShardEngine(Protocol):
 
 
 @dataclass(frozen=True)
-class ReadShards:
-    """One read task: shards of one file (for Parquet: of one row group), a table each, in order."""
+class ReadShard:
+    """One read task: a shard's rows as one table. (A task of several shards would become one block.)"""
 
     job: GenerateJob
     file: ManifestFile
-    shards: tuple[Shard, ...]
-    rows_per_part: int
+    shard: Shard
     passed: pa.Schema
     storage: Storage
 
-    def __call__(self) -> Iterator[pa.Table]:
-        base = parent(self.file.uri)
-        for shard, rows in self._raw():
-            yield read_table(rows, shard.number, self.job, base, self.passed)
-
-    def _raw(self) -> Iterator[tuple[Shard, list[dict[str, Any]]]]:
-        if self.file.format == "parquet":
-            group = self.shards[0].group
-            yield from read_group(self.file, group, list(self.shards), self.rows_per_part, self.storage)
-        else:
-            yield from ((shard, read_text(self.file, shard, self.storage)) for shard in self.shards)
+    def __call__(self) -> list[pa.Table]:
+        read = read_parquet if self.file.format == "parquet" else read_text
+        rows = read(self.file, self.shard, self.storage)
+        return [read_table(rows, self.shard.number, self.job, parent(self.file.uri), self.passed)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from context_diffusion.model.source import model_revision, model_size
 from context_diffusion.output import Output
 from context_diffusion.plan import Scan, part_rows
 from context_diffusion.schema import ID
-from context_diffusion.stages import LoadImages, ReadShards
+from context_diffusion.stages import LoadImages, ReadShard
 from context_diffusion.storage import Storage, normal, parent
 
 
@@ -32,8 +32,8 @@ def validate_job(job: GenerateJob, sample: int) -> dict[str, Any]:
         left = sample - looked
         if left <= 0:
             break
-        read = ReadShards(job, files[shard.file], (shard,), size, scan.passed(), storage)
-        table = load(next(iter(read())).slice(0, max(1, min(left, -(-sample // len(chosen))))))
+        read = ReadShard(job, files[shard.file], shard, scan.passed(), storage)
+        table = load(read()[0].slice(0, max(1, min(left, -(-sample // len(chosen))))))
         looked += len(table)
         told = table.select([ID, "error_code", "error_message"]).to_pylist()
         problems += [row for row in told if row["error_code"] is not None]
