@@ -1,0 +1,112 @@
+"""Job files: all errors in one go, the nearest known key, what is allowed; YAML without its traps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.errors import ConfigError
+from context_diffusion.jobfile import check_job, load_job, parse
+
+GOOD: dict[str, Any] = {"kind": "generate", "manifest": "m.parquet", "output": "out"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),
+        ("no", "no"),
+        ("on", "on"),
+        ("012", 12),
+        ("1_000", "1_000"),
+        ("true", True),
+        ("~", None),
+        ("", None),
+        ("12:30", "12:30"),
+        ("2026-11-24", "2026-11-24"),
+        (".5", 0.5),
+        ("-.inf", float("-inf")),
+        ("0x1F", "0x1F"),
+    ],
+)
+def test_yaml_scalars_are_what_one_reads(text: str, value: Any) -> None:
+    assert parse(f"a: {text}")["a"] == value
+    assert type(parse(f"a: {text}")["a"]) is type(value)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("kind: generate\nmanifest: a\nmanifest: b\noutput: c\n")
+    with pytest.raises(ConfigError, match="'manifest' stands twice"):
+        load_job(str(path))
+
+
+def test_all_errors_come_in_one_go_each_with_what_to_do() -> None:
+    bad = GOOD | {
+        "modle": "bundled",
+        "control": "cany",
+        "rows_per_part": 0,
+        "settings": {
+            "num_inference_step": 5,
+            "guidance_scale": "high",
+            "control_guidance_start": 0.9,
+            "control_guidance_end": 0.1,
+        },
+        "max_failed": "many",
+        "storage_options": {"s3": {"secret": "x"}},
+        "columns": {"image": "x"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        check_job(bad, "job.yaml")
+    text = str(caught.value)
+    for expected in (
+        "modle: unknown key; did you mean 'model'?",
+        "settings.num_inference_step: unknown key; did you mean 'num_inference_steps'?",
+        "control: should be 'none', 'canny', 'gray', 'soft_edges' or 'disabled'",
+        "rows_per_part: should be greater than or equal to 1, got 0",
+        'settings.guidance_scale: should be a valid number, got "high"',
+        "max_failed",
+        "is a secret",
+        "'image' is none of ours",
+    ):
+        assert expected in text, text
+
+
+def test_missing_keys_and_kinds_are_named() -> None:
+    with pytest.raises(ConfigError, match="output: is missing"):
+        check_job({"kind": "generate", "manifest": "m"})
+    with pytest.raises(ConfigError, match="did you mean 'generate'"):
+        check_job(GOOD | {"kind": "generat"})
+
+
+def test_set_overrides_dotted_keys(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(GOOD))
+    job = load_job(str(path), ["settings.num_inference_steps=7", "max_failed=5%", "score=[layout]"])
+    assert isinstance(job, GenerateJob)
+    assert (job.settings.num_inference_steps, job.max_failed, job.score) == (7, "5%", ["layout"])
+    with pytest.raises(ConfigError, match="key=value"):
+        load_job(str(path), ["seed"])
+    with pytest.raises(ConfigError, match="manifest is not a mapping"):
+        load_job(str(path), ["manifest.a=1"])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "\t"])
+def test_what_is_no_mapping_is_said(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=str(path)):
+        load_job(str(path))
+
+
+@given(st.integers(1, 10_000), st.integers(0, 100))
+def test_the_share_of_failures_is_of_all_rows(rows: int, percent: int) -> None:
+    job = GenerateJob.model_validate(GOOD | {"max_failed": f"{percent}%"})
+    assert job.failures_allowed(rows) == rows * percent // 100
+    assert GenerateJob.model_validate(GOOD).failures_allowed(rows) == rows

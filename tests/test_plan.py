@@ -1,0 +1,142 @@
+"""Plans: shards put together are the manifest; OUTPUT belongs to one job, manifest and model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.errors import ManifestError, OutputConflictError
+from context_diffusion.output import Output
+from context_diffusion.plan import open_plan, part_rows, read_shards
+from context_diffusion.stages import ReadShard
+from context_diffusion.storage import Storage
+from inputs import job_values, rows, write_manifest, write_pictures
+
+STORAGE = Storage(deadline_s=1)
+
+
+def job(manifest: Any, output: Path, **more: Any) -> GenerateJob:
+    return GenerateJob.model_validate(job_values(manifest, output, **more))
+
+
+def write_text(folder: Path, count: int, form: str) -> str:
+    made = rows(count, write_pictures(folder))
+    path = folder / f"manifest.{form}"
+    if form == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(made[0]))
+            writer.writeheader()
+            writer.writerows({**row, "context": json.dumps(row["context"])} for row in made)
+    return str(path)
+
+
+def read_all(planned: GenerateJob, output: Output) -> list[dict[str, Any]]:
+    plan = open_plan(planned, output, STORAGE)
+    found = []
+    for number, file in enumerate(plan.files):
+        for shard in read_shards(output, number):
+            [table] = ReadShard(planned, file, shard, plan.passed, STORAGE)()
+            assert table["shard"].unique().to_pylist() == [shard.number]
+            found += table.to_pylist()
+    assert len(found) == plan.rows
+    return found
+
+
+@given(st.integers(1, 10**7), st.integers(1, 5000))
+def test_the_rule_of_small_manifests(count: int, asked: int) -> None:
+    size = part_rows(count, asked)
+    assert 1 <= size <= asked
+    assert size == asked or size >= 4
+    assert -(-count // size) <= max(8, -(-count // asked))
+
+
+def test_every_format_gives_the_same_rows_in_order(tmp_path: Path) -> None:
+    manifests = {
+        "parquet": write_manifest(tmp_path / "in", 37),
+        "jsonl": write_text(tmp_path / "in", 37, "jsonl"),
+        "csv": write_text(tmp_path / "in", 37, "csv"),
+    }
+    read = {}
+    for form, manifest in manifests.items():
+        output = Output(str(tmp_path / form), STORAGE)
+        read[form] = read_all(job(manifest, tmp_path / form, rows_per_part=5), output)
+        assert [row["id"] for row in read[form]] == [f"row-{number:03d}" for number in range(37)]
+        assert all(row["error_code"] is None for row in read[form])
+    assert read["parquet"] == read["jsonl"] == read["csv"]
+    assert read["csv"][3]["passed:author"] == "person 3"
+    assert json.loads(read["csv"][3]["settings"])["scheduler"] == "euler"
+
+
+def test_several_files_are_one_manifest(tmp_path: Path) -> None:
+    for number in range(3):
+        made = rows(5, write_pictures(tmp_path))
+        lines = [json.dumps(row | {"id": f"{number}-{row['id']}"}) for row in made]
+        (tmp_path / f"m{number}.jsonl").write_text("\n".join(lines))
+    found = read_all(job(str(tmp_path / "m*.jsonl"), tmp_path / "out"), Output(str(tmp_path / "out"), STORAGE))
+    assert [row["id"] for row in found] == [f"{n}-row-{k:03d}" for n in range(3) for k in range(5)]
+
+
+def test_duplicate_ids_and_missing_columns_are_refused_by_name(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"), STORAGE)
+    manifest = write_manifest(tmp_path / "in", 12, {7: {"id": "row-003"}})
+    with pytest.raises(ManifestError, match="'row-003'"):
+        open_plan(job(manifest, tmp_path / "out"), output, STORAGE)
+    with pytest.raises(ManifestError, match=r"column\(s\) picture are missing; there are id, query"):
+        open_plan(job(manifest, tmp_path / "out", columns={"query": "picture"}), output, STORAGE)
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_rows_without_ids_get_the_same_ones_again_and_equal_rows_are_refused(tmp_path: Path) -> None:
+    names = write_pictures(tmp_path)
+    lines = [json.dumps({"query": name, "context": [names[0]], "seed": number}) for number, name in enumerate(names)]
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(lines))
+    planned = job(str(path), tmp_path / "out")
+    ids = [row["id"] for row in read_all(planned, Output(str(tmp_path / "out"), STORAGE))]
+    assert len(set(ids)) == len(names)
+    assert ids == [row["id"] for row in read_all(planned, Output(str(tmp_path / "out"), STORAGE))]
+    path.write_text("\n".join([*lines, lines[2]]))
+    with pytest.raises(ManifestError, match="no id column"):
+        open_plan(job(str(path), tmp_path / "other"), Output(str(tmp_path / "other"), STORAGE), STORAGE)
+
+
+def test_an_empty_manifest_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text("\n")
+    with pytest.raises(ManifestError, match="no rows"):
+        open_plan(job(str(tmp_path / "m.jsonl"), tmp_path / "out"), Output(str(tmp_path / "out"), STORAGE), STORAGE)
+
+
+def test_an_output_belongs_to_its_job_and_its_manifest(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "in", 12)
+    output = Output(str(tmp_path / "out"), STORAGE)
+    first = open_plan(job(manifest, tmp_path / "out"), output, STORAGE)
+    assert open_plan(job(manifest, tmp_path / "out", cluster={"actors": 2}, max_failed=1), output, STORAGE) == first
+    with pytest.raises(OutputConflictError, match="seed: 0 there, 5 here"):
+        open_plan(job(manifest, tmp_path / "out", seed=5), output, STORAGE)
+    record = json.loads(Path(output.plan).read_text())
+    record["versions"]["torch"] = "1.0"
+    Path(output.plan).write_text(json.dumps(record))
+    with pytest.raises(OutputConflictError, match=r"torch 1\.0 there"):
+        open_plan(job(manifest, tmp_path / "out"), output, STORAGE)
+    assert open_plan(job(manifest, tmp_path / "out"), output, STORAGE, accept_change=True) == first
+    write_manifest(tmp_path / "in", 13)
+    with pytest.raises(OutputConflictError, match="changed since"):
+        open_plan(job(manifest, tmp_path / "out"), output, STORAGE, accept_change=True)
+
+
+def test_the_plan_and_its_shards_lie_on_s3(s3: str, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, 12)
+    STORAGE.replace(f"{s3}/in/manifest.parquet", Path(manifest).read_bytes())
+    output = Output(f"{s3}/out", STORAGE)
+    found = read_all(job(f"{s3}/in/manifest.parquet", Path("unused"), rows_per_part=5).model_copy(), output)
+    assert found[0]["query"]["path"] == f"{s3}/in/picture-0.png"
+    assert len(found) == 12
