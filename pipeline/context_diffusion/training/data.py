@@ -83,7 +83,8 @@ def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: 
             queries.append(query)
             controls.append(control_map(query, kind))
             kinds.append(kind)
-    tones = np.stack([(cv2.resize(tone, (16, 16), interpolation=cv2.INTER_AREA) * 255).astype(np.uint8) for _, tone in layouts])
+    small = (size // 8, size // 8)  # as the latents
+    tones = np.stack([(cv2.resize(tone, small, interpolation=cv2.INTER_AREA) * 255).astype(np.uint8) for _, tone in layouts])
     families = [family for family, _ in layouts]
     return Pool(chosen, parents, varied, families, targets, layout_of, tones, np.stack(queries), np.stack(controls), kinds)
 

@@ -1,0 +1,74 @@
+"""A training run stopped and resumed is the run that was never stopped, bit for bit; its folder is a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from context_diffusion.errors import ModelError
+from context_diffusion.model.native import NativeModel
+from context_diffusion.training import diffusion, run_training
+from context_diffusion.training.config import TrainJob
+from context_diffusion.training.state import load_checkpoint, save_checkpoint
+from tiny import SIZES
+
+
+def job(output: Path, max_steps: int) -> TrainJob:
+    return TrainJob(
+        kind="train",
+        output=str(output),
+        styles=4,
+        pictures=4,
+        pool_steps=2,
+        checkpoint_every=2,
+        max_steps=max_steps,
+        architecture=SIZES,
+    )
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer samples on the pictures of samples: they cost more than the training."""
+    monkeypatch.setattr(diffusion, "save_samples", lambda *_: None)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_training(job(tmp_path / "whole", 4))
+    saves = []
+
+    def stop_at_second(path: Path, state: dict[str, object]) -> None:
+        save_checkpoint(path, state)
+        saves.append(path.name)
+        if path.name == "diffusion.pt" and state["step"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(diffusion, "save_checkpoint", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(job(tmp_path / "stopped", 4))
+    monkeypatch.setattr(diffusion, "save_checkpoint", save_checkpoint)
+    summary = run_training(job(tmp_path / "stopped", 4))
+    assert summary["steps"] == 4
+    whole, resumed = (NativeModel.from_pretrained(tmp_path / name / "model") for name in ("whole", "stopped"))
+    for name, module in whole.modules.items():
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, resumed.modules[name].state_dict()[key]), (name, key)
+
+
+def test_a_torn_checkpoint_is_told_and_a_failed_save_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, {"step": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ModelError, match="not a readable checkpoint"):
+        load_checkpoint(path)
