@@ -26,13 +26,11 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="key=value", he
 def main() -> None:
     """Runs a command; errors that are meant become one message and their exit code."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or EXIT_OK)  # typer.Exit comes back as its code
     except ContextDiffusionError as error:
         errors.print(f"error: {error}")
         _print({"exit": error.exit_code, "error": str(error)})
         sys.exit(error.exit_code)
-    except typer.Exit as leave:
-        sys.exit(leave.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:

@@ -56,7 +56,7 @@ def test_a_wrong_job_ends_with_2_before_ray_starts(tmp_path: Path, change: dict[
 
 
 def test_the_help_and_a_wrong_option() -> None:
-    assert call("run", "--help")[0] == 0
+    assert subprocess.run([*COMMAND, "run", "--help"], capture_output=True, env=ENVIRONMENT).returncode == 0
     assert call("run", "job.yaml", "--sett", "x")[0] == 2
     assert call("status", "/nowhere/at/all")[0] == 2
 

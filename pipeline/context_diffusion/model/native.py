@@ -9,6 +9,7 @@ B samples  N pictures  T text tokens  K tokens a context  L all tokens  D width 
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,9 +170,8 @@ class NativeModel:
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """A folder per component and model_index.json, safetensors in `dtype`."""
         for name, module in self.modules.items():
-            kept = next(module.parameters()).dtype
-            module.to(dtype).save_pretrained(Path(folder) / name, safe_serialization=True)
-            module.to(kept)
+            # A copy: there and back again would leave this model's own weights rounded.
+            copy.deepcopy(module).to(dtype).save_pretrained(Path(folder) / name, safe_serialization=True)
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
         index = {
             "_class_name": "ContextDiffusion",
