@@ -45,7 +45,7 @@ class _Stage:
         model.vae.requires_grad_(False)
         trained.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
-            trained.parameters(), lr=job.autoencoder.learning_rate, weight_decay=1e-4, betas=(0.9, 0.95)
+            trained.parameters(), lr=job.autoencoder.learning_rate, weight_decay=1e-4, betas=(0.9, 0.99)
         )
         self.step, self.done, self.scale, spent = 0, False, 1.0, 0.0
         if (state := load_checkpoint(path)) is not None:
@@ -84,8 +84,9 @@ class _Stage:
             latents = model.vae.encode(true).latents
             noise = torch.randn(latents.shape, generator=generator) * job.autoencoder.latent_noise
             made = model.vae.decode(latents + noise * latents.detach().float().std()).sample
-        # Latents are kept near unit size, so that one scaling factor serves them all.
-        return picture_loss(made.float(), true) + 1e-3 * (latents.float().square().mean() - 1).square()
+        # Latents are kept near unit size and centred, so that one scaling factor serves all channels.
+        size, centre = latents.float().square().mean(), latents.float().mean((0, 2, 3))
+        return picture_loss(made.float(), true) + 1e-3 * (size - 1).square() + 1e-2 * centre.square().mean()
 
     def save(self, done: bool) -> None:
         state = {
