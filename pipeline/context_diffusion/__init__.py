@@ -1,1 +1,27 @@
-"""x"""
+"""Context-aware image generation at scale: layout from a query, style from contexts, meaning from a prompt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from context_diffusion.pipeline import ContextDiffusion
+    from context_diffusion.tensors import ImageTensor, load_image_as_tensor, to_image
+
+__all__ = ["ContextDiffusion", "ImageTensor", "load_image_as_tensor", "to_image"]
+
+_HOME = {
+    "ContextDiffusion": "context_diffusion.pipeline",
+    "ImageTensor": "context_diffusion.tensors",
+    "load_image_as_tensor": "context_diffusion.tensors",
+    "to_image": "context_diffusion.tensors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """torch and diffusers load when a name of the API is first used, not at import."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -67,15 +67,6 @@ class Settings(StrictModel):
         return self
 
 
-class ModelParts(StrictModel):
-    """A model put together from parts, each a folder or hub id in the public format."""
-
-    base: str = Field(min_length=1, description="preset name, folder or hub id")
-    image_encoder: str | None = None
-    vae: str | None = None
-    dtype: Literal["float32", "bfloat16"] | None = None
-
-
 class Cluster(StrictModel):
     """How the stages share the cluster."""
 
@@ -130,7 +121,7 @@ class GenerateJob(StrictModel):
         description="Parquet, JSONL or CSV: a path, URL or glob, or a list of them"
     )
     output: str = Field(min_length=1, description="the OUTPUT folder, a path or URL")
-    model: str | ModelParts = Field(default="bundled", description="bundled, a folder or hub id, or a mapping of parts")
+    model: str = Field(default="bundled", min_length=1, description="bundled, or a folder that `kind: train` left")
     control: ControlName = Field(
         default="gray", description="the query's control map; none: its own pixels, disabled: no ControlNet runs"
     )

@@ -84,8 +84,7 @@ def _make_missing(
     image_size, context_size = model_size(job.model)
     allow = job.allow or [parent(file.uri) for file in plan.files]
     load = LoadImages(job, allow, image_size, context_size, storage)
-    name = job.model if isinstance(job.model, str) else job.model.base
-    write = WriteShard(job, output, f"{name}@{plan.revision}", replace=options.retry_failed)
+    write = WriteShard(job, output, f"{job.model}@{plan.revision}", replace=options.retry_failed)
     from context_diffusion import dataflow  # here, not above: a wrong job is refused before Ray is imported
     from context_diffusion.ray_session import ray_session
 

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from context_diffusion.config import Fit, GenerateJob, ModelParts, Settings
+from context_diffusion.config import Fit, GenerateJob, Settings
 from context_diffusion.control import CONTROLS, control_map
 from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.service import EngineService
-from context_diffusion.errors import ModelError
 from context_diffusion.images import output_size, resize
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.source import model_folder
@@ -41,16 +40,13 @@ class ContextDiffusion:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | dict[str, Any] | ModelParts = "bundled",
+        model: str = "bundled",
         device: str | None = None,
         cpu_threads: int = CPU_THREADS,
     ) -> ContextDiffusion:
-        """model: `bundled`, a folder that training made, or a mapping of parts. Raises ModelError."""
-        parts = ModelParts.model_validate(model) if isinstance(model, dict) else model
-        if isinstance(parts, ModelParts) and (parts.image_encoder or parts.vae or parts.dtype):
-            raise ModelError("model: a native model's parts cannot be replaced; name `base` alone")
+        """model: `bundled`, or a folder that training left. Raises ModelError."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(NativeModel.from_pretrained(model_folder(parts)), where, cpu_threads)
+        return cls(NativeModel.from_pretrained(model_folder(model)), where, cpu_threads)
 
     def engine(self) -> Engine:
         chunk, lanes = SHAPES[self.device.type]

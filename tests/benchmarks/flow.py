@@ -1,0 +1,99 @@
+"""The flow alone, the engine replaced at the test seam; the driver's cost of a plan; import time.
+
+python tests/benchmarks/flow.py [--rows 400] [--shards 10000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.driver import Options, run_generate
+from context_diffusion.output import Output
+from context_diffusion.plan import open_plan, read_shards
+from context_diffusion.stages import ReadShard
+from context_diffusion.storage import Storage
+from inputs import job_values
+
+
+def write_input(folder: Path, rows: int) -> str:
+    """512 x 512 JPEG queries, three contexts each."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    names = [f"{number}.jpg" for number in range(40)]
+    for name in names:
+        coarse = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((512, 512), Image.Resampling.BICUBIC).save(folder / name, quality=92)
+    table = pa.table(
+        {
+            "id": [f"{number:06d}" for number in range(rows)],
+            "query": [names[number % 40] for number in range(rows)],
+            "context": [[names[(number + k) % 40] for k in (1, 2, 3)] for number in range(rows)],
+        }
+    )
+    pq.write_table(table, folder / "manifest.parquet")
+    return str(folder / "manifest.parquet")
+
+
+def flow(folder: Path, rows: int) -> None:
+    import fakes
+
+    job = GenerateJob.model_validate(job_values(write_input(folder / "in", rows), folder / "out"))
+    summary = run_generate(job, Options(), fakes.quick)
+    logged = json.loads(Path(folder / "out" / "summary.json").read_text())
+    print(f"flow: {rows} rows in {summary['seconds']} s with Ray's start, {rows / logged['seconds']:.1f} rows/s")
+
+
+def plan(folder: Path, shards: int) -> None:
+    folder.mkdir()
+    table = pa.table(
+        {"id": [str(n) for n in range(shards * 64)], "query": ["q.png"] * (shards * 64), "context": [["c.png"]] * (shards * 64)}
+    )
+    pq.write_table(table, folder / "manifest.parquet", row_group_size=64_000)
+    job = GenerateJob.model_validate(job_values(str(folder / "manifest.parquet"), folder / "out"))
+    storage, before = Storage(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    output, started = Output(job.output, storage), time.perf_counter()
+    planned = open_plan(job, output, storage)
+    made = time.perf_counter()
+    reads = [ReadShard(job, planned.files[0], shard, planned.passed, storage) for shard in read_shards(output, 0)]
+    done = time.perf_counter()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(
+        f"plan: {len(reads)} shards of 64 rows: {(made - started) / shards * 1e3:.2f} ms a shard to plan, "
+        f"{(done - made) / shards * 1e3:.3f} ms a shard for its read task, {grown:.0f} MiB more at the peak"
+    )
+
+
+def imports() -> None:
+    for module in ("context_diffusion", "context_diffusion.cli"):
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+            seconds.append(time.perf_counter() - started)
+        print(f"import {module}: {sorted(seconds)[2]:.2f} s, Python's own start included")
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--rows", type=int, default=400)
+    arguments.add_argument("--shards", type=int, default=10_000)
+    given = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        imports()
+        plan(Path(folder) / "plan", given.shards)
+        flow(Path(folder) / "flow", given.rows)

@@ -1,0 +1,73 @@
+"""Imports point one way; Ray and torch stay where the design puts them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import context_diffusion
+
+PACKAGE = Path(context_diffusion.__file__).parent
+RAY = {"dataflow.py", "ray_session.py"}
+TORCH = ("model/", "engine/", "training/", "pipeline.py", "tensors.py")
+# A layer may import itself and what stands before it. (model/source.py and the configuration of training are the
+# layers' faces to the driver: no torch in them.)
+LAYERS = [
+    {"errors", "config", "schema", "control"},
+    {"storage", "allow", "images", "manifest", "rows", "unique", "evaluation", "model.source", "training.config"},
+    {"output", "plan", "jobfile", "report", "tensors"},
+    {"model", "engine", "training", "pipeline"},
+    {"stages", "writing", "ledger", "validate", "progress"},
+    {"dataflow", "ray_session"},
+    {"driver", "supervise"},
+    {"cli", "__main__"},
+]
+
+
+def modules() -> list[tuple[str, ast.Module]]:
+    return [(str(path.relative_to(PACKAGE)), ast.parse(path.read_text())) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+def imports(tree: ast.Module, everywhere: bool) -> set[str]:
+    """What a module imports: at its top, or in its functions too."""
+    found: set[str] = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update({node.module} | {f"{node.module}.{alias.name}" for alias in node.names})
+    return found
+
+
+def layer(name: str) -> int:
+    parts = name.split(".")
+    for key in (".".join(parts[:2]), parts[0]):
+        for number, layers in enumerate(LAYERS):
+            if key in layers:
+                return number
+    raise AssertionError(f"{name} stands in no layer: add it to LAYERS")
+
+
+def test_ray_stays_at_its_edge() -> None:
+    users = {name for name, tree in modules() if any(m.split(".")[0] == "ray" for m in imports(tree, everywhere=True))}
+    assert users == RAY
+
+
+def test_torch_loads_only_where_it_is_the_matter() -> None:
+    heavy = ("torch", "diffusers", "transformers")
+    users = {name for name, tree in modules() if any(m.split(".")[0] in heavy for m in imports(tree, everywhere=False))}
+    assert all(name.startswith(TORCH) for name in users), users
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for name, tree in modules():
+        if name == "__init__.py":
+            continue
+        own = name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        for imported in imports(tree, everywhere=False):
+            if imported.startswith("context_diffusion."):
+                target = imported.removeprefix("context_diffusion.")
+                if layer(target) > layer(own):
+                    wrong.append(f"{own} -> {target}")
+    assert not wrong
