@@ -20,12 +20,18 @@ SIZES = Architecture(
 
 
 @cache
+@torch.no_grad()
 def tiny_model() -> NativeModel:
     torch.manual_seed(7)
     model = build(SIZES, ["ocean", "dots", "forest"]).eval()
     for parameter in model.controlnet.parameters():  # louder than at birth, so that the control map shows
         if parameter.ndim == 4 and parameter.shape[-1] == 1:
             torch.nn.init.normal_(parameter, std=0.3)
+    # Random decoders are saturated, by machine: black pictures are all the same.
+    raw = model.vae.decode(torch.randn(4, *model.latent_shape)).sample
+    last = model.vae.decoder.layers[-1]
+    last.weight.mul_(0.3 / raw.std((0, 2, 3)).mean())
+    last.bias.fill_(0.5)
     return model
 
 

@@ -215,11 +215,22 @@ def _json_type(value: Any) -> pa.DataType | None:
     return {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}.get(type(value), pa.string())
 
 
+def _flat(keys: dict[str, Any]) -> dict[str, Any]:
+    """{"settings": {"seed": 1}} -> {"settings.seed": 1}, as `--set` names them."""
+    flat: dict[str, Any] = {}
+    for key, value in keys.items():
+        flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
 def _check_same(record: Any, job: GenerateJob, storage: Storage, output: Output, accept_change: bool) -> None:
     """Is the plan that stands in OUTPUT this job's, on this manifest, by these versions?"""
-    there = GenerateJob.model_validate(record["job"]).pixel_keys()
-    ours = job.pixel_keys()
-    changed = [f"{key}: {there[key]!r} there, {ours[key]!r} here" for key in ours if ours[key] != there[key]]
+    there, ours = _flat(GenerateJob.model_validate(record["job"]).pixel_keys()), _flat(job.pixel_keys())
+    changed = [
+        f"{key}: {there.get(key)!r} there, {ours.get(key)!r} here"
+        for key in sorted(ours | there)
+        if ours.get(key) != there.get(key)
+    ]
     if changed:
         raise OutputConflictError(f"{output.root} holds another job's output ({'; '.join(changed)}); choose another `output:`")
     for file in record["manifest"]:
