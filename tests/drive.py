@@ -1,6 +1,6 @@
 """A driver for tests: run_generate with an engine of fakes.py, in a process of its own that a test may kill.
 
-python tests/drive.py ENGINE < job as JSON        the summary, or the error, is the last line of stdout
+python tests/drive.py ENGINE [OPTION ...] < job as JSON        the summary, or the error, is the last line of stdout
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from context_diffusion.config import GenerateJob
 from context_diffusion.driver import Options, classify, run_generate
 
 if __name__ == "__main__":
+    options = Options(**dict.fromkeys(sys.argv[2:], True))
     try:
-        summary = run_generate(GenerateJob.model_validate(json.load(sys.stdin)), Options(), getattr(fakes, sys.argv[1]))
+        summary = run_generate(GenerateJob.model_validate(json.load(sys.stdin)), options, getattr(fakes, sys.argv[1]))
     except Exception as error:
         summary = classify(error)
     print(json.dumps(summary), flush=True)

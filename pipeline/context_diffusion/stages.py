@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from context_diffusion.allow import check_allowed
-from context_diffusion.config import GenerateJob, Settings
+from context_diffusion.config import Fit, GenerateJob, Settings
 from context_diffusion.control import control_map
 from context_diffusion.errors import RowError
 from context_diffusion.images import decode_image, output_size, resize, statistics
@@ -35,6 +35,8 @@ from context_diffusion.schema import (
     to_image,
 )
 from context_diffusion.storage import Storage, parent
+
+Seen = dict[tuple[str, Fit, int | None, int | None], Pixels]
 
 
 class Engine(Protocol):
@@ -67,7 +69,7 @@ class ReadShard:
 
 @dataclass(frozen=True)
 class LoadImages:
-    """Sources -> pixels at the sizes that the model takes, and the control map. One picture read once a shard."""
+    """Sources -> pixels at the sizes that the model takes, and the control map."""
 
     job: GenerateJob
     allow: list[str]
@@ -76,7 +78,7 @@ class LoadImages:
     storage: Storage
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        seen: dict[str, Pixels] = {}
+        seen: Seen = {}
         rows, codes, messages = [], [], []
         for row in table.to_pylist():
             loaded: dict[str, Any] = dict.fromkeys(LOADED.names)
@@ -97,29 +99,36 @@ class LoadImages:
             table = table.append_column(name, pa.array([row[name] for row in rows], LOADED.field(name).type))
         return table
 
-    def _load(self, row: dict[str, Any], seen: dict[str, Pixels]) -> dict[str, Any]:
-        settings, job = Settings.model_validate_json(row["settings"]), self.job
-        original = self._pixels(row[QUERY], seen)
-        size = output_size(job.fit, original.shape[1], original.shape[0], settings.width, settings.height, self.image_size)
-        query = resize(original, *size, job.fit)
-        contexts = [resize(self._pixels(c, seen), self.context_size, self.context_size, "crop") for c in row[CONTEXT]]
+    def _load(self, row: dict[str, Any], seen: Seen) -> dict[str, Any]:
+        settings = Settings.model_validate_json(row["settings"])
+        query = self._resized(row[QUERY], self.job.fit, settings.width, settings.height, seen)
+        contexts = [self._resized(c, "crop", self.context_size, self.context_size, seen) for c in row[CONTEXT]]
         mean, std = statistics(query)
         return {
             "query_image": to_image(query),
-            "control_image": None if job.control == "disabled" else to_image(control_map(query, job.control)),
+            "control_image": None if self.job.control == "disabled" else to_image(control_map(query, self.job.control)),
             "context_images": [to_image(context) for context in contexts],
             "query_mean": mean,
             "query_std": std,
         }
 
-    def _pixels(self, source: dict[str, Any], seen: dict[str, Pixels]) -> Pixels:
+    def _resized(self, source: dict[str, Any], fit: Fit, width: int | None, height: int | None, seen: Seen) -> Pixels:
+        """Contexts repeat over rows: what comes from a URI is kept, at its small size, for the shard's other rows."""
+        key = (source["path"], fit, width, height)
+        if source["bytes"] is None and key in seen:
+            return seen[key]
+        pixels = self._pixels(source)
+        size = output_size(fit, pixels.shape[1], pixels.shape[0], width, height, self.image_size)
+        pixels = resize(pixels, *size, fit)
+        if source["bytes"] is None:
+            seen[key] = pixels
+        return pixels
+
+    def _pixels(self, source: dict[str, Any]) -> Pixels:
         if source["bytes"] is not None:
             return decode_image(source["bytes"], self.job.limits, source["path"] or "inline image")
-        uri = source["path"]
-        if uri not in seen:
-            check_allowed(uri, self.allow)
-            seen[uri] = decode_image(self.storage.read_input(uri, self.job.limits.max_bytes), self.job.limits, uri)
-        return seen[uri]
+        check_allowed(source["path"], self.allow)
+        return decode_image(self.storage.read_input(source["path"], self.job.limits.max_bytes), self.job.limits, source["path"])
 
 
 def _without_bytes(column: pa.ChunkedArray) -> pa.Array:

@@ -22,11 +22,11 @@ pytestmark = pytest.mark.ray
 TESTS = Path(__file__).parents[1]
 
 
-def start(job: dict[str, Any], engine: str) -> subprocess.Popen[str]:
+def start(job: dict[str, Any], engine: str, **options: bool) -> subprocess.Popen[str]:
     """A driver in a process and session of its own."""
     environment = os.environ | {"PYTHONPATH": str(TESTS), "RAY_worker_niceness": "0"}
     process = subprocess.Popen(
-        [sys.executable, str(TESTS / "drive.py"), engine],
+        [sys.executable, str(TESTS / "drive.py"), engine, *options],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -40,8 +40,8 @@ def start(job: dict[str, Any], engine: str) -> subprocess.Popen[str]:
     return process
 
 
-def drive(job: dict[str, Any], engine: str = "quick") -> dict[str, Any]:
-    process = start(job, engine)
+def drive(job: dict[str, Any], engine: str = "quick", **options: bool) -> dict[str, Any]:
+    process = start(job, engine, **options)
     assert process.stdout
     lines = process.stdout.read().strip().splitlines()
     process.wait(timeout=120)
