@@ -20,8 +20,9 @@ from context_diffusion.model.source import model_folder
 from context_diffusion.schema import Failure, Request, Result, derive_seed
 from context_diffusion.tensors import to_pixels
 
-# (chunk, lanes) by kind of device: fixed, for they decide the bits. A CPU gains little from a batch.
-SHAPES = {"cpu": (2, 8), "cuda": (32, 64)}
+# (chunk, lanes) by kind of device: fixed, for they decide the bits. On two cores chunks of 2, 4 and 8 lanes took .73, .56
+# and .51 s a picture of 20 guided steps; a picture alone pays for the empty lanes of its chunk.
+SHAPES = {"cpu": (4, 8), "cuda": (32, 64)}
 CPU_THREADS = 2
 
 

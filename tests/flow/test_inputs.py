@@ -45,9 +45,6 @@ def test_a_jsonl_manifest_in_an_object_store_with_its_own_column_names(tmp_path:
 FITS = {"keep": (96, 176), "crop": (128, 128), "pad": (128, 128), "stretch": (128, 128)}
 
 
-FITS = {"keep": (96, 176), "crop": (128, 128), "pad": (128, 128), "stretch": (128, 128)}
-
-
 @pytest.mark.parametrize(("fit", "size"), FITS.items())
 def test_pictures_as_bytes_in_the_manifest_meet_the_size_as_the_job_says(tmp_path: Path, fit: str, size: tuple[int, int]) -> None:
     Image.fromarray(picture(1, 64, 128)).save(tmp_path / "wide.png")

@@ -41,6 +41,9 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
+        class_embed_type="projection",  # of NativeModel.pool
+        projection_class_embeddings_input_dim=2 * sizes.width,
+        resnet_time_scale_shift="scale_shift",
     )
     controlnet = ControlNetModel(
         in_channels=sizes.latent_channels,

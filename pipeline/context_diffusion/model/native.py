@@ -153,10 +153,19 @@ class NativeModel:
             latents.to(self.dtype),
             timesteps,
             hidden.to(self.dtype),
+            class_labels=self.pool(hidden, bias).to(self.dtype),
             encoder_attention_mask=mask,
             down_block_additional_residuals=None if down is None else tuple(down),
             mid_block_additional_residual=mid,
         ).sample
+
+    def pool(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        """Tokens (B, L, D) -> (B, 2·D): the weighted means of the text's and of the contexts' tokens. They modulate
+        every residual block, as a style does in AdaIN (Huang and Belongie 2017): colour at all resolutions."""
+        text = self.text_encoder.config.max_position_embeddings
+        cut = (text, hidden.shape[1] - text)
+        shares = [part.softmax(2).to(hidden.dtype) for part in bias.split(cut, 2)]
+        return torch.cat([(share @ part)[:, 0] for share, part in zip(shares, hidden.split(cut, 1), strict=True)], 1)
 
     def encode_pixels(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> latents (B, C, h, w) of about unit deviation."""

@@ -18,8 +18,8 @@ class AutoencoderSteps(StrictModel):
 
 
 class DiffusionSteps(StrictModel):
-    minutes: float = Field(default=33, gt=0, description="of cpu_threads cores; the learning rate falls to the end")
-    batch_size: int = Field(default=32, ge=1)
+    minutes: float = Field(default=35, gt=0, description="of cpu_threads cores; the learning rate falls to the end")
+    batch_size: int = Field(default=16, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     ema: float = Field(default=0.999, ge=0, lt=1)
     min_snr: float = Field(default=5.0, gt=0, description="Hang et al. 2023, gamma")
@@ -50,8 +50,8 @@ class TrainJob(StrictModel):
     seed: int = Field(default=0, ge=0)
     styles: int = Field(default=384, ge=2, description="styles of one pool of data")
     pictures: int = Field(default=8, ge=4, description="layouts that each style of a pool dresses")
-    pool_steps: int = Field(default=192, ge=1, description="steps before the next pool is made")
-    checkpoint_every: int = Field(default=250, ge=1)
+    pool_steps: int = Field(default=400, ge=1, description="steps before the next pool is made")
+    checkpoint_every: int = Field(default=500, ge=1)
     cpu_threads: int = Field(default=2, ge=1)
     max_steps: int | None = Field(default=None, ge=1, description="of each stage; left out: the minutes decide")
     architecture: Architecture = Architecture()

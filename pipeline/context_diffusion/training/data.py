@@ -17,7 +17,7 @@ from context_diffusion.training.prompts import describe
 from context_diffusion.training.styles import Style, dress, make_style, vary
 
 KINDS = ("gray", "none", "canny", "soft_edges")
-KIND_SHARES = (0.4, 0.2, 0.2, 0.2)
+KIND_SHARES = (0.5, 0.2, 0.15, 0.15)
 VALIDATION_SEED = 2**40  # pools from here on are never trained on
 
 
@@ -27,7 +27,8 @@ class Pool:
 
     targets: uint8 (S·P, H, W, 3), style s has rows s·P to s·P + P. layout_of: (S·P,) its layout.
     controls: uint8 (layouts · 2, H, W, 3), control_kinds their kinds: layout l has 2l and 2l + 1.
-    queries: the pictures that the controls were made of. parents: the style that style s varies, else itself.
+    tones: (layouts, H, W), the layouts undressed. queries: the pictures that the controls were made of.
+    parents: the style that style s varies, else itself.
     """
 
     styles: list[Style]
@@ -43,7 +44,8 @@ class Pool:
 
 
 def _styles(rng: Rng, count: int, held_out: bool) -> tuple[list[Style], NDArray[np.int64], list[str]]:
-    """Styles, a fifth of them one-attribute variants of the one before."""
+    """Styles, a fifth of them one-attribute variants of the one before. held_out: no variants, every second style a
+    pair of palette and texture that training never shows together."""
     styles: list[Style] = []
     parents, varied = np.arange(count), [""] * count
     for s in range(count):
@@ -51,7 +53,7 @@ def _styles(rng: Rng, count: int, held_out: bool) -> tuple[list[Style], NDArray[
             varied[s], style = vary(rng, styles[s - 1])
             parents[s] = s - 1
         else:
-            style = make_style(rng, held_out)
+            style = make_style(rng, held_out and s % 2 == 0)
         styles.append(style)
     return styles, parents, varied
 
@@ -83,8 +85,7 @@ def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: 
             queries.append(query)
             controls.append(control_map(query, kind))
             kinds.append(kind)
-    small = (size // 8, size // 8)  # as the latents
-    tones = np.stack([(cv2.resize(tone, small, interpolation=cv2.INTER_AREA) * 255).astype(np.uint8) for _, tone in layouts])
+    tones = np.stack([(tone * 255).astype(np.uint8) for _, tone in layouts])
     families = [family for family, _ in layouts]
     return Pool(chosen, parents, varied, families, targets, layout_of, tones, np.stack(queries), np.stack(controls), kinds)
 

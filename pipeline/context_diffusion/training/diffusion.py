@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from context_diffusion.model.native import NativeModel
 from context_diffusion.training.config import TrainJob
 from context_diffusion.training.data import Batch, Pool, draw
-from context_diffusion.training.losses import AuxiliaryHeads, noised, update_ema, v_loss
+from context_diffusion.training.losses import AuxiliaryHeads, noised, spread_timesteps, update_ema, v_loss
 from context_diffusion.training.pools import Pools
 from context_diffusion.training.samples import save_samples
 from context_diffusion.training.state import Metrics, Progress, load_checkpoint, save_checkpoint
@@ -33,6 +33,7 @@ class Encoded:
 
     pool: Pool
     latents: Tensor  # float16 (S·P, C, h, w)
+    layouts: Tensor  # float16 (layouts, C, h, w), of the layouts undressed, in grey
     palettes: Tensor  # (S, 24)
     textures: Tensor  # (S,)
 
@@ -75,7 +76,8 @@ class _Run:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(job.seed + 1)
         embedding = model.controlnet.controlnet_cond_embedding
-        self.heads = AuxiliaryHeads(model.controlnet.config.block_out_channels[0], job.architecture.width, len(TEXTURES))
+        sizes = job.architecture
+        self.heads = AuxiliaryHeads(sizes.channels[0], sizes.latent_channels, sizes.width, len(TEXTURES))
         self.features: list[Tensor] = []
         embedding.register_forward_hook(lambda _m, _i, output: self.features.append(output))
         matrices = [p for p in self.modules.parameters() if p.ndim >= 2]
@@ -125,7 +127,7 @@ class _Run:
         """The loss of one batch; noise and timesteps follow from the generator."""
         pool, model = encoded.pool, self.model
         latents = encoded.latents[batch.targets].float()
-        timesteps = torch.randint(len(self.alphas), (len(latents),), generator=generator)
+        timesteps = spread_timesteps(len(latents), len(self.alphas), generator)
         noise = torch.randn(latents.shape, generator=generator)
         alphas = self.alphas[timesteps]
         noisy, target = noised(latents, noise, alphas)
@@ -142,8 +144,8 @@ class _Run:
             output = model.predict(noisy, timesteps, hidden, bias, down, mid)
         loss = v_loss(output, target, alphas, self.job.diffusion.min_snr)
         styles = batch.contexts[shown.numpy()] // (len(pool.targets) // len(pool.styles))
-        tones = torch.from_numpy(pool.tones[batch.controls // 2]).float() / 255
-        hints = self.heads(self.features[0], tones, contexts, encoded.palettes[styles], encoded.textures[styles])
+        layouts = encoded.layouts[batch.controls // 2].float()
+        hints = self.heads(self.features[0], layouts, contexts, encoded.palettes[styles], encoded.textures[styles])
         return loss + self.job.diffusion.auxiliary * hints
 
     @torch.no_grad()
@@ -182,8 +184,15 @@ def to_uint8(pictures: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = [model.encode_pixels(to_uint8(pool.targets[i : i + 32])).half() for i in range(0, len(pool.targets), 32)]
+    bare = np.repeat(pool.tones[..., None], 3, 3)
+    latents, layouts = encode(model, pool.targets), encode(model, bare)
     palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles])
     textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
-    return Encoded(pool, torch.cat(parts), torch.from_numpy(palettes), textures)
+    return Encoded(pool, latents, layouts, torch.from_numpy(palettes), textures)
+
+
+def encode(model: NativeModel, pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float16 latents (B, C, h, w)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [model.encode_pixels(to_uint8(pictures[i : i + 32])).half() for i in range(0, len(pictures), 32)]
+    return torch.cat(parts)

@@ -16,6 +16,13 @@ def picture_loss(made: Tensor, true: Tensor) -> Tensor:
     return loss
 
 
+def spread_timesteps(count: int, timesteps: int, generator: torch.Generator) -> Tensor:
+    """One timestep out of each of `count` parts of them all: (count,), in random order. More of them where there is
+    much noise: there contexts and query decide the picture."""
+    parts = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    return (parts**0.7 * timesteps).long().clamp(max=timesteps - 1)
+
+
 def noised(latents: Tensor, noise: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
     """-> (x_t, v) of v-prediction (Salimans and Ho 2022): x = a·x0 + s·noise, v = a·noise - s·x0. alphas: (B,)."""
     signal, sigma = (value.view(-1, 1, 1, 1) for value in (alphas.sqrt(), (1 - alphas).sqrt()))
@@ -31,19 +38,19 @@ def v_loss(output: Tensor, target: Tensor, alphas: Tensor, min_snr: float) -> Te
 
 
 class AuxiliaryHeads(nn.Module):
-    """Thrown away after training: what tone is here (from the ControlNet's first features), which colours and which
-    texture (from the contexts' tokens). They give the encoders a signal long before the U-Net listens to them."""
+    """Thrown away after training: the latents of the bare layout (from the ControlNet's first features), which colours
+    and which texture (from the contexts' tokens). They give the encoders a signal long before the U-Net listens."""
 
-    def __init__(self, control_width: int, width: int, textures: int) -> None:
+    def __init__(self, control_width: int, latent_channels: int, width: int, textures: int) -> None:
         super().__init__()
-        self.tone = nn.Conv2d(control_width, 1, 1)
+        self.layout = nn.Conv2d(control_width, latent_channels, 1)
         self.palette, self.texture = nn.Linear(width, 8 * 3), nn.Linear(width, textures)
 
-    def forward(self, features: Tensor, tones: Tensor, tokens: Tensor, palettes: Tensor, textures: Tensor) -> Tensor:
-        """features (B, F, h, w) with tones (B, h, w); tokens (M, K, D) with palettes (M, 24) and textures (M,)."""
+    def forward(self, features: Tensor, layouts: Tensor, tokens: Tensor, palettes: Tensor, textures: Tensor) -> Tensor:
+        """features (B, F, h, w) with layouts (B, C, h, w); tokens (M, K, D) with palettes (M, 24) and textures (M,)."""
         pooled = tokens.float().mean(1)
         return (
-            F.mse_loss(self.tone(features.float())[:, 0], tones)
+            F.mse_loss(self.layout(features.float()), layouts)
             + F.mse_loss(self.palette(pooled), palettes)
             + 0.1 * F.cross_entropy(self.texture(pooled), textures)
         )

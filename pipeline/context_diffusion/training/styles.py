@@ -78,8 +78,8 @@ def make_lut(rng: Rng, palette: str) -> NDArray[np.float32]:
 
 
 def _texture(rng: Rng) -> str:
-    """Flat a third of the time: most of a photograph is."""
-    return "flat" if rng.random() < 0.25 else str(rng.choice(TEXTURES))
+    """Flat about half of the time: most of a photograph is."""
+    return "flat" if rng.random() < 0.4 else str(rng.choice(TEXTURES))
 
 
 def make_style(rng: Rng, held_out: bool = False) -> Style:
@@ -102,7 +102,7 @@ def make_style(rng: Rng, held_out: bool = False) -> Style:
         band=str(rng.choice(["all", "all", "dark", "light"])),
         outline=rng.choice([0.0, 0.0, 0.0, 0.6, -0.6]) * rng.uniform(0.5, 1),
         light=(rng.normal(0, 0.06), rng.normal(0, 0.06)),
-        grain=max(0.0, rng.normal(0, 0.012)),
+        grain=max(0.0, rng.normal(0, 0.008)),
     )
 
 
