@@ -48,7 +48,10 @@ def loop(model: NativeModel, requests: list[Request]) -> None:
         weights[1, : len(tokens)] = 1
         hidden, bias = model.fuse(*model.encode_text(["", ""]), contexts, weights)
         guidance = one.settings.guidance_scale
-        latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(one.settings.seed or 0))
+        latents = (
+            torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(one.settings.seed or 0))
+            * model.noise_scale
+        )
         for timestep in scheduler.timesteps:
             both, times = latents.expand(2, -1, -1, -1), timestep.expand(2).float()
             down, mid = model.control(both, times, pixels[0].expand(2, -1, -1, -1), ["gray", "gray"])

@@ -115,7 +115,7 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
     for prompt, shown in (("", 0.0), ("", 1.0), ("ocean", 1.0)):
         weights[0, 0] = shown
         conditions.append(model.fuse(*model.encode_text([prompt]), contexts, weights))
-    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3))
+    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3)) * model.noise_scale
     for timestep in scheduler.timesteps:
         time = timestep[None].float()
         down, mid = model.control(latents, time, pixels[1:], ["gray"])

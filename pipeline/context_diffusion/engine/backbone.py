@@ -15,6 +15,7 @@ class Backbone(Protocol):
     image_size: int  # pixels, the size it was trained for
     context_size: int  # pixels of a context picture
     context_slots: int  # contexts that a row may have
+    noise_scale: float  # of the noise that sampling begins with; 1: as trained
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

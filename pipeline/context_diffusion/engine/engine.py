@@ -143,7 +143,7 @@ class Engine:
         height, width = request.query.shape[0] // factor, request.query.shape[1] // factor
         noise = torch.randn(1, channels, height, width, generator=generator).to(self.device)
         if request.settings.strength is None:
-            return noise * table.init_scale
+            return noise * table.init_scale * self.backbone.noise_scale
         if first == len(table):  # a strength too small for one step: the query comes back as the autoencoder has it
             return self.backbone.encode_pixels(to_tensor(request.query).to(self.device)).float()
         image, scale = table.noised[first].tolist()

@@ -101,6 +101,7 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
         image_size=sizes.image_size,
         context_size=sizes.image_size,
         context_slots=sizes.context_slots,
+        noise_scale=sizes.noise_scale,
     )
 
 

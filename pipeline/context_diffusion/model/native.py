@@ -58,6 +58,7 @@ class NativeModel:
     image_size: int = 128
     context_size: int = 128
     context_slots: int = 8
+    noise_scale: float = 1.0
 
     MODULES: ClassVar[dict[str, Any]] = {
         "vae": AutoencoderTiny,
@@ -188,6 +189,7 @@ class NativeModel:
             "image_size": self.image_size,
             "context_size": self.context_size,
             "context_slots": self.context_slots,
+            "noise_scale": self.noise_scale,
         }
         (Path(folder) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 

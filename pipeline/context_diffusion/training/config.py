@@ -39,6 +39,7 @@ class Architecture(StrictModel):
     context_patch: int = 16
     context_grid: int = Field(default=4, description="a context becomes grid x grid tokens")
     context_slots: int = 8
+    noise_scale: float = Field(default=0.75, gt=0, le=1, description="of sampling: a small model is unsure of much")
     text_length: int = 20
 
 

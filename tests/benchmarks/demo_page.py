@@ -1,0 +1,43 @@
+"""The picture at the README's top: some rows of the demo, each as query, contexts and what was made.
+
+python tests/benchmarks/demo_page.py demo-01 demo-05 ...      reads build/demo, writes jobs/demo.png
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from PIL import Image
+
+from context_diffusion.config import Limits
+from context_diffusion.images import decode_image, resize
+
+SIDE, GAP = 128, 6
+
+
+def panel(row: dict[str, object]) -> Image.Image:
+    """query, up to two contexts, output, side by side."""
+    sources = [str(row["query"]), *list(row["context"])[:2]]  # type: ignore[call-overload]
+    shown = [Image.fromarray(resize(decode_image(Path(p).read_bytes(), Limits(), p), SIDE, SIDE, "crop")) for p in sources]
+    page = Image.new("RGB", (4 * SIDE + 5 * GAP, SIDE), "white")
+    for place, picture in zip((0, 1, 2), shown, strict=False):
+        page.paste(picture, (place * (SIDE + GAP), 0))
+    page.paste(Image.open(Path("build/demo") / str(row["file_name"])).resize((SIDE, SIDE)), (3 * (SIDE + GAP) + 2 * GAP, 0))
+    return page
+
+
+def main(ids: list[str]) -> None:
+    rows = {row["id"]: row for row in pq.read_table("build/demo/data").to_pylist()}
+    panels = [panel(rows[row]) for row in ids or sorted(rows)]
+    half = (len(panels) + 1) // 2
+    wide, tall = panels[0].width, SIDE + GAP
+    page = Image.new("RGB", (2 * wide + 4 * GAP, half * tall - GAP), "white")
+    for number, made in enumerate(panels):
+        page.paste(made, ((number // half) * (wide + 4 * GAP), (number % half) * tall))
+    page.save("jobs/demo.png" if ids else "build/demo.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
