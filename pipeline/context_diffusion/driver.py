@@ -88,7 +88,7 @@ def _make_missing(
     from context_diffusion import dataflow  # here, not above: a wrong job is refused before Ray is imported
     from context_diffusion.ray_session import ray_session
 
-    with ray_session(job, options.address) as logs, Progress(plan.rows, before, logs) as shown:
+    with ray_session(job.cluster.num_cpus, options.address) as logs, Progress(plan.rows, before, logs) as shown:
         for counts in dataflow.run_flow(job, reads, load, write, make_engine or _default_engine):
             shown.add(counts)
             _check_failures(job, plan, shown.counts)

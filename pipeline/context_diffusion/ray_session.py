@@ -9,22 +9,22 @@ from contextlib import contextmanager
 
 import ray
 
-from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ClusterError
 
 OBJECT_STORE = 1 << 30  # bytes, of a Ray that is started here; a shard's pixels are some tens of MB
 
 
 @contextmanager
-def ray_session(job: GenerateJob, address: str | None) -> Iterator[str]:
-    """Connects to the cluster that `address` or RAY_ADDRESS names, else starts one here. -> where Ray's logs are."""
+def ray_session(num_cpus: int | None, address: str | None) -> Iterator[str]:
+    """Connects to the cluster that `address` or RAY_ADDRESS names, else starts one here of so many CPUs
+    (None: all). -> where Ray's logs are."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():  # a test's, or a notebook's
         yield _logs()
         return
     target = address or os.environ.get("RAY_ADDRESS")
-    local = {} if target else {"num_cpus": job.cluster.num_cpus, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
+    local = {} if target else {"num_cpus": num_cpus, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
     try:
         ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:

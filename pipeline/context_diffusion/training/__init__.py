@@ -9,6 +9,12 @@ from context_diffusion.training.config import TrainJob
 
 def run_training(job: TrainJob) -> dict[str, Any]:
     """Trains as the job says, from where an earlier run stopped; returns the summary of the run."""
+    if job.workers > 1:
+        from context_diffusion.training.on_ray import train_on_ray
+
+        return train_on_ray(job)
     from context_diffusion.training.run import run
 
-    return run(job)
+    summary = run(job)
+    assert summary is not None
+    return summary

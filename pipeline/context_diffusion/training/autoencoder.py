@@ -14,6 +14,7 @@ from context_diffusion.training.data import Pool
 from context_diffusion.training.losses import picture_loss
 from context_diffusion.training.pools import Pools
 from context_diffusion.training.state import Metrics, Progress, load_checkpoint, save_checkpoint
+from context_diffusion.training.workers import Workers
 
 
 def train_autoencoder(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> None:
@@ -41,7 +42,7 @@ class _Stage:
     """Optimiser, progress and checkpoint of one of the two; `trained` is the part whose weights move."""
 
     def __init__(self, job: TrainJob, model: NativeModel, path: Path, minutes: float, trained: torch.nn.Module) -> None:
-        self.job, self.model, self.path, self.trained = job, model, path, trained
+        self.job, self.model, self.path, self.trained, self.workers = job, model, path, trained, Workers.here()
         model.vae.requires_grad_(False)
         trained.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
@@ -63,6 +64,7 @@ class _Stage:
             loss = self._loss(pools.at(first_pool + self.step // job.pool_steps))
             self.optimizer.zero_grad()
             loss.backward()
+            self.progress.elapsed = self.workers.average(self.trained.parameters(), self.progress.measured)
             torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
             self.optimizer.step()
             self.step += 1
@@ -79,16 +81,19 @@ class _Stage:
         targets, queries = pool.targets, pool.queries
         half, rest = job.autoencoder.batch_size // 2, job.autoencoder.batch_size - job.autoencoder.batch_size // 2
         drawn = [targets[rng.integers(0, len(targets), half)], queries[rng.integers(0, len(queries), rest)]]
-        true = to_signed(np.concatenate(drawn))
+        true = to_signed(self.workers.share(np.concatenate(drawn)))
+        shape = (job.autoencoder.batch_size, *model.latent_shape)
+        noise = self.workers.share(torch.randn(shape, generator=generator)) * job.autoencoder.latent_noise
         with torch.autocast("cpu", torch.bfloat16):
             latents = model.vae.encode(true).latents
-            noise = torch.randn(latents.shape, generator=generator) * job.autoencoder.latent_noise
             made = model.vae.decode(latents + noise * latents.detach().float().std()).sample
         # Latents are kept near unit size and centred, so that one scaling factor serves all channels.
         size, centre = latents.float().square().mean(), latents.float().mean((0, 2, 3))
         return picture_loss(made.float(), true) + 1e-3 * (size - 1).square() + 1e-2 * centre.square().mean()
 
     def save(self, done: bool) -> None:
+        if not self.workers.first:
+            return
         state = {
             "vae": self.model.vae.state_dict(),
             "optimizer": self.optimizer.state_dict(),

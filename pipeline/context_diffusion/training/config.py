@@ -10,7 +10,7 @@ from context_diffusion.config import StrictModel
 
 
 class AutoencoderSteps(StrictModel):
-    minutes: float = Field(default=20, gt=0, description="of cpu_threads cores; the learning rate falls to the end")
+    minutes: float = Field(default=20, gt=0, description="of every worker's threads; the learning rate falls to the end")
     decoder_minutes: float = Field(default=5, gt=0, description="of the decoder alone, last of all")
     batch_size: int = Field(default=16, ge=1)
     learning_rate: float = Field(default=5e-4, gt=0, description="2e-3 lost 2 dB and most hues")
@@ -18,8 +18,8 @@ class AutoencoderSteps(StrictModel):
 
 
 class DiffusionSteps(StrictModel):
-    minutes: float = Field(default=35, gt=0, description="of cpu_threads cores; the learning rate falls to the end")
-    batch_size: int = Field(default=16, ge=1)
+    minutes: float = Field(default=35, gt=0, description="of every worker's threads; the learning rate falls to the end")
+    batch_size: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     ema: float = Field(default=0.999, ge=0, lt=1)
     min_snr: float = Field(default=5.0, gt=0, description="Hang et al. 2023, gamma")
@@ -51,9 +51,10 @@ class TrainJob(StrictModel):
     seed: int = Field(default=0, ge=0)
     styles: int = Field(default=384, ge=2, description="styles of one pool of data")
     pictures: int = Field(default=8, ge=4, description="layouts that each style of a pool dresses")
-    pool_steps: int = Field(default=400, ge=1, description="steps before the next pool is made")
+    pool_steps: int = Field(default=800, ge=1, description="steps before the next pool is made")
     checkpoint_every: int = Field(default=500, ge=1)
-    cpu_threads: int = Field(default=2, ge=1)
+    workers: int = Field(default=1, ge=1, description="processes, on Ray Train; each takes its share of a batch")
+    cpu_threads: int = Field(default=2, ge=1, description="of each worker")
     max_steps: int | None = Field(default=None, ge=1, description="of each stage; left out: the minutes decide")
     architecture: Architecture = Architecture()
     autoencoder: AutoencoderSteps = AutoencoderSteps()

@@ -5,7 +5,8 @@ A pool is drawn once and read many times: what is drawn from it at a step depend
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -15,6 +16,9 @@ from context_diffusion.control import control_map
 from context_diffusion.training.layouts import Rng, make_layout
 from context_diffusion.training.prompts import describe
 from context_diffusion.training.styles import Style, dress, make_style, vary
+
+if TYPE_CHECKING:
+    from context_diffusion.training.workers import Workers  # torch, which the process that makes pools does without
 
 KINDS = ("gray", "none", "canny", "soft_edges")
 KIND_SHARES = (0.5, 0.2, 0.15, 0.15)
@@ -99,6 +103,9 @@ class Batch:
     counts: NDArray[np.int64]
     controls: NDArray[np.int64]
     prompts: list[str]
+
+    def share(self, workers: Workers) -> Batch:
+        return Batch(*(workers.share(getattr(self, field.name)) for field in fields(self)))
 
 
 def draw(pool: Pool, rng: Rng, size: int, context_dropout: float, prompt_dropout: float) -> Batch:

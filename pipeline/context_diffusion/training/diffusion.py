@@ -23,6 +23,7 @@ from context_diffusion.training.pools import Pools
 from context_diffusion.training.samples import save_samples
 from context_diffusion.training.state import Metrics, Progress, load_checkpoint, save_checkpoint
 from context_diffusion.training.styles import TEXTURES
+from context_diffusion.training.workers import Workers
 
 TRAINED = ("unet", "controlnet", "image_encoder", "text_encoder", "fusion")
 
@@ -34,16 +35,23 @@ class Encoded:
     pool: Pool
     latents: Tensor  # float16 (S·P, C, h, w)
     layouts: Tensor  # float16 (layouts, C, h, w), of the layouts undressed, in grey
-    palettes: Tensor  # (S, 24)
+    palettes: Tensor  # (S, 24), about unit deviation
     textures: Tensor  # (S,)
 
 
 def train_diffusion(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> dict[str, Any]:
     """Trains in place, from where an earlier run stopped; the model ends with the averaged weights."""
     run = _Run(job, model, folder)
-    model.unet.set_attn_processor(AttnProcessor())  # SDPA's backward pass is slow on a CPU
+    _set_attention(model, AttnProcessor(), "eager")  # SDPA's backward pass is slow on a CPU
     encoded: tuple[int, Encoded] | None = None
     validation = encode_pool(model, pools.validation())
+
+    def report(name: str) -> float:
+        loss = run.validate(validation)
+        metrics.write(stage="validation", step=run.step, loss=round(loss, 5))
+        save_samples(model, validation.pool, folder / f"samples{name}.png")
+        return loss
+
     while (share := run.progress.at(run.step)) < 1:
         number = run.step // job.pool_steps
         if encoded is None or encoded[0] != number:
@@ -53,24 +61,27 @@ def train_diffusion(job: TrainJob, model: NativeModel, pools: Pools, folder: Pat
             metrics.write(stage="diffusion", step=run.step, share=round(share, 4), loss=round(loss, 5))
         if run.step % job.checkpoint_every == 0:
             run.save(done=False)
-            with run.averaged():
-                metrics.write(stage="validation", step=run.step, loss=round(run.validate(validation), 5))
-                save_samples(model, validation.pool, folder / f"samples-{run.step:06d}.png")
-                model.save_pretrained(folder / "model")
+            if run.workers.first:
+                with run.averaged():
+                    report(f"-{run.step:06d}")
+                    model.save_pretrained(folder / "model")
     run.save(done=True)
     run.modules.load_state_dict(run.average, strict=False)
-    model.unet.set_attn_processor(AttnProcessor2_0())
-    loss = run.validate(validation)
-    metrics.write(stage="validation", step=run.step, loss=round(loss, 5))
-    save_samples(model, validation.pool, folder / "samples.png")
-    return {"steps": run.step, "validation_loss": loss}
+    _set_attention(model, AttnProcessor2_0(), "sdpa")
+    return {"steps": run.step, "validation_loss": report("") if run.workers.first else None}
+
+
+def _set_attention(model: NativeModel, processor: Any, encoders: str) -> None:
+    model.unet.set_attn_processor(processor)
+    for encoder in (model.image_encoder, model.text_encoder):
+        encoder.set_attn_implementation(encoders)
 
 
 class _Run:
     """Optimiser, average and step of the second stage."""
 
     def __init__(self, job: TrainJob, model: NativeModel, folder: Path) -> None:
-        self.job, self.model, self.path = job, model, folder / "diffusion.pt"
+        self.job, self.model, self.path, self.workers = job, model, folder / "diffusion.pt", Workers.here()
         self.modules = nn.ModuleDict({name: model.modules[name] for name in TRAINED}).requires_grad_(True).train()
         for module in self.modules.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -96,6 +107,8 @@ class _Run:
         self.progress = Progress(job.diffusion.minutes, job.max_steps, job.cpu_threads, spent)
 
     def save(self, done: bool) -> None:
+        if not self.workers.first:
+            return
         state = {
             "modules": self.modules.state_dict(),
             "heads": self.heads.state_dict(),
@@ -113,9 +126,11 @@ class _Run:
             group["lr"] = stage.learning_rate * self.progress.learning_rate(self.step)
         rng = np.random.default_rng((self.job.seed, 2, self.step))
         batch = draw(encoded.pool, rng, stage.batch_size, stage.context_dropout, stage.prompt_dropout)
-        loss = self.loss(encoded, batch, torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step))
+        loss = self.loss(encoded, batch, torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step), self.workers)
         self.optimizer.zero_grad()
         loss.backward()
+        trained = [*self.modules.parameters(), *self.heads.parameters()]
+        self.progress.elapsed = self.workers.average(trained, self.progress.measured)
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -123,14 +138,14 @@ class _Run:
         update_ema(self.average, self.modules, min(stage.ema, self.step / (self.step + 10)))
         return loss.item()
 
-    def loss(self, encoded: Encoded, batch: Batch, generator: torch.Generator) -> Tensor:
-        """The loss of one batch; noise and timesteps follow from the generator."""
+    def loss(self, encoded: Encoded, batch: Batch, generator: torch.Generator, workers: Workers) -> Tensor:
+        """The loss of this worker's share of a batch; noise and timesteps of it all follow from the generator."""
         pool, model = encoded.pool, self.model
-        latents = encoded.latents[batch.targets].float()
-        timesteps = spread_timesteps(len(latents), len(self.alphas), generator)
-        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = workers.share(spread_timesteps(len(batch.targets), len(self.alphas), generator))
+        noise = workers.share(torch.randn(len(batch.targets), *model.latent_shape, generator=generator))
+        batch = batch.share(workers)
         alphas = self.alphas[timesteps]
-        noisy, target = noised(latents, noise, alphas)
+        noisy, target = noised(encoded.latents[batch.targets].float(), noise, alphas)
         shown = torch.arange(batch.contexts.shape[1])[None] < torch.from_numpy(batch.counts)[:, None]
         self.features.clear()
         with torch.autocast("cpu", torch.bfloat16):
@@ -145,7 +160,9 @@ class _Run:
         loss = v_loss(output, target, alphas, self.job.diffusion.min_snr)
         styles = batch.contexts[shown.numpy()] // (len(pool.targets) // len(pool.styles))
         layouts = encoded.layouts[batch.controls // 2].float()
-        hints = self.heads(self.features[0], layouts, contexts, encoded.palettes[styles], encoded.textures[styles])
+        # Each row counts alike, whatever the number of its contexts.
+        weights = (1 / torch.from_numpy(batch.counts).clamp(min=1) / len(shown))[:, None].expand(shown.shape)[shown]
+        hints = self.heads(self.features[0], layouts, contexts, encoded.palettes[styles], encoded.textures[styles], weights)
         return loss + self.job.diffusion.auxiliary * hints
 
     @torch.no_grad()
@@ -154,7 +171,7 @@ class _Run:
         losses = []
         for number in range(4):
             batch = draw(encoded.pool, np.random.default_rng((7, number)), 32, 0.1, 0.5)
-            losses.append(self.loss(encoded, batch, torch.Generator().manual_seed(number)).item())
+            losses.append(self.loss(encoded, batch, torch.Generator().manual_seed(number), Workers()).item())
         return float(np.mean(losses))
 
     def averaged(self) -> _Averaged:
@@ -186,7 +203,7 @@ def to_uint8(pictures: np.ndarray) -> Tensor:
 def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
     bare = np.repeat(pool.tones[..., None], 3, 3)
     latents, layouts = encode(model, pool.targets), encode(model, bare)
-    palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles])
+    palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles]) * 4 - 2
     textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
     return Encoded(pool, latents, layouts, torch.from_numpy(palettes), textures)
 

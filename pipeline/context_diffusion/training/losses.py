@@ -46,13 +46,16 @@ class AuxiliaryHeads(nn.Module):
         self.layout = nn.Conv2d(control_width, latent_channels, 1)
         self.palette, self.texture = nn.Linear(width, 8 * 3), nn.Linear(width, textures)
 
-    def forward(self, features: Tensor, layouts: Tensor, tokens: Tensor, palettes: Tensor, textures: Tensor) -> Tensor:
-        """features (B, F, h, w) with layouts (B, C, h, w); tokens (M, K, D) with palettes (M, 24) and textures (M,)."""
+    def forward(
+        self, features: Tensor, layouts: Tensor, tokens: Tensor, palettes: Tensor, textures: Tensor, weights: Tensor
+    ) -> Tensor:
+        """features (B, F, h, w) with layouts (B, C, h, w); tokens (M, K, D) with palettes (M, 24) and textures (M,), each
+        context with its weight (M,)."""
         pooled = tokens.float().mean(1)
         return (
             F.mse_loss(self.layout(features.float()), layouts)
-            + F.mse_loss(self.palette(pooled), palettes)
-            + 0.1 * F.cross_entropy(self.texture(pooled), textures)
+            + (weights * (self.palette(pooled) - palettes).square().mean(1)).sum()
+            + 0.1 * (weights * F.cross_entropy(self.texture(pooled), textures, reduction="none")).sum()
         )
 
 

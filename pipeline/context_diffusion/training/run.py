@@ -14,21 +14,26 @@ from context_diffusion.training.diffusion import train_diffusion
 from context_diffusion.training.pools import Pools
 from context_diffusion.training.prompts import vocabulary
 from context_diffusion.training.state import Metrics
+from context_diffusion.training.workers import Workers
 
 
-def run(job: TrainJob) -> dict[str, Any]:
-    """Trains; leaves job.output/model (a folder that `model:` takes), metrics.jsonl and samples. -> a summary."""
+def run(job: TrainJob) -> dict[str, Any] | None:
+    """Trains; leaves job.output/model (a folder that `model:` takes), metrics.jsonl and samples. -> a summary, from
+    the first of several workers."""
     torch.set_num_threads(job.cpu_threads)
     torch.manual_seed(job.seed)  # the fresh weights; everything later draws from generators of its own
     folder = Path(job.output)
     folder.mkdir(parents=True, exist_ok=True)
     model = build(job.architecture, vocabulary())
-    metrics, pools = Metrics(folder), Pools(job, workers=0 if job.max_steps else 1)
+    workers = Workers.here()
+    metrics, pools = Metrics(folder, workers.first), Pools(job, workers=0 if job.max_steps else 1)
     try:
         train_autoencoder(job, model, pools, folder, metrics)
         summary = train_diffusion(job, model, pools, folder, metrics)
         train_decoder(job, model, pools, folder, metrics)
     finally:
         pools.close()
+    if not workers.first:
+        return None
     model.save_pretrained(folder / "model")
     return {"output": str(folder), "model": str(folder / "model"), **summary}

@@ -34,12 +34,14 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
 
 
 class Metrics:
-    """Appends a JSON line a report to metrics.jsonl."""
+    """Appends a JSON line a report to metrics.jsonl, from the first worker."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, first: bool = True) -> None:
+        self.path, self.first = folder / "metrics.jsonl", first
 
     def write(self, **values: Any) -> None:
+        if not self.first:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"time": round(time.time(), 1), **values}) + "\n")
 
@@ -53,9 +55,11 @@ class Progress:
     def __init__(self, minutes: float, max_steps: int | None, threads: int, spent: float = 0.0) -> None:
         self.seconds, self.max_steps, self.threads, self.spent = minutes * 60, max_steps, threads, spent
         self.started = time.process_time()
+        self.elapsed = spent  # what the workers agree on
 
     @property
-    def elapsed(self) -> float:
+    def measured(self) -> float:
+        """Seconds that this process computed, earlier runs included."""
         return self.spent + (time.process_time() - self.started) / self.threads
 
     def at(self, step: int) -> float:

@@ -1,0 +1,57 @@
+"""A train job on Ray Train: its TorchTrainer starts the workers and joins them into a process group. At Ray's edge."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from context_diffusion.errors import ContextDiffusionError, ModelError
+from context_diffusion.ray_session import ray_session
+from context_diffusion.training.config import TrainJob
+
+RESULT = "result.json"
+
+
+def train_on_ray(job: TrainJob, address: str | None = None) -> dict[str, Any]:
+    """Trains with job.workers processes, here or on the cluster that `address` or RAY_ADDRESS names; all of them must
+    see job.output. -> the summary of the run."""
+    folder = Path(job.output).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    with ray_session(job.workers * job.cpu_threads, address):
+        trainer = TorchTrainer(
+            _train,
+            train_loop_config={"job": job.model_copy(update={"output": str(folder)}).model_dump(mode="json")},
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ScalingConfig(num_workers=job.workers, resources_per_worker={"CPU": job.cpu_threads}),
+            run_config=RunConfig(name="workers", storage_path=str(folder / "ray")),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise _told(error) from error
+    return json.loads((folder / RESULT).read_text())
+
+
+def _train(config: dict[str, Any]) -> None:
+    """One worker. Its summary goes to a file: Ray Train brings back metrics only with a checkpoint of its own."""
+    from context_diffusion.training.run import run
+
+    job = TrainJob.model_validate(config["job"])
+    summary = run(job)
+    if summary is not None:
+        (Path(job.output) / RESULT).write_text(json.dumps(summary))
+
+
+def _told(error: BaseException) -> BaseException:
+    """The worker's own error, where it is one of ours: Ray wraps it."""
+    for wrapped in getattr(error, "worker_failures", {}).values():
+        cause = getattr(wrapped, "cause", wrapped)
+        if isinstance(cause, ContextDiffusionError):
+            return cause
+    return ModelError(f"the training stopped: {error}")
