@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from context_diffusion.training.data import draw, make_pool
+from context_diffusion.training.layouts import HELD_OUT_FAMILIES
 from context_diffusion.training.prompts import PALETTE_WORDS, TEXTURE_WORDS, describe, vocabulary
 from context_diffusion.training.styles import HELD_OUT, make_style
 
@@ -23,6 +24,8 @@ def test_held_out_pairs_are_never_drawn_and_only_drawn_when_asked() -> None:
     assert {(s.palette, s.texture) for s in (make_style(rng, held_out=True) for _ in range(100))} == HELD_OUT
     pool = make_pool(1, 60, 4, 64)
     assert not {(s.palette, s.texture) for s in pool.styles} & HELD_OUT
+    assert not set(pool.families) & set(HELD_OUT_FAMILIES)
+    assert set(make_pool(1, 40, 4, 64, held_out=True).families) >= set(HELD_OUT_FAMILIES)
 
 
 def test_contexts_show_the_style_on_other_layouts_and_the_query_is_the_targets() -> None:
@@ -52,5 +55,7 @@ def test_every_word_of_a_prompt_is_known_and_there_are_sixty() -> None:
     known = set(vocabulary())
     assert len(known) >= 60
     rng = np.random.default_rng(2)
-    said = " ".join(describe(rng, make_style(rng), "landscape") for _ in range(500))
+    said = " ".join(
+        describe(rng, make_style(rng), f, held_out=h) for f in ("landscape", "maze") for h in (0, 1) for _ in range(250)
+    )
     assert set(said.split()) <= known

@@ -32,7 +32,7 @@ class Pool:
     targets: uint8 (S·P, H, W, 3), style s has rows s·P to s·P + P. layout_of: (S·P,) its layout.
     controls: uint8 (layouts · 2, H, W, 3), control_kinds their kinds: layout l has 2l and 2l + 1.
     tones: (layouts, H, W), the layouts undressed. queries: the pictures that the controls were made of.
-    parents: the style that style s varies, else itself.
+    parents: the style that style s varies, else itself. held_out: of kinds that training never sees.
     """
 
     styles: list[Style]
@@ -45,6 +45,7 @@ class Pool:
     queries: NDArray[np.uint8]
     controls: NDArray[np.uint8]
     control_kinds: list[str]
+    held_out: bool
 
 
 def _styles(rng: Rng, count: int, held_out: bool) -> tuple[list[Style], NDArray[np.int64], list[str]]:
@@ -78,7 +79,7 @@ def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: 
     cv2.setNumThreads(1)
     rng = np.random.default_rng(seed)
     chosen, parents, varied = _styles(rng, styles, held_out)
-    layouts = [make_layout(rng, size) for _ in range(max(pictures * 2, styles * pictures // 4))]
+    layouts = [make_layout(rng, size, held_out) for _ in range(max(pictures * 2, styles * pictures // 4))]
     layout_of = np.concatenate([rng.permutation(len(layouts))[:pictures] for _ in range(styles)])
     targets = np.stack([dress(layouts[k][1], chosen[i // pictures], rng) for i, k in enumerate(layout_of)])
     queries, controls, kinds = [], [], []
@@ -91,7 +92,9 @@ def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: 
             kinds.append(kind)
     tones = np.stack([(tone * 255).astype(np.uint8) for _, tone in layouts])
     families = [family for family, _ in layouts]
-    return Pool(chosen, parents, varied, families, targets, layout_of, tones, np.stack(queries), np.stack(controls), kinds)
+    return Pool(
+        chosen, parents, varied, families, targets, layout_of, tones, np.stack(queries), np.stack(controls), kinds, held_out
+    )
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def draw(pool: Pool, rng: Rng, size: int, context_dropout: float, prompt_dropout
         others = others[others != target % pictures][:3]
         contexts[i] = shown * pictures + others
         counts[i] = 0 if must is None and rng.random() < context_dropout else rng.integers(1, 4)
-        prompt = describe(rng, pool.styles[style], pool.families[pool.layout_of[target]], must)
+        prompt = describe(rng, pool.styles[style], pool.families[pool.layout_of[target]], must, pool.held_out)
         prompts.append(prompt if must or rng.random() >= prompt_dropout else "")
     controls = pool.layout_of[targets] * 2 + rng.integers(0, 2, size)
     return Batch(targets, contexts, counts, controls, prompts)

@@ -95,6 +95,8 @@ class _Run:
         vectors = [p for p in self.modules.parameters() if p.ndim < 2] + list(self.heads.parameters())
         groups = [{"params": matrices, "weight_decay": 0.02}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=job.diffusion.learning_rate, betas=(0.9, 0.98))
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = job.diffusion.learning_rate
         self.alphas = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod
         self.step, spent = 0, 0.0
         state = load_checkpoint(self.path)
@@ -123,7 +125,7 @@ class _Run:
     def train_step(self, encoded: Encoded) -> float:
         stage = self.job.diffusion
         for group in self.optimizer.param_groups:
-            group["lr"] = stage.learning_rate * self.progress.learning_rate(self.step)
+            group["lr"] = group["initial_lr"] * self.progress.learning_rate(self.step)
         rng = np.random.default_rng((self.job.seed, 2, self.step))
         batch = draw(encoded.pool, rng, stage.batch_size, stage.context_dropout, stage.prompt_dropout)
         loss = self.loss(encoded, batch, torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step), self.workers)

@@ -153,6 +153,33 @@ def composite(rng: Rng, size: int) -> Tone:
     return np.where(mask, 0.5 * first, 0.5 + 0.5 * second).astype(np.float32)
 
 
+def maze(rng: Rng, size: int) -> Tone:
+    """A diagonal wall in each cell of a grid, one way or the other."""
+    tones = _tones(rng, 3)
+    canvas = np.where(smooth_noise(rng, size, 2) > 0, tones[0], tones[1]).astype(np.float32)
+    cells = int(rng.integers(4, 11))
+    pitch, thick = size / cells, max(2, int(rng.uniform(0.12, 0.35) * size / cells))
+    for row, column in np.ndindex(cells, cells):
+        left, right = sorted([column * pitch, (column + 1) * pitch], reverse=bool(rng.random() < 0.5))
+        top, bottom = row * pitch, (row + 1) * pitch
+        cv2.line(canvas, (int(left), int(top)), (int(right), int(bottom)), float(tones[2]), thick)
+    return canvas
+
+
+def rings(rng: Rng, size: int) -> Tone:
+    """Rings and spirals around a few centres."""
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    canvas, nearest = np.zeros((size, size), np.float32), np.full((size, size), np.inf, np.float32)
+    for _ in range(int(rng.integers(1, 4))):
+        dx, dy = x - rng.uniform(0, size), y - rng.uniform(0, size)
+        radius = np.hypot(dx, dy)
+        turns = radius * rng.uniform(2, 7) / size + rng.integers(-2, 3) * np.arctan2(dy, dx) / (2 * np.pi)
+        tones = _tones(rng, int(rng.integers(2, 5)))
+        drawn = tones[(np.floor(turns * len(tones)).astype(int)) % len(tones)]
+        canvas, nearest = np.where(radius < nearest, drawn, canvas), np.minimum(radius, nearest)
+    return canvas.astype(np.float32)
+
+
 FAMILIES: dict[str, Callable[[Rng, int], Tone]] = {
     "regions": regions,
     "figures": figures,
@@ -165,11 +192,17 @@ FAMILIES: dict[str, Callable[[Rng, int], Tone]] = {
 }
 
 
-def make_layout(rng: Rng, size: int = 128) -> tuple[str, Tone]:
-    """A layout of a random family, some with soft borders, shading or fine detail. -> (family, tone (size, size))."""
-    family = str(rng.choice(list(FAMILIES)))
+HELD_OUT_FAMILIES: dict[str, Callable[[Rng, int], Tone]] = {"maze": maze, "rings": rings}
+
+
+def make_layout(rng: Rng, size: int = 128, held_out: bool = False) -> tuple[str, Tone]:
+    """A layout of a random family, some with soft borders, shading or fine detail. -> (family, tone (size, size)).
+
+    held_out: every second one of a family that training never sees."""
+    families = HELD_OUT_FAMILIES if held_out and rng.random() < 0.5 else FAMILIES
+    family = str(rng.choice(list(families)))
     # Drawn at twice the size: the area filter below is the anti-aliasing.
-    tone = cv2.resize(FAMILIES[family](rng, 2 * size), (size, size), interpolation=cv2.INTER_AREA)
+    tone = cv2.resize(families[family](rng, 2 * size), (size, size), interpolation=cv2.INTER_AREA)
     if rng.random() < 0.3:
         tone = cv2.GaussianBlur(tone, (0, 0), rng.uniform(0.5, 2.5))
     if rng.random() < 0.5:

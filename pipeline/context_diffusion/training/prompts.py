@@ -29,6 +29,9 @@ TEXTURE_WORDS = {
     "checks": ["checks", "checked", "chequered"],
     "grain": ["grain", "grainy", "rough"],
     "hatching": ["hatching", "hatched", "lines"],
+    "gradient": ["gradient", "shaded", "fading"],
+    "brush": ["brush", "brushed", "painted"],
+    "glass": ["glass", "mosaic", "faceted"],
     "waves": ["waves", "wavy", "rippled"],
 }
 THING_WORDS = {
@@ -71,11 +74,13 @@ assert set(TEXTURE_WORDS) == set(TEXTURES)
 assert set(THING_WORDS) == set(FAMILIES)
 
 
-def describe(rng: Rng, style: Style, family: str, must: str | None = None) -> str:
-    """A prompt that names some of palette, texture and things. must: `palette` or `texture`, always named."""
+def describe(rng: Rng, style: Style, family: str, must: str | None = None, held_out: bool = False) -> str:
+    """A prompt that names some of palette, texture and things. must: `palette` or `texture`, always named.
+
+    held_out: in a wording that training never uses."""
     palette = style.palette in PALETTE_WORDS and (must == "palette" or rng.random() < 0.6)
     texture = must == "texture" or rng.random() < 0.6
-    thing = str(rng.choice(THING_WORDS[family])) if rng.random() < 0.4 else ""
+    thing = str(rng.choice(THING_WORDS[family])) if family in THING_WORDS and rng.random() < 0.4 else ""
     colour = str(rng.choice(PALETTE_WORDS[style.palette])) if palette else ""
     surface = str(rng.choice(TEXTURE_WORDS[style.texture])) if texture else ""
     wordings = [
@@ -84,4 +89,6 @@ def describe(rng: Rng, style: Style, family: str, must: str | None = None) -> st
         f"a {colour} picture of {thing} with {surface} texture" if thing and surface else f"{colour} {thing} {surface}",
         f"{colour} tones and {surface} texture" if colour and surface else f"{thing} {colour} {surface}",
     ]
+    if held_out:
+        wordings = [f"{surface} texture in {colour}" if colour else f"a {surface} picture of {thing}"]
     return " ".join(str(rng.choice(wordings)).split())

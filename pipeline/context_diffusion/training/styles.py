@@ -31,7 +31,7 @@ PALETTES: dict[str, tuple[str, ...]] = {
     "violet": ("150a2e", "3d2273", "7350b0", "ad8fd8", "eaddf7"),
     "lagoon": ("05231f", "0f554c", "23948a", "6fcfae", "e4f8d0"),
 }
-TEXTURES = ("flat", "stripes", "dots", "checks", "grain", "hatching", "waves")
+TEXTURES = ("flat", "stripes", "dots", "checks", "grain", "hatching", "waves", "gradient", "brush", "glass")
 # Seen in training never together: validation asks for them.
 HELD_OUT = {
     ("autumn", "dots"),
@@ -40,6 +40,8 @@ HELD_OUT = {
     ("mono", "waves"),
     ("lagoon", "hatching"),
     ("neon", "grain"),
+    ("forest", "brush"),
+    ("sunset", "glass"),
 }
 
 
@@ -115,6 +117,28 @@ def vary(rng: Rng, style: Style) -> tuple[str, Style]:
     return "texture", replace(style, texture=texture)
 
 
+def _strokes(rng: Rng, size: int, period: float, angle: float) -> Tone:
+    """Noise drawn out along the angle: brush strokes."""
+    length = 2 * int(period) + 1
+    places = np.linspace(-length / 2, length / 2, length)
+    kernel = np.zeros((length, length), np.float32)
+    kernel[
+        (length // 2 + 0.98 * places * np.sin(angle)).astype(int), (length // 2 + 0.98 * places * np.cos(angle)).astype(int)
+    ] = 1
+    noise = cv2.GaussianBlur(rng.standard_normal((size, size), dtype=np.float32), (0, 0), 0.8)
+    field = cv2.filter2D(noise, -1, kernel, borderType=cv2.BORDER_REFLECT)
+    return np.clip(0.8 * field / (field.std() + 1e-6), -1, 1).astype(np.float32)
+
+
+def _facets(rng: Rng, size: int, period: float) -> Tone:
+    """Cells around random points, each of one tone: a mosaic, stained glass."""
+    points = np.ones((size, size), np.uint8)
+    count = max(4, int((size / period) ** 2))
+    points[rng.integers(0, size, count), rng.integers(0, size, count)] = 0
+    _, cells = cv2.distanceTransformWithLabels(points, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    return rng.uniform(-1, 1, cells.max() + 1).astype(np.float32)[cells]
+
+
 def texture_field(style: Style, size: int, rng: Rng) -> Tone:
     """The texture alone, float32 (size, size) in [-1, 1]."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
@@ -132,6 +156,13 @@ def texture_field(style: Style, size: int, rng: Rng) -> Tone:
         return np.clip(3 * np.sin(along + 1.5 * np.sin(across / 2)), -1, 1)
     if style.texture == "grain":
         return np.clip(0.8 * smooth_noise(rng, size, size // 3), -1, 1)
+    if style.texture == "gradient":
+        ramp = (x - size / 2) * np.cos(style.angle) + (y - size / 2) * np.sin(style.angle)
+        return (1.5 * ramp / np.abs(ramp).max()).astype(np.float32)
+    if style.texture == "brush":
+        return _strokes(rng, size, style.period, style.angle)
+    if style.texture == "glass":
+        return _facets(rng, size, style.period)
     return np.zeros((size, size), np.float32)
 
 
