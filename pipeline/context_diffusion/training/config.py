@@ -20,7 +20,8 @@ class AutoencoderSteps(StrictModel):
 class DiffusionSteps(StrictModel):
     minutes: float = Field(default=35, gt=0, description="of every worker's threads; the learning rate falls to the end")
     batch_size: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW")
+    matrix_learning_rate: float = Field(default=0.02, gt=0, description="of Muon")
     ema: float = Field(default=0.999, ge=0, lt=1)
     min_snr: float = Field(default=5.0, gt=0, description="Hang et al. 2023, gamma")
     context_dropout: float = Field(default=0.15, ge=0, le=1)
@@ -49,8 +50,8 @@ class TrainJob(StrictModel):
     kind: Literal["train"]
     output: str = Field(min_length=1, description="folder for checkpoints, metrics, samples and the model")
     seed: int = Field(default=0, ge=0)
-    styles: int = Field(default=384, ge=2, description="styles of one pool of data")
-    pictures: int = Field(default=8, ge=4, description="layouts that each style of a pool dresses")
+    styles: int = Field(default=640, ge=2, description="styles of one pool of data")
+    pictures: int = Field(default=5, ge=4, description="layouts that each style of a pool dresses")
     pool_steps: int = Field(default=800, ge=1, description="steps before the next pool is made")
     checkpoint_every: int = Field(default=500, ge=1)
     workers: int = Field(default=1, ge=1, description="processes, on Ray Train; each takes its share of a batch")

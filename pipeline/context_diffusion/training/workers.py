@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 Rows = TypeVar("Rows")
@@ -51,7 +51,11 @@ class Workers:
             owner.grad = grad
         return float(flat[-1])
 
-    def wait(self) -> None:
-        """Until all are here: before one reads what another wrote."""
-        if self.count > 1:
-            distributed.barrier()
+    def gather(self, share: Tensor, rows: int) -> Tensor:
+        """The whole batch of so many rows from each worker's share of it."""
+        if self.count == 1:
+            return share
+        whole = share.new_zeros(rows, *share.shape[1:])
+        whole[self.rank :: self.count] = share
+        distributed.all_reduce(whole)
+        return whole
