@@ -8,7 +8,7 @@ from pathlib import Path
 import context_diffusion
 
 PACKAGE = Path(context_diffusion.__file__).parent
-RAY = {"dataflow.py", "ray_session.py"}
+RAY = {"dataflow.py", "ray_session.py", "ray_train.py"}
 TORCH = ("model/", "engine/", "training/", "pipeline.py", "tensors.py")
 # A layer may import itself and what stands before it. (model/source.py and the configuration of training are the
 # layers' faces to the driver: no torch in them.)
@@ -18,7 +18,7 @@ LAYERS = [
     {"output", "plan", "jobfile", "report", "tensors"},
     {"model", "engine", "training", "pipeline"},
     {"stages", "writing", "ledger", "validate", "progress"},
-    {"dataflow", "ray_session"},
+    {"dataflow", "ray_session", "ray_train"},
     {"driver", "supervise"},
     {"cli", "__main__"},
 ]

@@ -84,11 +84,7 @@ def run(
     """
     loaded = _load(job, sets)
     if not isinstance(loaded, GenerateJob):
-        from context_diffusion.training import run_training
-        from context_diffusion.training.config import TrainJob
-
-        assert isinstance(loaded, TrainJob)
-        _print({**run_training(loaded), "exit": EXIT_OK})
+        _print({**_train(loaded, address), "exit": EXIT_OK})
         return
     from context_diffusion.supervise import supervise
 
@@ -98,6 +94,19 @@ def run(
         errors.print(f"error: {summary['error']}")
     _print(summary)
     raise typer.Exit(summary["exit"])
+
+
+def _train(job: StrictModel, address: str | None) -> dict[str, Any]:
+    from context_diffusion.training.config import TrainJob
+
+    assert isinstance(job, TrainJob)
+    if job.workers == 1 and not address:
+        from context_diffusion.training import run_training
+
+        return run_training(job)
+    from context_diffusion.ray_train import train_on_ray
+
+    return train_on_ray(job, address)
 
 
 @app.command()

@@ -8,11 +8,7 @@ from context_diffusion.training.config import TrainJob
 
 
 def run_training(job: TrainJob) -> dict[str, Any]:
-    """Trains as the job says, from where an earlier run stopped; returns the summary of the run."""
-    if job.workers > 1:
-        from context_diffusion.training.on_ray import train_on_ray
-
-        return train_on_ray(job)
+    """Trains in this process, from where an earlier run stopped; returns the summary. (ray_train.py: several workers.)"""
     from context_diffusion.training.run import run
 
     summary = run(job)
