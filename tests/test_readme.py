@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 import context_diffusion
 from context_diffusion.config import Cluster, GenerateJob, Limits, Settings
 from context_diffusion.jobfile import check_job, parse
+from context_diffusion.training.config import Architecture, AutoencoderSteps, DiffusionSteps, TrainJob
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -32,11 +33,18 @@ def _default(field: FieldInfo) -> str:
 def table(models: dict[str, Any]) -> str:
     lines = ["| key | default | what it is |", "|---|---|---|"]
     for prefix, model in models.items():
-        lines += [f"| `{prefix}{name}` | {_default(field)} | {field.description} |" for name, field in model.model_fields.items()]
+        for name, field in model.model_fields.items():
+            if field.description:  # parts that are models of their own have lines of their own
+                lines.append(f"| `{prefix}{name}` | {_default(field)} | {field.description} |")
     return "\n".join(lines)
 
 
-TABLES = {"settings": table({"": Settings}), "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits})}
+TRAINING = {"": TrainJob, "architecture.": Architecture, "autoencoder.": AutoencoderSteps, "diffusion.": DiffusionSteps}
+TABLES = {
+    "settings": table({"": Settings}),
+    "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits}),
+    "train": table(TRAINING),
+}
 
 
 def with_tables(text: str) -> str:

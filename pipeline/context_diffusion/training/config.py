@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from context_diffusion.config import StrictModel
 
@@ -12,51 +12,58 @@ from context_diffusion.config import StrictModel
 class AutoencoderSteps(StrictModel):
     minutes: float = Field(default=20, gt=0, description="of every worker's threads; the learning rate falls to the end")
     decoder_minutes: float = Field(default=5, gt=0, description="of the decoder alone, last of all")
-    batch_size: int = Field(default=16, ge=1)
-    learning_rate: float = Field(default=5e-4, gt=0, description="2e-3 lost 2 dB and most hues")
+    batch_size: int = Field(default=16, ge=1, description="of all workers together")
+    learning_rate: float = Field(default=5e-4, gt=0, description="of AdamW; 2e-3 lost 2 dB and most hues")
     latent_noise: float = Field(default=0.08, ge=0, description="noise on the latents, so that small errors don't show")
 
 
 class DiffusionSteps(StrictModel):
     minutes: float = Field(default=35, gt=0, description="of every worker's threads; the learning rate falls to the end")
-    batch_size: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW")
-    matrix_learning_rate: float = Field(default=0.02, gt=0, description="of Muon")
-    ema: float = Field(default=0.999, ge=0, lt=1)
+    batch_size: int = Field(default=32, ge=1, description="of all workers together")
+    learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW: vectors, embeddings, first and last layers")
+    matrix_learning_rate: float = Field(default=0.02, gt=0, description="of Muon: the matrices within")
+    ema: float = Field(default=0.999, ge=0, lt=1, description="the averaged weights' memory")
     min_snr: float = Field(default=5.0, gt=0, description="Hang et al. 2023, gamma")
-    context_dropout: float = Field(default=0.15, ge=0, le=1)
-    prompt_dropout: float = Field(default=0.4, ge=0, le=1)
+    context_dropout: float = Field(default=0.15, ge=0, le=1, description="share of samples without contexts")
+    prompt_dropout: float = Field(default=0.4, ge=0, le=1, description="share of samples without a prompt")
     auxiliary: float = Field(default=0.2, ge=0, description="weight of the loss of the auxiliary heads")
 
 
 class Architecture(StrictModel):
     """Sizes of the native model's components."""
 
-    image_size: int = Field(default=128, multiple_of=16)
-    vae_width: int = 64
-    latent_channels: int = 16
-    channels: list[int] = [64, 128]
+    image_size: int = Field(default=128, multiple_of=16, description="pixels a side")
+    vae_width: int = Field(default=64, description="channels of the autoencoder")
+    latent_channels: int = Field(default=16, description="channels of the latents, an eighth of the pixels a side")
+    channels: list[int] = Field(default=[64, 128], description="of the U-Net and the ControlNet, by level")
     width: int = Field(default=128, description="of text and context tokens")
-    context_patch: int = 16
+    context_patch: int = Field(default=16, description="pixels of the context encoder's patches")
     context_grid: int = Field(default=4, description="a context becomes grid x grid tokens")
-    context_slots: int = 8
+    context_slots: int = Field(default=8, description="contexts that a row may have")
     noise_scale: float = Field(default=0.75, gt=0, le=1, description="of sampling: a small model is unsure of much")
-    text_length: int = 20
+    text_length: int = Field(default=20, description="tokens of a prompt")
 
 
 class TrainJob(StrictModel):
     """kind: train. The project's own data in, a model folder out."""
 
-    kind: Literal["train"]
+    kind: Literal["train"] = Field(description="generate or train")
     output: str = Field(min_length=1, description="folder for checkpoints, metrics, samples and the model")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of fresh weights, data and noise")
     styles: int = Field(default=640, ge=2, description="styles of one pool of data")
     pictures: int = Field(default=5, ge=4, description="layouts that each style of a pool dresses")
     pool_steps: int = Field(default=800, ge=1, description="steps before the next pool is made")
-    checkpoint_every: int = Field(default=500, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints and sample pictures")
     workers: int = Field(default=1, ge=1, description="processes, on Ray Train; each takes its share of a batch")
     cpu_threads: int = Field(default=2, ge=1, description="of each worker")
     max_steps: int | None = Field(default=None, ge=1, description="of each stage; left out: the minutes decide")
     architecture: Architecture = Architecture()
     autoencoder: AutoencoderSteps = AutoencoderSteps()
     diffusion: DiffusionSteps = DiffusionSteps()
+
+    @model_validator(mode="after")
+    def _every_worker_has_a_row(self) -> Self:
+        smallest = min(self.autoencoder.batch_size, self.diffusion.batch_size)
+        if self.workers > smallest:
+            raise ValueError(f"workers ({self.workers}) must not exceed a batch_size ({smallest}): each takes a share of it")
+        return self
