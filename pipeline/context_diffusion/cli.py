@@ -17,7 +17,13 @@ from rich.console import Console
 from context_diffusion.config import GenerateJob, StrictModel
 from context_diffusion.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNEXPECTED, ContextDiffusionError, JobError
 
-app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+ABOUT = """Makes images that keep the layout of a query, wear the style of context images and follow a prompt; in batches.
+
+Logs and progress go to stderr; the last line of stdout is one JSON object. Exit codes: 0 every row has its image, 3 some
+rows failed, 2 the job is wrong, 4 too many rows failed, 75, 143, 130 and 1: stopped or broken off, run it again.
+"""
+
+app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 JobFile = Annotated[str, typer.Argument(metavar="JOB", help="a job file, YAML or JSON")]
