@@ -11,14 +11,14 @@ from context_diffusion.config import StrictModel
 
 class AutoencoderSteps(StrictModel):
     minutes: float = Field(default=20, gt=0, description="of every worker's threads; the learning rate falls to the end")
-    decoder_minutes: float = Field(default=5, gt=0, description="of the decoder alone, last of all")
+    decoder_minutes: float = Field(default=4, gt=0, description="of the decoder alone, last of all")
     batch_size: int = Field(default=16, ge=1, description="of all workers together")
     learning_rate: float = Field(default=5e-4, gt=0, description="of AdamW; 2e-3 lost 2 dB and most hues")
     latent_noise: float = Field(default=0.08, ge=0, description="noise on the latents, so that small errors don't show")
 
 
 class DiffusionSteps(StrictModel):
-    minutes: float = Field(default=35, gt=0, description="of every worker's threads; the learning rate falls to the end")
+    minutes: float = Field(default=28, gt=0, description="of every worker's threads; the learning rate falls to the end")
     batch_size: int = Field(default=32, ge=1, description="of all workers together")
     learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW: vectors, embeddings, first and last layers")
     matrix_learning_rate: float = Field(default=0.02, gt=0, description="of Muon: the matrices within")
