@@ -47,14 +47,14 @@ def loop(model: NativeModel, requests: list[Request]) -> None:
         weights = torch.zeros(2, model.context_slots)
         weights[1, : len(tokens)] = 1
         hidden, bias = model.fuse(*model.encode_text(["", ""]), contexts, weights)
-        guidance = one.settings.guidance_scale
+        guidance, layout = one.settings.guidance_scale, model.encode_control(pixels[0], ["gray"])
         latents = (
             torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(one.settings.seed or 0))
             * model.noise_scale
         )
         for timestep in scheduler.timesteps:
             both, times = latents.expand(2, -1, -1, -1), timestep.expand(2).float()
-            down, mid = model.control(both, times, pixels[0].expand(2, -1, -1, -1), ["gray", "gray"])
+            down, mid = model.control(both, times, layout.expand(2, -1, -1, -1))
             without, shown = model.predict(both, times, hidden, bias, down, mid).chunk(2)
             latents = scheduler.step(without + guidance * (shown - without), timestep, latents).prev_sample
         model.decode(latents)

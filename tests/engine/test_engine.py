@@ -116,9 +116,10 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
         weights[0, 0] = shown
         conditions.append(model.fuse(*model.encode_text([prompt]), contexts, weights))
     latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3)) * model.noise_scale
+    layout = model.encode_control(pixels[1:], ["gray"])
     for timestep in scheduler.timesteps:
         time = timestep[None].float()
-        down, mid = model.control(latents, time, pixels[1:], ["gray"])
+        down, mid = model.control(latents, time, layout)
         e0, e_context, e_both = (model.predict(latents, time, h, b, down, mid) for h, b in conditions)
         guided = e0 + 2.0 * (e_context - e0) + 3.0 * (e_both - e_context)
         latents = scheduler.step(guided, timestep, latents).prev_sample

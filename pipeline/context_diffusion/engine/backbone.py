@@ -30,8 +30,11 @@ class Backbone(Protocol):
     def fuse(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """(B, slots, K, D) contexts with (B, slots) weights -> (B, L, D) tokens and (B, 1, L) attention bias."""
 
-    def control(self, latents: Tensor, timesteps: Tensor, control_maps: Tensor, kinds: list[str]) -> tuple[list[Tensor], Tensor]:
-        """Control maps uint8 (B, 3, H, W) -> the ControlNet's residuals: one a skip connection, and the middle one."""
+    def encode_control(self, control_maps: Tensor, kinds: list[str]) -> Tensor:
+        """Control maps uint8 (B, 3, H, W) -> what `control` takes of them, once a row."""
+
+    def control(self, latents: Tensor, timesteps: Tensor, encoded: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Encoded control maps -> the ControlNet's residuals: one a skip connection, and the middle one."""
 
     def predict(
         self,

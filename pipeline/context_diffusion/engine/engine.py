@@ -29,7 +29,7 @@ Outcome = tuple[Request, Result | Failure]
 
 @dataclass
 class Slot:
-    """A row under way. latents: (1, C, h, w) float32; control: uint8 (1, 3, H, W)."""
+    """A row under way. latents: (1, C, h, w) float32; control: its encoded control map."""
 
     request: Request
     table: Table
@@ -130,11 +130,16 @@ class Engine:
             first,
             self._initial_latents(request, table, first, generator),
             self.conditioner.lanes(request, branches(settings, self._has_prompt(request))),
-            None if request.control is None else to_tensor(request.control).to(self.device),
+            self._encode_control(request),
             control_window(len(table), settings.control_guidance_start, settings.control_guidance_end),
             generator,
             time.perf_counter() - started,
         )
+
+    def _encode_control(self, request: Request) -> Tensor | None:
+        if request.control is None:
+            return None
+        return self.backbone.encode_control(to_tensor(request.control).to(self.device), [request.control_kind])
 
     def _initial_latents(self, request: Request, table: Table, first: int, generator: torch.Generator) -> Tensor:
         """(1, C, h, w): noise at the sampler's scale, or the query's latents with noise up to the first step."""
@@ -189,8 +194,7 @@ class Engine:
             if not slot.controlled or slot.control is None:
                 continue
             timestep = slot.table.timesteps[slot.step : slot.step + 1].to(self.device)
-            kind = slot.request.control_kind
-            down, mid = self.backbone.control(slot.model_input, timestep, slot.control, [kind])
+            down, mid = self.backbone.control(slot.model_input, timestep, slot.control)
             scale = slot.request.settings.controlnet_conditioning_scale
             found[index] = [residual * scale for residual in down], mid * scale
         return found

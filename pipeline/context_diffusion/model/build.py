@@ -26,7 +26,6 @@ SCHEDULER: dict[str, Any] = {
     "clip_sample": False,
     "set_alpha_to_one": True,
 }
-SILU_GAIN = 1.68  # 1 / sqrt(E[silu(x)²]) for normal x
 
 
 def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
@@ -53,7 +52,8 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
         down_block_types=("DownBlock2D", "DownBlock2D"),
         mid_block_type="UNetMidBlock2D",
         layers_per_block=1,
-        conditioning_embedding_out_channels=(16, 32, 64, 96),
+        conditioning_channels=sizes.latent_channels,  # NativeModel.encode_control gives latents
+        conditioning_embedding_out_channels=(2 * first,),
     )
     _let_the_layout_in(controlnet)
     tokenizer = build_tokenizer(vocabulary, sizes.text_length)
@@ -101,15 +101,10 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
 
 
 def _let_the_layout_in(controlnet: ControlNetModel) -> None:
-    """Zero convolutions start a little off zero, and the control map's convolutions keep their input's size: as they
-    are at birth, seven of them leave a hundredth of it, and the layout was learned long after the colours."""
-    embedding = controlnet.controlnet_cond_embedding
-    for convolution in [embedding.conv_in, *embedding.blocks]:
-        fan_in = convolution.weight[0].numel()
-        nn.init.normal_(convolution.weight, std=SILU_GAIN / fan_in**0.5)
-        nn.init.zeros_(convolution.bias)
-    for zero in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block, embedding.conv_out]:
+    """Zero convolutions start a little off zero, so that the layout is learned together with the colours."""
+    for zero in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
         nn.init.normal_(zero.weight, std=0.02)
+    nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.05)
 
 
 def build_tokenizer(vocabulary: list[str], length: int) -> PreTrainedTokenizerFast:

@@ -123,18 +123,21 @@ class NativeModel:
     def fuse(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return self.fusion(text, text_mask, contexts, weights)
 
-    def control_input(self, control_maps: Tensor, kinds: list[str]) -> Tensor:
-        """uint8 (B, 3, H, W) -> what the ControlNet sees: pictures normalised, edge maps as 0 to 1."""
+    def encode_control(self, control_maps: Tensor, kinds: list[str]) -> Tensor:
+        """uint8 (B, 3, H, W) -> latents (B, C, h, w): the autoencoder reads the layout for the ControlNet, once a row.
+
+        Pictures are normalised first (tanh keeps the order of what lies far out), edge maps taken as they are."""
         normal, _, _ = normalise(control_maps)
         picture = torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=control_maps.device)
-        return torch.where(picture[:, None, None, None], normal, control_maps.float() / 255).to(self.dtype)
+        signed = torch.where(picture[:, None, None, None], torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1)
+        return self.vae.encode(signed.to(self.dtype)).latents * self.latent_scale
 
-    def control(self, latents: Tensor, timesteps: Tensor, control_maps: Tensor, kinds: list[str]) -> tuple[list[Tensor], Tensor]:
+    def control(self, latents: Tensor, timesteps: Tensor, encoded: Tensor) -> tuple[list[Tensor], Tensor]:
         down, mid = self.controlnet(
             latents.to(self.dtype),
             timesteps,
             encoder_hidden_states=None,
-            controlnet_cond=self.control_input(control_maps, kinds),
+            controlnet_cond=encoded.to(self.dtype),
             return_dict=False,
         )
         return list(down), mid

@@ -18,7 +18,7 @@ class AutoencoderSteps(StrictModel):
 
 
 class DiffusionSteps(StrictModel):
-    minutes: float = Field(default=28, gt=0, description="of every worker's threads; the learning rate falls to the end")
+    minutes: float = Field(default=25, gt=0, description="of every worker's threads; the learning rate falls to the end")
     batch_size: int = Field(default=32, ge=1, description="of all workers together")
     learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW: vectors, embeddings, first and last layers")
     matrix_learning_rate: float = Field(default=0.02, gt=0, description="of Muon: the matrices within")

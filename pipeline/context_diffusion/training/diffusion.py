@@ -35,7 +35,7 @@ class Encoded:
 
     pool: Pool
     latents: Tensor  # float16 (S·P, C, h, w)
-    layouts: Tensor  # float16 (layouts, C, h, w), of the layouts undressed, in grey
+    controls: Tensor  # float16 (layouts · 2, C, h, w)
     palettes: Tensor  # (S, 24), about unit deviation
     textures: Tensor  # (S,)
 
@@ -87,11 +87,7 @@ class _Run:
         for module in self.modules.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(job.seed + 1)
-        embedding = model.controlnet.controlnet_cond_embedding
-        sizes = job.architecture
-        self.heads = AuxiliaryHeads(sizes.channels[0], sizes.latent_channels, sizes.width, len(TEXTURES))
-        self.features: list[Tensor] = []
-        embedding.register_forward_hook(lambda _m, _i, output: self.features.append(output))
+        self.heads = AuxiliaryHeads(job.architecture.width, len(TEXTURES))
         self.optimizer = make_optimizer(self.modules, self.heads, job.diffusion)
         self.alphas = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod
         self.step, spent = 0, 0.0
@@ -145,22 +141,19 @@ class _Run:
         alphas = self.alphas[timesteps]
         noisy, target = noised(encoded.latents[batch.targets].float(), noise, alphas)
         shown = torch.arange(batch.contexts.shape[1])[None] < torch.from_numpy(batch.counts)[:, None]
-        self.features.clear()
         with torch.autocast("cpu", torch.bfloat16):
             contexts = model.encode_images(to_uint8(pool.targets[batch.contexts[shown.numpy()]]))
             slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
             slots[shown] = contexts
             text, mask = model.encode_text(list(batch.prompts))
             hidden, bias = model.fuse(text, mask, slots, shown.float())
-            kinds = [pool.control_kinds[index] for index in batch.controls]
-            down, mid = model.control(noisy, timesteps, to_uint8(pool.controls[batch.controls]), kinds)
+            down, mid = model.control(noisy, timesteps, encoded.controls[batch.controls].float())
             output = model.predict(noisy, timesteps, hidden, bias, down, mid)
         loss = v_loss(output, target, alphas, self.job.diffusion.min_snr)
         styles = batch.contexts[shown.numpy()] // (len(pool.targets) // len(pool.styles))
-        layouts = encoded.layouts[batch.controls // 2].float()
         # Each row counts alike, whatever the number of its contexts.
         weights = (1 / torch.from_numpy(batch.counts).clamp(min=1) / len(shown))[:, None].expand(shown.shape)[shown]
-        hints = self.heads(self.features[0], layouts, contexts, encoded.palettes[styles], encoded.textures[styles], weights)
+        hints = self.heads(contexts, encoded.palettes[styles], encoded.textures[styles], weights)
         return loss + self.job.diffusion.auxiliary * hints
 
     @torch.no_grad()
@@ -216,17 +209,18 @@ def to_uint8(pictures: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
-    bare = np.repeat(pool.tones[..., None], 3, 3)
-    latents, layouts = encode(model, pool.targets), encode(model, bare)
+    """Latents of a pool's targets and control maps; each worker does its share."""
+    workers, kinds = Workers.here(), list(pool.control_kinds)
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = [model.encode_pixels(part).half() for part in to_uint8(workers.share(pool.targets)).split(32)]
+        maps, mine = to_uint8(workers.share(pool.controls)), workers.share(kinds)
+        controls = [model.encode_control(maps[i : i + 32], mine[i : i + 32]).half() for i in range(0, len(maps), 32)]
     palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles]) * 4 - 2
     textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
-    return Encoded(pool, latents, layouts, torch.from_numpy(palettes), textures)
-
-
-def encode(model: NativeModel, pictures: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float16 latents (B, C, h, w); each worker does its share."""
-    workers = Workers.here()
-    mine = workers.share(pictures)
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = [model.encode_pixels(to_uint8(mine[i : i + 32])).half() for i in range(0, len(mine), 32)]
-    return workers.gather(torch.cat(parts), len(pictures))
+    return Encoded(
+        pool,
+        workers.gather(torch.cat(latents), len(pool.targets)),
+        workers.gather(torch.cat(controls), len(kinds)),
+        torch.from_numpy(palettes),
+        textures,
+    )

@@ -38,25 +38,19 @@ def v_loss(output: Tensor, target: Tensor, alphas: Tensor, min_snr: float) -> Te
 
 
 class AuxiliaryHeads(nn.Module):
-    """Thrown away after training: the latents of the bare layout (from the ControlNet's first features), which colours
-    and which texture (from the contexts' tokens). They give the encoders a signal long before the U-Net listens."""
+    """Thrown away after training: which colours and which texture, told from the contexts' tokens. They give the context
+    encoder a signal long before the U-Net listens."""
 
-    def __init__(self, control_width: int, latent_channels: int, width: int, textures: int) -> None:
+    def __init__(self, width: int, textures: int) -> None:
         super().__init__()
-        self.layout = nn.Conv2d(control_width, latent_channels, 1)
         self.palette, self.texture = nn.Linear(width, 8 * 3), nn.Linear(width, textures)
 
-    def forward(
-        self, features: Tensor, layouts: Tensor, tokens: Tensor, palettes: Tensor, textures: Tensor, weights: Tensor
-    ) -> Tensor:
-        """features (B, F, h, w) with layouts (B, C, h, w); tokens (M, K, D) with palettes (M, 24) and textures (M,), each
-        context with its weight (M,)."""
+    def forward(self, tokens: Tensor, palettes: Tensor, textures: Tensor, weights: Tensor) -> Tensor:
+        """tokens (M, K, D) with palettes (M, 24), textures (M,) and the weight of each context (M,)."""
         pooled = tokens.float().mean(1)
-        return (
-            F.mse_loss(self.layout(features.float()), layouts)
-            + (weights * (self.palette(pooled) - palettes).square().mean(1)).sum()
-            + 0.1 * (weights * F.cross_entropy(self.texture(pooled), textures, reduction="none")).sum()
-        )
+        return (weights * (self.palette(pooled) - palettes).square().mean(1)).sum() + 0.1 * (
+            weights * F.cross_entropy(self.texture(pooled), textures, reduction="none")
+        ).sum()
 
 
 def update_ema(average: dict[str, Tensor], modules: nn.Module, decay: float) -> None:
