@@ -17,7 +17,7 @@ LAYERS = [
     {"storage", "allow", "images", "manifest", "rows", "unique", "evaluation", "model.source", "training.config"},
     {"output", "plan", "jobfile", "report", "tensors"},
     {"model", "engine", "training", "pipeline"},
-    {"stages", "writing", "ledger", "validate", "progress", "evaluation.pairs", "evaluation.run"},
+    {"stages", "writing", "ledger", "validate", "progress", "evaluation.pairs", "evaluation.controls", "evaluation.run"},
     {"dataflow", "ray_session", "ray_train"},
     {"driver", "supervise"},
     {"cli", "__main__"},

@@ -6,6 +6,7 @@ All pairs are held in memory, with the bytes that lie inside a Parquet file.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,11 @@ class Pair:
     prompt: str | None
     fit: Fit
     error: tuple[str, str] | None = None
+
+
+def source_key(source: Source) -> str:
+    """What tells a source from another: its path, or a hash of its bytes."""
+    return source["path"] if source["bytes"] is None else hashlib.blake2b(source["bytes"], digest_size=16).hexdigest()
 
 
 def find_pairs(job: EvaluateJob, storage: Storage) -> tuple[list[Pair], list[str]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,8 @@ from context_diffusion.allow import check_allowed
 from context_diffusion.config import Fit, Limits
 from context_diffusion.errors import EXIT_OK, EXIT_ROWS_FAILED, OutputConflictError, RowError
 from context_diffusion.evaluation.config import EvaluateJob
-from context_diffusion.evaluation.pairs import Pair, find_pairs
+from context_diffusion.evaluation.controls import SWAPPED, others
+from context_diffusion.evaluation.pairs import Pair, find_pairs, source_key
 from context_diffusion.evaluation.ranking import auc
 from context_diffusion.evaluation.scores import columns_of, measure
 from context_diffusion.images import decode_image, resize
@@ -28,14 +28,6 @@ from context_diffusion.storage import Storage, normal
 
 Row = dict[str, Any]
 KEPT = 64  # decoded queries and contexts
-# What the control takes from another row: the side that the score is about.
-SWAPPED = {
-    "layout_score": "query",
-    "style_score": "contexts",
-    "prompt_score": "prompt",
-    "layout_leakage": "contexts",
-    "colour_leakage": "query",
-}
 
 
 def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
@@ -51,8 +43,8 @@ def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
     pairs, allow = find_pairs(job, storage)
     loader = _Loader(job.limits, [*allow, normal(job.images)], storage)
     rows, controls = [], []
-    for pair, others in zip(pairs, _others(pairs), strict=True):
-        row, control = _score(pair, others, loader, job)
+    for pair, another in zip(pairs, others(pairs), strict=True):
+        row, control = _score(pair, another, loader, job)
         rows.append(row)
         controls.append(control)
     storage.replace(f"{output.root}/scores.parquet", to_parquet(pa.Table.from_pylist(rows, SCORES)))
@@ -82,7 +74,7 @@ class _Loader:
 
     def fitted(self, source: Source, image: Pixels, fit: Fit) -> Pixels:
         """At the size of the picture that was made of it."""
-        key = (_name(source), image.shape, fit)
+        key = (source_key(source), image.shape, fit)
         if key not in self.kept:
             pixels = resize(self.pixels(source), image.shape[1], image.shape[0], fit)
             if len(self.kept) == KEPT:
@@ -99,11 +91,7 @@ class _Loader:
         }
 
 
-def _name(source: Source) -> str:
-    return source["path"] if source["bytes"] is None else hashlib.blake2b(source["bytes"], digest_size=16).hexdigest()
-
-
-def _score(pair: Pair, others: dict[str, Pair | None], loader: _Loader, job: EvaluateJob) -> tuple[Row, Row]:
+def _score(pair: Pair, another: dict[str, Pair | None], loader: _Loader, job: EvaluateJob) -> tuple[Row, Row]:
     """-> the row of scores.parquet, and the control's scores."""
     row: Row = {ID: pair.id, "index": pair.index}
     if pair.error:
@@ -117,41 +105,15 @@ def _score(pair: Pair, others: dict[str, Pair | None], loader: _Loader, job: Eva
     columns = columns_of(job.score)
     row |= {column: measure(column, image, **own, judge=job.judge) for column in columns}
     try:
-        shuffled = loader.sides(image, *(others[side] or pair for side in ("query", "contexts", "prompt")))
+        shuffled = loader.sides(image, *(another[side] or pair for side in ("query", "contexts", "prompt")))
     except RowError:  # the other row tells it
         return row, {}
     control: Row = {}
     for column in columns:
         side = SWAPPED[column]
-        if others[side]:
+        if another[side]:
             control[column] = measure(column, image, **{**own, side: shuffled[side]}, judge=job.judge)
     return row, control
-
-
-def _others(pairs: Sequence[Pair]) -> list[dict[str, Pair | None]]:
-    """For each pair and each side of it a row that has another one: the control. None where all are alike."""
-    good = [pair for pair in pairs if not pair.error]
-    chosen = {
-        "query": _next_different(good, lambda pair: {_name(pair.query)}),
-        "contexts": _next_different(good, lambda pair: {_name(source) for source in pair.contexts}),
-        "prompt": _next_different([pair for pair in good if pair.prompt], lambda pair: {pair.prompt}),
-    }
-    return [{side: of.get((pair.id, pair.index)) for side, of in chosen.items()} for pair in pairs]
-
-
-def _next_different(pairs: list[Pair], keys: Any) -> dict[tuple[str, int], Pair]:
-    """By (id, index): the next pair, in a circle of those that differ, which shares none of its keys."""
-    first = {frozenset(keys(pair)): pair for pair in reversed(pairs)}
-    circle = list(reversed(first.items()))
-    place = {key: number for number, (key, _) in enumerate(circle)}
-    found = {}
-    for pair in pairs:
-        key = frozenset(keys(pair))
-        turned = (circle[(place[key] + step) % len(circle)] for step in range(1, min(len(circle), 100)))
-        other = next((candidate for theirs, candidate in turned if not theirs & key), None)
-        if other:
-            found[pair.id, pair.index] = other
-    return found
 
 
 def _counts(rows: list[Row]) -> dict[str, Any]:
