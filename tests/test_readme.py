@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 import context_diffusion
 from context_diffusion.config import Cluster, GenerateJob, Limits, Settings
+from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.jobfile import check_job, parse
 from context_diffusion.training.config import Architecture, AutoencoderSteps, DiffusionSteps, TrainJob
 
@@ -44,6 +45,7 @@ TABLES = {
     "settings": table({"": Settings}),
     "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits}),
     "train": table(TRAINING),
+    "evaluate": table({"": EvaluateJob, "limits.": Limits}),
 }
 
 

@@ -9,13 +9,16 @@ import json
 import os
 import sys
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from context_diffusion.config import GenerateJob, StrictModel
 from context_diffusion.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNEXPECTED, ContextDiffusionError, JobError
+
+if TYPE_CHECKING:
+    from context_diffusion.training.config import TrainJob
 
 ABOUT = """Makes images that keep the layout of a query, wear the style of context images and follow a prompt; in batches.
 
@@ -90,8 +93,9 @@ def run(
     """
     loaded = _load(job, sets)
     if not isinstance(loaded, GenerateJob):
-        _print({**_train(loaded, address), "exit": EXIT_OK})
-        return
+        summary = _run_other(loaded, address)
+        _print(summary)
+        raise typer.Exit(summary["exit"])
     from context_diffusion.supervise import supervise
 
     options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed}
@@ -102,10 +106,20 @@ def run(
     raise typer.Exit(summary["exit"])
 
 
-def _train(job: StrictModel, address: str | None) -> dict[str, Any]:
+def _run_other(job: StrictModel, address: str | None) -> dict[str, Any]:
+    """The kinds that need no supervisor. -> the summary, `exit` in it."""
+    from context_diffusion.evaluation.config import EvaluateJob
     from context_diffusion.training.config import TrainJob
 
+    if isinstance(job, EvaluateJob):
+        from context_diffusion.evaluation.run import run_evaluate
+
+        return run_evaluate(job)
     assert isinstance(job, TrainJob)
+    return {**_train(job, address), "exit": EXIT_OK}
+
+
+def _train(job: TrainJob, address: str | None) -> dict[str, Any]:
     if job.workers == 1 and not address:
         from context_diffusion.training import run_training
 

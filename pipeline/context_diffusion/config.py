@@ -14,6 +14,7 @@ SchedulerName = Literal["ddim", "euler"]
 ControlName = Literal["none", "canny", "gray", "soft_edges", "disabled"]
 Fit = Literal["crop", "pad", "stretch", "keep"]
 ImageFormat = Literal["png", "webp", "jpeg", "none"]
+ScoreName = Literal["layout", "style", "prompt", "leakage"]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -101,7 +102,7 @@ def _known_columns(columns: dict[str, str]) -> dict[str, str]:
     return columns
 
 
-def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
+def no_secrets(options: dict[str, Any]) -> dict[str, Any]:
     for key, value in options.items():
         if re.search(r"secret|token|password|^key$|access_key|credential", key, re.IGNORECASE):
             raise ValueError(
@@ -109,14 +110,14 @@ def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
                 "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or name a profile"
             )
         if isinstance(value, dict):
-            _no_secrets(value)
+            no_secrets(value)
     return options
 
 
 class GenerateJob(StrictModel):
     """kind: generate. A manifest of rows in, an OUTPUT folder of Parquet and images out."""
 
-    kind: Literal["generate"] = Field(description="generate or train")
+    kind: Literal["generate"] = Field(description="generate, train or evaluate")
     manifest: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] = Field(
         description="Parquet, JSONL or CSV: a path, URL or glob, or a list of them"
     )
@@ -133,13 +134,13 @@ class GenerateJob(StrictModel):
     allow: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[], description="URI prefixes that rows may read; left out: the manifest's own folder or bucket"
     )
-    storage_options: Annotated[dict[str, dict[str, Any]], AfterValidator(_no_secrets)] = Field(
+    storage_options: Annotated[dict[str, dict[str, Any]], AfterValidator(no_secrets)] = Field(
         default={}, description="fsspec options by protocol, no secrets: {s3: {endpoint_url: ...}}"
     )
     image_format: ImageFormat = Field(default="png", description="none: the picture's bytes in the Parquet only")
     fit: Fit = Field(default="crop", description="how a query meets the output's size; keep: its own aspect ratio")
     seed: int = Field(default=0, ge=0, lt=2**63, description="the rows' seeds are derived from it and their ids")
-    score: list[Literal["layout", "style"]] = Field(default=[], description="scores to compute for each image")
+    score: list[ScoreName] = Field(default=[], description="scores of each image: layout, style, prompt, leakage")
     cluster: Cluster = Field(default=Cluster(), description="engines, CPUs, threads")
     limits: Limits = Field(default=Limits(), description="what a row may ask for")
     max_failed: Annotated[int, Field(ge=0)] | str | None = Field(

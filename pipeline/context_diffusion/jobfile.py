@@ -18,9 +18,10 @@ from pydantic import BaseModel, ValidationError
 
 from context_diffusion.config import GenerateJob, StrictModel
 from context_diffusion.errors import ConfigError
+from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.training.config import TrainJob
 
-KINDS: dict[str, type[StrictModel]] = {"generate": GenerateJob, "train": TrainJob}
+KINDS: dict[str, type[StrictModel]] = {"generate": GenerateJob, "train": TrainJob, "evaluate": EvaluateJob}
 
 
 class _Loader(yaml.SafeLoader):

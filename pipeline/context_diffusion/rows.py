@@ -74,7 +74,7 @@ def _read_row(row: Row, shard: int, job: GenerateJob, base: str, names: dict[str
     read["shard"], read[ID] = shard, row_id(row, names)
     try:
         read[PROMPT], read[NEGATIVE_PROMPT] = (_prompt(row.get(names[n]), n, job) for n in (PROMPT, NEGATIVE_PROMPT))
-        read[QUERY] = _source(row.get(names[QUERY]), base)
+        read[QUERY] = as_source(row.get(names[QUERY]), base)
         read[CONTEXT] = _sources(row.get(names[CONTEXT]), base)
         _check_id(read[ID])
         read["settings"] = _settings(row, names, job, read[ID]).model_dump_json()
@@ -104,8 +104,8 @@ def _prompt(value: Any, name: str, job: GenerateJob) -> str | None:
     return text
 
 
-def _source(value: Any, base: str) -> Source | None:
-    """A URI, bytes, or {bytes, path} -> {bytes, path}; None where it is empty."""
+def as_source(value: Any, base: str) -> Source | None:
+    """A URI, bytes, or {bytes, path} -> {bytes, path}; None where it is empty. base: the folder of relative URIs."""
     if isinstance(value, bytes):
         value = {"bytes": value}
     if isinstance(value, str):
@@ -126,7 +126,7 @@ def _sources(value: Any, base: str) -> list[Source]:
         except (ValueError, RecursionError) as error:
             raise RowError(ErrorCode.NO_CONTEXT, f"context is not a JSON list: {value[:80]!r} ({error})") from None
     listed = value if isinstance(value, list) else [value]
-    return [source for item in listed if (source := _source(item, base)) is not None]
+    return [source for item in listed if (source := as_source(item, base)) is not None]
 
 
 def _settings(row: Row, names: dict[str, str], job: GenerateJob, row_name: str) -> Settings:

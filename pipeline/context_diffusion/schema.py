@@ -73,6 +73,7 @@ SETTING_TYPES: dict[str, pa.DataType] = {
     "strength": pa.float32(),
     "num_images": pa.int32(),
 }
+SCORE_COLUMNS = ("layout_score", "style_score", "prompt_score", "layout_leakage", "colour_leakage")
 OUTPUT = pa.schema(
     [
         (ID, pa.string()),
@@ -95,15 +96,14 @@ OUTPUT = pa.schema(
         ("model", pa.string()),
         ("query_mean", pa.list_(pa.float32())),
         ("query_std", pa.list_(pa.float32())),
-        ("layout_score", pa.float32()),
-        ("style_score", pa.float32()),
-        ("prompt_score", pa.float32()),
+        *((name, pa.float32()) for name in SCORE_COLUMNS),
         ("seconds", pa.float32()),
         ("device", pa.string()),
         ("lanes", pa.int32()),
         ("created_at", pa.timestamp("ms", tz="UTC")),
     ]
 )
+SCORES = pa.schema([OUTPUT.field(name) for name in (ID, "index", *SCORE_COLUMNS, "error_code", "error_message")])
 
 
 @dataclass(frozen=True)

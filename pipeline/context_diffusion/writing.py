@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from context_diffusion.config import GenerateJob, Settings
-from context_diffusion.evaluation import layout_score, style_score
+from context_diffusion.evaluation.scores import columns_of, measure
 from context_diffusion.images import encode_image
 from context_diffusion.output import Output, to_parquet
 from context_diffusion.schema import (
@@ -113,12 +113,9 @@ class WriteShard:
         return {"context_diffusion": json.dumps(told, sort_keys=True), "Software": "context-diffusion"}
 
     def _scores(self, row: dict[str, Any], image: Pixels) -> dict[str, Any]:
-        scores: dict[str, Any] = {}
-        if "layout" in self.job.score:
-            scores["layout_score"] = layout_score(image, required(row["query_image"]))
-        if "style" in self.job.score:
-            scores["style_score"] = style_score(image, [required(context) for context in row["context_images"]])
-        return scores
+        contexts = [required(context) for context in row["context_images"]]
+        query, prompt = required(row["query_image"]), row[PROMPT]
+        return {column: measure(column, image, query, contexts, prompt) for column in columns_of(self.job.score)}
 
 
 def _label(source: dict[str, Any] | None) -> str | None:

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from context_diffusion.config import Settings
-from context_diffusion.evaluation import layout_score, named_first, palette, palette_distance
+from context_diffusion.evaluation.layout import boundary_f1, layout_score
+from context_diffusion.evaluation.ranking import named_first
+from context_diffusion.evaluation.style import chamfer, palette
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.source import model_folder
 from context_diffusion.schema import Pixels
@@ -35,7 +37,7 @@ def layout_matrix(images: list[Pixels], queries: list[Pixels]) -> np.ndarray:
 
 def palette_matrix(images: list[Pixels], contexts: list[list[Pixels]]) -> np.ndarray:
     made, shown = [palette([image]) for image in images], [palette(list(group)) for group in contexts]
-    return -np.array([[palette_distance(one, other) for other in shown] for one in made])
+    return -np.array([[chamfer(one, other) for other in shown] for one in made])
 
 
 def main() -> None:
@@ -57,8 +59,9 @@ def main() -> None:
     print(f"{given.rows} rows, of {CANDIDATES}: layout named, palette named")
     for name, pictures in (("model", images), ("truth", truth), ("autoencoder", ceiling), ("shuffled", shuffled)):
         layout, style = named(layout_matrix(pictures, queries)), named(palette_matrix(pictures, contexts))
-        distance = np.mean([palette_distance(palette([a]), palette([b])) for a, b in zip(pictures, truth, strict=True)])
-        print(f"  {name:12s} {layout:.3f}  {style:.3f}  palette distance to the truth {distance:.1f} Lab")
+        distance = np.mean([chamfer(palette([a]), palette([b])) for a, b in zip(pictures, truth, strict=True)])
+        boundary = np.mean([boundary_f1(a, b) for a, b in zip(pictures, truth, strict=True)])
+        print(f"  {name:12s} {layout:.3f}  {style:.3f}  to the truth: palette {distance:.1f} Lab, boundary F1 {boundary:.3f}")
     rows = []
     for one, image, true in list(zip(requests, images, truth, strict=True))[:12]:
         shown = (*one.contexts, np.full_like(image, 128), np.full_like(image, 128))[:3]

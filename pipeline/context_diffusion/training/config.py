@@ -47,7 +47,7 @@ class Architecture(StrictModel):
 class TrainJob(StrictModel):
     """kind: train. The project's own data in, a model folder out."""
 
-    kind: Literal["train"] = Field(description="generate or train")
+    kind: Literal["train"] = Field(description="generate, train or evaluate")
     output: str = Field(min_length=1, description="folder for checkpoints, metrics, samples and the model")
     seed: int = Field(default=0, ge=0, description="of fresh weights, data and noise")
     styles: int = Field(default=640, ge=2, description="styles of one pool of data")

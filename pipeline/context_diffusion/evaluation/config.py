@@ -1,0 +1,50 @@
+"""The job file of `kind: evaluate`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from context_diffusion.config import Fit, Limits, ScoreName, StrictModel, no_secrets
+
+KNOWN = ("id", "query", "context", "prompt", "image")
+
+
+def _known_columns(columns: dict[str, str]) -> dict[str, str]:
+    for name in columns:
+        if name not in KNOWN:
+            raise ValueError(f"columns: {name!r} is none of ours; known are {', '.join(KNOWN)}")
+    return columns
+
+
+class EvaluateJob(StrictModel):
+    """kind: evaluate. Finished pictures in, ours or another system's; scores.parquet and summary.json out."""
+
+    kind: Literal["evaluate"] = Field(description="generate, train or evaluate")
+    images: str = Field(
+        min_length=1, description="the OUTPUT folder of a generate job, or with `manifest` any folder of pictures"
+    )
+    manifest: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
+        default=None, description="what the pictures were made from; left out: what OUTPUT's rows say"
+    )
+    output: str = Field(min_length=1, description="folder for scores.parquet and summary.json, a path or URL")
+    score: Annotated[list[ScoreName], Field(min_length=1)] = Field(
+        default=["layout", "style", "prompt", "leakage"], description="which scores"
+    )
+    judge: str = Field(default="bundled", min_length=1, description="of prompts: bundled, or a CLIP model's folder or hub id")
+    columns: Annotated[dict[str, str], AfterValidator(_known_columns)] = Field(
+        default={}, description="our column name -> the manifest's; `image`: a picture's file, left out: ID.png, ID.jpg, ..."
+    )
+    fit: Fit = Field(default="crop", description="how a query meets its picture's size; OUTPUT's rows say it themselves")
+    allow: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="URI prefixes that rows may read; left out: the manifest's folder, or what OUTPUT's job allowed"
+    )
+    storage_options: Annotated[dict[str, dict[str, Any]], AfterValidator(no_secrets)] = Field(
+        default={}, description="fsspec options by protocol, no secrets"
+    )
+    limits: Limits = Field(default=Limits(), description="what a row may ask for")
+
+    @property
+    def manifests(self) -> list[str]:
+        return [self.manifest] if isinstance(self.manifest, str) else self.manifest or []

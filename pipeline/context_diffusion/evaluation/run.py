@@ -1,0 +1,133 @@
+"""The evaluate job: scores of finished pictures, and of the same pictures with what is another's, in this process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from context_diffusion.allow import check_allowed
+from context_diffusion.config import Fit, Limits
+from context_diffusion.errors import EXIT_OK, EXIT_ROWS_FAILED, OutputConflictError, RowError
+from context_diffusion.evaluation.config import EvaluateJob
+from context_diffusion.evaluation.controls import SWAPPED, others
+from context_diffusion.evaluation.pairs import Pair, find_pairs, source_key
+from context_diffusion.evaluation.ranking import auc
+from context_diffusion.evaluation.scores import columns_of, measure
+from context_diffusion.images import decode_image, resize
+from context_diffusion.output import Output, to_parquet
+from context_diffusion.rows import Source
+from context_diffusion.schema import ID, SCORES, Pixels
+from context_diffusion.storage import Storage, normal
+
+Row = dict[str, Any]
+KEPT = 64  # decoded queries and contexts
+
+
+def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
+    """Writes scores.parquet and summary.json. -> the summary, `exit` in it. Raises JobError for a wrong job."""
+    started, storage = time.perf_counter(), Storage(job.storage_options)
+    output = Output(normal(job.output), storage)
+    if storage.exists(output.plan):
+        raise OutputConflictError(f"output: {output.root} is a generate job's OUTPUT; choose another folder")
+    if "prompt" in job.score:
+        from context_diffusion.evaluation.prompt import load_judge  # torch
+
+        load_judge(job.judge)
+    pairs, allow = find_pairs(job, storage)
+    loader = _Loader(job.limits, [*allow, normal(job.images)], storage)
+    rows, controls = [], []
+    for pair, another in zip(pairs, others(pairs), strict=True):
+        row, control = _score(pair, another, loader, job)
+        rows.append(row)
+        controls.append(control)
+    storage.replace(f"{output.root}/scores.parquet", to_parquet(pa.Table.from_pylist(rows, SCORES)))
+    summary = {"output": output.root, **_counts(rows), "scores": _statistics(rows, controls, columns_of(job.score))}
+    seconds = time.perf_counter() - started
+    summary |= {"skipped": 0, "seconds": round(seconds, 2), "images_per_second": round(summary["images"] / seconds, 3)}
+    summary["exit"] = EXIT_ROWS_FAILED if summary["failed"] else EXIT_OK
+    storage.replace(output.summary, json.dumps(summary | {"of": job.images}, indent=2).encode())
+    return summary
+
+
+@dataclass
+class _Loader:
+    """Sources -> pixels. Contexts repeat over rows: the last ones are kept."""
+
+    limits: Limits
+    allow: list[str]
+    storage: Storage
+    kept: dict[Hashable, Pixels] = field(default_factory=dict)
+
+    def pixels(self, source: Source) -> Pixels:
+        """As it is. Raises RowError."""
+        if source["bytes"] is not None:
+            return decode_image(source["bytes"], self.limits, source["path"] or "inline image")
+        check_allowed(source["path"], self.allow)
+        return decode_image(self.storage.read_input(source["path"], self.limits.max_bytes), self.limits, source["path"])
+
+    def fitted(self, source: Source, image: Pixels, fit: Fit) -> Pixels:
+        """At the size of the picture that was made of it."""
+        key = (source_key(source), image.shape, fit)
+        if key not in self.kept:
+            pixels = resize(self.pixels(source), image.shape[1], image.shape[0], fit)
+            if len(self.kept) == KEPT:
+                del self.kept[next(iter(self.kept))]
+            self.kept[key] = pixels
+        return self.kept[key]
+
+    def sides(self, image: Pixels, query: Pair, contexts: Pair, prompt: Pair) -> dict[str, Any]:
+        """What a picture is measured against, each side from a pair of its own."""
+        return {
+            "query": self.fitted(query.query, image, query.fit),
+            "contexts": [self.fitted(source, image, "crop") for source in contexts.contexts],
+            "prompt": prompt.prompt,
+        }
+
+
+def _score(pair: Pair, another: dict[str, Pair | None], loader: _Loader, job: EvaluateJob) -> tuple[Row, Row]:
+    """-> the row of scores.parquet, and the control's scores."""
+    row: Row = {ID: pair.id, "index": pair.index}
+    if pair.error:
+        return row | dict(zip(("error_code", "error_message"), pair.error, strict=True)), {}
+    assert pair.picture is not None
+    try:
+        image = loader.pixels(pair.picture)
+        own = loader.sides(image, pair, pair, pair)
+    except RowError as error:
+        return row | {"error_code": str(error.code), "error_message": error.message}, {}
+    columns = columns_of(job.score)
+    row |= {column: measure(column, image, **own, judge=job.judge) for column in columns}
+    try:
+        shuffled = loader.sides(image, *(another[side] or pair for side in ("query", "contexts", "prompt")))
+    except RowError:  # the other row tells it
+        return row, {}
+    control: Row = {}
+    for column in columns:
+        side = SWAPPED[column]
+        if another[side]:
+            control[column] = measure(column, image, **{**own, side: shuffled[side]}, judge=job.judge)
+    return row, control
+
+
+def _counts(rows: list[Row]) -> dict[str, Any]:
+    failed = [row for row in rows if row.get("error_code")]
+    ids, bad = {row[ID] for row in rows}, {row[ID] for row in failed}
+    codes = dict(Counter(row["error_code"] for row in failed))
+    return {"rows": len(ids), "ok": len(ids - bad), "failed": len(bad), "images": len(rows) - len(failed), "codes": codes}
+
+
+def _statistics(rows: list[Row], controls: list[Row], columns: list[str]) -> dict[str, Row]:
+    """Of each score: how many have it, mean, the control's mean, and how often a true one is above a shuffled one."""
+    told = {}
+    for column in columns:
+        true, false = (np.array([r[column] for r in of if r.get(column) is not None]) for of in (rows, controls))
+        mean = {"mean": float(true.mean()) if len(true) else None, "shuffled": float(false.mean()) if len(false) else None}
+        told[column] = {"count": len(true), **mean, "auc": auc(true, false) if len(true) and len(false) else None}
+    return told
