@@ -1,6 +1,6 @@
 """The bars of the bundled model on held-out data, with shuffled controls; and a page of photographs to look at.
 
-python tests/benchmarks/evaluate_bundled.py [MODEL] [--rows 64]
+python tests/benchmarks/evaluate_bundled.py [MODEL] [--rows 64] [--steps 20] [--noise-scale .75]
 """
 
 from __future__ import annotations
@@ -44,12 +44,16 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("model", nargs="?", default="bundled")
     arguments.add_argument("--rows", type=int, default=64)
+    arguments.add_argument("--steps", type=int, default=20)
+    arguments.add_argument("--noise-scale", type=float, help="of sampling; left out: the model's own")
     arguments.add_argument("--page", default="build/evaluation.png")
     given = arguments.parse_args()
     torch.set_num_threads(2)
     model = NativeModel.from_pretrained(model_folder(given.model))
+    model.noise_scale = given.noise_scale or model.noise_scale
     pool = make_pool(VALIDATION_SEED + 77, 64, 8, model.image_size, held_out=True)
-    requests, targets = pool_requests(pool, given.rows, Settings(num_inference_steps=20, guidance_scale=1.5), prompts=False)
+    settings = Settings(num_inference_steps=given.steps, guidance_scale=1.5)
+    requests, targets = pool_requests(pool, given.rows, settings, prompts=False)
     images = make(model, requests)
     queries, contexts = [one.query for one in requests], [list(one.contexts) for one in requests]
     truth = [pool.targets[index] for index in targets]
