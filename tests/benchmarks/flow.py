@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def write_input(folder: Path, rows: int) -> str:
 
 
 def flow(folder: Path, rows: int) -> None:
+    os.environ["PYTHONPATH"] = sys.path[0]  # Ray's workers import the engine of fakes.py
     import fakes
 
     job = GenerateJob.model_validate(job_values(write_input(folder / "in", rows), folder / "out"))
