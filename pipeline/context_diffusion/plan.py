@@ -106,10 +106,7 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
         "job": job.model_dump(mode="json"),
         "rows": scanned.rows,
         "rows_per_part": size,
-        "model": {
-            "name": job.model if isinstance(job.model, str) else job.model.base,
-            "revision": model_revision(job.model),
-        },
+        "model": {"name": job.model, "revision": model_revision(job.model)},
         "versions": versions(),
         "manifest": records,
         "passed": base64.b64encode(scanned.passed().serialize()).decode(),

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
@@ -13,6 +14,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from context_diffusion.errors import ModelError
 from context_diffusion.schema import Pixels
+
+transformers.utils.logging.disable_progress_bar()
 
 BUNDLED = Path(__file__).parent / "judge"  # training/judge.py makes it
 COLOURS = [
