@@ -5,6 +5,7 @@ B samples  C h w latents
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from pytorch_optimizer import Muon
 from torch import Tensor, nn
 
+from context_diffusion.images import resize
 from context_diffusion.model.native import NativeModel
-from context_diffusion.training.config import DiffusionSteps, TrainJob
+from context_diffusion.training.config import SMALL, DiffusionSteps, TrainJob
 from context_diffusion.training.data import Batch, Pool, draw
 from context_diffusion.training.losses import AuxiliaryHeads, noised, spread_timesteps, update_ema, v_loss
 from context_diffusion.training.pools import Pools
@@ -38,11 +40,12 @@ class Encoded:
     layouts: Tensor  # float16 (layouts, C, h, w), of the layouts undressed, in grey
     palettes: Tensor  # (S, 24), about unit deviation
     textures: Tensor  # (S,)
+    summaries: tuple[Tensor, Tensor, Tensor] | None  # of each picture by a frozen context encoder: it sees it but once
 
 
 def train_diffusion(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> dict[str, Any]:
     """Trains in place, from where an earlier run stopped; the model ends with the averaged weights."""
-    run = _Run(job, model, folder)
+    run = Run(job, model, folder)
     _set_attention(model, AttnProcessor(), "eager")  # SDPA's backward pass is slow on a CPU
     encoded: tuple[int, Encoded] | None = None
     validation = encode_pool(model, pools.validation())
@@ -74,16 +77,22 @@ def train_diffusion(job: TrainJob, model: NativeModel, pools: Pools, folder: Pat
 
 def _set_attention(model: NativeModel, processor: Any, encoders: str) -> None:
     model.unet.set_attn_processor(processor)
-    for encoder in (model.image_encoder, model.text_encoder):
-        encoder.set_attn_implementation(encoders)
+    for name in ("image_encoder", "text_encoder"):
+        if name in trained(model):
+            model.modules[name].set_attn_implementation(encoders)
 
 
-class _Run:
+def trained(model: NativeModel) -> list[str]:
+    """The modules that this stage trains: a pretrained context encoder stays as it is."""
+    return [name for name in TRAINED if name != "image_encoder" or model.context_encoder == SMALL]
+
+
+class Run:
     """Optimiser, average and step of the second stage."""
 
     def __init__(self, job: TrainJob, model: NativeModel, folder: Path) -> None:
         self.job, self.model, self.path, self.workers = job, model, folder / "diffusion.pt", Workers.here()
-        self.modules = nn.ModuleDict({name: model.modules[name] for name in TRAINED}).requires_grad_(True).train()
+        self.modules = nn.ModuleDict({name: model.modules[name] for name in trained(model)}).requires_grad_(True).train()
         for module in self.modules.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(job.seed + 1)
@@ -127,8 +136,8 @@ class _Run:
         loss = self.loss(encoded, batch, torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step), self.workers)
         self.optimizer.zero_grad()
         loss.backward()
-        trained = [*self.modules.parameters(), *self.heads.parameters()]
-        self.progress.elapsed = self.workers.average(trained, self.progress.measured)
+        parameters = [*self.modules.parameters(), *self.heads.parameters()]
+        self.progress.elapsed = self.workers.average(parameters, self.progress.measured)
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -147,7 +156,7 @@ class _Run:
         shown = torch.arange(batch.contexts.shape[1])[None] < torch.from_numpy(batch.counts)[:, None]
         self.features.clear()
         with torch.autocast("cpu", torch.bfloat16):
-            contexts = model.encode_images(to_uint8(pool.targets[batch.contexts[shown.numpy()]]))
+            contexts = context_tokens(model, encoded, batch.contexts[shown.numpy()])
             slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
             slots[shown] = contexts
             text, mask = model.encode_text(list(batch.prompts))
@@ -214,19 +223,43 @@ def to_uint8(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
 
 
+def context_tokens(model: NativeModel, encoded: Encoded, indices: np.ndarray) -> Tensor:
+    """The tokens (M, K, D) of so many of a pool's pictures."""
+    if encoded.summaries is not None:
+        return model.fusion.encode(*(part[indices].float() for part in encoded.summaries))
+    return model.encode_images(to_uint8(encoded.pool.targets[indices]))
+
+
 @torch.no_grad()
 def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
     bare = np.repeat(pool.tones[..., None], 3, 3)
     latents, layouts = encode(model, pool.targets), encode(model, bare)
     palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles]) * 4 - 2
     textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
-    return Encoded(pool, latents, layouts, torch.from_numpy(palettes), textures)
+    summaries = None if "image_encoder" in trained(model) else summarise(model, pool.targets)
+    return Encoded(pool, latents, layouts, torch.from_numpy(palettes), textures, summaries)
 
 
 def encode(model: NativeModel, pictures: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float16 latents (B, C, h, w); each worker does its share."""
+    return _in_parts(pictures, lambda part: [model.encode_pixels(to_uint8(part))])[0]
+
+
+def summarise(model: NativeModel, pictures: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 (B, H, W, 3) -> float16, what NativeModel.summarise_images makes of them at the encoder's own size."""
+    side = model.context_size
+
+    def see(part: np.ndarray) -> tuple[Tensor, ...]:
+        return model.summarise_images(to_uint8(np.stack([resize(picture, side, side, "crop") for picture in part])))
+
+    summaries, mean, std = _in_parts(pictures, see)
+    return summaries, mean, std
+
+
+def _in_parts(pictures: np.ndarray, see: Callable[[np.ndarray], Iterable[Tensor]]) -> list[Tensor]:
+    """What `see` makes of pictures, as float16, 32 at a time; each worker does its share."""
     workers = Workers.here()
     mine = workers.share(pictures)
     with torch.autocast("cpu", torch.bfloat16):
-        parts = [model.encode_pixels(to_uint8(mine[i : i + 32])).half() for i in range(0, len(mine), 32)]
-    return workers.gather(torch.cat(parts), len(pictures))
+        parts = [[seen.half() for seen in see(mine[i : i + 32])] for i in range(0, len(mine), 32)]
+    return [workers.gather(torch.cat(column), len(pictures)) for column in zip(*parts, strict=True)]
