@@ -38,8 +38,8 @@ from context_diffusion.model.native import NativeModel
 from context_diffusion.model.source import model_size
 from context_diffusion.training.config import Architecture
 from context_diffusion.training.samples import make
+from steps import changed_by_a_step
 from tiny import SIZES, make_tiny, picture, request
-from training.steps import changed_by_a_step
 
 LAYERS = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {**LAYERS, "intermediate_size": 48, "image_size": 48, "patch_size": 16}  # 3 x 3 patches on a grid of 2 x 2

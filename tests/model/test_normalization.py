@@ -16,8 +16,8 @@ from context_diffusion.model.native import NativeModel
 from context_diffusion.model.normalization import normalise, restore
 from context_diffusion.schema import Pixels, Request, Result
 from context_diffusion.training.config import Architecture, Normalization
+from steps import changed_by_a_step
 from tiny import SIZES, make_tiny, picture, request
-from training.steps import changed_by_a_step
 
 KINDS = ("none", "image", "channel")
 

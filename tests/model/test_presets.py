@@ -14,8 +14,8 @@ from context_diffusion.jobfile import check_job, load_job
 from context_diffusion.model.build import build
 from context_diffusion.training.config import Architecture, TrainJob
 from context_diffusion.training.samples import make
+from steps import changed_by_a_step
 from tiny import SIZES, make_tiny, request
-from training.steps import changed_by_a_step
 
 JOBS = Path(__file__).parents[2] / "jobs"
 

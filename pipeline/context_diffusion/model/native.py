@@ -54,8 +54,9 @@ class NativeModel:
     image_size: int = 128
     context_encoder: str = SMALL  # where image_encoder came from; all others than the small one stay untrained
     context_size: int = 128
-    context_mean: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_MEAN))  # of the pixels in [0, 1] that it
-    context_std: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_STD))  # takes, where they aren't normalised
+    # Of the pixels in [0, 1], what it was trained with: applied where its pictures are not normalised by their own.
+    context_mean: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_MEAN))
+    context_std: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_STD))
     context_slots: int = 8
     noise_scale: float = 1.0
     normalization: Normalization = field(default_factory=lambda: Normalization(contexts="channel"))
