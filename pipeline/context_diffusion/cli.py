@@ -97,9 +97,9 @@ def run(
 
 
 def _train(job: StrictModel, address: str | None) -> dict[str, Any]:
-    from context_diffusion.training.config import TrainJob
+    from context_diffusion.training.config import TrainingJob
 
-    assert isinstance(job, TrainJob)
+    assert isinstance(job, TrainingJob)
     if job.workers == 1 and not address:
         from context_diffusion.training import run_training
 

@@ -19,6 +19,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=64, le=2048, multiple_of=16)]
+KIND = "generate, train or finetune"
 
 
 class StrictModel(BaseModel):
@@ -113,10 +114,13 @@ def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+StorageOptions = Annotated[dict[str, dict[str, Any]], AfterValidator(_no_secrets)]
+
+
 class GenerateJob(StrictModel):
     """kind: generate. A manifest of rows in, an OUTPUT folder of Parquet and images out."""
 
-    kind: Literal["generate"] = Field(description="generate or train")
+    kind: Literal["generate"] = Field(description=KIND)
     manifest: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] = Field(
         description="Parquet, JSONL or CSV: a path, URL or glob, or a list of them"
     )
@@ -133,7 +137,7 @@ class GenerateJob(StrictModel):
     allow: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[], description="URI prefixes that rows may read; left out: the manifest's own folder or bucket"
     )
-    storage_options: Annotated[dict[str, dict[str, Any]], AfterValidator(_no_secrets)] = Field(
+    storage_options: StorageOptions = Field(
         default={}, description="fsspec options by protocol, no secrets: {s3: {endpoint_url: ...}}"
     )
     image_format: ImageFormat = Field(default="png", description="none: the picture's bytes in the Parquet only")

@@ -18,9 +18,9 @@ from pydantic import BaseModel, ValidationError
 
 from context_diffusion.config import GenerateJob, StrictModel
 from context_diffusion.errors import ConfigError
-from context_diffusion.training.config import TrainJob
+from context_diffusion.training.config import FinetuneJob, TrainJob
 
-KINDS: dict[str, type[StrictModel]] = {"generate": GenerateJob, "train": TrainJob}
+KINDS: dict[str, type[StrictModel]] = {"generate": GenerateJob, "train": TrainJob, "finetune": FinetuneJob}
 
 
 class _Loader(yaml.SafeLoader):

@@ -74,8 +74,8 @@ def _read_row(row: Row, shard: int, job: GenerateJob, base: str, names: dict[str
     read["shard"], read[ID] = shard, row_id(row, names)
     try:
         read[PROMPT], read[NEGATIVE_PROMPT] = (_prompt(row.get(names[n]), n, job) for n in (PROMPT, NEGATIVE_PROMPT))
-        read[QUERY] = _source(row.get(names[QUERY]), base)
-        read[CONTEXT] = _sources(row.get(names[CONTEXT]), base)
+        read[QUERY] = read_source(row.get(names[QUERY]), base)
+        read[CONTEXT] = read_sources(row.get(names[CONTEXT]), base)
         _check_id(read[ID])
         read["settings"] = _settings(row, names, job, read[ID]).model_dump_json()
         if read[QUERY] is None:
@@ -104,7 +104,7 @@ def _prompt(value: Any, name: str, job: GenerateJob) -> str | None:
     return text
 
 
-def _source(value: Any, base: str) -> Source | None:
+def read_source(value: Any, base: str) -> Source | None:
     """A URI, bytes, or {bytes, path} -> {bytes, path}; None where it is empty."""
     if isinstance(value, bytes):
         value = {"bytes": value}
@@ -118,7 +118,7 @@ def _source(value: Any, base: str) -> Source | None:
     return {"bytes": None, "path": resolve(str(path), base)} if path else None
 
 
-def _sources(value: Any, base: str) -> list[Source]:
+def read_sources(value: Any, base: str) -> list[Source]:
     """A list of sources, as a list, a JSON list (CSV), or one alone."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -126,7 +126,7 @@ def _sources(value: Any, base: str) -> list[Source]:
         except (ValueError, RecursionError) as error:
             raise RowError(ErrorCode.NO_CONTEXT, f"context is not a JSON list: {value[:80]!r} ({error})") from None
     listed = value if isinstance(value, list) else [value]
-    return [source for item in listed if (source := _source(item, base)) is not None]
+    return [source for item in listed if (source := read_source(item, base)) is not None]
 
 
 def _settings(row: Row, names: dict[str, str], job: GenerateJob, row_name: str) -> Settings:

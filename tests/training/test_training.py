@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from context_diffusion.errors import ModelError
+from context_diffusion.errors import ModelError, StorageError
 from context_diffusion.model.native import NativeModel
 from context_diffusion.training import diffusion, run_training
 from context_diffusion.training.config import TrainJob
@@ -22,6 +22,7 @@ def job(output: Path, max_steps: int) -> TrainJob:
         styles=4,
         pictures=4,
         pool_steps=2,
+        cpu_threads=1,
         checkpoint_every=2,
         max_steps=max_steps,
         architecture=SIZES,
@@ -65,7 +66,7 @@ def test_a_torn_checkpoint_is_told_and_a_failed_save_leaves_the_last_one(tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="No space"):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path) == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]

@@ -13,16 +13,26 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from numpy.typing import NDArray
 from pytorch_optimizer import Muon
 from torch import Tensor, nn
 
 from context_diffusion.model.native import NativeModel
-from context_diffusion.training.config import DiffusionSteps, TrainJob
-from context_diffusion.training.data import Batch, Pool, draw
+from context_diffusion.training.batches import CONTEXTS, Data, Hints, Samples, Source
+from context_diffusion.training.config import DiffusionSteps, TrainingJob
+from context_diffusion.training.data import Pool, draw
+from context_diffusion.training.layouts import Rng
 from context_diffusion.training.losses import AuxiliaryHeads, noised, spread_timesteps, update_ema, v_loss
-from context_diffusion.training.pools import Pools
 from context_diffusion.training.samples import save_samples
-from context_diffusion.training.state import Metrics, Progress, load_checkpoint, save_checkpoint
+from context_diffusion.training.state import (
+    Metrics,
+    Progress,
+    check_origin,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_model,
+)
 from context_diffusion.training.styles import TEXTURES
 from context_diffusion.training.workers import Workers
 
@@ -39,25 +49,43 @@ class Encoded:
     palettes: Tensor  # (S, 24), about unit deviation
     textures: Tensor  # (S,)
 
+    def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
+        pool = self.pool
+        batch = draw(pool, rng, size, context_dropout, prompt_dropout).at(rows)
+        contexts = batch.contexts[np.arange(CONTEXTS) < batch.counts[:, None]]
+        styles = contexts // (len(pool.targets) // len(pool.styles))
+        return Samples(
+            self.latents[batch.targets],
+            pool.targets[contexts],
+            batch.counts,
+            pool.controls[batch.controls],
+            [pool.control_kinds[index] for index in batch.controls],
+            batch.prompts,
+            Hints(self.layouts[batch.controls // 2], self.palettes[styles], self.textures[styles]),
+        )
 
-def train_diffusion(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> dict[str, Any]:
+
+def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Path, metrics: Metrics) -> dict[str, Any]:
     """Trains in place, from where an earlier run stopped; the model ends with the averaged weights."""
-    run = _Run(job, model, folder)
+    run = _Run(job, model, folder, data.origin)
     _set_attention(model, AttnProcessor(), "eager")  # SDPA's backward pass is slow on a CPU
-    encoded: tuple[int, Encoded] | None = None
-    validation = encode_pool(model, pools.validation())
+    validations = data.validations()
 
-    def report(name: str) -> float:
-        loss = run.validate(validation)
-        metrics.write(stage="validation", step=run.step, loss=round(loss, 5))
-        save_samples(model, validation.pool, folder / f"samples{name}.png")
-        return loss
+    def validate() -> dict[str, float]:
+        losses = {stage: round(run.validate(source), 5) for stage, source in validations.items()}
+        for stage, loss in losses.items():
+            metrics.write(stage=stage, step=run.step, loss=loss)
+        return {f"{stage}_loss": loss for stage, loss in losses.items()}
 
+    def report(name: str) -> dict[str, float]:
+        losses = validate()
+        save_samples(model, *data.examples(12), folder / f"samples{name}.png")
+        return losses
+
+    if run.step == 0 and run.workers.first:
+        validate()
     while (share := run.progress.at(run.step)) < 1:
-        number = run.step // job.pool_steps
-        if encoded is None or encoded[0] != number:
-            encoded = (number, encode_pool(model, pools.at(10_000 + number)))
-        loss = run.train_step(encoded[1])
+        loss = run.train_step(data.at(run.step))
         if run.step % 25 == 0:
             metrics.write(stage="diffusion", step=run.step, share=round(share, 4), loss=round(loss, 5))
         if run.step % job.checkpoint_every == 0:
@@ -65,11 +93,11 @@ def train_diffusion(job: TrainJob, model: NativeModel, pools: Pools, folder: Pat
             if run.workers.first:
                 with run.averaged():
                     report(f"-{run.step:06d}")
-                    model.save_pretrained(folder / "model")
+                    save_model(model, folder / "model")
     run.save(done=True)
     run.modules.load_state_dict(run.average, strict=False)
     _set_attention(model, AttnProcessor2_0(), "sdpa")
-    return {"steps": run.step, "validation_loss": report("") if run.workers.first else None}
+    return {"steps": run.step, **(report("") if run.workers.first else {})}
 
 
 def _set_attention(model: NativeModel, processor: Any, encoders: str) -> None:
@@ -81,15 +109,16 @@ def _set_attention(model: NativeModel, processor: Any, encoders: str) -> None:
 class _Run:
     """Optimiser, average and step of the second stage."""
 
-    def __init__(self, job: TrainJob, model: NativeModel, folder: Path) -> None:
+    def __init__(self, job: TrainingJob, model: NativeModel, folder: Path, origin: dict[str, str]) -> None:
         self.job, self.model, self.path, self.workers = job, model, folder / "diffusion.pt", Workers.here()
+        self.origin = origin
         self.modules = nn.ModuleDict({name: model.modules[name] for name in TRAINED}).requires_grad_(True).train()
         for module in self.modules.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(job.seed + 1)
         embedding = model.controlnet.controlnet_cond_embedding
-        sizes = job.architecture
-        self.heads = AuxiliaryHeads(sizes.channels[0], sizes.latent_channels, sizes.width, len(TEXTURES))
+        sizes = model.controlnet.config.block_out_channels[0], model.latent_shape[0], model.unet.config.cross_attention_dim
+        self.heads = AuxiliaryHeads(*sizes, len(TEXTURES))
         self.features: list[Tensor] = []
         embedding.register_forward_hook(lambda _m, _i, output: self.features.append(output))
         self.optimizer = make_optimizer(self.modules, self.heads, job.diffusion)
@@ -97,8 +126,9 @@ class _Run:
         self.step, spent = 0, 0.0
         state = load_checkpoint(self.path)
         if state is not None:
-            self.modules.load_state_dict(state["modules"])
-            self.heads.load_state_dict(state["heads"])
+            load_weights(self.modules, state["modules"], self.path)
+            load_weights(self.heads, state["heads"], self.path)
+            check_origin(self.path, state.get("origin", {}), origin)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, spent = state["step"], state["spent"]
         self.average = state["average"] if state else {k: v.clone() for k, v in self.modules.state_dict().items()}
@@ -112,19 +142,22 @@ class _Run:
             "heads": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
+            "origin": self.origin,
             "step": self.step,
             "spent": self.progress.elapsed,
             "done": done,
         }
         save_checkpoint(self.path, state)
 
-    def train_step(self, encoded: Encoded) -> float:
+    def train_step(self, source: Source) -> float:
         stage = self.job.diffusion
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.progress.learning_rate(self.step)
         rng = np.random.default_rng((self.job.seed, 2, self.step))
-        batch = draw(encoded.pool, rng, stage.batch_size, stage.context_dropout, stage.prompt_dropout)
-        loss = self.loss(encoded, batch, torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step), self.workers)
+        rows = self.workers.share(np.arange(stage.batch_size))
+        samples = source.samples(rng, stage.batch_size, stage.context_dropout, stage.prompt_dropout, rows)
+        generator = torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step)
+        loss = self.loss(samples, rows, stage.batch_size, generator)
         self.optimizer.zero_grad()
         loss.backward()
         trained = [*self.modules.parameters(), *self.heads.parameters()]
@@ -136,40 +169,41 @@ class _Run:
         update_ema(self.average, self.modules, min(stage.ema, self.step / (self.step + 10)))
         return loss.item()
 
-    def loss(self, encoded: Encoded, batch: Batch, generator: torch.Generator, workers: Workers) -> Tensor:
-        """The loss of this worker's share of a batch; noise and timesteps of it all follow from the generator."""
-        pool, model = encoded.pool, self.model
-        timesteps = workers.share(spread_timesteps(len(batch.targets), len(self.alphas), generator))
-        noise = workers.share(torch.randn(len(batch.targets), *model.latent_shape, generator=generator))
-        batch = batch.share(workers)
+    def loss(self, samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator) -> Tensor:
+        """The loss of these rows of a batch of `size`; noise and timesteps of it all follow from the generator."""
+        model = self.model
+        timesteps = spread_timesteps(size, len(self.alphas), generator)[rows]
+        noise = torch.randn(size, *model.latent_shape, generator=generator)[rows]
         alphas = self.alphas[timesteps]
-        noisy, target = noised(encoded.latents[batch.targets].float(), noise, alphas)
-        shown = torch.arange(batch.contexts.shape[1])[None] < torch.from_numpy(batch.counts)[:, None]
+        noisy, target = noised(samples.latents.float(), noise, alphas)
+        counts = torch.from_numpy(samples.counts)
+        shown = torch.arange(CONTEXTS)[None] < counts[:, None]
         self.features.clear()
         with torch.autocast("cpu", torch.bfloat16):
-            contexts = model.encode_images(to_uint8(pool.targets[batch.contexts[shown.numpy()]]))
+            contexts = model.encode_images(to_uint8(samples.contexts))
             slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
             slots[shown] = contexts
-            text, mask = model.encode_text(list(batch.prompts))
+            text, mask = model.encode_text(list(samples.prompts))
             hidden, bias = model.fuse(text, mask, slots, shown.float())
-            kinds = [pool.control_kinds[index] for index in batch.controls]
-            down, mid = model.control(noisy, timesteps, to_uint8(pool.controls[batch.controls]), kinds)
+            down, mid = model.control(noisy, timesteps, to_uint8(samples.controls), samples.kinds)
             output = model.predict(noisy, timesteps, hidden, bias, down, mid)
         loss = v_loss(output, target, alphas, self.job.diffusion.min_snr)
-        styles = batch.contexts[shown.numpy()] // (len(pool.targets) // len(pool.styles))
-        layouts = encoded.layouts[batch.controls // 2].float()
+        hints = samples.hints
+        if hints is None or not self.job.diffusion.auxiliary:
+            return loss
+        b, m = len(hints.layouts), len(hints.palettes)
         # Each row counts alike, whatever the number of its contexts.
-        weights = (1 / torch.from_numpy(batch.counts).clamp(min=1) / len(shown))[:, None].expand(shown.shape)[shown]
-        hints = self.heads(self.features[0], layouts, contexts, encoded.palettes[styles], encoded.textures[styles], weights)
-        return loss + self.job.diffusion.auxiliary * hints
+        weights = (1 / counts.clamp(min=1) / b)[:, None].expand(shown.shape)[shown][:m]
+        told = self.heads(self.features[0][:b], hints.layouts.float(), contexts[:m], hints.palettes, hints.textures, weights)
+        return loss + self.job.diffusion.auxiliary * told
 
     @torch.no_grad()
-    def validate(self, encoded: Encoded) -> float:
-        """The loss on held-out styles, always the same batches."""
-        losses = []
+    def validate(self, source: Source) -> float:
+        """The loss on what is held out, always the same batches."""
+        losses, rows = [], np.arange(32)
         for number in range(4):
-            batch = draw(encoded.pool, np.random.default_rng((7, number)), 32, 0.1, 0.5)
-            losses.append(self.loss(encoded, batch, torch.Generator().manual_seed(number), Workers()).item())
+            samples = source.samples(np.random.default_rng((7, number)), len(rows), 0.1, 0.5, rows)
+            losses.append(self.loss(samples, rows, len(rows), torch.Generator().manual_seed(number)).item())
         return float(np.mean(losses))
 
     def averaged(self) -> _Averaged:
