@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 import context_diffusion
 from context_diffusion.config import Cluster, GenerateJob, Limits, Settings
 from context_diffusion.jobfile import check_job, parse
-from context_diffusion.training.config import Architecture, AutoencoderSteps, DiffusionSteps, TrainJob
+from context_diffusion.training.config import Architecture, AutoencoderSteps, DiffusionSteps, FinetuneJob, FinetuneSteps, TrainJob
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -44,6 +44,7 @@ TABLES = {
     "settings": table({"": Settings}),
     "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits}),
     "train": table(TRAINING),
+    "finetune": table({"": FinetuneJob, "diffusion.": FinetuneSteps}),
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from context_diffusion.errors import ConfigError, ManifestError
-from context_diffusion.jobfile import check_job
+from context_diffusion.jobfile import check_job, load_job
 from context_diffusion.training.config import FinetuneJob
 from context_diffusion.training.gallery import Gallery
 from context_diffusion.training.pictures import Example, Pictures, read_pictures
@@ -124,6 +124,7 @@ def test_a_manifest_reads_only_what_it_may(tmp_path: Path) -> None:
 def test_unknown_keys_are_told_with_the_nearest() -> None:
     values = {"kind": "finetune", "data": "d", "output": "o"}
     assert isinstance(check_job(values), FinetuneJob)
+    assert isinstance(load_job(str(Path(__file__).parents[2] / "jobs" / "finetune.yaml")), FinetuneJob)
     with pytest.raises(ConfigError, match="did you mean 'controls'"):
         check_job(values | {"control": ["gray"]})
     with pytest.raises(ConfigError, match=r"diffusion.minute: unknown key; did you mean 'minutes'"):

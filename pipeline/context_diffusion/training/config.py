@@ -113,7 +113,7 @@ class FinetuneJob(TrainingJob):
     """kind: finetune. A model folder and one's own pictures in, a model folder out."""
 
     kind: Literal["finetune"] = Field(description=KIND)
-    data: str = Field(min_length=1, description="a folder with a sub-folder of pictures for each style, or a manifest: see below")
+    data: str = Field(min_length=1, description="a folder with a sub-folder of pictures for each style, or a manifest: see above")
     model: str = Field(default="bundled", min_length=1, description="what to begin with: bundled, or a folder of a native model")
     keep: float = Field(default=0.25, ge=0, lt=1, description="share of a batch that is the project's own data: old styles stay")
     held_out: float = Field(default=0.1, ge=0, le=0.5, description="share of a style's pictures for validation, never trained on")
@@ -129,6 +129,7 @@ class FinetuneJob(TrainingJob):
     storage_options: StorageOptions = Field(
         default={}, description="fsspec options by protocol, no secrets: {s3: {endpoint_url: ...}}"
     )
+    seed: int = Field(default=0, ge=0, description="of batches and noise, and of which pictures are held out")
     styles: int = Field(default=160, ge=2, description="styles of one pool of the project's own data")
     checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints and sample pictures")
     diffusion: FinetuneSteps = FinetuneSteps()
