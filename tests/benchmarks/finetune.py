@@ -36,7 +36,7 @@ from context_diffusion.training.styles import HELD_OUT, Style, dress, make_lut, 
 
 STYLES, TRAINED, TESTED = 5, 20, 8
 ALLOWED_LOSS = 0.05  # of the old styles' score
-SCORES = ("style", "to truth", "layout")
+SCORES = ("style", "distance", "layout", "edges")
 Rows = tuple[list[Request], list[Pixels]]
 
 
@@ -83,12 +83,14 @@ def old_rows(size: int, count: int, settings: Settings) -> Rows:
 
 
 def scores(images: list[Pixels], rows: Rows) -> np.ndarray:
-    """(rows, 3): style against the contexts, Lab units to the true picture's palette (less is better), layout."""
+    """(rows, 4): style against the contexts, distance of the palettes of output and truth in Lab units (less is better),
+    layout against the query, and against the truth, whose edges hold its texture too."""
     return np.array(
         [
             (
                 style_score(image, list(one.contexts)),
                 palette_distance(palette([image]), palette([target])),
+                layout_score(image, one.query),
                 layout_score(image, target),
             )
             for image, one, target in zip(images, *rows, strict=True)
@@ -104,7 +106,7 @@ def sign_test(better: int, worse: int) -> float:
 
 def table(name: str, before: np.ndarray, after: np.ndarray) -> None:
     for k, score in enumerate(SCORES):
-        gain = (after[:, k] - before[:, k]) * (-1 if score == "to truth" else 1)
+        gain = (after[:, k] - before[:, k]) * (-1 if score == "distance" else 1)
         better, worse = int((gain > 0).sum()), int((gain < 0).sum())
         change = after[:, k].mean() / before[:, k].mean() - 1
         print(

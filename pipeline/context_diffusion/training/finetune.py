@@ -74,7 +74,8 @@ class Own:
     def __init__(self, job: FinetuneJob, model: NativeModel, pictures: Pictures, pools: Pools) -> None:
         self.job, self.model, self.pictures = job, model, pictures
         self.generated = Generated(model, pools, job.pool_steps)
-        self.training, self.held = self.gallery(pictures.training), self.gallery(pictures.validation or pictures.training)
+        self.training = self.gallery(pictures.training)
+        self.held = self.gallery(pictures.validation) if pictures.validation else self.training
         self.origin = {"model": model_revision(job.model), "data": pictures.digest}
 
     def gallery(self, examples: list[Example]) -> Gallery:
