@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from context_diffusion.model.build import build
 from context_diffusion.model.native import NativeModel
 from context_diffusion.training import diffusion, run_training
 from context_diffusion.training.finetune import Own
-from context_diffusion.training.gallery import Mixed
+from context_diffusion.training.gallery import Gallery, Mixed
 from context_diffusion.training.pictures import read_pictures
 from context_diffusion.training.pools import Pools
 from context_diffusion.training.state import load_checkpoint, save_checkpoint
@@ -123,6 +124,18 @@ def test_a_full_disk_or_another_model_leaves_the_last_checkpoint_which_goes_on(t
         run_training(job(data, out, base, keep=0.0))
     (data / "style-1" / "more").rename(tmp_path / "more")
     assert run_training(job(data, out, base, keep=0.0))["steps"] == 4
+
+
+def test_a_worker_without_pictures_and_a_batch_without_contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workers, "here", classmethod(lambda cls: cls(1, 2)))
+    monkeypatch.setattr(Workers, "gather", lambda _self, share, _rows: share)
+    assert diffusion.encode(tiny_model(), picture(1)[None]).shape == (0, *tiny_model().latent_shape)
+    monkeypatch.undo()
+    wanted = job(write_styles(tmp_path / "own"), tmp_path, diffusion={"context_dropout": 1.0}, keep=0.0)
+    pictures = read_pictures(wanted, SIZES.image_size)
+    source = Gallery(pictures.pixels, pictures.training, torch.zeros(8, *tiny_model().latent_shape), wanted.controls, 64)
+    run = diffusion._Run(wanted, copy.deepcopy(tiny_model()), tmp_path, {})
+    assert np.isfinite(run.train_step(source))
 
 
 def test_a_batch_keeps_its_share_of_old_styles_and_workers_share_it_row_by_row(tmp_path: Path) -> None:

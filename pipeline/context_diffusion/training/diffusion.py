@@ -180,7 +180,8 @@ class _Run:
         shown = torch.arange(CONTEXTS)[None] < counts[:, None]
         self.features.clear()
         with torch.autocast("cpu", torch.bfloat16):
-            contexts = model.encode_images(to_uint8(samples.contexts))
+            none = model.fusion.null_context[None][:0]  # (0, K, D): CLIP cannot take no picture
+            contexts = model.encode_images(to_uint8(samples.contexts)) if len(samples.contexts) else none
             slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
             slots[shown] = contexts
             text, mask = model.encode_text(list(samples.prompts))
@@ -261,6 +262,7 @@ def encode(model: NativeModel, pictures: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float16 latents (B, C, h, w); each worker does its share."""
     workers = Workers.here()
     mine = workers.share(pictures)
+    parts = [torch.empty(0, *model.latent_shape, dtype=torch.float16)]  # fewer pictures than workers leave one none
     with torch.autocast("cpu", torch.bfloat16):
-        parts = [model.encode_pixels(to_uint8(mine[i : i + 32])).half() for i in range(0, len(mine), 32)]
+        parts += [model.encode_pixels(to_uint8(mine[i : i + 32])).half() for i in range(0, len(mine), 32)]
     return workers.gather(torch.cat(parts), len(pictures))
