@@ -31,7 +31,7 @@ class Pool:
 
     targets: uint8 (S·P, H, W, 3), style s has rows s·P to s·P + P. layout_of: (S·P,) its layout.
     controls: uint8 (layouts · 2, H, W, 3), control_kinds their kinds: layout l has 2l and 2l + 1.
-    tones: (layouts, H, W), the layouts undressed. queries: the pictures that the controls were made of.
+    queries: the pictures that the controls were made of.
     parents: the style that style s varies, else itself. held_out: of kinds that training never sees.
     """
 
@@ -41,7 +41,6 @@ class Pool:
     families: list[str]
     targets: NDArray[np.uint8]
     layout_of: NDArray[np.int64]
-    tones: NDArray[np.uint8]
     queries: NDArray[np.uint8]
     controls: NDArray[np.uint8]
     control_kinds: list[str]
@@ -90,11 +89,8 @@ def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: 
             queries.append(query)
             controls.append(control_map(query, kind))
             kinds.append(kind)
-    tones = np.stack([(tone * 255).astype(np.uint8) for _, tone in layouts])
     families = [family for family, _ in layouts]
-    return Pool(
-        chosen, parents, varied, families, targets, layout_of, tones, np.stack(queries), np.stack(controls), kinds, held_out
-    )
+    return Pool(chosen, parents, varied, families, targets, layout_of, np.stack(queries), np.stack(controls), kinds, held_out)
 
 
 @dataclass(frozen=True)
