@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ def train_on_ray(job: TrainJob, address: str | None = None) -> dict[str, Any]:
     see job.output. -> the summary of the run."""
     folder = Path(job.output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     with ray_session(job.workers * job.cpu_threads, address):
         trainer = TorchTrainer(
             _train,
