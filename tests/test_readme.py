@@ -16,7 +16,7 @@ import context_diffusion
 from context_diffusion.config import Cluster, GenerateJob, Limits, Settings
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.jobfile import check_job, parse
-from context_diffusion.training.config import Architecture, AutoencoderSteps, DiffusionSteps, TrainJob
+from context_diffusion.training.config import Architecture, AutoencoderSteps, DiffusionSteps, Normalization, TrainJob
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -40,7 +40,13 @@ def table(models: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TRAINING = {"": TrainJob, "architecture.": Architecture, "autoencoder.": AutoencoderSteps, "diffusion.": DiffusionSteps}
+TRAINING = {
+    "": TrainJob,
+    "architecture.": Architecture,
+    "architecture.normalization.": Normalization,
+    "autoencoder.": AutoencoderSteps,
+    "diffusion.": DiffusionSteps,
+}
 TABLES = {
     "settings": table({"": Settings}),
     "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits}),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from context_diffusion.errors import ErrorCode, RowError
-from context_diffusion.model.native import normalise
+from context_diffusion.model.normalization import normalise
 from context_diffusion.tensors import ImageTensor, load_image_as_tensor, to_image, to_pixels
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -28,7 +28,7 @@ def png(pixels: Any = PIXELS) -> bytes:
 
 def test_dynamic_normalisation_is_the_models_own() -> None:
     tensor = load_image_as_tensor(PIXELS)
-    expected, mean, std = normalise(torch.from_numpy(PIXELS).permute(2, 0, 1)[None])
+    expected, mean, std = normalise(torch.from_numpy(PIXELS).permute(2, 0, 1)[None], "channel")
     assert isinstance(tensor, ImageTensor)
     assert tensor.dtype == torch.float32
     assert tensor.shape == (3, 24, 40)

@@ -20,10 +20,14 @@ SIZES = Architecture(
 
 
 @cache
-@torch.no_grad()
 def tiny_model() -> NativeModel:
+    return make_tiny(SIZES)
+
+
+@torch.no_grad()
+def make_tiny(sizes: Architecture) -> NativeModel:
     torch.manual_seed(7)
-    model = build(SIZES, ["ocean", "dots", "forest"]).eval()
+    model = build(sizes, ["ocean", "dots", "forest"]).eval()
     for parameter in model.controlnet.parameters():  # louder than at birth, so that the control map shows
         if parameter.ndim == 4 and parameter.shape[-1] == 1:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 
 from context_diffusion.errors import ModelError
-from context_diffusion.model.native import NativeModel, normalise
+from context_diffusion.model.native import NativeModel
+from context_diffusion.model.normalization import normalise
 from tiny import picture, tiny_model
 
 
@@ -49,11 +50,11 @@ def test_without_contexts_the_null_context_speaks() -> None:
 
 def test_normalisation_is_each_pictures_own_and_a_constant_one_becomes_zero() -> None:
     flat = torch.full((1, 3, 8, 8), 200, dtype=torch.uint8)
-    values, mean, std = normalise(torch.cat([tensor(3)[..., :8, :8], tensor(3)[..., 8:16, 8:16], flat]))
+    values, mean, std = normalise(torch.cat([tensor(3)[..., :8, :8], tensor(3)[..., 8:16, 8:16], flat]), "channel")
     assert values[2].abs().max() == 0
     assert mean[2].tolist() == pytest.approx([200 / 255] * 3)
     assert std[2].tolist() == [0, 0, 0]
-    alone, _, _ = normalise(tensor(3))
+    alone, _, _ = normalise(tensor(3), "channel")
     assert alone.mean((2, 3)).abs().max() < 1e-5
     assert alone.flatten(2).std(2, correction=0).sub(1).abs().max() < 1e-4
 

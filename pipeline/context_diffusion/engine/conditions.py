@@ -71,7 +71,7 @@ class Conditioner:
         if len(request.contexts) > slots:
             raise RowError(ErrorCode.TOO_MANY_CONTEXTS, f"{len(request.contexts)} contexts, the model takes at most {slots}")
         weighted = self._weighted(request)
-        shown = torch.cat([tokens for _, tokens, _ in weighted])
+        shown = torch.cat([tokens for tokens, _ in weighted])
         contexts = shown.new_zeros(1, slots, *shown.shape[1:])
         contexts[0, : len(weighted)] = shown
         weights = torch.zeros(1, slots, device=self.device)
@@ -83,7 +83,20 @@ class Conditioner:
             found.append(Lane(branch.weight, hidden, bias))
         return found
 
-    def _weighted(self, request: Request) -> list[tuple[str, Tensor, float]]:
+    def restore(self, images: Tensor, request: Request) -> Tensor:
+        """Decoded pixels (1, 3, H, W) of a row -> what the backbone gives back of its contexts' statistics."""
+        ordered = self._ordered(request)
+        contexts = torch.cat([to_tensor(context) for _, context, _ in ordered]).to(self.device)
+        return self.backbone.restore(images, contexts, torch.tensor([weight for *_, weight in ordered], device=self.device))
+
+    def _weighted(self, request: Request) -> list[tuple[Tensor, float]]:
+        return [
+            (self.contexts.get(key, partial(self._image, context)), weight) for key, context, weight in self._ordered(request)
+        ]
+
+    @staticmethod
+    def _ordered(request: Request) -> list[tuple[str, Pixels, float]]:
+        """Key, pixels and weight of each context, in an order that the row's own doesn't change."""
         settings = request.settings
         given = settings.context_weights or [1.0] * len(request.contexts)
         if len(given) != len(request.contexts):
@@ -91,10 +104,8 @@ class Conditioner:
                 ErrorCode.INVALID_SETTING,
                 f"context_weights has {len(given)} values for {len(request.contexts)} contexts",
             )
-        keyed = [
-            (key, self.contexts.get(key, partial(self._image, context)), weight * settings.context_scale)
-            for key, context, weight in zip(request.context_keys, request.contexts, given, strict=True)
-        ]
+        weights = [weight * settings.context_scale for weight in given]
+        keyed = zip(request.context_keys, request.contexts, weights, strict=True)
         return sorted(keyed, key=lambda item: (item[0], item[2]))
 
     def _text(self, prompt: str | None) -> tuple[Tensor, Tensor]:

@@ -203,7 +203,7 @@ class Engine:
         if not is_finite(slot.latents):
             return Failure(ErrorCode.ENGINE_ERROR, "the latents are not finite: try a smaller guidance_scale")
         started = time.perf_counter()
-        pixels = self.backbone.decode(slot.latents)[0].float()
+        pixels = self.conditioner.restore(self.backbone.decode(slot.latents).float(), slot.request)[0]
         image = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
         seconds = slot.seconds + time.perf_counter() - started
         return Result(image, seconds, len(slot.lanes), self.device.type)

@@ -8,11 +8,12 @@ from diffusers import AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from context_diffusion.model.encoders import make_encoder
 from context_diffusion.model.fusion import ContextFusion
 from context_diffusion.model.native import NativeModel
-from context_diffusion.training.config import Architecture
+from context_diffusion.training.config import SMALL, Architecture
 
 # Latents of 16 channels tell a region's colour through much noise: with a cosine schedule it is decided in the first
 # twentieth of the steps, and the contexts were hardly heeded. The linear one of Ho et al. 2020 is far noisier.
@@ -29,75 +30,91 @@ SCHEDULER: dict[str, Any] = {
 
 
 def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
-    """vocabulary: the words that the tokenizer knows; others become [UNK]."""
-    first, last = sizes.channels[0], sizes.channels[-1]
-    latent = {"sample_size": sizes.image_size // 8, "in_channels": sizes.latent_channels}
-    attention = {"cross_attention_dim": sizes.width, "attention_head_dim": 4, "norm_num_groups": 16}
-    unet = UNet2DConditionModel(
-        **latent,
-        **attention,
+    """vocabulary: the words that the tokenizer knows; others become [UNK]. Raises ModelError for a context encoder that
+    cannot be had."""
+    # The order of the parts is that in which a seed's weights are drawn.
+    unet, controlnet = build_unet(sizes), build_controlnet(sizes)
+    tokenizer = build_tokenizer(vocabulary, sizes.text_length)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(sizes.vae_width,) * 4,
+        decoder_block_out_channels=(sizes.vae_width,) * 4,
+        num_encoder_blocks=(0, 0, 1, 3),
+        num_decoder_blocks=(3, 2, 1, 0),
+        latent_channels=sizes.latent_channels,
+    )
+    encoder = make_encoder(sizes)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=sizes.width,
+            intermediate_size=2 * sizes.width,
+            num_hidden_layers=sizes.encoder_layers,
+            num_attention_heads=sizes.attention_heads,
+            max_position_embeddings=sizes.text_length,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    normalization = sizes.normalization
+    if normalization.contexts is None:
+        kind = "channel" if sizes.context_encoder == SMALL else "none"
+        normalization = normalization.model_copy(update={"contexts": kind})
+    token = normalization.statistics == "token"
+    return NativeModel(
+        vae=vae,
+        unet=unet,
+        controlnet=controlnet,
+        image_encoder=encoder.model,
+        text_encoder=text_encoder,
+        fusion=ContextFusion(sizes.width, encoder.model.config.hidden_size, sizes.context_grid, embed_statistics=token),
+        tokenizer=tokenizer,
+        scheduler_config=dict(SCHEDULER),
+        image_size=sizes.image_size,
+        context_encoder=sizes.context_encoder,
+        context_size=encoder.size,
+        context_mean=encoder.mean,
+        context_std=encoder.std,
+        context_slots=sizes.context_slots,
+        noise_scale=sizes.noise_scale,
+        normalization=normalization,
+    )
+
+
+def _attention(sizes: Architecture) -> dict[str, int]:
+    # What diffusers calls attention_head_dim is the number of heads (its issue 2011).
+    return {"cross_attention_dim": sizes.width, "attention_head_dim": sizes.attention_heads, "norm_num_groups": 16}
+
+
+def build_unet(sizes: Architecture) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=sizes.image_size // 8,
+        in_channels=sizes.latent_channels,
         out_channels=sizes.latent_channels,
-        block_out_channels=(first, last),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
+        **_attention(sizes),
+        block_out_channels=tuple(sizes.channels),
+        down_block_types=tuple("CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in sizes.attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(sizes.attention)),
+        layers_per_block=sizes.layers_per_block,
         class_embed_type="projection",  # of NativeModel.pool
         projection_class_embeddings_input_dim=2 * sizes.width,
         resnet_time_scale_shift="scale_shift",
     )
+
+
+def build_controlnet(sizes: Architecture) -> ControlNetModel:
     controlnet = ControlNetModel(
         in_channels=sizes.latent_channels,
-        **attention,
-        block_out_channels=(first, last),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
+        **_attention(sizes),
+        block_out_channels=tuple(sizes.channels),
+        down_block_types=("DownBlock2D",) * len(sizes.channels),
         mid_block_type="UNetMidBlock2D",
-        layers_per_block=1,
+        layers_per_block=sizes.layers_per_block,
         conditioning_channels=sizes.latent_channels,  # NativeModel.encode_control gives latents
-        conditioning_embedding_out_channels=(2 * first,),
+        conditioning_embedding_out_channels=(2 * sizes.channels[0],),
     )
     _let_the_layout_in(controlnet)
-    tokenizer = build_tokenizer(vocabulary, sizes.text_length)
-    return NativeModel(
-        vae=AutoencoderTiny(
-            encoder_block_out_channels=(sizes.vae_width,) * 4,
-            decoder_block_out_channels=(sizes.vae_width,) * 4,
-            num_encoder_blocks=(0, 0, 1, 3),
-            num_decoder_blocks=(3, 2, 1, 0),
-            latent_channels=sizes.latent_channels,
-        ),
-        unet=unet,
-        controlnet=controlnet,
-        image_encoder=CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=sizes.width,
-                intermediate_size=3 * sizes.width,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                image_size=sizes.image_size,
-                patch_size=sizes.context_patch,
-            )
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=sizes.width,
-                intermediate_size=2 * sizes.width,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=sizes.text_length,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-            )
-        ),
-        fusion=ContextFusion(sizes.width, sizes.width, sizes.context_grid),
-        tokenizer=tokenizer,
-        scheduler_config=dict(SCHEDULER),
-        image_size=sizes.image_size,
-        context_size=sizes.image_size,
-        context_slots=sizes.context_slots,
-        noise_scale=sizes.noise_scale,
-    )
+    return controlnet
 
 
 def _let_the_layout_in(controlnet: ControlNetModel) -> None:

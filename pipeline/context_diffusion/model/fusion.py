@@ -5,6 +5,8 @@ B samples  N pictures  T text tokens  K tokens a context  L = T + slots·K + K n
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -16,32 +18,37 @@ ABSENT = -10_000.0  # exp() of it is exactly 0, so an absent token changes no bi
 class ContextFusion(ModelMixin, ConfigMixin):
     """The native model's own small component: projections, removed statistics as an embedding, null context.
 
-    width: D of all tokens; vision_width: of the context encoder's tokens; grid: a context becomes grid² tokens.
+    width: D of all tokens; vision_width: of the context encoder's tokens; grid: a context becomes grid² tokens;
+    embed_statistics: whether a context's mean and deviation are embedded.
     """
 
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, width: int = 128, vision_width: int = 128, grid: int = 4) -> None:
+    def __init__(self, width: int = 128, vision_width: int = 128, grid: int = 4, embed_statistics: bool = True) -> None:
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(grid)
         self.project = nn.Sequential(nn.LayerNorm(2 * vision_width), nn.Linear(2 * vision_width, width))
-        self.statistics = nn.Sequential(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width))
+        self.statistics = nn.Sequential(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width)) if embed_statistics else None
         self.norm_context, self.norm_text = nn.LayerNorm(width), nn.LayerNorm(width)
         self.null_context = nn.Parameter(torch.randn(grid * grid, width) * 0.02)
 
-    def encode(self, patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Patch tokens (N, side², D_v) with each picture's removed mean and deviation (N, 3) -> (N, K, D).
-
-        Mean and deviation over the patches of a cell: a texture is its deviation, a colour its mean.
-        """
-        side = int(patches.shape[1] ** 0.5)
-        field = patches.transpose(1, 2).unflatten(2, (side, side))
+    def summarise(self, patches: Tensor) -> Tensor:
+        """Patch tokens (N, side², D_v) -> (N, K, 2·D_v): mean and deviation over the patches of each cell of the grid,
+        whatever the number of patches. A texture is its deviation, a colour its mean. No weights."""
+        side = math.isqrt(patches.shape[1])
+        # In half precision the difference of two squares would be noise: pretrained towers have a few huge channels.
+        field = patches.float().transpose(1, 2).unflatten(2, (side, side))
         average = self.pool(field)
         spread = (self.pool(field.square()) - average.square()).clamp(min=1e-6).sqrt()
-        tokens = self.project(torch.cat([average, spread], 1).flatten(2).transpose(1, 2))
-        removed = self.statistics(torch.cat([mean, std], 1).to(tokens.dtype))
-        return self.norm_context(tokens + removed[:, None])
+        return torch.cat([average, spread], 1).flatten(2).transpose(1, 2)
+
+    def encode(self, summaries: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """Summaries (N, K, 2·D_v) with each picture's mean and deviation (N, 3) -> (N, K, D)."""
+        tokens = self.project(summaries.to(self.dtype))
+        if self.statistics is not None:
+            tokens = tokens + self.statistics(torch.cat([mean, std], 1).to(tokens.dtype))[:, None]
+        return self.norm_context(tokens)
 
     def forward(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """text (B, T, D), mask (B, T) bool, contexts (B, slots, K, D), weights (B, slots) >= 0.

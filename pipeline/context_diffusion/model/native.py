@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,11 +19,16 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+from pydantic import ValidationError
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPVisionModel, PreTrainedTokenizerFast
+from transformers import CLIPTextModel, PreTrainedTokenizerFast
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from context_diffusion.errors import ModelError
+from context_diffusion.model.encoders import load_vision_model, patch_tokens
 from context_diffusion.model.fusion import ContextFusion
+from context_diffusion.model.normalization import normalise, restore
+from context_diffusion.training.config import SMALL, Normalization
 
 # Pictures are normalised by their own statistics; edge maps are taken as they are, 0 to 1.
 PICTURE_KINDS = ("gray", "none")
@@ -34,15 +39,6 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def normalise(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Dynamic normalisation: uint8 (N, 3, H, W) -> float with mean 0 and deviation 1 by picture and channel, and the
-    removed mean and deviation (N, 3). A constant picture becomes 0: its deviation is taken as one level, 1/255."""
-    values = images.float() / 255
-    mean = values.mean((2, 3))
-    std = values.flatten(2).std(2, correction=0)
-    return (values - mean[..., None, None]) / std.clamp(min=1 / 255)[..., None, None], mean, std
-
-
 @dataclass
 class NativeModel:
     """The components, and what the engine asks of them (engine/backbone.py)."""
@@ -50,21 +46,26 @@ class NativeModel:
     vae: AutoencoderTiny
     unet: UNet2DConditionModel
     controlnet: ControlNetModel
-    image_encoder: CLIPVisionModel
+    image_encoder: Any  # of a class of encoders.ENCODERS
     text_encoder: CLIPTextModel
     fusion: ContextFusion
     tokenizer: Any  # a PreTrainedTokenizerFast
     scheduler_config: dict[str, Any]
     image_size: int = 128
+    context_encoder: str = SMALL  # where image_encoder came from; all others than the small one stay untrained
     context_size: int = 128
+    # Of the pixels in [0, 1], what it was trained with: applied where its pictures are not normalised by their own.
+    context_mean: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_MEAN))
+    context_std: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_STD))
     context_slots: int = 8
     noise_scale: float = 1.0
+    normalization: Normalization = field(default_factory=lambda: Normalization(contexts="channel"))
 
     MODULES: ClassVar[dict[str, Any]] = {
         "vae": AutoencoderTiny,
         "unet": UNet2DConditionModel,
         "controlnet": ControlNetModel,
-        "image_encoder": CLIPVisionModel,
+        "image_encoder": None,  # its config says which
         "text_encoder": CLIPTextModel,
         "fusion": ContextFusion,
     }
@@ -114,11 +115,18 @@ class NativeModel:
         hidden = self.text_encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return hidden.last_hidden_state, mask
 
+    def summarise_images(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """uint8 (N, 3, S, S) -> (N, K, 2·D_v) of the context encoder, and the pictures' mean and deviation (N, 3)."""
+        kind = self.normalization.contexts or "none"
+        values, mean, std = normalise(images, kind)
+        if kind == "none":
+            centre, scale = (values.new_tensor(part)[:, None, None] for part in (self.context_mean, self.context_std))
+            values = (values - centre) / scale
+        return self.fusion.summarise(patch_tokens(self.image_encoder, values.to(self.dtype))), mean, std
+
     def encode_images(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, S, S) -> (N, K, D). The statistics that normalisation removes come back as an embedding."""
-        values, mean, std = normalise(images)
-        patches = self.image_encoder(pixel_values=values.to(self.dtype)).last_hidden_state[:, 1:]
-        return self.fusion.encode(patches, mean, std)
+        """uint8 (N, 3, S, S) -> (N, K, D)."""
+        return self.fusion.encode(*self.summarise_images(images))
 
     def fuse(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return self.fusion(text, text_mask, contexts, weights)
@@ -127,7 +135,7 @@ class NativeModel:
         """uint8 (B, 3, H, W) -> latents (B, C, h, w): the autoencoder reads the layout for the ControlNet, once a row.
 
         Pictures are normalised first (tanh keeps the order of what lies far out), edge maps taken as they are."""
-        normal, _, _ = normalise(control_maps)
+        normal, _, _ = normalise(control_maps, self.normalization.query)
         picture = torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=control_maps.device)
         signed = torch.where(picture[:, None, None, None], torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1)
         return self.vae.encode(signed.to(self.dtype)).latents * self.latent_scale
@@ -180,6 +188,9 @@ class NativeModel:
         sample = self.vae.decode(latents.to(self.dtype) / self.latent_scale).sample
         return (sample / 2 + 0.5).clamp(0, 1)
 
+    def restore(self, images: Tensor, contexts: Tensor, weights: Tensor) -> Tensor:
+        return restore(images, contexts, weights) if self.normalization.statistics == "restored" else images
+
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """A folder per component and model_index.json, safetensors in `dtype`."""
         for name, module in self.modules.items():
@@ -190,9 +201,13 @@ class NativeModel:
             "_class_name": "ContextDiffusion",
             "scheduler_config": self.scheduler_config,
             "image_size": self.image_size,
+            "context_encoder": self.context_encoder,
             "context_size": self.context_size,
+            "context_mean": self.context_mean,
+            "context_std": self.context_std,
             "context_slots": self.context_slots,
             "noise_scale": self.noise_scale,
+            "normalization": self.normalization.model_dump(),
         }
         (Path(folder) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -211,8 +226,19 @@ class NativeModel:
             if not (root / name / "config.json").exists():
                 raise ModelError(f"{root}: the component {name}/ is missing; copy the whole model folder")
             try:
-                parts[name] = component.from_pretrained(root / name, use_safetensors=True).to(torch.float32)
+                if component is None:
+                    module = load_vision_model(root / name)
+                else:
+                    module = component.from_pretrained(root / name, use_safetensors=True)
             except (OSError, ValueError, RuntimeError) as error:
                 raise ModelError(f"{root / name}: cannot be loaded as {component.__name__}: {error}") from error
+            # A copy: float32 weights would lie in the mapped file, at addresses that no vector instruction likes, and
+            # gave other last bits than the same weights in memory of their own.
+            parts[name] = copy.deepcopy(module.to(torch.float32))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "tokenizer")
+        if "normalization" in index:
+            try:
+                index["normalization"] = Normalization.model_validate(index["normalization"])
+            except ValidationError as error:
+                raise ModelError(f"{root}: normalization in model_index.json: {error}") from error
         return cls(**parts, tokenizer=tokenizer, **index).eval()

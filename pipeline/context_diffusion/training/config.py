@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from context_diffusion.config import StrictModel
+
+SMALL = "small"  # the context encoder of our own
+NormalizationKind = Literal["none", "image", "channel"]
 
 
 class AutoencoderSteps(StrictModel):
@@ -29,19 +32,51 @@ class DiffusionSteps(StrictModel):
     auxiliary: float = Field(default=0.2, ge=0, description="weight of the loss of the auxiliary heads")
 
 
+class Normalization(StrictModel):
+    """Which pictures lose their own mean and deviation, and what becomes of the contexts'."""
+
+    contexts: NormalizationKind | None = Field(
+        default=None,
+        description="of the whole picture or by channel; none: the encoder's constants; left out: channel for small, else none",
+    )
+    query: NormalizationKind = Field(default="channel", description="of control maps that are pictures (none, gray)")
+    statistics: Literal["dropped", "token", "restored"] = Field(
+        default="token", description="the contexts': given as an embedding, or the output's are moved to them at the end"
+    )
+
+
 class Architecture(StrictModel):
     """Sizes of the native model's components."""
 
     image_size: int = Field(default=128, multiple_of=16, description="pixels a side")
     vae_width: int = Field(default=64, description="channels of the autoencoder")
     latent_channels: int = Field(default=16, description="channels of the latents, an eighth of the pixels a side")
-    channels: list[int] = Field(default=[64, 128], description="of the U-Net and the ControlNet, by level")
+    channels: list[Annotated[int, Field(ge=16, multiple_of=16)]] = Field(
+        default=[64, 128], min_length=1, description="of the U-Net and the ControlNet, by level"
+    )
+    attention: list[bool] = Field(default=[False, True], description="which levels of the U-Net have cross-attention")
+    layers_per_block: int = Field(default=1, ge=1, description="residual blocks of a level")
+    attention_heads: int = Field(default=4, ge=1, description="of the U-Net, the text and the small context encoder")
     width: int = Field(default=128, description="of text and context tokens")
-    context_patch: int = Field(default=16, description="pixels of the context encoder's patches")
+    encoder_layers: int = Field(default=2, ge=1, description="of the text and the small context encoder")
+    context_encoder: str = Field(
+        default=SMALL, min_length=1, description="small; or CLIP, SigLIP, DINOv2 by folder or hub id, not trained"
+    )
+    context_patch: int = Field(default=16, description="pixels of the small context encoder's patches")
     context_grid: int = Field(default=4, description="a context becomes grid x grid tokens")
     context_slots: int = Field(default=8, description="contexts that a row may have")
     noise_scale: float = Field(default=0.75, gt=0, le=1, description="of sampling: a small model is unsure of much")
     text_length: int = Field(default=20, description="tokens of a prompt")
+    normalization: Normalization = Normalization()
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> Self:
+        levels = len(self.channels)
+        if len(self.attention) != levels:
+            raise ValueError(f"attention has {len(self.attention)} levels, channels {levels}: give each level its own")
+        if self.image_size % (factor := 8 * 2 ** (levels - 1)):
+            raise ValueError(f"image_size ({self.image_size}) must be a multiple of {factor} for {levels} levels of channels")
+        return self
 
 
 class TrainJob(StrictModel):

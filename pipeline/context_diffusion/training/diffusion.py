@@ -5,6 +5,7 @@ B samples  C h w latents
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from pytorch_optimizer import Muon
 from torch import Tensor, nn
 
+from context_diffusion.images import resize
 from context_diffusion.model.native import NativeModel
-from context_diffusion.training.config import DiffusionSteps, TrainJob
+from context_diffusion.training.config import SMALL, DiffusionSteps, TrainJob
 from context_diffusion.training.data import Batch, Pool, draw
 from context_diffusion.training.losses import AuxiliaryHeads, noised, spread_timesteps, update_ema, v_loss
 from context_diffusion.training.pools import Pools
@@ -38,11 +40,12 @@ class Encoded:
     controls: Tensor  # float16 (layouts · 2, C, h, w)
     palettes: Tensor  # (S, 24), about unit deviation
     textures: Tensor  # (S,)
+    summaries: tuple[Tensor, Tensor, Tensor] | None  # of each picture by a frozen context encoder: it sees it but once
 
 
 def train_diffusion(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> dict[str, Any]:
     """Trains in place, from where an earlier run stopped; the model ends with the averaged weights."""
-    run = _Run(job, model, folder)
+    run = Run(job, model, folder)
     _set_attention(model, AttnProcessor(), "eager")  # SDPA's backward pass is slow on a CPU
     encoded: tuple[int, Encoded] | None = None
     validation = encode_pool(model, pools.validation())
@@ -74,16 +77,22 @@ def train_diffusion(job: TrainJob, model: NativeModel, pools: Pools, folder: Pat
 
 def _set_attention(model: NativeModel, processor: Any, encoders: str) -> None:
     model.unet.set_attn_processor(processor)
-    for encoder in (model.image_encoder, model.text_encoder):
-        encoder.set_attn_implementation(encoders)
+    for name in ("image_encoder", "text_encoder"):
+        if name in trained(model):
+            model.modules[name].set_attn_implementation(encoders)
 
 
-class _Run:
+def trained(model: NativeModel) -> list[str]:
+    """The modules that this stage trains: a pretrained context encoder stays as it is."""
+    return [name for name in TRAINED if name != "image_encoder" or model.context_encoder == SMALL]
+
+
+class Run:
     """Optimiser, average and step of the second stage."""
 
     def __init__(self, job: TrainJob, model: NativeModel, folder: Path) -> None:
         self.job, self.model, self.path, self.workers = job, model, folder / "diffusion.pt", Workers.here()
-        self.modules = nn.ModuleDict({name: model.modules[name] for name in TRAINED}).requires_grad_(True).train()
+        self.modules = nn.ModuleDict({name: model.modules[name] for name in trained(model)}).requires_grad_(True).train()
         for module in self.modules.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(job.seed + 1)
@@ -123,8 +132,8 @@ class _Run:
         loss = self.loss(encoded, batch, torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step), self.workers)
         self.optimizer.zero_grad()
         loss.backward()
-        trained = [*self.modules.parameters(), *self.heads.parameters()]
-        self.progress.elapsed = self.workers.average(trained, self.progress.measured)
+        parameters = [*self.modules.parameters(), *self.heads.parameters()]
+        self.progress.elapsed = self.workers.average(parameters, self.progress.measured)
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -142,7 +151,7 @@ class _Run:
         noisy, target = noised(encoded.latents[batch.targets].float(), noise, alphas)
         shown = torch.arange(batch.contexts.shape[1])[None] < torch.from_numpy(batch.counts)[:, None]
         with torch.autocast("cpu", torch.bfloat16):
-            contexts = model.encode_images(to_uint8(pool.targets[batch.contexts[shown.numpy()]]))
+            contexts = context_tokens(model, encoded, batch.contexts[shown.numpy()])
             slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
             slots[shown] = contexts
             text, mask = model.encode_text(list(batch.prompts))
@@ -207,20 +216,47 @@ def to_uint8(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
 
 
+def context_tokens(model: NativeModel, encoded: Encoded, indices: np.ndarray) -> Tensor:
+    """The tokens (M, K, D) of so many of a pool's pictures."""
+    if encoded.summaries is not None:
+        return model.fusion.encode(*(part[indices].float() for part in encoded.summaries))
+    return model.encode_images(to_uint8(encoded.pool.targets[indices]))
+
+
 @torch.no_grad()
 def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
-    """Latents of a pool's targets and control maps; each worker does its share."""
-    workers, kinds = Workers.here(), list(pool.control_kinds)
-    with torch.autocast("cpu", torch.bfloat16):
-        latents = [model.encode_pixels(part).half() for part in to_uint8(workers.share(pool.targets)).split(32)]
-        maps, mine = to_uint8(workers.share(pool.controls)), workers.share(kinds)
-        controls = [model.encode_control(maps[i : i + 32], mine[i : i + 32]).half() for i in range(0, len(maps), 32)]
+    """Latents of a pool's targets and control maps."""
     palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles]) * 4 - 2
     textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
+    summaries = None if "image_encoder" in trained(model) else summarise(model, pool.targets)
     return Encoded(
         pool,
-        workers.gather(torch.cat(latents), len(pool.targets)),
-        workers.gather(torch.cat(controls), len(kinds)),
+        _in_parts(len(pool.targets), lambda part: [model.encode_pixels(to_uint8(pool.targets[part]))])[0],
+        _in_parts(
+            len(pool.controls),
+            lambda part: [model.encode_control(to_uint8(pool.controls[part]), [pool.control_kinds[i] for i in part])],
+        )[0],
         torch.from_numpy(palettes),
         textures,
+        summaries,
     )
+
+
+def summarise(model: NativeModel, pictures: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """uint8 (B, H, W, 3) -> float16, what NativeModel.summarise_images makes of them at the encoder's own size."""
+    side = model.context_size
+
+    def see(part: np.ndarray) -> tuple[Tensor, ...]:
+        return model.summarise_images(to_uint8(np.stack([resize(pictures[i], side, side, "crop") for i in part])))
+
+    summaries, mean, std = _in_parts(len(pictures), see)
+    return summaries, mean, std
+
+
+def _in_parts(rows: int, see: Callable[[np.ndarray], Iterable[Tensor]]) -> list[Tensor]:
+    """What `see` makes of so many rows, given by index, as float16, 32 at a time; each worker does its share."""
+    workers = Workers.here()
+    mine = workers.share(np.arange(rows))
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [[seen.half() for seen in see(mine[i : i + 32])] for i in range(0, len(mine), 32)]
+    return [workers.gather(torch.cat(column), rows) for column in zip(*parts, strict=True)]

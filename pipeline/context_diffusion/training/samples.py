@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from context_diffusion.config import Settings
 from context_diffusion.engine.engine import Engine
+from context_diffusion.images import resize
 from context_diffusion.model.native import NativeModel
 from context_diffusion.schema import Request, Result
 from context_diffusion.training.data import Pool, draw
@@ -37,8 +39,9 @@ def pool_requests(pool: Pool, count: int, settings: Settings, prompts: bool = Tr
 
 
 def make(model: NativeModel, requests: list[Request]) -> list[NDArray[np.uint8]]:
-    """The engine's pictures, in the order of the requests."""
-    made: dict[str, NDArray[np.uint8]] = {}
+    """The engine's pictures, in the order of the requests; contexts of any size."""
+    side, made = model.context_size, dict[str, NDArray[np.uint8]]()
+    requests = [replace(one, contexts=tuple(resize(c, side, side, "crop") for c in one.contexts)) for one in requests]
     for request, outcome in Engine(model, torch.device("cpu"), chunk=4, lanes=16).run(requests):
         assert isinstance(outcome, Result), outcome
         made[request.id] = outcome.image

@@ -1,0 +1,160 @@
+"""Which dynamic normalisation, and which context encoder: short runs that are otherwise equal, and a table of them.
+
+python tests/benchmarks/normalization.py --autoencoder build/train/autoencoder.pt [--only NAME] [--steps 1500]
+    [--encoder small|FOLDER] [--rows 64] [--folder build/normalization]
+
+In slices: each NAME is a run of its own, which goes on from its last checkpoint; the table shows all that are finished.
+One thread. The autoencoder is that of a finished first stage of `kind: train`, of the default architecture.
+
+Rows are held out (styles, layouts); `bright`, `dark` and `flat` are the same rows with query and contexts at +1.5 and
+-1.5 stops (in linear light) and at a third of the contrast (about mid-grey). Of 8: the query whose edges the output
+has, the contexts whose colours it has, as shown; and the distance in Lab of its palette to the truth's, changed alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from evaluate_bundled import layout_matrix, named, palette_matrix
+
+from context_diffusion.config import Settings
+from context_diffusion.control import control_map
+from context_diffusion.errors import ConfigError
+from context_diffusion.evaluation import palette, palette_distance
+from context_diffusion.model.build import build
+from context_diffusion.model.native import NativeModel
+from context_diffusion.schema import Pixels, Request
+from context_diffusion.training.config import SMALL, Architecture, Normalization, TrainJob
+from context_diffusion.training.data import VALIDATION_SEED, make_pool
+from context_diffusion.training.diffusion import train_diffusion
+from context_diffusion.training.pools import Pools
+from context_diffusion.training.prompts import vocabulary
+from context_diffusion.training.samples import make, pool_requests
+from context_diffusion.training.state import Metrics, load_checkpoint
+
+# contexts, statistics, query. The last three change one thing of the first, the default.
+CHOICES: dict[str, tuple[str, str, str]] = {
+    "default": ("channel", "token", "channel"),
+    "contexts-as-they-are": ("none", "dropped", "channel"),
+    "contexts-as-they-are-token": ("none", "token", "channel"),
+    "contexts-image": ("image", "dropped", "channel"),
+    "contexts-image-token": ("image", "token", "channel"),
+    "contexts-image-restored": ("image", "restored", "channel"),
+    "contexts-channel": ("channel", "dropped", "channel"),
+    "contexts-channel-restored": ("channel", "restored", "channel"),
+    "query-as-it-is": ("channel", "token", "none"),
+    "query-image": ("channel", "token", "image"),
+    "nothing": ("none", "dropped", "none"),
+}
+
+
+def exposed(stops: float) -> Callable[[Pixels], Pixels]:
+    return lambda image: np.clip(((image / 255) ** 2.2 * 2**stops) ** (1 / 2.2) * 255, 0, 255).astype(np.uint8)
+
+
+def flat(image: Pixels) -> Pixels:
+    return (127.5 + (image - 127.5) / 3).astype(np.uint8)
+
+
+INPUTS: dict[str, Callable[[Pixels], Pixels]] = {
+    "normal": lambda image: image,
+    "bright": exposed(1.5),
+    "dark": exposed(-1.5),
+    "flat": flat,
+}
+
+
+def job_of(choice: tuple[str, str, str], encoder: str, steps: int, folder: Path) -> TrainJob:
+    contexts, statistics, query = choice
+    # Restored is dropped but for the last step of sampling: the same training.
+    kept = "dropped" if statistics == "restored" else statistics
+    normalization = Normalization.model_validate({"contexts": contexts, "statistics": kept, "query": query})
+    return TrainJob(
+        kind="train",
+        output=str(folder),
+        styles=160,
+        pool_steps=200,
+        cpu_threads=1,
+        max_steps=steps,
+        checkpoint_every=250,
+        architecture=Architecture(context_encoder=encoder, normalization=normalization),
+    )
+
+
+def trained(job: TrainJob, autoencoder: Path, pools: Pools) -> NativeModel:
+    """The model of a run's last step, from where it stopped."""
+    torch.manual_seed(job.seed)
+    model, folder = build(job.architecture, vocabulary()), Path(job.output)
+    state = load_checkpoint(autoencoder)
+    if state is None or not state["done"]:
+        raise ConfigError(f"--autoencoder {autoencoder}: not the checkpoint of a finished first stage (autoencoder.pt)")
+    model.vae.load_state_dict(state["vae"])
+    model.vae.register_to_config(scaling_factor=state["scale"])
+    model.vae.eval().requires_grad_(False)
+    folder.mkdir(parents=True, exist_ok=True)
+    train_diffusion(job, model, pools, folder, Metrics(folder))
+    return model.eval()
+
+
+def changed(one: Request, change: Callable[[Pixels], Pixels]) -> Request:
+    query = change(one.query)
+    return replace(one, query=query, control=control_map(query, "gray"), contexts=tuple(change(c) for c in one.contexts))
+
+
+def measure(model: NativeModel, rows: int) -> dict[str, list[float]]:
+    """By inputs: layout named, palette named, distance. Grey maps: Canny's edges aren't normalised."""
+    pool = make_pool(VALIDATION_SEED + 77, 64, 8, model.image_size, held_out=True)
+    settings = Settings(num_inference_steps=20, guidance_scale=1.5)
+    requests, targets = pool_requests(pool, rows, settings, prompts=False)
+    requests = [replace(one, control_kind="gray") for one in requests]
+    found = {}
+    for name, change in INPUTS.items():
+        shown = [changed(one, change) for one in requests]
+        images, truth = make(model, shown), [change(pool.targets[index]) for index in targets]
+        distances = [palette_distance(palette([a]), palette([b])) for a, b in zip(images, truth, strict=True)]
+        layouts = named(layout_matrix(images, [one.query for one in requests]))
+        palettes = named(palette_matrix(images, [list(one.contexts) for one in shown]))
+        found[name] = [layouts, palettes, float(np.mean(distances))]
+    return found
+
+
+def table(folder: Path) -> str:
+    lines = ["run".ljust(40) + "".join(f"{name:>22s}" for name in INPUTS), " " * 40 + "  layout palette   Lab" * len(INPUTS)]
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        cells = "".join(f"{a:8.3f}{b:8.3f}{c:6.1f}" for a, b, c in found.values())
+        lines.append(f"{path.stem:40s}{cells}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--autoencoder", type=Path, required=True)
+    arguments.add_argument("--only", choices=CHOICES, action="append", help="one or more of them; left out: all")
+    arguments.add_argument("--encoder", default=SMALL)
+    arguments.add_argument("--steps", type=int, default=1500)
+    arguments.add_argument("--rows", type=int, default=64)
+    arguments.add_argument("--folder", type=Path, default=Path("build/normalization"))
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+    encoder = "" if given.encoder == SMALL else f"-{Path(given.encoder).name}"
+    for name in given.only or CHOICES:
+        contexts, statistics, query = CHOICES[name]
+        weights = given.folder / f"{contexts}-{'token' if statistics == 'token' else 'dropped'}-{query}{encoder}-{given.steps}"
+        job = job_of(CHOICES[name], given.encoder, given.steps, weights)
+        pools = Pools(job, workers=0)
+        model = trained(job, given.autoencoder, pools)
+        model.normalization = model.normalization.model_copy(update={"statistics": statistics})
+        found = measure(model, given.rows)
+        (given.folder / f"{name}{encoder}-{given.steps}.json").write_text(json.dumps(found))
+        print(table(given.folder), flush=True)
+
+
+if __name__ == "__main__":
+    main()
