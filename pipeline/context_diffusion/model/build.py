@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from context_diffusion.model.encoders import make_encoder
 from context_diffusion.model.fusion import ContextFusion
 from context_diffusion.model.native import NativeModel
+from context_diffusion.model.normalization import STATISTICS
 from context_diffusion.training.config import SMALL, Architecture
 
 # Latents of 16 channels tell a region's colour through much noise: with a cosine schedule it is decided in the first
@@ -60,14 +61,14 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
     if normalization.contexts is None:
         kind = "channel" if sizes.context_encoder == SMALL else "none"
         normalization = normalization.model_copy(update={"contexts": kind})
-    token = normalization.statistics == "token"
+    statistics = STATISTICS if normalization.statistics == "token" else 0
     return NativeModel(
         vae=vae,
         unet=unet,
         controlnet=controlnet,
         image_encoder=encoder.model,
         text_encoder=text_encoder,
-        fusion=ContextFusion(sizes.width, encoder.model.config.hidden_size, sizes.context_grid, embed_statistics=token),
+        fusion=ContextFusion(sizes.width, encoder.model.config.hidden_size, sizes.context_grid, statistics),
         tokenizer=tokenizer,
         scheduler_config=dict(SCHEDULER),
         image_size=sizes.image_size,

@@ -19,17 +19,17 @@ class ContextFusion(ModelMixin, ConfigMixin):
     """The native model's own small component: projections, removed statistics as an embedding, null context.
 
     width: D of all tokens; vision_width: of the context encoder's tokens; grid: a context becomes grid² tokens;
-    embed_statistics: whether a context's mean and deviation are embedded.
+    statistics: how many numbers of normalization.describe are embedded, 0 for none.
     """
 
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, width: int = 128, vision_width: int = 128, grid: int = 4, embed_statistics: bool = True) -> None:
+    def __init__(self, width: int = 128, vision_width: int = 128, grid: int = 4, statistics: int = 0) -> None:
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(grid)
         self.project = nn.Sequential(nn.LayerNorm(2 * vision_width), nn.Linear(2 * vision_width, width))
-        self.statistics = nn.Sequential(nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width)) if embed_statistics else None
+        self.embed = nn.Sequential(nn.Linear(statistics, width), nn.SiLU(), nn.Linear(width, width)) if statistics else None
         self.norm_context, self.norm_text = nn.LayerNorm(width), nn.LayerNorm(width)
         self.null_context = nn.Parameter(torch.randn(grid * grid, width) * 0.02)
 
@@ -43,11 +43,11 @@ class ContextFusion(ModelMixin, ConfigMixin):
         spread = (self.pool(field.square()) - average.square()).clamp(min=1e-6).sqrt()
         return torch.cat([average, spread], 1).flatten(2).transpose(1, 2)
 
-    def encode(self, summaries: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Summaries (N, K, 2·D_v) with each picture's mean and deviation (N, 3) -> (N, K, D)."""
+    def encode(self, summaries: Tensor, statistics: Tensor) -> Tensor:
+        """Summaries (N, K, 2·D_v) with each picture's own statistics (N, statistics) -> (N, K, D)."""
         tokens = self.project(summaries.to(self.dtype))
-        if self.statistics is not None:
-            tokens = tokens + self.statistics(torch.cat([mean, std], 1).to(tokens.dtype))[:, None]
+        if self.embed is not None:
+            tokens = tokens + self.embed(statistics.to(tokens.dtype))[:, None]
         return self.norm_context(tokens)
 
     def forward(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

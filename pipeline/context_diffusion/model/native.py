@@ -27,7 +27,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from context_diffusion.errors import ModelError
 from context_diffusion.model.encoders import load_vision_model, patch_tokens
 from context_diffusion.model.fusion import ContextFusion
-from context_diffusion.model.normalization import normalise, restore
+from context_diffusion.model.normalization import describe, normalise, restore
 from context_diffusion.training.config import SMALL, Normalization
 
 # Pictures are normalised by their own statistics; edge maps are taken as they are, 0 to 1.
@@ -115,14 +115,14 @@ class NativeModel:
         hidden = self.text_encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return hidden.last_hidden_state, mask
 
-    def summarise_images(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """uint8 (N, 3, S, S) -> (N, K, 2·D_v) of the context encoder, and the pictures' mean and deviation (N, 3)."""
+    def summarise_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 (N, 3, S, S) -> (N, K, 2·D_v) of the context encoder, and the pictures' statistics (N, STATISTICS)."""
         kind = self.normalization.contexts or "none"
-        values, mean, std = normalise(images, kind)
+        values, _, _ = normalise(images, kind)
         if kind == "none":
             centre, scale = (values.new_tensor(part)[:, None, None] for part in (self.context_mean, self.context_std))
             values = (values - centre) / scale
-        return self.fusion.summarise(patch_tokens(self.image_encoder, values.to(self.dtype))), mean, std
+        return self.fusion.summarise(patch_tokens(self.image_encoder, values.to(self.dtype))), describe(images)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, S, S) -> (N, K, D)."""

@@ -21,7 +21,7 @@ class AutoencoderSteps(StrictModel):
 
 
 class DiffusionSteps(StrictModel):
-    minutes: float = Field(default=25, gt=0, description="of every worker's threads; the learning rate falls to the end")
+    minutes: float = Field(default=85, gt=0, description="of every worker's threads; the learning rate falls to the end")
     batch_size: int = Field(default=32, ge=1, description="of all workers together")
     learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW: vectors, embeddings, first and last layers")
     matrix_learning_rate: float = Field(default=0.02, gt=0, description="of Muon: the matrices within")
@@ -52,7 +52,7 @@ class Architecture(StrictModel):
     vae_width: int = Field(default=64, description="channels of the autoencoder")
     latent_channels: int = Field(default=16, description="channels of the latents, an eighth of the pixels a side")
     channels: list[Annotated[int, Field(ge=16, multiple_of=16)]] = Field(
-        default=[64, 128], min_length=1, description="of the U-Net and the ControlNet, by level"
+        default=[96, 192], min_length=1, description="of the U-Net and the ControlNet, by level"
     )
     attention: list[bool] = Field(default=[False, True], description="which levels of the U-Net have cross-attention")
     layers_per_block: int = Field(default=1, ge=1, description="residual blocks of a level")
@@ -62,7 +62,7 @@ class Architecture(StrictModel):
     context_encoder: str = Field(
         default=SMALL, min_length=1, description="small; or CLIP, SigLIP, DINOv2 by folder or hub id, not trained"
     )
-    context_patch: int = Field(default=16, description="pixels of the small context encoder's patches")
+    context_patch: int = Field(default=8, description="pixels of the small context encoder's patches")
     context_grid: int = Field(default=4, description="a context becomes grid x grid tokens")
     context_slots: int = Field(default=8, description="contexts that a row may have")
     noise_scale: float = Field(default=0.75, gt=0, le=1, description="of sampling: a small model is unsure of much")

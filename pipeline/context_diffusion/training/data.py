@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from context_diffusion.training.workers import Workers  # torch, which the process that makes pools does without
 
 KINDS = ("gray", "none", "canny", "soft_edges")
-KIND_SHARES = (0.5, 0.2, 0.15, 0.15)
+KIND_SHARES = (0.55, 0.25, 0.1, 0.1)
+NEUTRAL_SHARE = 0.3  # of queries: the layout in grey; the others wear a random style
+BURNT = 0.25  # of a picture's values: a query that is whiter shows no layout
+GAMMA = 2.2  # of the display: a stop more light is a factor of 2 ** (1 / GAMMA) in pixel values
 VALIDATION_SEED = 2**40  # pools from here on are never trained on
 
 
@@ -65,12 +68,20 @@ def _styles(rng: Rng, count: int, held_out: bool) -> tuple[list[Style], NDArray[
 def shift_exposure(rng: Rng, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A query as a camera might have taken it: other exposure, contrast, noise, blur."""
     values = image.astype(np.float32) / 255
-    values = 0.5 + (values - 0.5) * rng.uniform(0.35, 1.1) + rng.normal(0, 0.12)
+    stops = rng.uniform(-1.5, 1.5) if rng.random() < 0.5 else 0.0
+    exposed = values * 2 ** (stops / GAMMA)
+    values = values if (exposed > 1).mean() > BURNT else np.clip(exposed, 0, 1)
+    values = values.mean() + (values - values.mean()) * rng.uniform(0.33, 1.1) + rng.normal(0, 0.05)
     if rng.random() < 0.3:
         values += rng.standard_normal(values.shape, dtype=np.float32) * rng.uniform(0, 0.05)
     if rng.random() < 0.2:
         values = np.asarray(cv2.GaussianBlur(values, (0, 0), rng.uniform(0.4, 1.0)))
     return (np.clip(values, 0, 1) * 255).astype(np.uint8)
+
+
+def _bare(tone: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """A layout in grey: uint8 (S, S, 3)."""
+    return np.repeat((tone * 255).astype(np.uint8)[..., None], 3, 2)
 
 
 def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: bool = False) -> Pool:
@@ -84,7 +95,7 @@ def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: 
     queries, controls, kinds = [], [], []
     for _, tone in layouts:
         for _ in range(2):
-            query = shift_exposure(rng, dress(tone, make_style(rng), rng))
+            query = shift_exposure(rng, _bare(tone) if rng.random() < NEUTRAL_SHARE else dress(tone, make_style(rng), rng))
             kind = str(rng.choice(KINDS, p=KIND_SHARES))
             queries.append(query)
             controls.append(control_map(query, kind))

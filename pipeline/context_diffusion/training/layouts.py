@@ -1,7 +1,9 @@
 """Layouts: what is where, as a tone map. Regions, figures, leaves, lines, grids, landscapes and fractal fields.
 
-A layout is float32 (S, S) in [0, 1]: its tone. A style turns tone into colour (styles.py), so the tone is what a query
-and its picture share. Deterministic by the generator that is handed in. numpy and OpenCV only.
+A layout is float32 (S, S) in [0, 1]: its tone, of mean .5 and deviation TONE_SPREAD before it is cut off. A style turns
+tone into colour (styles.py), so the tone is what a query and its picture share; and as dynamic normalisation removes a
+query's own mean and deviation, it can be read off a query whatever its exposure. Deterministic by the generator that is
+handed in. numpy and OpenCV only.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tone = NDArray[np.float32]
+TONE_SPREAD = 0.26
 Rng = np.random.Generator
 
 
@@ -127,6 +130,8 @@ def landscape(rng: Rng, size: int) -> Tone:
         height = horizon + (1 - horizon) * ridge / ridges
         profile = height * size + rng.uniform(0.02, 0.1) * size * smooth_noise(rng, size, int(rng.integers(2, 12)))[0]
         canvas[np.arange(size)[:, None] > profile[None]] = tones[ridge + 1]
+    if rng.random() < 0.3:
+        _reflect(rng, canvas, int(rng.uniform(0.55, 0.8) * size))
     for foot in rng.choice(x, int(rng.integers(0, 9))):
         base, tall = int(profile[foot]) + 3, int(rng.uniform(0.08, 0.3) * size)
         wide = int(tall * rng.uniform(0.2, 0.5))
@@ -135,6 +140,34 @@ def landscape(rng: Rng, size: int) -> Tone:
             corners = [(foot - wide, base), (foot - wide, base - tall), (foot + wide, base - tall), (foot + wide, base)]
         cv2.fillPoly(canvas, [np.array(corners, np.int32)], float(tones[-1]))
     return canvas
+
+
+def _reflect(rng: Rng, canvas: Tone, shore: int) -> None:
+    """Water below the shore: what stands above it, upside down, rippled and dulled. In place."""
+    size = len(canvas)
+    depth = np.arange(size - shore)
+    ripple = rng.uniform(0, 0.02) * size * np.sin(2 * np.pi * depth / rng.uniform(3, 9)) * rng.uniform(0.2, 1)
+    mirrored = canvas[np.clip(shore - 1 - depth + ripple.astype(int), 0, shore - 1)]
+    canvas[shore:] = mirrored * rng.uniform(0.5, 0.85) + rng.uniform(0, 0.15)
+
+
+def solids(rng: Rng, size: int) -> Tone:
+    """Ellipsoids lit from one side, before a ground that is shaded too: faces, fruit, pebbles."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
+    light = rng.normal(0, 1, 3) + (0, 0, 1)
+    light /= np.linalg.norm(light)
+    tones = _tones(rng, count := int(rng.integers(2, 14)))
+    canvas: Tone = (tones[0] + rng.normal(0, 0.2) * x + rng.normal(0, 0.2) * y).astype(np.float32)
+    for tone in tones[1:]:
+        radius = rng.uniform(0.05, 0.4) / np.sqrt(count / 4)
+        turn, flat = rng.uniform(0, np.pi), rng.uniform(0.4, 1)
+        dx, dy = x - rng.uniform(-0.45, 0.45), y - rng.uniform(-0.45, 0.45)
+        across, down = (dx * np.cos(turn) + dy * np.sin(turn)) / radius, (dy * np.cos(turn) - dx * np.sin(turn)) / radius / flat
+        inside = across**2 + down**2
+        height = np.sqrt(np.clip(1 - inside, 0, 1))
+        lit = np.clip(across * light[0] + down * light[1] + height * light[2], 0, 1)
+        canvas = np.where(inside < 1, tone * (0.45 + 0.55 * lit) + 0.25 * lit**12, canvas)
+    return canvas.astype(np.float32)
 
 
 def fields(rng: Rng, size: int) -> Tone:
@@ -148,7 +181,7 @@ def fields(rng: Rng, size: int) -> Tone:
 
 def composite(rng: Rng, size: int) -> Tone:
     """One layout seen through the silhouette of a blob, before another."""
-    first, second = (FAMILIES[name](rng, size) for name in rng.choice(["regions", "figures", "fields", "lines"], 2))
+    first, second = (FAMILIES[name](rng, size) for name in rng.choice(["regions", "figures", "fields", "lines", "solids"], 2))
     mask = smooth_noise(rng, size, int(rng.integers(2, 4))) > rng.uniform(-0.3, 0.6)
     return np.where(mask, 0.5 * first, 0.5 + 0.5 * second).astype(np.float32)
 
@@ -187,6 +220,7 @@ FAMILIES: dict[str, Callable[[Rng, int], Tone]] = {
     "lines": lines,
     "grid": grid,
     "landscape": landscape,
+    "solids": solids,
     "fields": fields,
     "composite": composite,
 }
@@ -209,6 +243,5 @@ def make_layout(rng: Rng, size: int = 128, held_out: bool = False) -> tuple[str,
         tone = tone + rng.uniform(0.02, 0.12) * smooth_noise(rng, size, int(rng.integers(1, 4)))
     if rng.random() < 0.3:
         tone = tone + rng.uniform(0.02, 0.1) * (fractal(rng, size, 0.8) - 0.5)
-    if rng.random() < 0.15:
-        tone = 0.5 + (tone - 0.5) * rng.uniform(0.4, 0.8)
+    tone = 0.5 + TONE_SPREAD * (tone - tone.mean()) / max(float(tone.std()), 0.02)
     return family, np.clip(tone, 0, 1).astype(np.float32)

@@ -42,6 +42,7 @@ THING_WORDS = {
     "grid": ["rows", "windows"],
     "landscape": ["hills", "landscape"],
     "fields": ["clouds", "mist"],
+    "solids": ["fruit", "pebbles"],
     "composite": ["scene", "view"],
 }
 FILLERS = [

@@ -71,7 +71,9 @@ def make_lut(rng: Rng, palette: str) -> NDArray[np.float32]:
         stops = np.array([[int(stop[i : i + 2], 16) for i in (0, 2, 4)] for stop in PALETTES[palette]], np.uint8)
         lab = cv2.cvtColor(stops[None], cv2.COLOR_RGB2LAB)[0].astype(np.float32)
         lab += rng.normal(0, (6, 4, 4), (5, 3)).astype(np.float32)
-    span, shift = rng.uniform(0.65, 1.05), rng.normal(0, 14)
+    # Mostly the palette's own contrast, now and then a third of it; over- and under-exposed by up to two stops.
+    span = rng.uniform(0.3, 0.65) if rng.random() < 0.25 else rng.uniform(0.65, 1.05)
+    shift = rng.normal(0, 18)
     lab[:, 0] = np.sort((lab[:, 0] - 128) * span + 128 + shift)
     places = np.array([0, *np.sort(rng.uniform(0.15, 0.85, 3)), 1.0])
     curve = np.stack([np.interp(np.linspace(0, 1, 256), places, lab[:, c]) for c in range(3)], 1)

@@ -5,7 +5,7 @@ Equal global batches give equal steps, whatever the number of workers. Knows tor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -50,6 +50,17 @@ class Workers:
         for owner, grad in zip(owners, _unflatten_dense_tensors(flat[:-1], grads), strict=True):
             owner.grad = grad
         return float(flat[-1])
+
+    def exchange(self, tensors: Sequence[Tensor]) -> None:
+        """Gives all workers each tensor as it is with the worker that owns it: `share(tensors)` are one's own. In place."""
+        if self.count == 1 or not tensors:
+            return
+        flat = _flatten_dense_tensors(
+            [one if i % self.count == self.rank else torch.zeros_like(one) for i, one in enumerate(tensors)]
+        )
+        distributed.all_reduce(flat)
+        for tensor, whole in zip(tensors, _unflatten_dense_tensors(flat, tensors), strict=True):
+            tensor.copy_(whole)
 
     def gather(self, share: Tensor, rows: int) -> Tensor:
         """The whole batch of so many rows from each worker's share of it."""
