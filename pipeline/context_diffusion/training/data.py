@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from context_diffusion.control import control_map
-from context_diffusion.training.layouts import Rng, make_layout
+from context_diffusion.training.layouts import Rng, Tone, make_layout
 from context_diffusion.training.prompts import describe
 from context_diffusion.training.styles import Style, dress, make_style, vary
 
@@ -79,9 +79,11 @@ def shift_exposure(rng: Rng, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return (np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
-def _bare(tone: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """A layout in grey: uint8 (S, S, 3)."""
-    return np.repeat((tone * 255).astype(np.uint8)[..., None], 3, 2)
+def make_query(rng: Rng, tone: Tone) -> NDArray[np.uint8]:
+    """A layout as a query shows it: in grey or in any style, as a camera might have taken it. uint8 (S, S, 3)."""
+    grey = rng.random() < NEUTRAL_SHARE
+    shown = np.repeat((tone * 255).astype(np.uint8)[..., None], 3, 2) if grey else dress(tone, make_style(rng), rng)
+    return shift_exposure(rng, shown)
 
 
 def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: bool = False) -> Pool:
@@ -95,7 +97,7 @@ def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: 
     queries, controls, kinds = [], [], []
     for _, tone in layouts:
         for _ in range(2):
-            query = shift_exposure(rng, _bare(tone) if rng.random() < NEUTRAL_SHARE else dress(tone, make_style(rng), rng))
+            query = make_query(rng, tone)
             kind = str(rng.choice(KINDS, p=KIND_SHARES))
             queries.append(query)
             controls.append(control_map(query, kind))

@@ -154,7 +154,7 @@ def _reflect(rng: Rng, canvas: Tone, shore: int) -> None:
 def solids(rng: Rng, size: int) -> Tone:
     """Ellipsoids lit from one side, before a ground that is shaded too: faces, fruit, pebbles."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
-    light = rng.normal(0, 1, 3) + (0, 0, 1)
+    light = rng.normal(0, 1, 3) + np.array([0.0, 0.0, 1.0])
     light /= np.linalg.norm(light)
     tones = _tones(rng, count := int(rng.integers(2, 14)))
     canvas: Tone = (tones[0] + rng.normal(0, 0.2) * x + rng.normal(0, 0.2) * y).astype(np.float32)
