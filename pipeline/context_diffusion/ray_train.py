@@ -1,4 +1,6 @@
-"""A train job on Ray Train: its TorchTrainer starts the workers and joins them into a process group. At Ray's edge."""
+"""A train or finetune job on Ray Train: its TorchTrainer starts the workers and joins them into a process group.
+
+At Ray's edge."""
 
 from __future__ import annotations
 
@@ -10,21 +12,22 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from context_diffusion.errors import ContextDiffusionError, ModelError
+from context_diffusion.jobfile import check_job
 from context_diffusion.ray_session import ray_session
-from context_diffusion.training.config import TrainJob
+from context_diffusion.training.config import TrainingJob
 
 RESULT = "result.json"
 
 
-def train_on_ray(job: TrainJob, address: str | None = None) -> dict[str, Any]:
+def train_on_ray(job: TrainingJob, address: str | None = None) -> dict[str, Any]:
     """Trains with job.workers processes, here or on the cluster that `address` or RAY_ADDRESS names; all of them must
-    see job.output. -> the summary of the run."""
+    see job.output and what the job reads. -> the summary of the run."""
     folder = Path(job.output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with ray_session(job.workers * job.cpu_threads, address):
         trainer = TorchTrainer(
             _train,
-            train_loop_config={"job": job.model_copy(update={"output": str(folder)}).model_dump(mode="json")},
+            train_loop_config={"job": job.absolute().model_dump(mode="json")},
             torch_config=TorchConfig(backend="gloo"),
             scaling_config=ScalingConfig(num_workers=job.workers, resources_per_worker={"CPU": job.cpu_threads}),
             run_config=RunConfig(name="workers", storage_path=str(folder / "ray")),
@@ -40,7 +43,8 @@ def _train(config: dict[str, Any]) -> None:
     """One worker. Its summary goes to a file: Ray Train brings back metrics only with a checkpoint of its own."""
     from context_diffusion.training.run import run
 
-    job = TrainJob.model_validate(config["job"])
+    job = check_job(config["job"])
+    assert isinstance(job, TrainingJob)
     summary = run(job)
     if summary is not None:
         (Path(job.output) / RESULT).write_text(json.dumps(summary))

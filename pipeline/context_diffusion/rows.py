@@ -75,7 +75,7 @@ def _read_row(row: Row, shard: int, job: GenerateJob, base: str, names: dict[str
     try:
         read[PROMPT], read[NEGATIVE_PROMPT] = (_prompt(row.get(names[n]), n, job) for n in (PROMPT, NEGATIVE_PROMPT))
         read[QUERY] = as_source(row.get(names[QUERY]), base)
-        read[CONTEXT] = _sources(row.get(names[CONTEXT]), base)
+        read[CONTEXT] = as_sources(row.get(names[CONTEXT]), base)
         _check_id(read[ID])
         read["settings"] = _settings(row, names, job, read[ID]).model_dump_json()
         if read[QUERY] is None:
@@ -118,7 +118,7 @@ def as_source(value: Any, base: str) -> Source | None:
     return {"bytes": None, "path": resolve(str(path), base)} if path else None
 
 
-def _sources(value: Any, base: str) -> list[Source]:
+def as_sources(value: Any, base: str) -> list[Source]:
     """A list of sources, as a list, a JSON list (CSV), or one alone."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:

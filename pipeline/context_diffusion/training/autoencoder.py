@@ -13,7 +13,7 @@ from context_diffusion.training.config import TrainJob
 from context_diffusion.training.data import Pool
 from context_diffusion.training.losses import picture_loss
 from context_diffusion.training.pools import Pools
-from context_diffusion.training.state import Metrics, Progress, load_checkpoint, save_checkpoint
+from context_diffusion.training.state import Metrics, Progress, load_checkpoint, load_weights, save_checkpoint
 from context_diffusion.training.workers import Workers
 
 
@@ -50,7 +50,7 @@ class _Stage:
         )
         self.step, self.done, self.scale, spent = 0, False, 1.0, 0.0
         if (state := load_checkpoint(path)) is not None:
-            model.vae.load_state_dict(state["vae"])
+            load_weights(model.vae, state["vae"], path)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.done, self.scale, spent = state["step"], state["done"], state["scale"], state["spent"]
         self.progress = Progress(minutes, job.max_steps, job.cpu_threads, spent)
