@@ -92,14 +92,13 @@ def run(
     Example: context-diffusion run jobs/demo.yaml --set settings.num_inference_steps=30
     """
     loaded = _load(job, sets)
-    if not isinstance(loaded, GenerateJob):
-        summary = _run_other(loaded, address)
-        _print(summary)
-        raise typer.Exit(summary["exit"])
-    from context_diffusion.supervise import supervise
+    if isinstance(loaded, GenerateJob):
+        from context_diffusion.supervise import supervise
 
-    options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed}
-    summary = supervise(loaded, options)
+        options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed}
+        summary = supervise(loaded, options)
+    else:
+        summary = _run_other(loaded, address)
     if "error" in summary:
         errors.print(f"error: {summary['error']}")
     _print(summary)
@@ -116,7 +115,7 @@ def _run_other(job: StrictModel, address: str | None) -> dict[str, Any]:
 
         return run_evaluate(job)
     assert isinstance(job, TrainingJob)
-    return {**_train(job, address), "exit": EXIT_OK}
+    return {"exit": EXIT_OK, **_train(job, address)}
 
 
 def _train(job: TrainingJob, address: str | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from context_diffusion.errors import ContextDiffusionError, ModelError
+from context_diffusion.errors import EXIT_EXTERNAL, classify
 from context_diffusion.jobfile import check_job
 from context_diffusion.ray_session import ray_session
 from context_diffusion.training.config import TrainingJob
@@ -21,7 +21,7 @@ RESULT = "result.json"
 
 def train_on_ray(job: TrainingJob, address: str | None = None) -> dict[str, Any]:
     """Trains with job.workers processes, here or on the cluster that `address` or RAY_ADDRESS names; all of them must
-    see job.output and what the job reads. -> the summary of the run."""
+    see job.output and what the job reads. -> the summary of the run, or the `exit` and `error` of one that broke off."""
     folder = Path(job.output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with ray_session(job.workers * job.cpu_threads, address):
@@ -35,7 +35,7 @@ def train_on_ray(job: TrainingJob, address: str | None = None) -> dict[str, Any]
         try:
             trainer.fit()
         except Exception as error:
-            raise _told(error) from error
+            return _told(error)
     return json.loads((folder / RESULT).read_text())
 
 
@@ -50,10 +50,7 @@ def _train(config: dict[str, Any]) -> None:
         (Path(job.output) / RESULT).write_text(json.dumps(summary))
 
 
-def _told(error: BaseException) -> BaseException:
-    """The worker's own error, where it is one of ours: Ray wraps it."""
-    for wrapped in getattr(error, "worker_failures", {}).values():
-        cause = getattr(wrapped, "cause", wrapped)
-        if isinstance(cause, ContextDiffusionError):
-            return cause
-    return ModelError(f"the training stopped: {error}")
+def _told(error: Exception) -> dict[str, Any]:
+    """Exit code and message. Ray brings the errors of all workers: where one failed, the others' say that it is gone."""
+    failures = getattr(error, "worker_failures", {}).values() or [error]
+    return min(map(classify, failures), key=lambda told: told["exit"] == EXIT_EXTERNAL)
