@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from context_diffusion.allow import check_allowed
 from context_diffusion.config import Limits
 from context_diffusion.errors import ErrorCode, ManifestError, RowError
-from context_diffusion.images import decode_image, resize
+from context_diffusion.images import resize
 from context_diffusion.manifest import FORMATS, Row, expand, open_file, scan_parquet, scan_text
-from context_diffusion.rows import Source, as_source, as_sources
 from context_diffusion.schema import CONTEXT, PROMPT, QUERY, TARGET, Pixels
+from context_diffusion.sources import Source, as_source, as_sources, read_pixels
 from context_diffusion.storage import Storage, normal, parent
 from context_diffusion.training.config import FinetuneJob
 
@@ -65,22 +64,19 @@ class _Reader:
 
     def __call__(self, source: Source, name: str, allow: list[str]) -> int | None:
         """None where it cannot be read. name: what a picture without a path is called. Raises StorageError."""
-        path, data = source["path"], source["bytes"]
-        if data is None and path in self._by_path:
+        path, by_path = source["path"], source["bytes"] is None
+        if by_path and path in self._by_path:
             return self._by_path[path]
         index = None
         try:
-            if data is None:
-                check_allowed(path, allow)
-                data = self.storage.read_input(path, Limits().max_bytes)
-            pixels = resize(decode_image(data, Limits(), path or name), self.size, self.size, "crop")
+            pixels = resize(read_pixels(source, allow, Limits(), self.storage, name), self.size, self.size, "crop")
             digest = hashlib.sha256(pixels.tobytes()).digest()
             index = self._by_digest.setdefault(digest, len(self.found.pixels))
             if index == len(self.found.pixels):
                 self.found.pixels.append(pixels)
         except RowError as error:
             self.found.skipped[path or name] = str(error)
-        if source["bytes"] is None:
+        if by_path:
             self._by_path[path] = index
         return index
 
