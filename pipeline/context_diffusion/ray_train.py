@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from context_diffusion.errors import EXIT_EXTERNAL, classify
+from context_diffusion.errors import EXIT_EXTERNAL, ConfigError, classify
 from context_diffusion.jobfile import check_job
 from context_diffusion.ray_session import ray_session
 from context_diffusion.training.config import TrainingJob
@@ -25,11 +26,14 @@ def train_on_ray(job: TrainingJob, address: str | None = None) -> dict[str, Any]
     folder = Path(job.output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with ray_session(job.workers * job.cpu_threads, address):
+        device = _device(job, int(ray.cluster_resources().get("GPU", 0)))
         trainer = TorchTrainer(
             _train,
-            train_loop_config={"job": job.absolute().model_dump(mode="json")},
-            torch_config=TorchConfig(backend="gloo"),
-            scaling_config=ScalingConfig(num_workers=job.workers, resources_per_worker={"CPU": job.cpu_threads}),
+            train_loop_config={"job": job.absolute().model_dump(mode="json") | {"device": device}},
+            torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=job.workers, use_gpu=device == "cuda", resources_per_worker={"CPU": job.cpu_threads}
+            ),
             run_config=RunConfig(name="workers", storage_path=str(folder / "ray")),
         )
         try:
@@ -37,6 +41,13 @@ def train_on_ray(job: TrainingJob, address: str | None = None) -> dict[str, Any]
         except Exception as error:
             return _told(error)
     return json.loads((folder / RESULT).read_text())
+
+
+def _device(job: TrainingJob, gpus: int) -> str:
+    """All workers are on one kind of device. Raises ConfigError where there are fewer GPUs than are asked for."""
+    if job.device == "cuda" and gpus < job.workers:
+        raise ConfigError(f"device: cuda: each of {job.workers} worker(s) needs a GPU, the cluster has {gpus}")
+    return "cuda" if job.device != "cpu" and gpus >= job.workers else "cpu"
 
 
 def _train(config: dict[str, Any]) -> None:

@@ -105,6 +105,7 @@ class TrainingJob(StrictModel):
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints and sample pictures")
     workers: int = Field(default=1, ge=1, description="processes, on Ray Train; each takes its share of a batch")
     cpu_threads: int = Field(default=2, ge=1, description="of each worker")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs, where each worker can have one")
     max_steps: int | None = Field(default=None, ge=1, description="of each stage; left out: the minutes decide")
     diffusion: DiffusionSteps = DiffusionSteps()
 

@@ -40,7 +40,8 @@ TRAINED = ("unet", "controlnet", "image_encoder", "text_encoder", "fusion")
 def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Path, metrics: Metrics) -> dict[str, Any]:
     """Trains in place, from where an earlier run stopped; the model ends with the averaged weights."""
     run = Run(job, model, folder, data.origin)
-    _set_attention(model, AttnProcessor(), "eager")  # SDPA's backward pass is slow on a CPU
+    if model.device.type == "cpu":
+        _set_attention(model, AttnProcessor(), "eager")  # SDPA's backward pass is slow there
     validations = data.validations()
 
     def validate() -> dict[str, float]:
@@ -94,9 +95,9 @@ class Run:
         for module in self.modules.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(job.seed + 1)
-        self.heads = AuxiliaryHeads(model.unet.config.cross_attention_dim, len(TEXTURES))
+        self.heads = AuxiliaryHeads(model.unet.config.cross_attention_dim, len(TEXTURES)).to(model.device)
         self.optimizer = Optimizer(self.modules, self.heads, job.diffusion, self.workers)
-        self.alphas = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod
+        self.alphas = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod.to(model.device)
         self.step, spent = 0, 0.0
         state = load_checkpoint(self.path)
         if state is not None:
@@ -105,8 +106,9 @@ class Run:
             check_origin(self.path, state.get("origin", {}), origin)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, spent = state["step"], state["spent"]
-        self.average = state["average"] if state else {k: v.clone() for k, v in self.modules.state_dict().items()}
-        self.progress = Progress(job.diffusion.minutes, job.max_steps, job.cpu_threads, spent)
+        average = state["average"] if state else self.modules.state_dict()
+        self.average = {name: value.to(model.device, copy=True) for name, value in average.items()}
+        self.progress = Progress(job.diffusion.minutes, job.max_steps, job.cpu_threads, model.device, spent)
 
     def save(self, done: bool) -> None:
         optimizer = self.optimizer.state_dict()  # all workers have a part of it
@@ -144,14 +146,14 @@ class Run:
 
     def loss(self, samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator) -> Tensor:
         """The loss of these rows of a batch of `size`; noise and timesteps of it all follow from the generator."""
-        model = self.model
-        timesteps = spread_timesteps(size, len(self.alphas), generator)[rows]
-        noise = torch.randn(size, *model.latent_shape, generator=generator)[rows]
+        model, device = self.model, self.model.device
+        timesteps = spread_timesteps(size, len(self.alphas), generator)[rows].to(device)
+        noise = torch.randn(size, *model.latent_shape, generator=generator)[rows].to(device)
         alphas = self.alphas[timesteps]
         noisy, target = noised(samples.latents.float(), noise, alphas)
-        counts = torch.from_numpy(samples.counts)
-        shown = torch.arange(CONTEXTS)[None] < counts[:, None]
-        with torch.autocast("cpu", torch.bfloat16):
+        counts = torch.from_numpy(samples.counts).to(device)
+        shown = torch.arange(CONTEXTS, device=device)[None] < counts[:, None]
+        with torch.autocast(device.type, torch.bfloat16):
             contexts = context_tokens(model, samples.contexts)
             slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
             slots[shown] = contexts

@@ -32,13 +32,12 @@ from context_diffusion.training.workers import Workers
 SKIPPED_TOLD = 100  # names in the summary; the log has them all
 
 
-def finetune(job: FinetuneJob) -> dict[str, Any] | None:
+def finetune(job: FinetuneJob, device: torch.device) -> dict[str, Any] | None:
     """Leaves job.output/model (a folder that `model:` takes), metrics.jsonl and samples. -> a summary, from the first
     of several workers."""
-    torch.set_num_threads(job.cpu_threads)
     cv2.setNumThreads(1)
     workers, folder = Workers.here(), Path(job.output)
-    model = NativeModel.from_pretrained(model_folder(job.model))
+    model = NativeModel.from_pretrained(model_folder(job.model)).to(device)
     pictures = read_pictures(job, model.image_size)
     folder.mkdir(parents=True, exist_ok=True)
     if workers.first:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from context_diffusion.errors import ConfigError
 from context_diffusion.model.build import build
 from context_diffusion.training.autoencoder import train_autoencoder, train_decoder
 from context_diffusion.training.config import FinetuneJob, TrainingJob, TrainJob
@@ -23,20 +24,29 @@ from context_diffusion.training.workers import Workers
 
 def run(job: TrainingJob) -> dict[str, Any] | None:
     """Trains by the job's kind, here or as one of several workers. -> a summary, from the first of them."""
+    torch.set_num_threads(job.cpu_threads)
+    device = find_device(job.device)
     if isinstance(job, FinetuneJob):
-        return finetune(job)
+        return finetune(job, device)
     assert isinstance(job, TrainJob)
-    return train(job)
+    return train(job, device)
 
 
-def train(job: TrainJob) -> dict[str, Any] | None:
+def find_device(wanted: str) -> torch.device:
+    """By the job's word for it; of several GPUs the process's current one. Raises ConfigError where there is none."""
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise ConfigError("device: cuda, but torch finds no GPU here; `auto` takes one where there is one")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
+def train(job: TrainJob, device: torch.device) -> dict[str, Any] | None:
     """Trains; leaves job.output/model (a folder that `model:` takes), metrics.jsonl and samples. -> a summary, from
     the first of several workers."""
-    torch.set_num_threads(job.cpu_threads)
     torch.manual_seed(job.seed)  # the fresh weights; everything later draws from generators of its own
     folder = Path(job.output)
     folder.mkdir(parents=True, exist_ok=True)
-    model = build(job.architecture, vocabulary())
+    model = build(job.architecture, vocabulary()).to(device)
     workers = Workers.here()
     metrics, pools = Metrics(folder, workers.first), Pools(job, job.architecture.image_size, 0 if job.max_steps else 1)
     try:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -43,7 +42,7 @@ def make(model: NativeModel, requests: list[Request]) -> list[NDArray[np.uint8]]
     """The engine's pictures, in the order of the requests; contexts of any size."""
     side, made = model.context_size, dict[str, NDArray[np.uint8]]()
     requests = [replace(one, contexts=tuple(resize(c, side, side, "crop") for c in one.contexts)) for one in requests]
-    for request, outcome in Engine(model, torch.device("cpu"), chunk=4, lanes=16).run(requests):
+    for request, outcome in Engine(model, model.device, chunk=4, lanes=16).run(requests):
         assert isinstance(outcome, Result), outcome
         made[request.id] = outcome.image
     return [made[request.id] for request in requests]

@@ -75,7 +75,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ModelError(f"{path}: not a readable checkpoint ({error}); remove it to start that stage anew") from error
 
@@ -103,18 +103,20 @@ class Metrics:
 class Progress:
     """How far a stage is, 0 to 1: by steps where they are limited, else by the minutes that its threads computed.
 
-    Processor time, not the clock: a run that shares its machine, or is paused, is not cut short by it.
+    Processor time, not the clock: a run that shares its machine, or is paused, is not cut short by it. Of a GPU's time
+    only the clock is known.
     """
 
-    def __init__(self, minutes: float, max_steps: int | None, threads: int, spent: float = 0.0) -> None:
-        self.seconds, self.max_steps, self.threads, self.spent = minutes * 60, max_steps, threads, spent
-        self.started = time.process_time()
+    def __init__(self, minutes: float, max_steps: int | None, threads: int, device: torch.device, spent: float = 0.0) -> None:
+        self.seconds, self.max_steps, self.spent = minutes * 60, max_steps, spent
+        self.now, self.threads = (time.process_time, threads) if device.type == "cpu" else (time.monotonic, 1)
+        self.started = self.now()
         self.elapsed = spent  # what the workers agree on
 
     @property
     def measured(self) -> float:
         """Seconds that this process computed, earlier runs included."""
-        return self.spent + (time.process_time() - self.started) / self.threads
+        return self.spent + (self.now() - self.started) / self.threads
 
     def at(self, step: int) -> float:
         share = step / self.max_steps if self.max_steps else self.elapsed / self.seconds
