@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,24 @@ def test_a_worker_without_pictures_and_a_batch_without_contexts(tmp_path: Path, 
     pictures = read_pictures(wanted, SIZES.image_size)
     run = diffusion.Run(wanted, model, tmp_path, {})
     assert np.isfinite(run.train_step(Own(wanted, model, pictures, Pools(wanted, SIZES.image_size, 0)).training))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.4])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: float) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())  # so that rounding is far below what is looked for
+    data, base, grads, losses = write_styles(tmp_path / "own"), write_base(tmp_path / "base"), [], []
+    for accumulate in (1, 3):
+        steps = {"batch_size": 10, "accumulate": accumulate, "auxiliary": 0.2}
+        wanted, model = job(data, tmp_path / "out", base, keep=keep, diffusion=steps), copy.deepcopy(tiny_model())
+        run = diffusion.Run(wanted, model, tmp_path, {})
+        monkeypatch.setattr(run.optimizer, "step", lambda *_: None)
+        monkeypatch.setattr(diffusion.nn.utils, "clip_grad_norm_", lambda *_: None)
+        pictures = read_pictures(wanted, SIZES.image_size)
+        losses.append(run.train_step(Own(wanted, model, pictures, Pools(wanted, SIZES.image_size, 0)).at(0)))
+        own = [*run.modules.parameters(), *run.heads.parameters()]
+        grads.append(torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in own]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert (grads[1] - grads[0]).norm() < 1e-3 * grads[0].norm()
 
 
 def test_a_batch_keeps_its_share_of_old_styles_and_workers_share_it_row_by_row(tmp_path: Path) -> None:

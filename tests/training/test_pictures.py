@@ -131,6 +131,8 @@ def test_unknown_keys_are_told_with_the_nearest() -> None:
         check_job(values | {"control": ["gray"]})
     with pytest.raises(ConfigError, match=r"diffusion.minute: unknown key; did you mean 'minutes'"):
         check_job(values | {"diffusion": {"minute": 3}})
+    with pytest.raises(ConfigError, match=r"workers x accumulate \(34\) must not exceed diffusion.batch_size \(32\)"):
+        check_job(values | {"workers": 2, "diffusion": {"accumulate": 17}})
     with pytest.raises(ConfigError, match="known are target, context, query, prompt"):
         check_job(values | {"columns": {"picture": "image"}})
 

@@ -27,6 +27,7 @@ class AutoencoderSteps(StrictModel):
 class DiffusionSteps(StrictModel):
     minutes: float = Field(default=85, gt=0, description="of every worker's threads; the learning rate falls to the end")
     batch_size: int = Field(default=32, ge=1, description="of all workers together")
+    accumulate: int = Field(default=1, ge=1, description="parts of a worker's share, one by one: less memory, same steps")
     learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW: vectors, embeddings, first and last layers")
     matrix_learning_rate: float = Field(default=0.02, gt=0, description="of Muon: the matrices within")
     ema: float = Field(default=0.999, ge=0, lt=1, description="the averaged weights' memory")
@@ -122,6 +123,8 @@ class TrainingJob(StrictModel):
         smallest = self.smallest_batch
         if self.workers > smallest:
             raise ValueError(f"workers ({self.workers}) must not exceed a batch_size ({smallest}): each takes a share of it")
+        if (parts := self.workers * self.diffusion.accumulate) > self.diffusion.batch_size:
+            raise ValueError(f"workers x accumulate ({parts}) must not exceed diffusion.batch_size ({self.diffusion.batch_size})")
         return self
 
 

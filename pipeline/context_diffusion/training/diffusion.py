@@ -128,13 +128,10 @@ class Run:
 
     def train_step(self, source: Source) -> float:
         stage = self.job.diffusion
-        rng = np.random.default_rng((self.job.seed, 2, self.step))
-        rows = self.workers.share(np.arange(stage.batch_size))
-        samples = source.samples(rng, stage.batch_size, stage.context_dropout, stage.prompt_dropout, rows)
-        generator = torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step)
-        loss = self.loss(samples, rows, stage.batch_size, generator)
         self.optimizer.zero_grad()
-        loss.backward()
+        mine = self.workers.share(np.arange(stage.batch_size))
+        parts = [mine[part :: stage.accumulate] for part in range(stage.accumulate)]
+        loss = sum(self.backward(source, rows, len(rows) / len(mine)) for rows in parts)
         parameters = [*self.modules.parameters(), *self.heads.parameters()]
         self.progress.elapsed = self.workers.average(parameters, self.progress.measured)
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
@@ -142,6 +139,16 @@ class Run:
         self.step += 1
         # A short memory at first, so that the average isn't that of the first, untrained weights.
         update_ema(self.average, self.modules, min(stage.ema, self.step / (self.step + 10)))
+        return loss
+
+    def backward(self, source: Source, rows: NDArray[np.int64], weight: float) -> float:
+        """Adds the gradients of these rows of the step's batch, which seed and step alone decide. -> their loss, weighted."""
+        stage, size = self.job.diffusion, self.job.diffusion.batch_size
+        rng = np.random.default_rng((self.job.seed, 2, self.step))
+        samples = source.samples(rng, size, stage.context_dropout, stage.prompt_dropout, rows)
+        generator = torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step)
+        loss = self.loss(samples, rows, size, generator) * weight
+        loss.backward()
         return loss.item()
 
     def loss(self, samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator) -> Tensor:
