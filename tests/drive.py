@@ -10,7 +10,8 @@ import sys
 
 import fakes
 from context_diffusion.config import GenerateJob
-from context_diffusion.driver import Options, classify, run_generate
+from context_diffusion.driver import Options, run_generate
+from context_diffusion.errors import classify
 
 if __name__ == "__main__":
     options = Options(**dict.fromkeys(sys.argv[2:], True))

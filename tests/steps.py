@@ -11,7 +11,8 @@ import torch
 from context_diffusion.model.native import NativeModel
 from context_diffusion.training.config import Architecture, TrainJob
 from context_diffusion.training.data import Pool, make_pool
-from context_diffusion.training.diffusion import Run, encode_pool
+from context_diffusion.training.diffusion import Run
+from context_diffusion.training.encoded import encode_pool
 
 
 @cache
@@ -26,7 +27,7 @@ def changed_by_a_step(model: NativeModel, sizes: Architecture, folder: Path, bat
         {"kind": "train", "output": str(folder), "max_steps": 1, "diffusion": stage, "architecture": sizes.model_dump()}
     )
     before = {name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in model.modules.items()}
-    run = Run(job, model, folder)
+    run = Run(job, model, folder, {})
     loss = run.train_step(encode_pool(model, pool(sizes.image_size)))
     assert torch.isfinite(torch.tensor(loss))
     model.eval()

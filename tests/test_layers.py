@@ -14,7 +14,7 @@ TORCH = ("model/", "engine/", "training/", "evaluation/prompt.py", "pipeline.py"
 # layers' faces to the driver: no torch in them. The job that reads and writes scores stands above the scores.)
 LAYERS = [
     {"errors", "config", "schema", "control"},
-    {"storage", "allow", "images", "manifest", "rows", "unique", "evaluation", "model.source", "training.config"},
+    {"storage", "allow", "images", "manifest", "sources", "rows", "unique", "evaluation", "model.source", "training.config"},
     {"output", "plan", "jobfile", "report", "tensors"},
     {"model", "engine", "training", "pipeline"},
     {"stages", "writing", "ledger", "validate", "progress", "evaluation.pairs", "evaluation.controls", "evaluation.run"},

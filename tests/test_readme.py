@@ -16,7 +16,15 @@ import context_diffusion
 from context_diffusion.config import Cluster, GenerateJob, Limits, Settings
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.jobfile import check_job, parse
-from context_diffusion.training.config import Architecture, AutoencoderSteps, DiffusionSteps, Normalization, TrainJob
+from context_diffusion.training.config import (
+    Architecture,
+    AutoencoderSteps,
+    DiffusionSteps,
+    FinetuneJob,
+    FinetuneSteps,
+    Normalization,
+    TrainJob,
+)
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -52,6 +60,7 @@ TABLES = {
     "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits}),
     "train": table(TRAINING),
     "evaluate": table({"": EvaluateJob, "limits.": Limits}),
+    "finetune": table({"": FinetuneJob, "diffusion.": FinetuneSteps}),
 }
 
 

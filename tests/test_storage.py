@@ -113,6 +113,14 @@ def test_a_fingerprint_tells_versions_apart_and_globs_keep_their_scheme(folder: 
     assert STORAGE.read_range(uri, 1, 2) == b"bb"
 
 
+def test_all_files_below_a_folder_whatever_its_name(folder: str) -> None:
+    wanted = [f"{folder}/own [1]/a.bin", f"{folder}/own [1]/deeper/b.bin"]
+    for uri in (*wanted, f"{folder}/elsewhere.bin"):
+        STORAGE.replace(uri, b"1")
+    assert STORAGE.files(f"{folder}/own [1]") == wanted
+    assert STORAGE.files(f"{folder}/nowhere") == []
+
+
 def test_a_passing_fault_is_tried_again_a_final_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fsspec.implementations.local as local
 

@@ -18,7 +18,7 @@ from context_diffusion.config import GenerateJob, StrictModel
 from context_diffusion.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNEXPECTED, ContextDiffusionError, JobError
 
 if TYPE_CHECKING:
-    from context_diffusion.training.config import TrainJob
+    from context_diffusion.training.config import TrainingJob
 
 ABOUT = """Makes images that keep the layout of a query, wear the style of context images and follow a prompt; in batches.
 
@@ -92,14 +92,13 @@ def run(
     Example: context-diffusion run jobs/demo.yaml --set settings.num_inference_steps=30
     """
     loaded = _load(job, sets)
-    if not isinstance(loaded, GenerateJob):
-        summary = _run_other(loaded, address)
-        _print(summary)
-        raise typer.Exit(summary["exit"])
-    from context_diffusion.supervise import supervise
+    if isinstance(loaded, GenerateJob):
+        from context_diffusion.supervise import supervise
 
-    options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed}
-    summary = supervise(loaded, options)
+        options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed}
+        summary = supervise(loaded, options)
+    else:
+        summary = _run_other(loaded, address)
     if "error" in summary:
         errors.print(f"error: {summary['error']}")
     _print(summary)
@@ -109,17 +108,17 @@ def run(
 def _run_other(job: StrictModel, address: str | None) -> dict[str, Any]:
     """The kinds that need no supervisor. -> the summary, `exit` in it."""
     from context_diffusion.evaluation.config import EvaluateJob
-    from context_diffusion.training.config import TrainJob
+    from context_diffusion.training.config import TrainingJob
 
     if isinstance(job, EvaluateJob):
         from context_diffusion.evaluation.run import run_evaluate
 
         return run_evaluate(job)
-    assert isinstance(job, TrainJob)
-    return {**_train(job, address), "exit": EXIT_OK}
+    assert isinstance(job, TrainingJob)
+    return {"exit": EXIT_OK, **_train(job, address)}
 
 
-def _train(job: TrainJob, address: str | None) -> dict[str, Any]:
+def _train(job: TrainingJob, address: str | None) -> dict[str, Any]:
     if job.workers == 1 and not address:
         from context_diffusion.training import run_training
 

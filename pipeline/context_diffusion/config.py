@@ -20,6 +20,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=64, le=2048, multiple_of=16)]
+KIND = "generate, train, finetune or evaluate"
 
 
 class StrictModel(BaseModel):
@@ -94,15 +95,19 @@ class Limits(StrictModel):
     max_prompt_characters: Annotated[int, Field(ge=1)] = Field(default=10_000, description="characters of a prompt")
 
 
-def _known_columns(columns: dict[str, str]) -> dict[str, str]:
-    known = ("id", "query", "context", "prompt", "negative_prompt", *Settings.model_fields)
-    for name in columns:
-        if name not in known:
-            raise ValueError(f"columns: {name!r} is none of ours; known are {', '.join(known)}")
-    return columns
+def known_columns(*known: str) -> AfterValidator:
+    """Of `columns:`, which maps our names to the manifest's."""
+
+    def check(columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in known:
+                raise ValueError(f"columns: {name!r} is none of ours; known are {', '.join(known)}")
+        return columns
+
+    return AfterValidator(check)
 
 
-def no_secrets(options: dict[str, Any]) -> dict[str, Any]:
+def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
     for key, value in options.items():
         if re.search(r"secret|token|password|^key$|access_key|credential", key, re.IGNORECASE):
             raise ValueError(
@@ -110,14 +115,17 @@ def no_secrets(options: dict[str, Any]) -> dict[str, Any]:
                 "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or name a profile"
             )
         if isinstance(value, dict):
-            no_secrets(value)
+            _no_secrets(value)
     return options
+
+
+StorageOptions = Annotated[dict[str, dict[str, Any]], AfterValidator(_no_secrets)]
 
 
 class GenerateJob(StrictModel):
     """kind: generate. A manifest of rows in, an OUTPUT folder of Parquet and images out."""
 
-    kind: Literal["generate"] = Field(description="generate, train or evaluate")
+    kind: Literal["generate"] = Field(description=KIND)
     manifest: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] = Field(
         description="Parquet, JSONL or CSV: a path, URL or glob, or a list of them"
     )
@@ -126,15 +134,15 @@ class GenerateJob(StrictModel):
     control: ControlName = Field(
         default="gray", description="the query's control map; none: its own pixels, disabled: no ControlNet runs"
     )
-    columns: Annotated[dict[str, str], AfterValidator(_known_columns)] = Field(
-        default={}, description="our column name -> the manifest's"
-    )
+    columns: Annotated[
+        dict[str, str], known_columns("id", "query", "context", "prompt", "negative_prompt", *Settings.model_fields)
+    ] = Field(default={}, description="our column name -> the manifest's")
     settings: Settings = Field(default=Settings(), description="defaults of the row settings")
     rows_per_part: int = Field(default=64, ge=1, le=100_000, description="rows of a shard; small manifests take fewer")
     allow: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[], description="URI prefixes that rows may read; left out: the manifest's own folder or bucket"
     )
-    storage_options: Annotated[dict[str, dict[str, Any]], AfterValidator(no_secrets)] = Field(
+    storage_options: StorageOptions = Field(
         default={}, description="fsspec options by protocol, no secrets: {s3: {endpoint_url: ...}}"
     )
     image_format: ImageFormat = Field(default="png", description="none: the picture's bytes in the Parquet only")

@@ -10,7 +10,6 @@ import os
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,10 +21,10 @@ from context_diffusion.config import GenerateJob
 from context_diffusion.errors import (
     EXIT_OK,
     EXIT_ROWS_FAILED,
-    EXIT_UNEXPECTED,
     ClusterError,
     ContextDiffusionError,
     TooManyFailuresError,
+    classify,
 )
 from context_diffusion.model.source import model_size
 from context_diffusion.output import Output
@@ -172,21 +171,6 @@ def _redirect_noise() -> str:
     os.environ["CONTEXT_DIFFUSION_LOG"] = path
     progress.CONSOLE = Console(file=os.fdopen(terminal, "w", buffering=1))
     return path
-
-
-def classify(error: Exception) -> dict[str, Any]:
-    """An exception that crossed Ray -> exit code and message: ours travel as the cause of Ray's."""
-    chain: BaseException | None = error
-    while chain is not None:
-        ours = chain if isinstance(chain, ContextDiffusionError) else getattr(chain, "cause", None)
-        if isinstance(ours, ContextDiffusionError):
-            return {"exit": ours.exit_code, "error": str(ours)}
-        chain = chain.__cause__ or (ours if isinstance(ours, BaseException) else None)
-    name = type(error).__module__.split(".")[0]
-    if name == "ray" or isinstance(error, TimeoutError):
-        return {"exit": ClusterError.exit_code, "error": f"{type(error).__name__}: {error}"[:2000]}
-    traceback.print_exc()
-    return {"exit": EXIT_UNEXPECTED, "error": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ Knows nothing of the rest of the package.
 
 from __future__ import annotations
 
+import traceback
 from enum import StrEnum
+from typing import Any
 
 EXIT_OK = 0
 EXIT_UNEXPECTED = 1
@@ -104,3 +106,18 @@ class RowError(ContextDiffusionError):
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
+
+
+def classify(error: Exception) -> dict[str, Any]:
+    """An exception that crossed Ray -> exit code and message: ours travel as the cause of Ray's."""
+    chain: BaseException | None = error
+    while chain is not None:
+        ours = chain if isinstance(chain, ContextDiffusionError) else getattr(chain, "cause", None)
+        if isinstance(ours, ContextDiffusionError):
+            return {"exit": ours.exit_code, "error": str(ours)}
+        chain = chain.__cause__ or (ours if isinstance(ours, BaseException) else None)
+    name = type(error).__module__.split(".")[0]
+    if name == "ray" or isinstance(error, TimeoutError):
+        return {"exit": ClusterError.exit_code, "error": f"{type(error).__name__}: {error}"[:2000]}
+    traceback.print_exception(error)
+    return {"exit": EXIT_UNEXPECTED, "error": f"{type(error).__name__}: {error}"}

@@ -19,9 +19,14 @@ from pydantic import BaseModel, ValidationError
 from context_diffusion.config import GenerateJob, StrictModel
 from context_diffusion.errors import ConfigError
 from context_diffusion.evaluation.config import EvaluateJob
-from context_diffusion.training.config import TrainJob
+from context_diffusion.training.config import FinetuneJob, TrainJob
 
-KINDS: dict[str, type[StrictModel]] = {"generate": GenerateJob, "train": TrainJob, "evaluate": EvaluateJob}
+KINDS: dict[str, type[StrictModel]] = {
+    "generate": GenerateJob,
+    "train": TrainJob,
+    "finetune": FinetuneJob,
+    "evaluate": EvaluateJob,
+}
 
 
 class _Loader(yaml.SafeLoader):

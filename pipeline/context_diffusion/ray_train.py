@@ -1,4 +1,6 @@
-"""A train job on Ray Train: its TorchTrainer starts the workers and joins them into a process group. At Ray's edge."""
+"""A train or finetune job on Ray Train: its TorchTrainer starts the workers and joins them into a process group.
+
+At Ray's edge."""
 
 from __future__ import annotations
 
@@ -6,50 +8,60 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from context_diffusion.errors import ContextDiffusionError, ModelError
+from context_diffusion.errors import EXIT_EXTERNAL, ConfigError, classify
+from context_diffusion.jobfile import check_job
 from context_diffusion.ray_session import ray_session
-from context_diffusion.training.config import TrainJob
+from context_diffusion.training.config import TrainingJob
 
 RESULT = "result.json"
 
 
-def train_on_ray(job: TrainJob, address: str | None = None) -> dict[str, Any]:
+def train_on_ray(job: TrainingJob, address: str | None = None) -> dict[str, Any]:
     """Trains with job.workers processes, here or on the cluster that `address` or RAY_ADDRESS names; all of them must
-    see job.output. -> the summary of the run."""
+    see job.output and what the job reads. -> the summary of the run, or the `exit` and `error` of one that broke off."""
     folder = Path(job.output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with ray_session(job.workers * job.cpu_threads, address):
+        device = _device(job, int(ray.cluster_resources().get("GPU", 0)))
         trainer = TorchTrainer(
             _train,
-            train_loop_config={"job": job.model_copy(update={"output": str(folder)}).model_dump(mode="json")},
-            torch_config=TorchConfig(backend="gloo"),
-            scaling_config=ScalingConfig(num_workers=job.workers, resources_per_worker={"CPU": job.cpu_threads}),
+            train_loop_config={"job": job.absolute().model_dump(mode="json") | {"device": device}},
+            torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=job.workers, use_gpu=device == "cuda", resources_per_worker={"CPU": job.cpu_threads}
+            ),
             run_config=RunConfig(name="workers", storage_path=str(folder / "ray")),
         )
         try:
             trainer.fit()
         except Exception as error:
-            raise _told(error) from error
+            return _told(error)
     return json.loads((folder / RESULT).read_text())
+
+
+def _device(job: TrainingJob, gpus: int) -> str:
+    """All workers are on one kind of device. Raises ConfigError where there are fewer GPUs than are asked for."""
+    if job.device == "cuda" and gpus < job.workers:
+        raise ConfigError(f"device: cuda: each of {job.workers} worker(s) needs a GPU, the cluster has {gpus}")
+    return "cuda" if job.device != "cpu" and gpus >= job.workers else "cpu"
 
 
 def _train(config: dict[str, Any]) -> None:
     """One worker. Its summary goes to a file: Ray Train brings back metrics only with a checkpoint of its own."""
     from context_diffusion.training.run import run
 
-    job = TrainJob.model_validate(config["job"])
+    job = check_job(config["job"])
+    assert isinstance(job, TrainingJob)
     summary = run(job)
     if summary is not None:
         (Path(job.output) / RESULT).write_text(json.dumps(summary))
 
 
-def _told(error: BaseException) -> BaseException:
-    """The worker's own error, where it is one of ours: Ray wraps it."""
-    for wrapped in getattr(error, "worker_failures", {}).values():
-        cause = getattr(wrapped, "cause", wrapped)
-        if isinstance(cause, ContextDiffusionError):
-            return cause
-    return ModelError(f"the training stopped: {error}")
+def _told(error: Exception) -> dict[str, Any]:
+    """Exit code and message. Ray brings the errors of all workers: where one failed, the others' say that it is gone."""
+    failures = getattr(error, "worker_failures", {}).values() or [error]
+    return min(map(classify, failures), key=lambda told: told["exit"] == EXIT_EXTERNAL)

@@ -26,9 +26,7 @@ from context_diffusion.schema import (
     derive_id,
     derive_seed,
 )
-from context_diffusion.storage import resolve
-
-Source = dict[str, Any]  # {"bytes": ..., "path": ...}
+from context_diffusion.sources import as_source, as_sources
 
 
 def column_names(job: GenerateJob) -> dict[str, str]:
@@ -75,7 +73,7 @@ def _read_row(row: Row, shard: int, job: GenerateJob, base: str, names: dict[str
     try:
         read[PROMPT], read[NEGATIVE_PROMPT] = (_prompt(row.get(names[n]), n, job) for n in (PROMPT, NEGATIVE_PROMPT))
         read[QUERY] = as_source(row.get(names[QUERY]), base)
-        read[CONTEXT] = _sources(row.get(names[CONTEXT]), base)
+        read[CONTEXT] = as_sources(row.get(names[CONTEXT]), base)
         _check_id(read[ID])
         read["settings"] = _settings(row, names, job, read[ID]).model_dump_json()
         if read[QUERY] is None:
@@ -102,31 +100,6 @@ def _prompt(value: Any, name: str, job: GenerateJob) -> str | None:
             f"{name} has {len(text)} characters, allowed are {job.limits.max_prompt_characters}: {text[:60]!r}...",
         )
     return text
-
-
-def as_source(value: Any, base: str) -> Source | None:
-    """A URI, bytes, or {bytes, path} -> {bytes, path}; None where it is empty. base: the folder of relative URIs."""
-    if isinstance(value, bytes):
-        value = {"bytes": value}
-    if isinstance(value, str):
-        value = {"path": value} if value else None
-    if not isinstance(value, dict):
-        return None
-    data, path = value.get("bytes"), value.get("path")
-    if data:
-        return {"bytes": data, "path": path}
-    return {"bytes": None, "path": resolve(str(path), base)} if path else None
-
-
-def _sources(value: Any, base: str) -> list[Source]:
-    """A list of sources, as a list, a JSON list (CSV), or one alone."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RowError(ErrorCode.NO_CONTEXT, f"context is not a JSON list: {value[:80]!r} ({error})") from None
-    listed = value if isinstance(value, list) else [value]
-    return [source for item in listed if (source := as_source(item, base)) is not None]
 
 
 def _settings(row: Row, names: dict[str, str], job: GenerateJob, row_name: str) -> Settings:

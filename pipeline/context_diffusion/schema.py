@@ -21,6 +21,7 @@ from context_diffusion.errors import ErrorCode
 Pixels = NDArray[np.uint8]
 
 ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT = "id", "query", "context", "prompt", "negative_prompt"
+TARGET = "target"  # of a finetune job's manifest: the picture that query and contexts should become
 SETTINGS = tuple(Settings.model_fields)
 MANIFEST_COLUMNS = (ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT, *SETTINGS)
 PASSED = "passed:"  # prefix in flight of a manifest column that we don't know

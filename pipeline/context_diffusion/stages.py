@@ -10,11 +10,10 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from context_diffusion.allow import check_allowed
 from context_diffusion.config import Fit, GenerateJob, Settings
 from context_diffusion.control import control_map
 from context_diffusion.errors import RowError
-from context_diffusion.images import decode_image, output_size, resize, statistics
+from context_diffusion.images import output_size, resize, statistics
 from context_diffusion.manifest import ManifestFile, read_parquet, read_text
 from context_diffusion.rows import read_table
 from context_diffusion.schema import (
@@ -34,6 +33,7 @@ from context_diffusion.schema import (
     required,
     to_image,
 )
+from context_diffusion.sources import Source, read_pixels
 from context_diffusion.storage import Storage, parent
 
 Seen = dict[tuple[str, Fit, int | None, int | None], Pixels]
@@ -112,23 +112,17 @@ class LoadImages:
             "query_std": std,
         }
 
-    def _resized(self, source: dict[str, Any], fit: Fit, width: int | None, height: int | None, seen: Seen) -> Pixels:
+    def _resized(self, source: Source, fit: Fit, width: int | None, height: int | None, seen: Seen) -> Pixels:
         """Contexts repeat over rows: what comes from a URI is kept, at its small size, for the shard's other rows."""
         key = (source["path"], fit, width, height)
         if source["bytes"] is None and key in seen:
             return seen[key]
-        pixels = self._pixels(source)
+        pixels = read_pixels(source, self.allow, self.job.limits, self.storage)
         size = output_size(fit, pixels.shape[1], pixels.shape[0], width, height, self.image_size)
         pixels = resize(pixels, *size, fit)
         if source["bytes"] is None:
             seen[key] = pixels
         return pixels
-
-    def _pixels(self, source: dict[str, Any]) -> Pixels:
-        if source["bytes"] is not None:
-            return decode_image(source["bytes"], self.job.limits, source["path"] or "inline image")
-        check_allowed(source["path"], self.allow)
-        return decode_image(self.storage.read_input(source["path"], self.job.limits.max_bytes), self.job.limits, source["path"])
 
 
 def _without_bytes(column: pa.ChunkedArray) -> pa.Array:

@@ -153,6 +153,12 @@ class Storage:
         found = self._try(pattern, lambda: fs.glob(path, detail=True))
         return sorted(fs.unstrip_protocol(p) if not is_local(pattern) else p for p, i in found.items() if i["type"] == "file")
 
+    def files(self, folder: str) -> list[str]:
+        """All files below a folder, sorted, with their scheme; whatever signs their names hold."""
+        fs, path = self._fs(folder)
+        found = self._try(folder, lambda: fs.find(path))
+        return sorted(str(p) if is_local(folder) else fs.unstrip_protocol(p) for p in found)
+
     def list(self, folder: str) -> list[str]:
         """The names in a folder; none where there is no folder."""
         fs, path = self._fs(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from context_diffusion.errors import ModelError
+from context_diffusion.errors import ModelError, StorageError
 from context_diffusion.model.native import NativeModel
 from context_diffusion.training import diffusion, run_training
 from context_diffusion.training.config import TrainJob
@@ -22,6 +22,7 @@ def job(output: Path, max_steps: int) -> TrainJob:
         styles=4,
         pictures=4,
         pool_steps=2,
+        cpu_threads=1,
         checkpoint_every=2,
         max_steps=max_steps,
         architecture=SIZES,
@@ -57,6 +58,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: 
             assert torch.equal(value, resumed.modules[name].state_dict()[key]), (name, key)
 
 
+@pytest.mark.usefixtures("small")
+def test_a_checkpoint_of_another_architecture_or_encoder_is_refused_and_stays(tmp_path: Path) -> None:
+    first = job(tmp_path, 1)
+    run_training(first)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+
+    def again(**sizes: object) -> None:
+        run_training(first.model_copy(update={"architecture": SIZES.model_copy(update=sizes)}))
+
+    with pytest.raises(ModelError, match=r"autoencoder.pt: a checkpoint of another architecture: .* \(16.* there and \(32"):
+        again(vae_width=32)
+    with pytest.raises(ModelError, match=r"diffusion.pt: a checkpoint of another architecture: .*\(32.* there and \(48"):
+        again(width=48)
+    with pytest.raises(ModelError, match=r"nowhere.* has no config that can be read .*; known are `small`"):
+        again(context_encoder=str(tmp_path / "nowhere"))
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+
+
 def test_a_torn_checkpoint_is_told_and_a_failed_save_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.pt"
     save_checkpoint(path, {"step": 1})
@@ -65,7 +84,7 @@ def test_a_torn_checkpoint_is_told_and_a_failed_save_leaves_the_last_one(tmp_pat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match="No space"):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path) == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from context_diffusion.errors import ModelError
+from context_diffusion.errors import ClusterError, ModelError
 from context_diffusion.model.native import NativeModel
+from context_diffusion.ray_train import _told
+from context_diffusion.supervise import _members
 from context_diffusion.training import diffusion, run_training
 from context_diffusion.training.config import TrainJob
+from context_diffusion.training.state import load_checkpoint
 from tiny import SIZES
+
+COMMAND = [sys.executable, "-m", "context_diffusion", "run", "/dev/stdin"]
+ENVIRONMENT = os.environ | {"RAY_worker_niceness": "0"}
 
 
 def job(output: Path, **more: object) -> TrainJob:
@@ -44,14 +54,39 @@ def test_an_error_of_a_worker_is_told_as_it_is(tmp_path: Path) -> None:
         in_a_process(job(tmp_path, workers=2))
 
 
+@pytest.mark.ray
+def test_a_lost_worker_is_a_fault_from_outside_and_the_last_checkpoint_goes_on(tmp_path: Path) -> None:
+    wanted = job(tmp_path, workers=2, max_steps=100_000, checkpoint_every=1)
+    with subprocess.Popen(COMMAND, stdin=-1, stdout=-1, env=ENVIRONMENT, text=True, start_new_session=True) as process:
+        assert process.stdin
+        process.stdin.write(wanted.model_dump_json())
+        process.stdin.close()
+        while not (tmp_path / "autoencoder.pt").exists():
+            time.sleep(0.2)
+        [*_, last] = [pid for pid in _members(process.pid) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(last, signal.SIGKILL)
+        told = json.loads(process.stdout.read().strip().splitlines()[-1])  # type: ignore[union-attr]
+    assert process.returncode == told["exit"] == 75, told
+    assert load_checkpoint(tmp_path / "autoencoder.pt")
+
+
+@pytest.mark.parametrize("fault", [ModelError("the cause"), TypeError("the cause")])
+def test_the_worker_that_failed_is_told_not_the_one_that_misses_it(fault: Exception) -> None:
+    gone = WorkerHealthCheckFailedError("a health check failed", RuntimeError())
+    assert _told(WorkerGroupError("", {0: ClusterError("gone"), 1: gone}))["exit"] == 75
+    told = _told(WorkerGroupError("", {0: ClusterError("gone"), 1: fault}))
+    assert told["exit"] == (2 if isinstance(fault, ModelError) else 1)
+    assert "the cause" in told["error"]
+
+
 def in_a_process(wanted: TrainJob) -> dict[str, object]:
     """Ray of its own, which ends with it."""
     done = subprocess.run(
-        [sys.executable, "-m", "context_diffusion", "run", "/dev/stdin"],
+        COMMAND,
         input=wanted.model_dump_json(),
         capture_output=True,
         text=True,
-        env=os.environ | {"RAY_worker_niceness": "0"},
+        env=ENVIRONMENT,
         timeout=240,
     )
     summary = json.loads(done.stdout.strip().splitlines()[-1])

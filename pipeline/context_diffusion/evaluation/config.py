@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from context_diffusion.config import Fit, Limits, ScoreName, StrictModel, no_secrets
-
-KNOWN = ("id", "query", "context", "prompt", "image")
-
-
-def _known_columns(columns: dict[str, str]) -> dict[str, str]:
-    for name in columns:
-        if name not in KNOWN:
-            raise ValueError(f"columns: {name!r} is none of ours; known are {', '.join(KNOWN)}")
-    return columns
+from context_diffusion.config import KIND, Fit, Limits, ScoreName, StorageOptions, StrictModel, known_columns
 
 
 class EvaluateJob(StrictModel):
     """kind: evaluate. Finished pictures in, ours or another system's; scores.parquet and summary.json out."""
 
-    kind: Literal["evaluate"] = Field(description="generate, train or evaluate")
+    kind: Literal["evaluate"] = Field(description=KIND)
     images: str = Field(
         min_length=1, description="the OUTPUT folder of a generate job, or with `manifest` any folder of pictures"
     )
@@ -33,16 +24,14 @@ class EvaluateJob(StrictModel):
         default=["layout", "style", "prompt", "leakage"], description="which scores"
     )
     judge: str = Field(default="bundled", min_length=1, description="of prompts: bundled, or a CLIP model's folder or hub id")
-    columns: Annotated[dict[str, str], AfterValidator(_known_columns)] = Field(
+    columns: Annotated[dict[str, str], known_columns("id", "query", "context", "prompt", "image")] = Field(
         default={}, description="our column name -> the manifest's; `image`: a picture's file, left out: ID.png, ID.jpg, ..."
     )
     fit: Fit = Field(default="crop", description="how a query meets its picture's size; OUTPUT's rows say it themselves")
     allow: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[], description="URI prefixes that rows may read; left out: the manifest's folder, or what OUTPUT's job allowed"
     )
-    storage_options: Annotated[dict[str, dict[str, Any]], AfterValidator(no_secrets)] = Field(
-        default={}, description="fsspec options by protocol, no secrets"
-    )
+    storage_options: StorageOptions = Field(default={}, description="fsspec options by protocol, no secrets")
     limits: Limits = Field(default=Limits(), description="what a row may ask for")
 
     @property

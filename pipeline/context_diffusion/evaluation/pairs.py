@@ -17,8 +17,9 @@ from context_diffusion.errors import ErrorCode, JobError, ManifestError
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.manifest import Row, expand, open_file, scan_parquet, scan_text
 from context_diffusion.output import Output
-from context_diffusion.rows import Source, as_source, read_table, row_id
+from context_diffusion.rows import read_table, row_id
 from context_diffusion.schema import CONTEXT, ID, PROMPT, QUERY
+from context_diffusion.sources import Source, as_source
 from context_diffusion.storage import Storage, normal, parent
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")

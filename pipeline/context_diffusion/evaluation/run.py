@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from context_diffusion.allow import check_allowed
 from context_diffusion.config import Fit, Limits
 from context_diffusion.errors import EXIT_OK, EXIT_ROWS_FAILED, OutputConflictError, RowError
 from context_diffusion.evaluation.config import EvaluateJob
@@ -20,10 +19,10 @@ from context_diffusion.evaluation.controls import SWAPPED, others
 from context_diffusion.evaluation.pairs import Pair, find_pairs, source_key
 from context_diffusion.evaluation.ranking import auc
 from context_diffusion.evaluation.scores import columns_of, measure
-from context_diffusion.images import decode_image, resize
+from context_diffusion.images import resize
 from context_diffusion.output import Output, to_parquet
-from context_diffusion.rows import Source
 from context_diffusion.schema import ID, SCORES, Pixels
+from context_diffusion.sources import Source, read_pixels
 from context_diffusion.storage import Storage, normal
 
 Row = dict[str, Any]
@@ -67,10 +66,7 @@ class _Loader:
 
     def pixels(self, source: Source) -> Pixels:
         """As it is. Raises RowError."""
-        if source["bytes"] is not None:
-            return decode_image(source["bytes"], self.limits, source["path"] or "inline image")
-        check_allowed(source["path"], self.allow)
-        return decode_image(self.storage.read_input(source["path"], self.limits.max_bytes), self.limits, source["path"])
+        return read_pixels(source, self.allow, self.limits, self.storage)
 
     def fitted(self, source: Source, image: Pixels, fit: Fit) -> Pixels:
         """At the size of the picture that was made of it."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from context_diffusion.training.config import TrainJob
+from context_diffusion.training.config import TrainingJob
 
 
-def run_training(job: TrainJob) -> dict[str, Any]:
+def run_training(job: TrainingJob) -> dict[str, Any]:
     """Trains in this process, from where an earlier run stopped; returns the summary. (ray_train.py: several workers.)"""
     from context_diffusion.training.run import run
 

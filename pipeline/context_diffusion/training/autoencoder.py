@@ -11,9 +11,10 @@ from torch import Tensor
 from context_diffusion.model.native import NativeModel
 from context_diffusion.training.config import TrainJob
 from context_diffusion.training.data import Pool
+from context_diffusion.training.encoded import as_images
 from context_diffusion.training.losses import picture_loss
 from context_diffusion.training.pools import Pools
-from context_diffusion.training.state import Metrics, Progress, load_checkpoint, save_checkpoint
+from context_diffusion.training.state import Metrics, Progress, load_checkpoint, load_weights, save_checkpoint
 from context_diffusion.training.workers import Workers
 
 
@@ -50,10 +51,10 @@ class _Stage:
         )
         self.step, self.done, self.scale, spent = 0, False, 1.0, 0.0
         if (state := load_checkpoint(path)) is not None:
-            model.vae.load_state_dict(state["vae"])
+            load_weights(model.vae, state["vae"], path)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.done, self.scale, spent = state["step"], state["done"], state["scale"], state["spent"]
-        self.progress = Progress(minutes, job.max_steps, job.cpu_threads, spent)
+        self.progress = Progress(minutes, job.max_steps, job.cpu_threads, model.device, spent)
         model.vae.train().to(memory_format=torch.channels_last)
 
     def run(self, pools: Pools, metrics: Metrics, name: str, first_pool: int) -> None:
@@ -81,10 +82,10 @@ class _Stage:
         targets, queries = pool.targets, pool.queries
         half, rest = job.autoencoder.batch_size // 2, job.autoencoder.batch_size - job.autoencoder.batch_size // 2
         drawn = [targets[rng.integers(0, len(targets), half)], queries[rng.integers(0, len(queries), rest)]]
-        true = to_signed(self.workers.share(np.concatenate(drawn)))
+        true = to_signed(self.workers.share(np.concatenate(drawn))).to(model.device)
         shape = (job.autoencoder.batch_size, *model.latent_shape)
-        noise = self.workers.share(torch.randn(shape, generator=generator)) * job.autoencoder.latent_noise
-        with torch.autocast("cpu", torch.bfloat16):
+        noise = self.workers.share(torch.randn(shape, generator=generator)).to(model.device) * job.autoencoder.latent_noise
+        with torch.autocast(model.device.type, torch.bfloat16):
             latents = model.vae.encode(true).latents
             made = model.vae.decode(latents + noise * latents.detach().float().std()).sample
         # Latents are kept near unit size and centred, so that one scaling factor serves all channels.
@@ -119,7 +120,7 @@ def to_signed(pictures: np.ndarray) -> Tensor:
 @torch.no_grad()
 def psnr(model: NativeModel, pictures: np.ndarray) -> float:
     """Mean PSNR in dB of the reconstruction."""
-    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+    images = as_images(model, pictures)
     errors = [
         (model.decode(model.encode_pixels(part)) - part.float() / 255).square().mean((1, 2, 3)) for part in images.split(16)
     ]
@@ -129,6 +130,6 @@ def psnr(model: NativeModel, pictures: np.ndarray) -> float:
 @torch.no_grad()
 def _set_scale(model: NativeModel, pictures: np.ndarray) -> None:
     """Latents times scaling_factor have deviation 1."""
-    images = torch.from_numpy(pictures[:256]).permute(0, 3, 1, 2).contiguous()
+    images = as_images(model, pictures[:256])
     latents = torch.cat([model.vae.encode(part.float() / 127.5 - 1).latents for part in images.split(16)])
     model.vae.register_to_config(scaling_factor=float(1 / latents.std()))

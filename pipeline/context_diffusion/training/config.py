@@ -1,12 +1,16 @@
-"""The job file of `kind: train`. Every number that makes the data, the model or the steps stands here."""
+"""The job files of `kind: train` and `kind: finetune`. Every number that makes the data, the model or the steps stands
+here."""
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from context_diffusion.config import StrictModel
+from context_diffusion.config import KIND, StorageOptions, StrictModel, known_columns
+from context_diffusion.schema import CONTEXT, PROMPT, QUERY, TARGET
+from context_diffusion.storage import normal
 
 SMALL = "small"  # the context encoder of our own
 NormalizationKind = Literal["none", "image", "channel"]
@@ -23,6 +27,7 @@ class AutoencoderSteps(StrictModel):
 class DiffusionSteps(StrictModel):
     minutes: float = Field(default=85, gt=0, description="of every worker's threads; the learning rate falls to the end")
     batch_size: int = Field(default=32, ge=1, description="of all workers together")
+    accumulate: int = Field(default=1, ge=1, description="parts of a worker's share, one by one: less memory, same steps")
     learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW: vectors, embeddings, first and last layers")
     matrix_learning_rate: float = Field(default=0.02, gt=0, description="of Muon: the matrices within")
     ema: float = Field(default=0.999, ge=0, lt=1, description="the averaged weights' memory")
@@ -43,6 +48,16 @@ class Normalization(StrictModel):
     statistics: Literal["dropped", "token", "restored"] = Field(
         default="token", description="the contexts': given as an embedding, or the output's are moved to them at the end"
     )
+
+
+class FinetuneSteps(DiffusionSteps):
+    """The same steps, smaller: a trained model is to learn without forgetting."""
+
+    minutes: float = Field(default=15, gt=0, description="of every worker's threads; the learning rate falls to the end")
+    learning_rate: float = Field(default=1e-4, gt=0, description="of AdamW: vectors, embeddings, first and last layers")
+    matrix_learning_rate: float = Field(default=0.002, gt=0, description="of Muon: the matrices within")
+    ema: float = Field(default=0.98, ge=0, lt=1, description="the averaged weights' memory")
+    auxiliary: float = Field(default=0.0, ge=0, description="of the auxiliary heads, which begin anew; on `keep`'s rows only")
 
 
 class Architecture(StrictModel):
@@ -79,10 +94,10 @@ class Architecture(StrictModel):
         return self
 
 
-class TrainJob(StrictModel):
-    """kind: train. The project's own data in, a model folder out."""
+class TrainingJob(StrictModel):
+    """What both kinds of training have."""
 
-    kind: Literal["train"] = Field(description="generate, train or evaluate")
+    kind: str
     output: str = Field(min_length=1, description="folder for checkpoints, metrics, samples and the model")
     seed: int = Field(default=0, ge=0, description="of fresh weights, data and noise")
     styles: int = Field(default=640, ge=2, description="styles of one pool of data")
@@ -91,14 +106,65 @@ class TrainJob(StrictModel):
     checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints and sample pictures")
     workers: int = Field(default=1, ge=1, description="processes, on Ray Train; each takes its share of a batch")
     cpu_threads: int = Field(default=2, ge=1, description="of each worker")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs, where each worker can have one")
     max_steps: int | None = Field(default=None, ge=1, description="of each stage; left out: the minutes decide")
-    architecture: Architecture = Architecture()
-    autoencoder: AutoencoderSteps = AutoencoderSteps()
     diffusion: DiffusionSteps = DiffusionSteps()
+
+    @property
+    def smallest_batch(self) -> int:
+        return self.diffusion.batch_size
+
+    def absolute(self) -> Self:
+        """The same job for a process with another working directory."""
+        return self.model_copy(update={"output": os.path.abspath(self.output)})
 
     @model_validator(mode="after")
     def _every_worker_has_a_row(self) -> Self:
-        smallest = min(self.autoencoder.batch_size, self.diffusion.batch_size)
+        smallest = self.smallest_batch
         if self.workers > smallest:
             raise ValueError(f"workers ({self.workers}) must not exceed a batch_size ({smallest}): each takes a share of it")
+        if (parts := self.workers * self.diffusion.accumulate) > self.diffusion.batch_size:
+            raise ValueError(f"workers x accumulate ({parts}) must not exceed diffusion.batch_size ({self.diffusion.batch_size})")
         return self
+
+
+class TrainJob(TrainingJob):
+    """kind: train. The project's own data in, a model folder out."""
+
+    kind: Literal["train"] = Field(description=KIND)
+    architecture: Architecture = Architecture()
+    autoencoder: AutoencoderSteps = AutoencoderSteps()
+
+    @property
+    def smallest_batch(self) -> int:
+        return min(self.autoencoder.batch_size, self.diffusion.batch_size)
+
+
+class FinetuneJob(TrainingJob):
+    """kind: finetune. A model folder and one's own pictures in, a model folder out."""
+
+    kind: Literal["finetune"] = Field(description=KIND)
+    data: str = Field(min_length=1, description="a folder with a sub-folder of pictures for each style, or a manifest: see above")
+    model: str = Field(default="bundled", min_length=1, description="what to begin with: bundled, or a folder of a native model")
+    keep: float = Field(default=0.25, ge=0, lt=1, description="share of a batch that is the project's own data: old styles stay")
+    held_out: float = Field(default=0.1, ge=0, le=0.5, description="share of a style's pictures for validation, never trained on")
+    controls: list[Literal["gray", "none", "canny", "soft_edges"]] = Field(
+        default=["gray", "none", "canny", "soft_edges"], min_length=1, description="the control maps that queries become"
+    )
+    columns: Annotated[dict[str, str], known_columns(TARGET, CONTEXT, QUERY, PROMPT)] = Field(
+        default={}, description="our column name -> the manifest's"
+    )
+    allow: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[], description="URI prefixes that a manifest may read; left out: its own folder or bucket"
+    )
+    storage_options: StorageOptions = Field(
+        default={}, description="fsspec options by protocol, no secrets: {s3: {endpoint_url: ...}}"
+    )
+    seed: int = Field(default=0, ge=0, description="of batches and noise, and of which pictures are held out")
+    styles: int = Field(default=160, ge=2, description="styles of one pool of the project's own data")
+    checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints and sample pictures")
+    diffusion: FinetuneSteps = FinetuneSteps()
+
+    def absolute(self) -> Self:
+        model = self.model if self.model == "bundled" else os.path.abspath(self.model)
+        return super().absolute().model_copy(update={"data": normal(self.data), "model": model})

@@ -5,8 +5,7 @@ A pool is drawn once and read many times: what is drawn from it at a step depend
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -16,9 +15,6 @@ from context_diffusion.control import control_map
 from context_diffusion.training.layouts import Rng, Tone, make_layout
 from context_diffusion.training.prompts import describe
 from context_diffusion.training.styles import Style, dress, make_style, vary
-
-if TYPE_CHECKING:
-    from context_diffusion.training.workers import Workers  # torch, which the process that makes pools does without
 
 KINDS = ("gray", "none", "canny", "soft_edges")
 KIND_SHARES = (0.55, 0.25, 0.1, 0.1)
@@ -116,8 +112,10 @@ class Batch:
     controls: NDArray[np.int64]
     prompts: list[str]
 
-    def share(self, workers: Workers) -> Batch:
-        return Batch(*(workers.share(getattr(self, field.name)) for field in fields(self)))
+    def at(self, rows: NDArray[np.int64]) -> Batch:
+        """Some rows of it."""
+        prompts = [self.prompts[row] for row in rows]
+        return Batch(self.targets[rows], self.contexts[rows], self.counts[rows], self.controls[rows], prompts)
 
 
 def draw(pool: Pool, rng: Rng, size: int, context_dropout: float, prompt_dropout: float) -> Batch:

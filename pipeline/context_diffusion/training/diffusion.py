@@ -1,12 +1,10 @@
 """Stage two: U-Net, ControlNet, context and text encoders and fusion, all together, on cached latents.
 
-B samples  C h w latents
+Knows not where its data come from (batches.py). B samples  M contexts of all samples  C h w latents
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,53 +12,53 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from context_diffusion.images import resize
 from context_diffusion.model.native import NativeModel
-from context_diffusion.training.config import SMALL, TrainJob
-from context_diffusion.training.data import Batch, Pool, draw
+from context_diffusion.training.batches import CONTEXTS, Data, Samples, Source, Summaries
+from context_diffusion.training.config import SMALL, TrainingJob
+from context_diffusion.training.encoded import as_images
 from context_diffusion.training.losses import AuxiliaryHeads, noised, spread_timesteps, update_ema, v_loss
 from context_diffusion.training.optimizer import Optimizer
-from context_diffusion.training.pools import Pools
 from context_diffusion.training.samples import save_samples
-from context_diffusion.training.state import Metrics, Progress, load_checkpoint, save_checkpoint
+from context_diffusion.training.state import (
+    Metrics,
+    Progress,
+    check_origin,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_model,
+)
 from context_diffusion.training.styles import TEXTURES
 from context_diffusion.training.workers import Workers
 
 TRAINED = ("unet", "controlnet", "image_encoder", "text_encoder", "fusion")
 
 
-@dataclass
-class Encoded:
-    """A pool with its latents and what the auxiliary heads should say of its styles."""
-
-    pool: Pool
-    latents: Tensor  # float16 (S·P, C, h, w)
-    controls: Tensor  # float16 (layouts · 2, C, h, w)
-    palettes: Tensor  # (S, 24), about unit deviation
-    textures: Tensor  # (S,)
-    summaries: tuple[Tensor, Tensor] | None  # of each picture by a frozen context encoder: it sees it but once
-
-
-def train_diffusion(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> dict[str, Any]:
+def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Path, metrics: Metrics) -> dict[str, Any]:
     """Trains in place, from where an earlier run stopped; the model ends with the averaged weights."""
-    run = Run(job, model, folder)
-    _set_attention(model, AttnProcessor(), "eager")  # SDPA's backward pass is slow on a CPU
-    encoded: tuple[int, Encoded] | None = None
-    validation = encode_pool(model, pools.validation())
+    run = Run(job, model, folder, data.origin)
+    if model.device.type == "cpu":
+        _set_attention(model, AttnProcessor(), "eager")  # SDPA's backward pass is slow there
+    validations = data.validations()
 
-    def report(name: str) -> float:
-        loss = run.validate(validation)
-        metrics.write(stage="validation", step=run.step, loss=round(loss, 5))
-        save_samples(model, validation.pool, folder / f"samples{name}.png")
-        return loss
+    def validate() -> dict[str, float]:
+        losses = {stage: round(run.validate(source), 5) for stage, source in validations.items()}
+        for stage, loss in losses.items():
+            metrics.write(stage=stage, step=run.step, loss=loss)
+        return {f"{stage}_loss": loss for stage, loss in losses.items()}
 
+    def report(name: str) -> dict[str, float]:
+        losses = validate()
+        save_samples(model, *data.examples(12), folder / f"samples{name}.png")
+        return losses
+
+    if run.step == 0 and run.workers.first:
+        validate()
     while (share := run.progress.at(run.step)) < 1:
-        number = run.step // job.pool_steps
-        if encoded is None or encoded[0] != number:
-            encoded = (number, encode_pool(model, pools.at(10_000 + number)))
-        loss = run.train_step(encoded[1])
+        loss = run.train_step(data.at(run.step))
         if run.step % 25 == 0:
             metrics.write(stage="diffusion", step=run.step, share=round(share, 4), loss=round(loss, 5))
         if run.step % job.checkpoint_every == 0:
@@ -68,11 +66,11 @@ def train_diffusion(job: TrainJob, model: NativeModel, pools: Pools, folder: Pat
             if run.workers.first:
                 with run.averaged():
                     report(f"-{run.step:06d}")
-                    model.save_pretrained(folder / "model")
+                    save_model(model, folder / "model")
     run.save(done=True)
     run.modules.load_state_dict(run.average, strict=False)
     _set_attention(model, AttnProcessor2_0(), "sdpa")
-    return {"steps": run.step, "validation_loss": report("") if run.workers.first else None}
+    return {"steps": run.step, **(report("") if run.workers.first else {})}
 
 
 def _set_attention(model: NativeModel, processor: Any, encoders: str) -> None:
@@ -90,24 +88,27 @@ def trained(model: NativeModel) -> list[str]:
 class Run:
     """Optimiser, average and step of the second stage."""
 
-    def __init__(self, job: TrainJob, model: NativeModel, folder: Path) -> None:
+    def __init__(self, job: TrainingJob, model: NativeModel, folder: Path, origin: dict[str, str]) -> None:
         self.job, self.model, self.path, self.workers = job, model, folder / "diffusion.pt", Workers.here()
+        self.origin = origin
         self.modules = nn.ModuleDict({name: model.modules[name] for name in trained(model)}).requires_grad_(True).train()
         for module in self.modules.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(job.seed + 1)
-        self.heads = AuxiliaryHeads(job.architecture.width, len(TEXTURES))
+        self.heads = AuxiliaryHeads(model.unet.config.cross_attention_dim, len(TEXTURES)).to(model.device)
         self.optimizer = Optimizer(self.modules, self.heads, job.diffusion, self.workers)
-        self.alphas = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod
+        self.alphas = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod.to(model.device)
         self.step, spent = 0, 0.0
         state = load_checkpoint(self.path)
         if state is not None:
-            self.modules.load_state_dict(state["modules"])
-            self.heads.load_state_dict(state["heads"])
+            load_weights(self.modules, state["modules"], self.path)
+            load_weights(self.heads, state["heads"], self.path)
+            check_origin(self.path, state.get("origin", {}), origin)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, spent = state["step"], state["spent"]
-        self.average = state["average"] if state else {k: v.clone() for k, v in self.modules.state_dict().items()}
-        self.progress = Progress(job.diffusion.minutes, job.max_steps, job.cpu_threads, spent)
+        average = state["average"] if state else self.modules.state_dict()
+        self.average = {name: value.to(model.device, copy=True) for name, value in average.items()}
+        self.progress = Progress(job.diffusion.minutes, job.max_steps, job.cpu_threads, model.device, spent)
 
     def save(self, done: bool) -> None:
         optimizer = self.optimizer.state_dict()  # all workers have a part of it
@@ -118,19 +119,19 @@ class Run:
             "heads": self.heads.state_dict(),
             "optimizer": optimizer,
             "average": self.average,
+            "origin": self.origin,
             "step": self.step,
             "spent": self.progress.elapsed,
             "done": done,
         }
         save_checkpoint(self.path, state)
 
-    def train_step(self, encoded: Encoded) -> float:
+    def train_step(self, source: Source) -> float:
         stage = self.job.diffusion
-        rng = np.random.default_rng((self.job.seed, 2, self.step))
-        batch = draw(encoded.pool, rng, stage.batch_size, stage.context_dropout, stage.prompt_dropout)
-        loss = self.loss(encoded, batch, torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step), self.workers)
         self.optimizer.zero_grad()
-        loss.backward()
+        mine = self.workers.share(np.arange(stage.batch_size))
+        parts = [mine[part :: stage.accumulate] for part in range(stage.accumulate)]
+        loss = sum(self.backward(source, rows, len(rows) / len(mine)) for rows in parts)
         parameters = [*self.modules.parameters(), *self.heads.parameters()]
         self.progress.elapsed = self.workers.average(parameters, self.progress.measured)
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
@@ -138,43 +139,63 @@ class Run:
         self.step += 1
         # A short memory at first, so that the average isn't that of the first, untrained weights.
         update_ema(self.average, self.modules, min(stage.ema, self.step / (self.step + 10)))
+        return loss
+
+    def backward(self, source: Source, rows: NDArray[np.int64], weight: float) -> float:
+        """Adds the gradients of these rows of the step's batch, which seed and step alone decide. -> their loss, weighted."""
+        stage, size = self.job.diffusion, self.job.diffusion.batch_size
+        rng = np.random.default_rng((self.job.seed, 2, self.step))
+        samples = source.samples(rng, size, stage.context_dropout, stage.prompt_dropout, rows)
+        generator = torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step)
+        loss = self.loss(samples, rows, size, generator) * weight
+        loss.backward()
         return loss.item()
 
-    def loss(self, encoded: Encoded, batch: Batch, generator: torch.Generator, workers: Workers) -> Tensor:
-        """The loss of this worker's share of a batch; noise and timesteps of it all follow from the generator."""
-        pool, model = encoded.pool, self.model
-        timesteps = workers.share(spread_timesteps(len(batch.targets), len(self.alphas), generator))
-        noise = workers.share(torch.randn(len(batch.targets), *model.latent_shape, generator=generator))
-        batch = batch.share(workers)
+    def loss(self, samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator) -> Tensor:
+        """The loss of these rows of a batch of `size`; noise and timesteps of it all follow from the generator."""
+        model, device = self.model, self.model.device
+        timesteps = spread_timesteps(size, len(self.alphas), generator)[rows].to(device)
+        noise = torch.randn(size, *model.latent_shape, generator=generator)[rows].to(device)
         alphas = self.alphas[timesteps]
-        noisy, target = noised(encoded.latents[batch.targets].float(), noise, alphas)
-        shown = torch.arange(batch.contexts.shape[1])[None] < torch.from_numpy(batch.counts)[:, None]
-        with torch.autocast("cpu", torch.bfloat16):
-            contexts = context_tokens(model, encoded, batch.contexts[shown.numpy()])
+        noisy, target = noised(samples.latents.float(), noise, alphas)
+        counts = torch.from_numpy(samples.counts).to(device)
+        shown = torch.arange(CONTEXTS, device=device)[None] < counts[:, None]
+        with torch.autocast(device.type, torch.bfloat16):
+            contexts = context_tokens(model, samples.contexts)
             slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
             slots[shown] = contexts
-            text, mask = model.encode_text(list(batch.prompts))
+            text, mask = model.encode_text(list(samples.prompts))
             hidden, bias = model.fuse(text, mask, slots, shown.float())
-            down, mid = model.control(noisy, timesteps, encoded.controls[batch.controls].float())
+            down, mid = model.control(noisy, timesteps, samples.controls.float())
             output = model.predict(noisy, timesteps, hidden, bias, down, mid)
         loss = v_loss(output, target, alphas, self.job.diffusion.min_snr)
-        styles = batch.contexts[shown.numpy()] // (len(pool.targets) // len(pool.styles))
+        if (hints := samples.hints) is None or not self.job.diffusion.auxiliary:
+            return loss
         # Each row counts alike, whatever the number of its contexts.
-        weights = (1 / torch.from_numpy(batch.counts).clamp(min=1) / len(shown))[:, None].expand(shown.shape)[shown]
-        hints = self.heads(contexts, encoded.palettes[styles], encoded.textures[styles], weights)
-        return loss + self.job.diffusion.auxiliary * hints
+        weights = (1 / counts.clamp(min=1) / len(shown))[:, None].expand(shown.shape)[shown]
+        m = len(hints.palettes)
+        return loss + self.job.diffusion.auxiliary * self.heads(contexts[:m], hints.palettes, hints.textures, weights[:m])
 
     @torch.no_grad()
-    def validate(self, encoded: Encoded) -> float:
-        """The loss on held-out styles, always the same batches."""
-        losses = []
+    def validate(self, source: Source) -> float:
+        """The loss on what is held out, always the same batches."""
+        losses, rows = [], np.arange(32)
         for number in range(4):
-            batch = draw(encoded.pool, np.random.default_rng((7, number)), 32, 0.1, 0.5)
-            losses.append(self.loss(encoded, batch, torch.Generator().manual_seed(number), Workers()).item())
+            samples = source.samples(np.random.default_rng((7, number)), len(rows), 0.1, 0.5, rows)
+            losses.append(self.loss(samples, rows, len(rows), torch.Generator().manual_seed(number)).item())
         return float(np.mean(losses))
 
     def averaged(self) -> _Averaged:
         return _Averaged(self.modules, self.average)
+
+
+def context_tokens(model: NativeModel, contexts: NDArray[np.uint8] | Summaries) -> Tensor:
+    """-> (M, K, D), M may be 0."""
+    if isinstance(contexts, tuple):
+        return model.fusion.encode(*(part.float() for part in contexts))
+    if not len(contexts):
+        return model.fusion.null_context[None][:0]  # an encoder cannot take no picture
+    return model.encode_images(as_images(model, contexts))
 
 
 class _Averaged:
@@ -191,54 +212,3 @@ class _Averaged:
     def __exit__(self, *_: object) -> None:
         self.modules.load_state_dict(self.kept)
         self.modules.train()
-
-
-def to_uint8(pictures: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> uint8 (B, 3, H, W)."""
-    return torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)))
-
-
-def context_tokens(model: NativeModel, encoded: Encoded, indices: np.ndarray) -> Tensor:
-    """The tokens (M, K, D) of so many of a pool's pictures."""
-    if encoded.summaries is not None:
-        return model.fusion.encode(*(part[indices].float() for part in encoded.summaries))
-    return model.encode_images(to_uint8(encoded.pool.targets[indices]))
-
-
-@torch.no_grad()
-def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
-    """Latents of a pool's targets and control maps."""
-    palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles]) * 4 - 2
-    textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
-    summaries = None if "image_encoder" in trained(model) else summarise(model, pool.targets)
-    return Encoded(
-        pool,
-        _in_parts(len(pool.targets), lambda part: [model.encode_pixels(to_uint8(pool.targets[part]))])[0],
-        _in_parts(
-            len(pool.controls),
-            lambda part: [model.encode_control(to_uint8(pool.controls[part]), [pool.control_kinds[i] for i in part])],
-        )[0],
-        torch.from_numpy(palettes),
-        textures,
-        summaries,
-    )
-
-
-def summarise(model: NativeModel, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
-    """uint8 (B, H, W, 3) -> float16, what NativeModel.summarise_images makes of them at the encoder's own size."""
-    side = model.context_size
-
-    def see(part: np.ndarray) -> tuple[Tensor, ...]:
-        return model.summarise_images(to_uint8(np.stack([resize(pictures[i], side, side, "crop") for i in part])))
-
-    summaries, statistics = _in_parts(len(pictures), see)
-    return summaries, statistics
-
-
-def _in_parts(rows: int, see: Callable[[np.ndarray], Iterable[Tensor]]) -> list[Tensor]:
-    """What `see` makes of so many rows, given by index, as float16, 32 at a time; each worker does its share."""
-    workers = Workers.here()
-    mine = workers.share(np.arange(rows))
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = [[seen.half() for seen in see(mine[i : i + 32])] for i in range(0, len(mine), 32)]
-    return [workers.gather(torch.cat(column), rows) for column in zip(*parts, strict=True)]

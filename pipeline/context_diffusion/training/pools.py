@@ -5,15 +5,15 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import Future, ProcessPoolExecutor
 
-from context_diffusion.training.config import TrainJob
+from context_diffusion.training.config import TrainingJob
 from context_diffusion.training.data import VALIDATION_SEED, Pool, make_pool
 
 
 class Pools:
     """`at(number)` gives the pool of that number. workers: 0 makes pools in this process, as they are asked for."""
 
-    def __init__(self, job: TrainJob, workers: int = 1) -> None:
-        self.job = job
+    def __init__(self, job: TrainingJob, image_size: int, workers: int = 1) -> None:
+        self.job, self.image_size = job, image_size
         self._current: tuple[int, Pool] | None = None
         self._next: tuple[int, Future[Pool]] | None = None
         self._validation: Pool | None = None
@@ -31,8 +31,8 @@ class Pools:
     def validation(self) -> Pool:
         """Held-out styles on layouts that training never sees."""
         if self._validation is None:
-            size = self.job.architecture.image_size
-            self._validation = make_pool(VALIDATION_SEED + self.job.seed, 32, self.job.pictures, size, held_out=True)
+            seed = VALIDATION_SEED + self.job.seed
+            self._validation = make_pool(seed, 32, self.job.pictures, self.image_size, held_out=True)
         return self._validation
 
     def close(self) -> None:
@@ -41,4 +41,4 @@ class Pools:
 
     def _arguments(self, number: int) -> tuple[int, int, int, int]:
         job = self.job
-        return (job.seed * 1_000_003 + number, job.styles, job.pictures, job.architecture.image_size)
+        return (job.seed * 1_000_003 + number, job.styles, job.pictures, self.image_size)

@@ -1,4 +1,6 @@
-"""The training run: autoencoder, diffusion model, the decoder once more; resumes exactly where it stopped."""
+"""A training run by its kind; the one from nothing: autoencoder, diffusion model, the decoder once more.
+
+Resumes exactly where it stopped."""
 
 from __future__ import annotations
 
@@ -7,33 +9,53 @@ from typing import Any
 
 import torch
 
+from context_diffusion.errors import ConfigError
 from context_diffusion.model.build import build
 from context_diffusion.training.autoencoder import train_autoencoder, train_decoder
-from context_diffusion.training.config import TrainJob
+from context_diffusion.training.config import FinetuneJob, TrainingJob, TrainJob
 from context_diffusion.training.diffusion import train_diffusion
+from context_diffusion.training.finetune import finetune
+from context_diffusion.training.generated import Generated
 from context_diffusion.training.pools import Pools
 from context_diffusion.training.prompts import vocabulary
-from context_diffusion.training.state import Metrics
+from context_diffusion.training.state import Metrics, save_model
 from context_diffusion.training.workers import Workers
 
 
-def run(job: TrainJob) -> dict[str, Any] | None:
+def run(job: TrainingJob) -> dict[str, Any] | None:
+    """Trains by the job's kind, here or as one of several workers. -> a summary, from the first of them."""
+    torch.set_num_threads(job.cpu_threads)
+    device = find_device(job.device)
+    if isinstance(job, FinetuneJob):
+        return finetune(job, device)
+    assert isinstance(job, TrainJob)
+    return train(job, device)
+
+
+def find_device(wanted: str) -> torch.device:
+    """By the job's word for it; of several GPUs the process's current one. Raises ConfigError where there is none."""
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise ConfigError("device: cuda, but torch finds no GPU here; `auto` takes one where there is one")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
+def train(job: TrainJob, device: torch.device) -> dict[str, Any] | None:
     """Trains; leaves job.output/model (a folder that `model:` takes), metrics.jsonl and samples. -> a summary, from
     the first of several workers."""
-    torch.set_num_threads(job.cpu_threads)
     torch.manual_seed(job.seed)  # the fresh weights; everything later draws from generators of its own
     folder = Path(job.output)
     folder.mkdir(parents=True, exist_ok=True)
-    model = build(job.architecture, vocabulary())
+    model = build(job.architecture, vocabulary()).to(device)
     workers = Workers.here()
-    metrics, pools = Metrics(folder, workers.first), Pools(job, workers=0 if job.max_steps else 1)
+    metrics, pools = Metrics(folder, workers.first), Pools(job, job.architecture.image_size, 0 if job.max_steps else 1)
     try:
         train_autoencoder(job, model, pools, folder, metrics)
-        summary = train_diffusion(job, model, pools, folder, metrics)
+        summary = train_diffusion(job, model, Generated(model, pools, job.pool_steps), folder, metrics)
         train_decoder(job, model, pools, folder, metrics)
     finally:
         pools.close()
     if not workers.first:
         return None
-    model.save_pretrained(folder / "model")
+    save_model(model, folder / "model")
     return {"output": str(folder), "model": str(folder / "model"), **summary}

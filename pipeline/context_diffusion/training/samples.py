@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,6 +15,7 @@ from context_diffusion.images import resize
 from context_diffusion.model.native import NativeModel
 from context_diffusion.schema import Request, Result
 from context_diffusion.training.data import Pool, draw
+from context_diffusion.training.state import writing
 
 
 def pool_requests(pool: Pool, count: int, settings: Settings, prompts: bool = True) -> tuple[list[Request], NDArray[np.int64]]:
@@ -42,19 +42,20 @@ def make(model: NativeModel, requests: list[Request]) -> list[NDArray[np.uint8]]
     """The engine's pictures, in the order of the requests; contexts of any size."""
     side, made = model.context_size, dict[str, NDArray[np.uint8]]()
     requests = [replace(one, contexts=tuple(resize(c, side, side, "crop") for c in one.contexts)) for one in requests]
-    for request, outcome in Engine(model, torch.device("cpu"), chunk=4, lanes=16).run(requests):
+    for request, outcome in Engine(model, model.device, chunk=4, lanes=16).run(requests):
         assert isinstance(outcome, Result), outcome
         made[request.id] = outcome.image
     return [made[request.id] for request in requests]
 
 
-def save_samples(model: NativeModel, pool: Pool, path: Path, count: int = 12) -> None:
-    requests, targets = pool_requests(pool, count, Settings(num_inference_steps=12, guidance_scale=1.5))
-    blank = np.full_like(pool.targets[0], 128)
+def save_samples(model: NativeModel, requests: list[Request], targets: list[NDArray[np.uint8]], path: Path) -> None:
+    blank = np.full_like(targets[0], 128)
     rows = []
     for request, image, target in zip(requests, make(model, requests), targets, strict=True):
         contexts = [*request.contexts, blank, blank][:3]
         assert request.control is not None
-        rows.append(np.concatenate([request.query, request.control, *contexts, pool.targets[target], image], 1))
-    half = count // 2
-    Image.fromarray(np.concatenate([np.concatenate(rows[:half]), np.concatenate(rows[half:])], 1)).save(path)
+        rows.append(np.concatenate([request.query, request.control, *contexts, target, image], 1))
+    half = len(rows) // 2
+    page = Image.fromarray(np.concatenate([np.concatenate(rows[:half]), np.concatenate(rows[half:])], 1))
+    with writing(path):
+        page.save(path)

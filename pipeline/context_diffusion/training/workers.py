@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, distributed
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from context_diffusion.errors import ClusterError
+
 Rows = TypeVar("Rows")
 
 
@@ -45,7 +47,7 @@ class Workers:
         owners = [p for p in parameters if p.requires_grad]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in owners]
         flat = torch.cat([_flatten_dense_tensors(grads), torch.tensor([elapsed], device=grads[0].device)])
-        distributed.all_reduce(flat)
+        _add_up(flat)
         flat /= self.count
         for owner, grad in zip(owners, _unflatten_dense_tensors(flat[:-1], grads), strict=True):
             owner.grad = grad
@@ -58,7 +60,7 @@ class Workers:
         flat = _flatten_dense_tensors(
             [one if i % self.count == self.rank else torch.zeros_like(one) for i, one in enumerate(tensors)]
         )
-        distributed.all_reduce(flat)
+        _add_up(flat)
         for tensor, whole in zip(tensors, _unflatten_dense_tensors(flat, tensors), strict=True):
             tensor.copy_(whole)
 
@@ -68,5 +70,13 @@ class Workers:
             return share
         whole = share.new_zeros(rows, *share.shape[1:])
         whole[self.rank :: self.count] = share
-        distributed.all_reduce(whole)
+        _add_up(whole)
         return whole
+
+
+def _add_up(values: Tensor) -> None:
+    """Over all workers, in place. Raises ClusterError where one of them is gone."""
+    try:
+        distributed.all_reduce(values)
+    except RuntimeError as error:  # gloo's and NCCL's
+        raise ClusterError(f"another worker cannot be reached any more: {error}") from error

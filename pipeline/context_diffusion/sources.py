@@ -1,0 +1,49 @@
+"""Sources of pictures: what a manifest's cell names, and the pixels behind it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from context_diffusion.allow import check_allowed
+from context_diffusion.config import Limits
+from context_diffusion.errors import ErrorCode, RowError
+from context_diffusion.images import decode_image
+from context_diffusion.schema import Pixels
+from context_diffusion.storage import Storage, resolve
+
+Source = dict[str, Any]  # {"bytes": ..., "path": ...}
+
+
+def as_source(value: Any, base: str) -> Source | None:
+    """A URI, bytes, or {bytes, path} -> {bytes, path}; None where it is empty. base: the folder of relative URIs."""
+    if isinstance(value, bytes):
+        value = {"bytes": value}
+    if isinstance(value, str):
+        value = {"path": value} if value else None
+    if not isinstance(value, dict):
+        return None
+    data, path = value.get("bytes"), value.get("path")
+    if data:
+        return {"bytes": data, "path": path}
+    return {"bytes": None, "path": resolve(str(path), base)} if path else None
+
+
+def as_sources(value: Any, base: str) -> list[Source]:
+    """A list of sources, as a list, a JSON list (CSV), or one alone."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RowError(ErrorCode.NO_CONTEXT, f"context is not a JSON list: {value[:80]!r} ({error})") from None
+    listed = value if isinstance(value, list) else [value]
+    return [source for item in listed if (source := as_source(item, base)) is not None]
+
+
+def read_pixels(source: Source, allow: list[str], limits: Limits, storage: Storage, name: str = "inline image") -> Pixels:
+    """The picture as it is. allow: URI prefixes; name: what bytes without a path are called. Raises RowError."""
+    data, path = source["bytes"], source["path"]
+    if data is None:
+        check_allowed(path, allow)
+        data = storage.read_input(path, limits.max_bytes)
+    return decode_image(data, limits, path or name)

@@ -1,0 +1,65 @@
+"""What a step of the diffusion stage takes, whoever made it: the generator's pools or one's own pictures.
+
+Several workers draw the same batch; each takes its own rows of it.
+
+B samples  M contexts of all samples together  C h w latents  H W pixels
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from context_diffusion.config import Settings
+from context_diffusion.schema import Pixels, Request
+from context_diffusion.training.layouts import Rng
+
+CONTEXTS = 3  # that a sample may have
+SAMPLE_SETTINGS = Settings(num_inference_steps=12, guidance_scale=1.5)
+
+Summaries = tuple[Tensor, ...]  # float16, (M, ...) each: what a frozen context encoder says of pictures, for fusion.encode
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What the auxiliary heads should say of the first m contexts of a batch."""
+
+    palettes: Tensor  # (m, 24), about unit deviation
+    textures: Tensor  # (m,)
+
+
+@dataclass(frozen=True)
+class Samples:
+    latents: Tensor  # float16 (B, C, h, w), of the targets
+    contexts: NDArray[np.uint8] | Summaries  # (M, H, W, 3), the first sample's first; a frozen encoder saw them before
+    counts: NDArray[np.int64]  # (B,) how many each sample shows, 0 to CONTEXTS
+    controls: Tensor  # float16 (B, C, h, w), of the control maps
+    prompts: list[str]
+    hints: Hints | None = None
+
+
+class Source(Protocol):
+    """Something that batches are drawn from."""
+
+    def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
+        """Draws a batch of `size` samples by rng alone; -> those that `rows` numbers."""
+
+
+class Data(Protocol):
+    """What train_diffusion learns from."""
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Name -> digest of what a checkpoint began with: a run on something else cannot go on from it."""
+
+    def at(self, step: int) -> Source: ...
+
+    def validations(self) -> dict[str, Source]:
+        """What is never trained on, by its name in the metrics; the first one is the summary's."""
+
+    def examples(self, count: int) -> tuple[list[Request], list[Pixels]]:
+        """Rows for the picture of samples, and what each should become."""

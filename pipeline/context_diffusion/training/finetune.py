@@ -1,0 +1,106 @@
+"""Fine-tuning: a native model goes on training on one's own pictures, a share of each batch still the project's own data.
+
+The same loop as training from nothing (diffusion.py); the autoencoder stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from context_diffusion.control import control_map
+from context_diffusion.model.native import NativeModel
+from context_diffusion.model.source import model_folder, model_revision
+from context_diffusion.schema import Pixels, Request
+from context_diffusion.training.batches import SAMPLE_SETTINGS, Source
+from context_diffusion.training.config import FinetuneJob
+from context_diffusion.training.diffusion import train_diffusion
+from context_diffusion.training.encoded import encode, encode_controls, summarise
+from context_diffusion.training.gallery import Gallery, Mixed
+from context_diffusion.training.generated import Generated
+from context_diffusion.training.pictures import Example, Pictures, read_pictures
+from context_diffusion.training.pools import Pools
+from context_diffusion.training.state import Metrics, save_model
+from context_diffusion.training.workers import Workers
+
+SKIPPED_TOLD = 100  # names in the summary; the log has them all
+
+
+def finetune(job: FinetuneJob, device: torch.device) -> dict[str, Any] | None:
+    """Leaves job.output/model (a folder that `model:` takes), metrics.jsonl and samples. -> a summary, from the first
+    of several workers."""
+    cv2.setNumThreads(1)
+    workers, folder = Workers.here(), Path(job.output)
+    model = NativeModel.from_pretrained(model_folder(job.model)).to(device)
+    pictures = read_pictures(job, model.image_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    if workers.first:
+        tell(pictures)
+    pools = Pools(job, model.image_size, 0 if job.max_steps else 1)
+    try:
+        summary = train_diffusion(job, model, Own(job, model, pictures, pools), folder, Metrics(folder, workers.first))
+    finally:
+        pools.close()
+    if not workers.first:
+        return None
+    save_model(model, folder / "model")
+    return {
+        "output": str(folder),
+        "model": str(folder / "model"),
+        **summary,
+        "styles": pictures.styles,
+        "pictures": len(pictures.pixels),
+        "skipped": len(pictures.skipped),
+        "skipped_names": list(pictures.skipped)[:SKIPPED_TOLD],
+    }
+
+
+def tell(pictures: Pictures) -> None:
+    log = logging.getLogger(__name__)
+    for reason in pictures.skipped.values():
+        log.warning("skipped: %s", reason)
+    if not pictures.validation:
+        log.warning("too few pictures to hold any out: the validation loss is that of the training's own pictures")
+
+
+class Own:
+    """One's own pictures beside the project's own data, as what the loop learns from."""
+
+    def __init__(self, job: FinetuneJob, model: NativeModel, pictures: Pictures, pools: Pools) -> None:
+        self.job, self.model, self.pictures = job, model, pictures
+        self.generated, self.summaries = Generated(model, pools, job.pool_steps), summarise(model, pictures.pixels)
+        self.training = self.gallery(pictures.training)
+        self.held = self.gallery(pictures.validation) if pictures.validation else self.training
+        self.origin = {"model": model_revision(job.model), "data": pictures.digest}
+
+    def gallery(self, examples: list[Example]) -> Gallery:
+        pixels = self.pictures.pixels
+        latents = encode(self.model, [pixels[one.target] for one in examples])
+        return Gallery(pixels, examples, self.job.controls, latents, self.summaries, partial(encode_controls, self.model))
+
+    def at(self, step: int) -> Source:
+        return Mixed(self.generated.at(step), self.training, self.job.keep) if self.job.keep else self.training
+
+    def validations(self) -> dict[str, Source]:
+        old = {"old_styles": self.generated.validations()["validation"]} if self.job.keep else {}
+        return {"validation": self.held, **old}
+
+    def examples(self, count: int) -> tuple[list[Request], list[Pixels]]:
+        requests, targets = [], []
+        for number in range(count):
+            rng = np.random.default_rng((11, number))
+            example = self.held.examples[number % len(self.held.examples)]
+            query, kind = self.held.query(example, rng), self.held.draw_kind(rng)
+            contexts = tuple(self.pictures.pixels[k] for k in self.held.contexts(example, rng))
+            settings = SAMPLE_SETTINGS.model_copy(update={"seed": number})
+            control = control_map(query, kind)
+            prompt = example.prompt or None
+            requests.append(Request(f"own-{number}", 0, query, control, kind, contexts, prompt, None, settings))
+            targets.append(self.pictures.pixels[example.target])
+        return requests, targets
