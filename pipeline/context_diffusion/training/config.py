@@ -17,7 +17,7 @@ NormalizationKind = Literal["none", "image", "channel"]
 
 
 class AutoencoderSteps(StrictModel):
-    minutes: float = Field(default=20, gt=0, description="of every worker's threads; the learning rate falls to the end")
+    minutes: float = Field(default=30, gt=0, description="of every worker's threads; the learning rate falls to the end")
     decoder_minutes: float = Field(default=4, gt=0, description="of the decoder alone, last of all")
     batch_size: int = Field(default=16, ge=1, description="of all workers together")
     learning_rate: float = Field(default=5e-4, gt=0, description="of AdamW; 2e-3 lost 2 dB and most hues")
