@@ -1,17 +1,26 @@
-"""Held-out rows with their truth, for the bars: layouts, palette and texture pairs that training never sees.
+"""Held-out rows with their truth, for the bars: layouts, palette and texture pairs that training never sees. And what
+the bars have in common.
 
 In a group of GROUP rows the layouts differ, and so do the named palettes: an output has one right answer of GROUP.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import skimage.color
+import torch
 from numpy.typing import NDArray
 
 from context_diffusion.config import Settings
 from context_diffusion.control import control_map
+from context_diffusion.evaluation.ranking import named_first
+from context_diffusion.model.native import NativeModel
+from context_diffusion.model.source import model_folder
 from context_diffusion.schema import Pixels, Request
 from context_diffusion.training.data import make_query
 from context_diffusion.training.layouts import Rng, Tone, make_layout
@@ -74,3 +83,41 @@ def request_of(row: Row, number: int, settings: Settings, **changes: object) -> 
 def regions(tone: Tone, count: int = 5) -> NDArray[np.int64]:
     """(H, W): the layout's regions, by tone."""
     return np.minimum((tone * count).astype(np.int64), count - 1)
+
+
+def region_distance(image: Pixels, truth: Pixels, tone: Tone) -> float:
+    """Mean dE2000 between the mean colours of the layout's regions, by area."""
+    made, true = (skimage.color.rgb2lab(one / 255) for one in (image, truth))
+    areas, total = regions(tone), 0.0
+    for area in np.unique(areas):
+        inside = areas == area
+        total += inside.mean() * float(skimage.color.deltaE_ciede2000(made[inside].mean(0), true[inside].mean(0)))
+    return total
+
+
+def named(score: Callable[[int, int], float], count: int, group: int = GROUP) -> float:
+    """The share of rows whose own candidate is the best of its group. score: of output i and candidate j."""
+    shares = []
+    for start in range(0, count - group + 1, group):
+        members = range(start, start + group)
+        shares.append(named_first(np.array([[score(i, j) for j in members] for i in members])))
+    return float(np.mean(shares))
+
+
+def given_model(description: str | None) -> tuple[argparse.Namespace, NativeModel, Settings]:
+    """The command line that the bars have in common."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("model", nargs="?", default="bundled")
+    arguments.add_argument("--rows", type=int, default=256)
+    arguments.add_argument("--steps", type=int, default=20)
+    arguments.add_argument("--guidance", type=float, default=1.5)
+    arguments.add_argument("--noise-scale", type=float, help="of sampling; left out: the model's own")
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--judge", type=Path, default=Path("build/bars-judge.pt"), help="of bars_judge.py")
+    arguments.add_argument("--page", type=Path, default=Path("build/photographs.png"), help="of bars_photographs.py")
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    model = NativeModel.from_pretrained(model_folder(given.model))
+    model.noise_scale = given.noise_scale or model.noise_scale
+    print(f"{given.model}: {given.steps} steps, guidance {given.guidance:g}, noise scale {model.noise_scale:g}", flush=True)
+    return given, model, Settings(num_inference_steps=given.steps, guidance_scale=given.guidance)

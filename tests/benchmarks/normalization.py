@@ -26,7 +26,7 @@ from evaluate_bundled import layout_matrix, named, palette_matrix
 from context_diffusion.config import Settings
 from context_diffusion.control import control_map
 from context_diffusion.errors import ConfigError
-from context_diffusion.evaluation import palette, palette_distance
+from context_diffusion.evaluation.style import chamfer, palette
 from context_diffusion.model.build import build
 from context_diffusion.model.native import NativeModel
 from context_diffusion.schema import Pixels, Request
@@ -117,7 +117,7 @@ def measure(model: NativeModel, rows: int) -> dict[str, list[float]]:
     for name, change in INPUTS.items():
         shown = [changed(one, change) for one in requests]
         images, truth = make(model, shown), [change(pool.targets[index]) for index in targets]
-        distances = [palette_distance(palette([a]), palette([b])) for a, b in zip(images, truth, strict=True)]
+        distances = [chamfer(palette([a]), palette([b])) for a, b in zip(images, truth, strict=True)]
         layouts = named(layout_matrix(images, [one.query for one in requests]))
         palettes = named(palette_matrix(images, [list(one.contexts) for one in shown]))
         found[name] = [layouts, palettes, float(np.mean(distances))]

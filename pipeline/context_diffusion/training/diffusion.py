@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from context_diffusion.model.native import NativeModel
 from context_diffusion.training.batches import CONTEXTS, Data, Samples, Source, Summaries
 from context_diffusion.training.config import SMALL, TrainingJob
+from context_diffusion.training.curves import draw_curves
 from context_diffusion.training.encoded import as_images
 from context_diffusion.training.losses import AuxiliaryHeads, noised, spread_timesteps, update_ema, v_loss
 from context_diffusion.training.optimizer import Optimizer
@@ -53,6 +54,7 @@ def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Pa
     def report(name: str) -> dict[str, float]:
         losses = validate()
         save_samples(model, *data.examples(12), folder / f"samples{name}.png")
+        draw_curves(folder)
         return losses
 
     if run.step == 0 and run.workers.first:

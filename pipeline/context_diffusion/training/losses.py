@@ -22,7 +22,9 @@ def picture_loss(made: Tensor, true: Tensor) -> Tensor:
 def local_weight(true: Tensor, window: int = 11) -> Tensor:
     """(B, 1, H, W): less where lightness varies much within the window, at most 3."""
     lightness = true.mean(1, keepdim=True)
-    mean, square = (F.avg_pool2d(part, window, 1, window // 2, count_include_pad=False) for part in (lightness, lightness.square()))
+    mean, square = (
+        F.avg_pool2d(part, window, 1, window // 2, count_include_pad=False) for part in (lightness, lightness.square())
+    )
     return 0.3 / ((square - mean.square()).clamp(min=0).sqrt() + 0.1)
 
 

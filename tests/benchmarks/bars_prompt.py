@@ -1,0 +1,73 @@
+"""The bars of the prompt on held-out rows: an attribute alone, and against contexts that show another one.
+
+    python tests/benchmarks/bars_judge.py build/bars-judge.pt              (once: the judge of textures and palettes)
+    python tests/benchmarks/bars_prompt.py [MODEL] [--rows 256] [--steps 20]
+
+Alone: palette and texture in a wording that training never uses, no context. Overridden: the contexts show one palette or
+texture, the prompt names another; the truth is the variant of the style. Then with more guidance for either side.
+"""
+
+from __future__ import annotations
+
+import bars_judge
+import numpy as np
+from bars_rows import Row, given_model, held_out_rows, region_distance, request_of
+
+from context_diffusion.config import Settings
+from context_diffusion.model.native import NativeModel
+from context_diffusion.training.layouts import Rng
+from context_diffusion.training.prompts import PALETTE_WORDS, TEXTURE_WORDS
+from context_diffusion.training.samples import make
+from context_diffusion.training.styles import HELD_OUT, Style, dress, vary
+
+# guidance of the prompt and of the contexts, as shares of what is given on top of 1
+SIDES = {"as given": (1.0, 1.0), "more for the prompt": (2.0, 0.0), "more for the contexts": (0.0, 2.0)}
+
+
+def alone(model: NativeModel, rows: list[Row], settings: Settings, network: bars_judge.Judge) -> None:
+    asked = []
+    for number, row in enumerate(rows):
+        rng = np.random.default_rng((13, number))
+        prompt = f"{rng.choice(TEXTURE_WORDS[row.style.texture])} texture in {rng.choice(PALETTE_WORDS[row.style.palette])}"
+        asked.append(request_of(row, number, settings, contexts=(), prompt=prompt))
+    textures, palettes = bars_judge.judge(network, make(model, asked))
+    texture = np.mean([told == row.style.texture for told, row in zip(textures, rows, strict=True)])
+    colour = np.mean([told == row.style.palette for told, row in zip(palettes, rows, strict=True)])
+    print(f"prompt alone, {len(rows)} rows: texture {texture:.3f}, palette {colour:.3f}", flush=True)
+
+
+def variant(rng: Rng, style: Style) -> tuple[str, Style]:
+    """Another palette or texture, and no held-out pair."""
+    while True:
+        what, other = vary(rng, style)
+        if (other.palette, other.texture) not in HELD_OUT:
+            return what, other
+
+
+def overridden(model: NativeModel, rows: list[Row], settings: Settings, network: bars_judge.Judge) -> None:
+    wanted = [variant(np.random.default_rng((17, number)), row.style) for number, row in enumerate(rows)]
+    prompts = []
+    for number, (what, style) in enumerate(wanted):
+        rng = np.random.default_rng((18, number))
+        texture, colour = rng.choice(TEXTURE_WORDS[style.texture]), rng.choice(PALETTE_WORDS.get(style.palette, [""]))
+        prompts.append(f"{colour} tones" if what == "palette" else f"{texture} texture")
+    for side, shares in SIDES.items():
+        more = settings.guidance_scale - 1
+        scales = dict(zip(("guidance_scale", "context_guidance_scale"), (1 + more * share for share in shares), strict=True))
+        changed = settings.model_copy(update=scales)
+        images = make(model, [request_of(row, i, changed, prompt=prompts[i]) for i, row in enumerate(rows)])
+        textures, palettes = bars_judge.judge(network, images)
+        won: dict[str, list[bool]] = {"texture": [], "palette": []}
+        far = []
+        for row, image, (what, style), texture, colour in zip(rows, images, wanted, textures, palettes, strict=True):
+            won[what].append(texture == style.texture if what == "texture" else colour == style.palette)
+            far.append(region_distance(image, dress(row.tone, style, np.random.default_rng(1)), row.tone))
+        shares_won = ", ".join(f"{what} {np.mean(right):.3f}" for what, right in won.items())
+        print(f"overridden, {side}: {shares_won}; dE2000 to the variant {np.mean(far):.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    given, model, settings = given_model(__doc__)
+    rows, network = held_out_rows(given.rows, model.image_size), bars_judge.load(given.judge)
+    alone(model, [row for row in rows if row.style.palette != "random"], settings, network)
+    overridden(model, rows[: given.rows // 2], settings, network)
