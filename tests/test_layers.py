@@ -9,14 +9,14 @@ import context_diffusion
 
 PACKAGE = Path(context_diffusion.__file__).parent
 RAY = {"dataflow.py", "ray_session.py", "ray_train.py"}
-TORCH = ("model/", "engine/", "training/", "evaluation/prompt.py", "pipeline.py", "tensors.py")
+TORCH = ("model/", "engine/", "training/", "evaluation/prompt.py", "evaluation/similarity.py", "pipeline.py", "tensors.py")
 # A layer may import itself and what stands before it. (model/source.py and the configuration of training are the
 # layers' faces to the driver: no torch in them. The job that reads and writes scores stands above the scores.)
 LAYERS = [
     {"errors", "config", "schema", "control"},
     {"storage", "allow", "images", "manifest", "sources", "rows", "unique", "evaluation", "model.source", "training.config"},
     {"output", "plan", "jobfile", "report", "tensors"},
-    {"model", "engine", "training", "pipeline"},
+    {"model", "engine", "training", "pipeline", "evaluation.similarity"},
     {"stages", "writing", "ledger", "validate", "progress", "evaluation.pairs", "evaluation.controls", "evaluation.run"},
     {"dataflow", "ray_session", "ray_train"},
     {"driver", "supervise"},

@@ -14,7 +14,7 @@ SchedulerName = Literal["ddim", "euler"]
 ControlName = Literal["none", "canny", "gray", "soft_edges", "disabled"]
 Fit = Literal["crop", "pad", "stretch", "keep"]
 ImageFormat = Literal["png", "webp", "jpeg", "none"]
-ScoreName = Literal["layout", "style", "prompt", "leakage"]
+ScoreName = Literal["layout", "style", "similarity", "prompt", "leakage"]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -148,7 +148,7 @@ class GenerateJob(StrictModel):
     image_format: ImageFormat = Field(default="png", description="none: the picture's bytes in the Parquet only")
     fit: Fit = Field(default="crop", description="how a query meets the output's size; keep: its own aspect ratio")
     seed: int = Field(default=0, ge=0, lt=2**63, description="the rows' seeds are derived from it and their ids")
-    score: list[ScoreName] = Field(default=[], description="scores of each image: layout, style, prompt, leakage")
+    score: list[ScoreName] = Field(default=[], description="scores of each image: layout, style, similarity, prompt, leakage")
     cluster: Cluster = Field(default=Cluster(), description="engines, CPUs, threads")
     limits: Limits = Field(default=Limits(), description="what a row may ask for")
     max_failed: Annotated[int, Field(ge=0)] | str | None = Field(

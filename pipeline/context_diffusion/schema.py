@@ -74,7 +74,7 @@ SETTING_TYPES: dict[str, pa.DataType] = {
     "strength": pa.float32(),
     "num_images": pa.int32(),
 }
-SCORE_COLUMNS = ("layout_score", "style_score", "prompt_score", "layout_leakage", "colour_leakage")
+SCORE_COLUMNS = ("layout_score", "style_score", "style_similarity", "prompt_score", "layout_leakage", "colour_leakage")
 OUTPUT = pa.schema(
     [
         (ID, pa.string()),

@@ -1,6 +1,6 @@
 """Which dynamic normalisation, and which context encoder: short runs that are otherwise equal, and a table of them.
 
-python tests/benchmarks/normalization.py --autoencoder build/train/autoencoder.pt [--only NAME] [--steps 1500]
+python tests/benchmarks/normalization.py --autoencoder build/train/autoencoder.pt [--only NAME] [--steps 600]
     [--encoder small|FOLDER] [--rows 64] [--folder build/normalization]
 
 In slices: each NAME is a run of its own, which goes on from its last checkpoint; the table shows all that are finished.
@@ -33,6 +33,7 @@ from context_diffusion.schema import Pixels, Request
 from context_diffusion.training.config import SMALL, Architecture, Normalization, TrainJob
 from context_diffusion.training.data import VALIDATION_SEED, make_pool
 from context_diffusion.training.diffusion import train_diffusion
+from context_diffusion.training.generated import Generated
 from context_diffusion.training.pools import Pools
 from context_diffusion.training.prompts import vocabulary
 from context_diffusion.training.samples import make, pool_requests
@@ -83,7 +84,7 @@ def job_of(choice: tuple[str, str, str], encoder: str, steps: int, folder: Path)
         cpu_threads=1,
         max_steps=steps,
         checkpoint_every=250,
-        architecture=Architecture(context_encoder=encoder, normalization=normalization),
+        architecture=Architecture(channels=[64, 128], context_encoder=encoder, normalization=normalization),
     )
 
 
@@ -98,7 +99,7 @@ def trained(job: TrainJob, autoencoder: Path, pools: Pools) -> NativeModel:
     model.vae.register_to_config(scaling_factor=state["scale"])
     model.vae.eval().requires_grad_(False)
     folder.mkdir(parents=True, exist_ok=True)
-    train_diffusion(job, model, pools, folder, Metrics(folder))
+    train_diffusion(job, model, Generated(model, pools, job.pool_steps), folder, Metrics(folder))
     return model.eval()
 
 
@@ -138,7 +139,7 @@ def main() -> None:
     arguments.add_argument("--autoencoder", type=Path, required=True)
     arguments.add_argument("--only", choices=CHOICES, action="append", help="one or more of them; left out: all")
     arguments.add_argument("--encoder", default=SMALL)
-    arguments.add_argument("--steps", type=int, default=1500)
+    arguments.add_argument("--steps", type=int, default=600)
     arguments.add_argument("--rows", type=int, default=64)
     arguments.add_argument("--folder", type=Path, default=Path("build/normalization"))
     given = arguments.parse_args()
@@ -148,7 +149,7 @@ def main() -> None:
         contexts, statistics, query = CHOICES[name]
         weights = given.folder / f"{contexts}-{'token' if statistics == 'token' else 'dropped'}-{query}{encoder}-{given.steps}"
         job = job_of(CHOICES[name], given.encoder, given.steps, weights)
-        pools = Pools(job, workers=0)
+        pools = Pools(job, job.architecture.image_size, 0)
         model = trained(job, given.autoencoder, pools)
         model.normalization = model.normalization.model_copy(update={"statistics": statistics})
         found = measure(model, given.rows)

@@ -11,7 +11,7 @@ from context_diffusion.errors import ModelError, StorageError
 from context_diffusion.model.native import NativeModel
 from context_diffusion.training import diffusion, run_training
 from context_diffusion.training.config import TrainJob
-from context_diffusion.training.state import load_checkpoint, save_checkpoint
+from context_diffusion.training.state import SAVE_SECONDS, Progress, load_checkpoint, save_checkpoint
 from tiny import SIZES
 
 
@@ -91,3 +91,13 @@ def test_a_torn_checkpoint_is_told_and_a_failed_save_leaves_the_last_one(tmp_pat
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ModelError, match="not a readable checkpoint"):
         load_checkpoint(path)
+
+
+def test_a_checkpoint_is_due_every_five_minutes_of_computing() -> None:
+    progress = Progress(60, None, 1, torch.device("cpu"), spent=SAVE_SECONDS * 1.5)
+    assert not progress.due(), "what an earlier run saved"
+    told = []
+    for elapsed in (1.9, 2.1, 2.2, 2.9, 4.5):
+        progress.elapsed = SAVE_SECONDS * elapsed
+        told.append(progress.due())
+    assert told == [False, True, False, False, True]

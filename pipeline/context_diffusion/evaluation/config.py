@@ -21,9 +21,12 @@ class EvaluateJob(StrictModel):
     )
     output: str = Field(min_length=1, description="folder for scores.parquet and summary.json, a path or URL")
     score: Annotated[list[ScoreName], Field(min_length=1)] = Field(
-        default=["layout", "style", "prompt", "leakage"], description="which scores"
+        default=["layout", "style", "similarity", "prompt", "leakage"], description="which scores"
     )
     judge: str = Field(default="bundled", min_length=1, description="of prompts: bundled, or a CLIP model's folder or hub id")
+    encoder: str = Field(
+        default="bundled", min_length=1, description="of similarity: bundled, a native model's folder, or CLIP, SigLIP, DINOv2"
+    )
     columns: Annotated[dict[str, str], known_columns("id", "query", "context", "prompt", "image")] = Field(
         default={}, description="our column name -> the manifest's; `image`: a picture's file, left out: ID.png, ID.jpg, ..."
     )

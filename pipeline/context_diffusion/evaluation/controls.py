@@ -10,6 +10,7 @@ from context_diffusion.evaluation.pairs import Pair, source_key
 SWAPPED = {
     "layout_score": "query",
     "style_score": "contexts",
+    "style_similarity": "contexts",
     "prompt_score": "prompt",
     "layout_leakage": "contexts",
     "colour_leakage": "query",

@@ -39,6 +39,10 @@ def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
         from context_diffusion.evaluation.prompt import load_judge  # torch
 
         load_judge(job.judge)
+    if "similarity" in job.score:
+        from context_diffusion.evaluation.similarity import load_embedding  # torch
+
+        load_embedding(job.encoder)
     pairs, allow = find_pairs(job, storage)
     loader = _Loader(job.limits, [*allow, normal(job.images)], storage)
     rows, controls = [], []
@@ -99,7 +103,7 @@ def _score(pair: Pair, another: dict[str, Pair | None], loader: _Loader, job: Ev
     except RowError as error:
         return row | {"error_code": str(error.code), "error_message": error.message}, {}
     columns = columns_of(job.score)
-    row |= {column: measure(column, image, **own, judge=job.judge) for column in columns}
+    row |= {column: measure(column, image, **own, judge=job.judge, encoder=job.encoder) for column in columns}
     try:
         shuffled = loader.sides(image, *(another[side] or pair for side in ("query", "contexts", "prompt")))
     except RowError:  # the other row tells it
@@ -108,7 +112,8 @@ def _score(pair: Pair, another: dict[str, Pair | None], loader: _Loader, job: Ev
     for column in columns:
         side = SWAPPED[column]
         if another[side]:
-            control[column] = measure(column, image, **{**own, side: shuffled[side]}, judge=job.judge)
+            sides = {**own, side: shuffled[side]}
+            control[column] = measure(column, image, **sides, judge=job.judge, encoder=job.encoder)
     return row, control
 
 

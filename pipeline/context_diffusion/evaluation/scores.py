@@ -13,6 +13,7 @@ from context_diffusion.schema import Pixels
 COLUMNS: dict[ScoreName, tuple[str, ...]] = {
     "layout": ("layout_score",),
     "style": ("style_score",),
+    "similarity": ("style_similarity",),
     "prompt": ("prompt_score",),
     "leakage": ("layout_leakage", "colour_leakage"),
 }
@@ -23,13 +24,24 @@ def columns_of(wanted: Sequence[ScoreName]) -> list[str]:
 
 
 def measure(
-    column: str, image: Pixels, query: Pixels, contexts: list[Pixels], prompt: str | None, judge: str = "bundled"
+    column: str,
+    image: Pixels,
+    query: Pixels,
+    contexts: list[Pixels],
+    prompt: str | None,
+    judge: str = "bundled",
+    encoder: str = "bundled",
 ) -> float | None:
-    """The score of that column; None where there is nothing to compare with. judge: see prompt.py."""
+    """The score of that column; None where there is nothing to compare with. judge: see prompt.py; encoder: see
+    similarity.py."""
     if column == "layout_score":
         return layout_score(image, query)
     if column == "style_score":
         return style_score(image, contexts)
+    if column == "style_similarity":
+        from context_diffusion.evaluation.similarity import style_similarity  # torch
+
+        return style_similarity(image, contexts, encoder)
     if column == "layout_leakage":
         return layout_leakage(image, query, contexts)
     if column == "colour_leakage":

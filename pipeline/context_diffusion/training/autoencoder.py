@@ -71,7 +71,7 @@ class _Stage:
             self.step += 1
             if self.step % 25 == 0:
                 metrics.write(stage=name, step=self.step, share=round(share, 4), loss=round(loss.item(), 5))
-            if self.step % job.checkpoint_every == 0:
+            if self.progress.due() or self.step % job.checkpoint_every == 0:
                 self.save(done=False)
 
     def _loss(self, pool: Pool) -> Tensor:

@@ -103,7 +103,11 @@ class TrainingJob(StrictModel):
     styles: int = Field(default=640, ge=2, description="styles of one pool of data")
     pictures: int = Field(default=5, ge=4, description="layouts that each style of a pool dresses")
     pool_steps: int = Field(default=800, ge=1, description="steps before the next pool is made")
-    checkpoint_every: int = Field(default=500, ge=1, description="steps between checkpoints and sample pictures")
+    checkpoint_every: int = Field(
+        default=500,
+        ge=1,
+        description="steps between reports: validation, samples, curves, model/; a checkpoint comes every 5 minutes too",
+    )
     workers: int = Field(default=1, ge=1, description="processes, on Ray Train; each takes its share of a batch")
     cpu_threads: int = Field(default=2, ge=1, description="of each worker")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs, where each worker can have one")
@@ -162,7 +166,11 @@ class FinetuneJob(TrainingJob):
     )
     seed: int = Field(default=0, ge=0, description="of batches and noise, and of which pictures are held out")
     styles: int = Field(default=160, ge=2, description="styles of one pool of the project's own data")
-    checkpoint_every: int = Field(default=200, ge=1, description="steps between checkpoints and sample pictures")
+    checkpoint_every: int = Field(
+        default=200,
+        ge=1,
+        description="steps between reports: validation, samples, curves, model/; a checkpoint comes every 5 minutes too",
+    )
     diffusion: FinetuneSteps = FinetuneSteps()
 
     def absolute(self) -> Self:

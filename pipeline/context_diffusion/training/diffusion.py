@@ -63,12 +63,13 @@ def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Pa
         loss = run.train_step(data.at(run.step))
         if run.step % 25 == 0:
             metrics.write(stage="diffusion", step=run.step, share=round(share, 4), loss=round(loss, 5))
-        if run.step % job.checkpoint_every == 0:
+        reporting = run.step % job.checkpoint_every == 0
+        if run.progress.due() or reporting:
             run.save(done=False)
-            if run.workers.first:
-                with run.averaged():
-                    report(f"-{run.step:06d}")
-                    save_model(model, folder / "model")
+        if reporting and run.workers.first:
+            with run.averaged():
+                report(f"-{run.step:06d}")
+                save_model(model, folder / "model")
     run.save(done=True)
     run.modules.load_state_dict(run.average, strict=False)
     _set_attention(model, AttnProcessor2_0(), "sdpa")

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from context_diffusion.errors import ModelError, StorageError
 from context_diffusion.model.native import NativeModel
 
+SAVE_SECONDS = 300  # that a killed run loses at most
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -112,11 +114,17 @@ class Progress:
         self.now, self.threads = (time.process_time, threads) if device.type == "cpu" else (time.monotonic, 1)
         self.started = self.now()
         self.elapsed = spent  # what the workers agree on
+        self.saves = int(spent // SAVE_SECONDS)
 
     @property
     def measured(self) -> float:
         """Seconds that this process computed, earlier runs included."""
         return self.spent + (self.now() - self.started) / self.threads
+
+    def due(self) -> bool:
+        """Once every SAVE_SECONDS: time to save, whatever the steps; all workers agree."""
+        saves, self.saves = self.saves, int(self.elapsed // SAVE_SECONDS)
+        return self.saves > saves
 
     def at(self, step: int) -> float:
         share = step / self.max_steps if self.max_steps else self.elapsed / self.seconds

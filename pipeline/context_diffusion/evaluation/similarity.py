@@ -1,0 +1,53 @@
+"""Style in a context encoder's space: how alike a picture and its contexts are to what a model sees styles with.
+
+N pictures  K tokens  D width  H W pixels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from context_diffusion.images import resize
+from context_diffusion.model.encoders import load_encoder, patch_tokens
+from context_diffusion.model.native import NativeModel
+from context_diffusion.model.source import model_folder
+from context_diffusion.schema import Pixels
+
+Embed = Callable[[list[Pixels]], Tensor]  # uint8 (H, W, 3) each -> (N, D)
+
+
+@cache
+def load_embedding(name: str = "bundled") -> Embed:
+    """Of the encoder that a native model sees contexts with (`bundled`, or its folder), or of CLIP, SigLIP or DINOv2 by
+    folder or hub id. Once a process. Raises ModelError."""
+    if name == "bundled" or (Path(name) / "model_index.json").is_file():
+        model = NativeModel.from_pretrained(model_folder(name))
+        return lambda images: model.encode_images(_pixels(images, model.context_size)).mean(1)
+    encoder = load_encoder(name)
+    mean, std = (torch.tensor(part)[:, None, None] for part in (encoder.mean, encoder.std))
+
+    def embed(images: list[Pixels]) -> Tensor:
+        tokens = patch_tokens(encoder.model, (_pixels(images, encoder.size) / 255 - mean) / std)
+        return torch.cat([tokens.mean(1), tokens.std(1)], 1)
+
+    return embed
+
+
+def _pixels(images: list[Pixels], size: int) -> Tensor:
+    """uint8 (N, 3, size, size)."""
+    return torch.from_numpy(np.stack([resize(image, size, size, "crop") for image in images])).permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def style_similarity(image: Pixels, contexts: list[Pixels], encoder: str = "bundled") -> float:
+    """The cosine between a picture's mean token and that of its contexts, 0 to 1."""
+    embed = load_embedding(encoder)
+    made, shown = embed([image])[0], embed(contexts).mean(0)
+    return float(F.cosine_similarity(made, shown, dim=0).clamp(0, 1))
