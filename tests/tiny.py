@@ -32,7 +32,8 @@ def make_tiny(sizes: Architecture) -> NativeModel:
         if parameter.ndim == 4 and parameter.shape[-1] == 1:
             torch.nn.init.normal_(parameter, std=0.3)
     # Random decoders are saturated, by machine: black pictures are all the same.
-    raw = model.vae.decode(torch.randn(4, *model.latent_shape)).sample
+    channels, side = model.vae.config.latent_channels, model.latent_shape[1] * model.fold
+    raw = model.vae.decode(torch.randn(4, channels, side, side)).sample
     last = model.vae.decoder.layers[-1]
     last.weight.mul_(0.3 / raw.std((0, 2, 3)).mean())
     last.bias.fill_(0.5)

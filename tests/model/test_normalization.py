@@ -13,7 +13,7 @@ import torch
 from context_diffusion.engine.engine import Engine
 from context_diffusion.errors import ModelError
 from context_diffusion.model.native import NativeModel
-from context_diffusion.model.normalization import normalise, restore
+from context_diffusion.model.normalization import STATISTICS, describe, normalise, restore
 from context_diffusion.schema import Pixels, Request, Result
 from context_diffusion.training.config import Architecture, Normalization
 from steps import changed_by_a_step
@@ -133,3 +133,16 @@ def test_an_unknown_choice_in_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match=r"normalization in model_index.json: .*\n?query"):
         NativeModel.from_pretrained(tmp_path)
+
+
+def test_the_statistics_tell_the_colours_from_dark_to_light() -> None:
+    """A gradient from black to blue: the eighths' blue rises evenly, their red is 0; whatever stands beside it."""
+    ramp = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    ramp[:, 2] = torch.linspace(0, 255, 64).byte()
+    told = describe(torch.cat([ramp, tensor(picture(6))]))
+    assert told.shape == (2, STATISTICS)
+    red, _, blue = (told[0, 6:].view(3, -1) + 2) / 4
+    assert torch.allclose(blue, (torch.arange(8) + 0.5) / 8, atol=0.02)
+    assert torch.allclose(red, torch.zeros(8), atol=1e-6)
+    assert torch.allclose(describe(tensor(picture(6)))[0], told[1], atol=1e-5), "row by row"
+    assert torch.allclose(told[0], describe(ramp.flip(3))[0], atol=1e-5), "where a colour is does not count"

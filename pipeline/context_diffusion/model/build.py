@@ -36,11 +36,12 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
     # The order of the parts is that in which a seed's weights are drawn.
     unet, controlnet = build_unet(sizes), build_controlnet(sizes)
     tokenizer = build_tokenizer(vocabulary, sizes.text_length)
+    blocks = (0, 0, 1, 3) if sizes.latent_factor == 8 else (0, 1, 3)
     vae = AutoencoderTiny(
-        encoder_block_out_channels=(sizes.vae_width,) * 4,
-        decoder_block_out_channels=(sizes.vae_width,) * 4,
-        num_encoder_blocks=(0, 0, 1, 3),
-        num_decoder_blocks=(3, 2, 1, 0),
+        encoder_block_out_channels=(sizes.vae_width,) * len(blocks),
+        decoder_block_out_channels=(sizes.vae_width,) * len(blocks),
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks[::-1],
         latent_channels=sizes.latent_channels,
     )
     encoder = make_encoder(sizes)
@@ -90,8 +91,8 @@ def _attention(sizes: Architecture) -> dict[str, int]:
 def build_unet(sizes: Architecture) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=sizes.image_size // 8,
-        in_channels=sizes.latent_channels,
-        out_channels=sizes.latent_channels,
+        in_channels=sizes.folded_channels,
+        out_channels=sizes.folded_channels,
         **_attention(sizes),
         block_out_channels=tuple(sizes.channels),
         down_block_types=tuple("CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in sizes.attention),
@@ -105,13 +106,13 @@ def build_unet(sizes: Architecture) -> UNet2DConditionModel:
 
 def build_controlnet(sizes: Architecture) -> ControlNetModel:
     controlnet = ControlNetModel(
-        in_channels=sizes.latent_channels,
+        in_channels=sizes.folded_channels,
         **_attention(sizes),
         block_out_channels=tuple(sizes.channels),
         down_block_types=("DownBlock2D",) * len(sizes.channels),
         mid_block_type="UNetMidBlock2D",
         layers_per_block=sizes.layers_per_block,
-        conditioning_channels=sizes.latent_channels,  # NativeModel.encode_control gives latents
+        conditioning_channels=sizes.folded_channels,  # NativeModel.encode_control gives latents
         conditioning_embedding_out_channels=(2 * sizes.channels[0],),
     )
     _let_the_layout_in(controlnet)

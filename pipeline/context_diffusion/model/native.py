@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -21,6 +22,7 @@ import transformers
 from diffusers import AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from pydantic import ValidationError
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -78,6 +80,11 @@ class NativeModel:
     def latent_shape(self) -> tuple[int, int, int]:
         side = self.image_size // 8
         return (self.unet.config.in_channels, side, side)
+
+    @property
+    def fold(self) -> int:
+        """Latents of the autoencoder a side that are one place of the U-Net's grid."""
+        return math.isqrt(self.unet.config.in_channels // self.vae.config.latent_channels)
 
     @property
     def latent_scale(self) -> float:
@@ -138,7 +145,7 @@ class NativeModel:
         normal, _, _ = normalise(control_maps, self.normalization.query)
         picture = torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=control_maps.device)
         signed = torch.where(picture[:, None, None, None], torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1)
-        return self.vae.encode(signed.to(self.dtype)).latents * self.latent_scale
+        return self._encode(signed)
 
     def control(self, latents: Tensor, timesteps: Tensor, encoded: Tensor) -> tuple[list[Tensor], Tensor]:
         down, mid = self.controlnet(
@@ -181,11 +188,15 @@ class NativeModel:
 
     def encode_pixels(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> latents (B, C, h, w) of about unit deviation."""
-        return self.vae.encode(images.to(self.dtype) / 127.5 - 1).latents * self.latent_scale
+        return self._encode(images / 127.5 - 1)
+
+    def _encode(self, signed: Tensor) -> Tensor:
+        """Small latents, of simple local structure, are folded, so that the U-Net's grid stays coarse."""
+        return F.pixel_unshuffle(self.vae.encode(signed.to(self.dtype)).latents, self.fold) * self.latent_scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> (B, 3, H, W) in [0, 1]."""
-        sample = self.vae.decode(latents.to(self.dtype) / self.latent_scale).sample
+        sample = self.vae.decode(F.pixel_shuffle(latents.to(self.dtype) / self.latent_scale, self.fold)).sample
         return (sample / 2 + 0.5).clamp(0, 1)
 
     def restore(self, images: Tensor, contexts: Tensor, weights: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class _Stage:
         half, rest = job.autoencoder.batch_size // 2, job.autoencoder.batch_size - job.autoencoder.batch_size // 2
         drawn = [targets[rng.integers(0, len(targets), half)], queries[rng.integers(0, len(queries), rest)]]
         true = to_signed(self.workers.share(np.concatenate(drawn))).to(model.device)
-        shape = (job.autoencoder.batch_size, *model.latent_shape)
+        channels, side = model.vae.config.latent_channels, model.latent_shape[1] * model.fold
+        shape = (job.autoencoder.batch_size, channels, side, side)
         noise = self.workers.share(torch.randn(shape, generator=generator)).to(model.device) * job.autoencoder.latent_noise
         with torch.autocast(model.device.type, torch.bfloat16):
             latents = model.vae.encode(true).latents

@@ -17,7 +17,7 @@ NormalizationKind = Literal["none", "image", "channel"]
 
 
 class AutoencoderSteps(StrictModel):
-    minutes: float = Field(default=30, gt=0, description="of every worker's threads; the learning rate falls to the end")
+    minutes: float = Field(default=40, gt=0, description="of every worker's threads; the learning rate falls to the end")
     decoder_minutes: float = Field(default=4, gt=0, description="of the decoder alone, last of all")
     batch_size: int = Field(default=16, ge=1, description="of all workers together")
     learning_rate: float = Field(default=5e-4, gt=0, description="of AdamW; 2e-3 lost 2 dB and most hues")
@@ -65,7 +65,10 @@ class Architecture(StrictModel):
 
     image_size: int = Field(default=128, multiple_of=16, description="pixels a side")
     vae_width: int = Field(default=64, description="channels of the autoencoder")
-    latent_channels: int = Field(default=16, description="channels of the latents, an eighth of the pixels a side")
+    latent_factor: Literal[4, 8] = Field(
+        default=4, description="pixels a side of a latent; the U-Net sees 8 x 8 pixels at a place: latents of 4 are folded"
+    )
+    latent_channels: int = Field(default=8, description="channels of the latents")
     channels: list[Annotated[int, Field(ge=16, multiple_of=16)]] = Field(
         default=[96, 192], min_length=1, description="of the U-Net and the ControlNet, by level"
     )
@@ -83,6 +86,11 @@ class Architecture(StrictModel):
     noise_scale: float = Field(default=0.75, gt=0, le=1, description="of sampling: a small model is unsure of much")
     text_length: int = Field(default=20, description="tokens of a prompt")
     normalization: Normalization = Normalization()
+
+    @property
+    def folded_channels(self) -> int:
+        """Of the U-Net's input: all latents of 8 x 8 pixels."""
+        return self.latent_channels * (8 // self.latent_factor) ** 2
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
