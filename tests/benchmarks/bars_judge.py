@@ -9,7 +9,6 @@ so that it looks at textures and not at how sharp they are.
 from __future__ import annotations
 
 import argparse
-from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -19,40 +18,42 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from context_diffusion.model.normalization import STATISTICS, describe
 from context_diffusion.schema import Pixels
 from context_diffusion.training.layouts import Rng, make_layout
 from context_diffusion.training.styles import PALETTES, TEXTURES, dress, make_style
 
 PALETTE_NAMES = [*PALETTES, "random"]
 BATCH, PICTURES, PICTURE_STEPS, RATE = 32, 1600, 100, 2e-3
+FLOOR = 0.03  # of local contrast: below it there is no texture
 
 
 class Judge(nn.Module):
-    """(N, 3, H, W) in [0, 1] -> logits of the texture (N, 10) and of the palette (N, 15)."""
+    """(N, 3, H, W) in [0, 1] -> logits of the texture (N, 10), from the lightness by its local contrast, so that a faint
+    texture shows as much as a strong border, and of the palette (N, 15), from the colours from dark to light."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
-        sizes = (3, width, 2 * width, 3 * width, 4 * width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(a, b, 3, stride=2 if b < 4 * width else 1, padding=1),
-                nn.GroupNorm(8, b),
-                nn.SiLU(),
-                nn.Conv2d(b, b, 3, padding=1, groups=8),
-                nn.GroupNorm(8, b),
-                nn.SiLU(),
-            )
-            for a, b in pairwise(sizes)
-        )
-        self.texture, self.palette = nn.Linear(8 * width, len(TEXTURES)), nn.Linear(8 * width + 6, len(PALETTE_NAMES))
+        layers: list[nn.Module] = []
+        for inside, outside, kernel, stride in (
+            (1, width, 5, 1),
+            (width, 2 * width, 3, 2),
+            (2 * width, 3 * width, 3, 2),
+            (3 * width, 4 * width, 3, 1),
+        ):
+            layers += [nn.Conv2d(inside, outside, kernel, stride, kernel // 2), nn.GroupNorm(8, outside), nn.SiLU()]
+        self.features = nn.Sequential(*layers)
+        self.texture = nn.Linear(8 * width, len(TEXTURES))
+        self.palette = nn.Sequential(nn.Linear(STATISTICS, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
+        self.palette.append(nn.Linear(128, len(PALETTE_NAMES)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = images.mean((2, 3)), images.std((2, 3))
-        features = (images - mean[..., None, None]) / std.mean(1, keepdim=True)[..., None, None].clamp(min=0.02)
-        for block in self.blocks:
-            features = block(features)
+        lightness = images.mean(1, keepdim=True)
+        mean, square = (F.avg_pool2d(part, 15, 1, 7, count_include_pad=False) for part in (lightness, lightness.square()))
+        local = (lightness - mean) / ((square - mean.square()).clamp(min=0).sqrt() + FLOOR)
+        features = self.features(local)
         pooled = torch.cat([features.mean((2, 3)), features.std((2, 3))], 1)
-        return self.texture(pooled), self.palette(torch.cat([pooled, 4 * mean - 2, 4 * std], 1))
+        return self.texture(pooled), self.palette(describe((images * 255).round().byte()))
 
 
 def to_tensor(images: list[Pixels]) -> Tensor:

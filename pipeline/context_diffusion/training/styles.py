@@ -102,7 +102,7 @@ def make_style(rng: Rng, held_out: bool = False) -> Style:
         make_lut(rng, palette),
         period=rng.uniform(6, 16),
         angle=rng.uniform(0, np.pi),
-        strength=rng.uniform(0.06, 0.17),
+        strength=rng.uniform(0.1, 0.2),
         band=str(rng.choice(["all", "all", "dark", "light"])),
         outline=rng.choice([0.0, 0.0, 0.0, 0.6, -0.6]) * rng.uniform(0.5, 1),
         light=(rng.normal(0, 0.06), rng.normal(0, 0.06)),
@@ -153,7 +153,7 @@ def texture_field(style: Style, size: int, rng: Rng) -> Tone:
     if style.texture == "checks":
         return np.clip(6 * np.sin(along / 1.5) * np.sin(across / 1.5), -1, 1)
     if style.texture == "hatching":
-        return np.clip(4 * (np.cos(along * 1.6) - 0.6), -1, 0.6)
+        return np.clip(4 * (np.cos(along * 1.3) - 0.6), -1, 0.6)
     if style.texture == "waves":
         return np.clip(3 * np.sin(along + 1.5 * np.sin(across / 2)), -1, 1)
     if style.texture == "grain":
