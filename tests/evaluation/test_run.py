@@ -101,7 +101,8 @@ def test_another_systems_folder_is_scored_by_its_manifest(folder: Path) -> None:
     assert (summary["images"], summary["exit"]) == (6, 0)
     scores = summary["scores"]
     assert list(scores) == list(SCORE_COLUMNS)
-    assert all(scores[name]["auc"] >= 0.9 for name in ("layout_score", "style_score", "prompt_score"))
+    told = {name: scores[name]["auc"] for name in ("layout_score", "style_score", "prompt_score")}
+    assert min(told.values()) >= 0.9, told
     assert all(scores[name]["mean"] < 0.1 for name in ("layout_leakage", "colour_leakage"))
     # What is planted shows: each picture replaced by its context's.
     for number in range(6):

@@ -112,7 +112,7 @@ def test_a_full_disk_or_another_model_leaves_the_last_checkpoint_which_goes_on(t
     state = load_checkpoint(path)
     assert state is not None
     assert state["step"] == 2
-    assert sorted(p.name for p in out.iterdir()) == ["diffusion.pt", "metrics.jsonl", "model"]
+    assert sorted(p.name for p in out.iterdir()) == ["curves.png", "diffusion.pt", "metrics.jsonl", "model"]
     assert all(torch.equal(value, model[name]) for name, value in weights(out / "model").items())
 
     build(SIZES.model_copy(update={"width": 48}), ["ocean"]).save_pretrained(tmp_path / "wider")

@@ -7,6 +7,8 @@ import logging
 from collections import defaultdict
 from pathlib import Path
 
+from context_diffusion.training.state import writing
+
 SMOOTH = 9  # values of a training curve that are averaged: single batches differ much
 
 
@@ -29,7 +31,8 @@ def draw_curves(folder: Path) -> None:
         axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(folder / "curves.png", dpi=90)
+    with writing(path := folder / "curves.png"):
+        figure.savefig(path, dpi=90)
 
 
 def _panels(path: Path) -> dict[str, dict[str, dict[int, float]]]:
