@@ -33,7 +33,7 @@ test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
 test-full: install ## the longer tests, as far as 40 minutes reach; 5 means that there is none yet
 	timeout 2400 $(BIN)/pytest -m slow || test $$? -eq 5
 
-train: install ## trains the bundled model from nothing: an hour on two cores; the same command goes on
+train: install ## trains the bundled model from nothing: four hours on two cores; the same command goes on
 	$(BIN)/context-diffusion run jobs/train.yaml
 
 bench: install ## the measurements of tests/benchmarks/LOG.md

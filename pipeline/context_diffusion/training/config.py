@@ -17,7 +17,7 @@ NormalizationKind = Literal["none", "image", "channel"]
 
 
 class AutoencoderSteps(StrictModel):
-    minutes: float = Field(default=40, gt=0, description="of every worker's threads; the learning rate falls to the end")
+    minutes: float = Field(default=25, gt=0, description="of every worker's threads; the learning rate falls to the end")
     decoder_minutes: float = Field(default=4, gt=0, description="of the decoder alone, last of all")
     batch_size: int = Field(default=16, ge=1, description="of all workers together")
     learning_rate: float = Field(default=5e-4, gt=0, description="of AdamW; 2e-3 lost 2 dB and most hues")
@@ -25,7 +25,7 @@ class AutoencoderSteps(StrictModel):
 
 
 class DiffusionSteps(StrictModel):
-    minutes: float = Field(default=85, gt=0, description="of every worker's threads; the learning rate falls to the end")
+    minutes: float = Field(default=170, gt=0, description="of every worker's threads; the learning rate falls to the end")
     batch_size: int = Field(default=32, ge=1, description="of all workers together")
     accumulate: int = Field(default=1, ge=1, description="parts of a worker's share, one by one: less memory, same steps")
     learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW: vectors, embeddings, first and last layers")
