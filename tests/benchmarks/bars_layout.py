@@ -10,13 +10,12 @@ changes with only the query or only the contexts exchanged. Every row has a seed
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import bars_judge
 import numpy as np
 import torch
-from bars_rows import GROUP, Row, given_model, held_out_rows, named, region_distance, request_of
+from bars_rows import GROUP, Row, given_model, held_out_rows, named, region_distance, request_of, sign_test
 
 from context_diffusion.config import Settings
 from context_diffusion.evaluation.layout import boundary_f1, layout_score
@@ -69,12 +68,6 @@ def line(images: list[Pixels], of_query: list[Row], of_style: list[Row], network
     boundary = np.mean([boundary_f1(image, true) for image, true in zip(images, wanted, strict=True)])
     far = np.mean([region_distance(image, true, row.tone) for image, true, row in zip(images, wanted, of_query, strict=True)])
     return f"{layout:9.3f}{boundary:13.3f}{style:9.3f}{far:8.1f}{np.mean(right):9.3f}{np.mean(known):10.3f}"
-
-
-def sign_test(better: int, worse: int) -> float:
-    """One-sided p: as many or more better ones by chance."""
-    n = better + worse
-    return sum(math.comb(n, k) for k in range(better, n + 1)) / 2**n
 
 
 def contexts(model: NativeModel, rows: list[Row], settings: Settings) -> None:

@@ -15,17 +15,16 @@ import cv2
 import numpy as np
 import skimage.color
 import skimage.data
-from bars_rows import given_model
+from bars_rows import given_model, gray_request
 from PIL import Image
 
 from context_diffusion.config import Settings
-from context_diffusion.control import control_map
 from context_diffusion.evaluation.layout import layout_score
 from context_diffusion.evaluation.ranking import named_first
 from context_diffusion.evaluation.style import chamfer, palette
 from context_diffusion.images import resize
 from context_diffusion.model.native import NativeModel
-from context_diffusion.schema import Pixels, Request
+from context_diffusion.schema import Pixels
 from context_diffusion.training.samples import make
 
 QUERIES = ["horse", "coffee", "chelsea", "rocket", "camera", "coins", "astronaut", "moon"]
@@ -67,23 +66,18 @@ def paint(inside: np.ndarray, colours: np.ndarray) -> Pixels:
     return ((colours[0] * (1 - smooth) + colours[1] * smooth) * 255).astype(np.uint8)
 
 
-def request(name: str, query: Pixels, contexts: list[Pixels], settings: Settings, seed: int) -> Request:
-    seeded = settings.model_copy(update={"seed": seed})
-    return Request(name, 0, query, control_map(query, "gray"), "gray", tuple(contexts), None, None, seeded)
-
-
 def figures(model: NativeModel, settings: Settings, groups: int = 4) -> None:
     layouts, styles = [], []
     for group in range(groups):
         rng, size = np.random.default_rng((23, group)), model.image_size
-        colours = two_colours(rng, 16)
+        palettes = two_colours(rng, 16)
         queries = [paint(figure(rng, size, k), np.array([[0.25] * 3, [0.75] * 3])) for k in range(16)]
-        contexts = [[paint(figure(rng, size, k + j), one) for j in range(2)] for k, one in enumerate(colours)]
-        requests = [request(f"{group}-{k}", queries[k], contexts[k], settings, 16 * group + k) for k in range(16)]
+        contexts = [[paint(figure(rng, size, k + j), one) for j in range(2)] for k, one in enumerate(palettes)]
+        requests = [gray_request(f"{group}-{k}", queries[k], contexts[k], settings, 16 * group + k) for k in range(16)]
         images = make(model, requests)
         layouts.append(named_first(np.array([[layout_score(image, query) for query in queries] for image in images])))
-        shown = [palette(one) for one in contexts]
-        styles.append(named_first(np.array([[-chamfer(palette([image]), one) for one in shown] for image in images])))
+        shown, made = [palette(one) for one in contexts], [palette([image]) for image in images]
+        styles.append(named_first(np.array([[-chamfer(colours, one) for one in shown] for colours in made])))
     told = f"edges name the query of 16 in {np.mean(layouts):.3f}, colours the palette in {np.mean(styles):.3f}"
     print(f"figures, {16 * groups} rows: {told}", flush=True)
 
@@ -91,11 +85,11 @@ def figures(model: NativeModel, settings: Settings, groups: int = 4) -> None:
 def photographs(model: NativeModel, settings: Settings, page: Path) -> None:
     size = model.image_size
     queries, contexts = ([photograph(name, size) for name in names] for names in (QUERIES, CONTEXTS))
-    requests = [request(f"{q}-{c}", queries[q], [contexts[c]], settings, 8 * q + c) for q in range(8) for c in range(8)]
+    requests = [gray_request(f"{q}-{c}", queries[q], [contexts[c]], settings, 8 * q + c) for q in range(8) for c in range(8)]
     images = make(model, requests)
-    shown = [palette([one]) for one in contexts]
+    shown, made = [palette([one]) for one in contexts], [palette([image]) for image in images]
     layout = np.mean([np.argmax([layout_score(image, query) for query in queries]) == n // 8 for n, image in enumerate(images)])
-    style = np.mean([np.argmin([chamfer(palette([image]), one) for one in shown]) == n % 8 for n, image in enumerate(images)])
+    style = np.mean([np.argmin([chamfer(colours, one) for one in shown]) == n % 8 for n, colours in enumerate(made)])
     print(f"photographs, 64 pairs: edges name the query of 8 in {layout:.3f}, colours the context of 8 in {style:.3f}")
     gap = 6
     sheet = np.full((9 * (size + gap) - gap, 9 * (size + gap) - gap, 3), 255, np.uint8)

@@ -15,37 +15,28 @@ from bars_rows import Row, given_model, held_out_rows, region_distance, request_
 
 from context_diffusion.config import Settings
 from context_diffusion.model.native import NativeModel
-from context_diffusion.training.layouts import Rng
 from context_diffusion.training.prompts import PALETTE_WORDS, TEXTURE_WORDS
 from context_diffusion.training.samples import make
-from context_diffusion.training.styles import HELD_OUT, Style, dress, vary
+from context_diffusion.training.styles import dress, vary
 
 # guidance of the prompt and of the contexts, as shares of what is given on top of 1
 SIDES = {"as given": (1.0, 1.0), "more for the prompt": (2.0, 0.0), "more for the contexts": (0.0, 2.0)}
 
 
 def alone(model: NativeModel, rows: list[Row], settings: Settings, network: bars_judge.Judge) -> None:
-    asked = []
+    asked, unstyled = [], settings.model_copy(update={"context_scale": 0.0})  # as if there were none
     for number, row in enumerate(rows):
         rng = np.random.default_rng((13, number))
         prompt = f"{rng.choice(TEXTURE_WORDS[row.style.texture])} texture in {rng.choice(PALETTE_WORDS[row.style.palette])}"
-        asked.append(request_of(row, number, settings, contexts=(), prompt=prompt))
+        asked.append(request_of(row, number, unstyled, prompt=prompt))
     textures, palettes = bars_judge.judge(network, make(model, asked))
     texture = np.mean([told == row.style.texture for told, row in zip(textures, rows, strict=True)])
     colour = np.mean([told == row.style.palette for told, row in zip(palettes, rows, strict=True)])
     print(f"prompt alone, {len(rows)} rows: texture {texture:.3f}, palette {colour:.3f}", flush=True)
 
 
-def variant(rng: Rng, style: Style) -> tuple[str, Style]:
-    """Another palette or texture, and no held-out pair."""
-    while True:
-        what, other = vary(rng, style)
-        if (other.palette, other.texture) not in HELD_OUT:
-            return what, other
-
-
 def overridden(model: NativeModel, rows: list[Row], settings: Settings, network: bars_judge.Judge) -> None:
-    wanted = [variant(np.random.default_rng((17, number)), row.style) for number, row in enumerate(rows)]
+    wanted = [vary(np.random.default_rng((17, number)), row.style) for number, row in enumerate(rows)]
     prompts = []
     for number, (what, style) in enumerate(wanted):
         rng = np.random.default_rng((18, number))

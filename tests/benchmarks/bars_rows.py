@@ -7,7 +7,8 @@ In a group of GROUP rows the layouts differ, and so do the named palettes: an ou
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,23 +62,17 @@ def _row(rng: Rng, size: int, number: int, group: list[Row]) -> Row:
     return Row(tone, style, make_query(rng, tone), dress(tone, style, rng), others, int(rng.integers(1, 4)), family)
 
 
-def request_of(row: Row, number: int, settings: Settings, **changes: object) -> Request:
-    """The row as the engine takes it: its query's grey, its shown contexts, no prompt, a seed of its own."""
-    plain = Request(
-        id=f"row-{number}",
-        index=0,
-        query=row.query,
-        control=control_map(row.query, "gray"),
-        control_kind="gray",
-        contexts=tuple(row.contexts[: row.shown]),
-        prompt=None,
-        negative_prompt=None,
-        settings=settings.model_copy(update={"seed": number}),
-    )
-    changed = replace(plain, **changes)  # type: ignore[arg-type]
-    if "query" in changes:
-        changed = replace(changed, control=control_map(changed.query, "gray"))
-    return changed
+def gray_request(name: str, query: Pixels, contexts: Sequence[Pixels], settings: Settings, seed: int) -> Request:
+    """As the engine takes it: the query's grey as its control map, no prompt."""
+    seeded = settings.model_copy(update={"seed": seed})
+    return Request(name, 0, query, control_map(query, "gray"), "gray", tuple(contexts), None, None, seeded)
+
+
+def request_of(row: Row, number: int, settings: Settings, query: Pixels | None = None, **changes: object) -> Request:
+    """The row as the engine takes it: its own query or another one, its shown contexts, a seed of its own."""
+    asked = row.query if query is None else query
+    plain = gray_request(f"row-{number}", asked, row.contexts[: row.shown], settings, number)
+    return replace(plain, **changes)  # type: ignore[arg-type]
 
 
 def regions(tone: Tone, count: int = 5) -> NDArray[np.int64]:
@@ -102,6 +97,12 @@ def named(score: Callable[[int, int], float], count: int, group: int = GROUP) ->
         members = range(start, start + group)
         shares.append(named_first(np.array([[score(i, j) for j in members] for i in members])))
     return float(np.mean(shares))
+
+
+def sign_test(better: int, worse: int) -> float:
+    """One-sided p: as many or more better ones by chance."""
+    n = better + worse
+    return sum(math.comb(n, k) for k in range(better, n + 1)) / 2**n
 
 
 def given_model(description: str | None) -> tuple[argparse.Namespace, NativeModel, Settings]:

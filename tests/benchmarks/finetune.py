@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from bars_rows import gray_request, sign_test
 from PIL import Image
 
 from context_diffusion.config import Settings
@@ -71,8 +71,7 @@ def own_rows(held: list[list[Pixels]], count: int, settings: Settings) -> Rows:
         tone = (control_map(pictures[k], "gray")[..., 0] / 255).astype(np.float32)
         query = shift_exposure(rng, dress(tone, make_style(rng), rng))
         others = rng.permutation([other for other in range(TESTED) if other != k])[:2]
-        contexts, seeded = tuple(pictures[other] for other in others), settings.model_copy(update={"seed": number})
-        requests.append(Request(f"own-{number}", 0, query, control_map(query, "gray"), "gray", contexts, None, None, seeded))
+        requests.append(gray_request(f"own-{number}", query, [pictures[other] for other in others], settings, number))
         targets.append(pictures[k])
     return requests, targets
 
@@ -97,12 +96,6 @@ def scores(images: list[Pixels], rows: Rows) -> np.ndarray:
             for image, one, target in zip(images, *rows, strict=True)
         ]
     )
-
-
-def sign_test(better: int, worse: int) -> float:
-    """One-sided p: as many or more better ones by chance."""
-    n = better + worse
-    return sum(math.comb(n, k) for k in range(better, n + 1)) / 2**n
 
 
 def table(name: str, before: np.ndarray, after: np.ndarray) -> None:

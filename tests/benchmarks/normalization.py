@@ -37,7 +37,7 @@ from context_diffusion.training.generated import Generated
 from context_diffusion.training.pools import Pools
 from context_diffusion.training.prompts import vocabulary
 from context_diffusion.training.samples import make, pool_requests
-from context_diffusion.training.state import Metrics, load_checkpoint
+from context_diffusion.training.state import Metrics, load_checkpoint, load_weights
 
 # contexts, statistics, query. The last three change one thing of the first, the default.
 CHOICES: dict[str, tuple[str, str, str]] = {
@@ -95,7 +95,7 @@ def trained(job: TrainJob, autoencoder: Path, pools: Pools) -> NativeModel:
     state = load_checkpoint(autoencoder)
     if state is None or not state["done"]:
         raise ConfigError(f"--autoencoder {autoencoder}: not the checkpoint of a finished first stage (autoencoder.pt)")
-    model.vae.load_state_dict(state["vae"])
+    load_weights(model.vae, state["vae"], autoencoder)
     model.vae.register_to_config(scaling_factor=state["scale"])
     model.vae.eval().requires_grad_(False)
     folder.mkdir(parents=True, exist_ok=True)

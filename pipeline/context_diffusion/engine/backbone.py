@@ -53,6 +53,10 @@ class Backbone(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> (B, 3, H, W) in [0, 1]."""
 
+    @property
+    def restores(self) -> bool:
+        """Whether `restore` does anything."""
+
     def restore(self, images: Tensor, contexts: Tensor, weights: Tensor) -> Tensor:
         """Decoded pixels (B, 3, H, W) of one row with its contexts, uint8 (M, 3, S, S) and weights (M,): what the model's
-        normalisation took from them is given back, where it does so."""
+        normalisation took from them is given back."""

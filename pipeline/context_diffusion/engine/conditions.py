@@ -85,6 +85,8 @@ class Conditioner:
 
     def restore(self, images: Tensor, request: Request) -> Tensor:
         """Decoded pixels (1, 3, H, W) of a row -> what the backbone gives back of its contexts' statistics."""
+        if not self.backbone.restores:
+            return images
         ordered = self._ordered(request)
         contexts = torch.cat([to_tensor(context) for _, context, _ in ordered]).to(self.device)
         return self.backbone.restore(images, contexts, torch.tensor([weight for *_, weight in ordered], device=self.device))

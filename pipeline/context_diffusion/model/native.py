@@ -199,8 +199,12 @@ class NativeModel:
         sample = self.vae.decode(F.pixel_shuffle(latents.to(self.dtype) / self.latent_scale, self.fold)).sample
         return (sample / 2 + 0.5).clamp(0, 1)
 
+    @property
+    def restores(self) -> bool:
+        return self.normalization.statistics == "restored"
+
     def restore(self, images: Tensor, contexts: Tensor, weights: Tensor) -> Tensor:
-        return restore(images, contexts, weights) if self.normalization.statistics == "restored" else images
+        return restore(images, contexts, weights)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """A folder per component and model_index.json, safetensors in `dtype`."""

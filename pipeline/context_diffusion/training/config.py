@@ -13,6 +13,7 @@ from context_diffusion.schema import CONTEXT, PROMPT, QUERY, TARGET
 from context_diffusion.storage import normal
 
 SMALL = "small"  # the context encoder of our own
+REPORTS = "steps between reports: validation, samples, curves, model/; a checkpoint comes every 5 minutes too"
 NormalizationKind = Literal["none", "image", "channel"]
 
 
@@ -114,7 +115,7 @@ class TrainingJob(StrictModel):
     checkpoint_every: int = Field(
         default=500,
         ge=1,
-        description="steps between reports: validation, samples, curves, model/; a checkpoint comes every 5 minutes too",
+        description=REPORTS,
     )
     workers: int = Field(default=1, ge=1, description="processes, on Ray Train; each takes its share of a batch")
     cpu_threads: int = Field(default=2, ge=1, description="of each worker")
@@ -177,7 +178,7 @@ class FinetuneJob(TrainingJob):
     checkpoint_every: int = Field(
         default=200,
         ge=1,
-        description="steps between reports: validation, samples, curves, model/; a checkpoint comes every 5 minutes too",
+        description=REPORTS,
     )
     diffusion: FinetuneSteps = FinetuneSteps()
 
