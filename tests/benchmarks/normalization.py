@@ -8,7 +8,7 @@ One thread. The autoencoder is that of a finished first stage of `kind: train`, 
 
 Rows are held out (styles, layouts); `bright`, `dark` and `flat` are the same rows with query and contexts at +1.5 and
 -1.5 stops (in linear light) and at a third of the contrast (about mid-grey). Of 8: the query whose edges the output
-has, the contexts whose colours it has, as shown; and the distance in Lab of its palette to the truth's, changed alike.
+has, the contexts whose colours it has, as shown; and dE2000 of its regions to those of the truth, changed alike.
 """
 
 from __future__ import annotations
@@ -16,27 +16,25 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from evaluate_bundled import layout_matrix, named, palette_matrix
+from bars_rows import Row, held_out_rows, named, region_distance, request_of
 
 from context_diffusion.config import Settings
-from context_diffusion.control import control_map
 from context_diffusion.errors import ConfigError
+from context_diffusion.evaluation.layout import layout_score
 from context_diffusion.evaluation.style import chamfer, palette
 from context_diffusion.model.build import build
 from context_diffusion.model.native import NativeModel
-from context_diffusion.schema import Pixels, Request
+from context_diffusion.schema import Pixels
 from context_diffusion.training.config import SMALL, Architecture, Normalization, TrainJob
-from context_diffusion.training.data import VALIDATION_SEED, make_pool
 from context_diffusion.training.diffusion import train_diffusion
 from context_diffusion.training.generated import Generated
 from context_diffusion.training.pools import Pools
 from context_diffusion.training.prompts import vocabulary
-from context_diffusion.training.samples import make, pool_requests
+from context_diffusion.training.samples import make
 from context_diffusion.training.state import Metrics, load_checkpoint, load_weights
 
 # contexts, statistics, query. The last three change one thing of the first, the default.
@@ -103,30 +101,24 @@ def trained(job: TrainJob, autoencoder: Path, pools: Pools) -> NativeModel:
     return model.eval()
 
 
-def changed(one: Request, change: Callable[[Pixels], Pixels]) -> Request:
-    query = change(one.query)
-    return replace(one, query=query, control=control_map(query, "gray"), contexts=tuple(change(c) for c in one.contexts))
+def measure(model: NativeModel, count: int) -> dict[str, list[float]]:
+    """By inputs: layout named, palette named, distance."""
+    rows, settings = held_out_rows(count, model.image_size), Settings(num_inference_steps=20, guidance_scale=1.5)
+    return {name: changed(model, rows, settings, change) for name, change in INPUTS.items()}
 
 
-def measure(model: NativeModel, rows: int) -> dict[str, list[float]]:
-    """By inputs: layout named, palette named, distance. Grey maps: Canny's edges aren't normalised."""
-    pool = make_pool(VALIDATION_SEED + 77, 64, 8, model.image_size, held_out=True)
-    settings = Settings(num_inference_steps=20, guidance_scale=1.5)
-    requests, targets = pool_requests(pool, rows, settings, prompts=False)
-    requests = [replace(one, control_kind="gray") for one in requests]
-    found = {}
-    for name, change in INPUTS.items():
-        shown = [changed(one, change) for one in requests]
-        images, truth = make(model, shown), [change(pool.targets[index]) for index in targets]
-        distances = [chamfer(palette([a]), palette([b])) for a, b in zip(images, truth, strict=True)]
-        layouts = named(layout_matrix(images, [one.query for one in requests]))
-        palettes = named(palette_matrix(images, [list(one.contexts) for one in shown]))
-        found[name] = [layouts, palettes, float(np.mean(distances))]
-    return found
+def changed(model: NativeModel, rows: list[Row], settings: Settings, change: Callable[[Pixels], Pixels]) -> list[float]:
+    shown = [tuple(change(context) for context in row.contexts[: row.shown]) for row in rows]
+    images = make(model, [request_of(row, i, settings, change(row.query), contexts=shown[i]) for i, row in enumerate(rows)])
+    made, asked = [palette([image]) for image in images], [palette(list(contexts)) for contexts in shown]
+    layouts = named(lambda i, j: layout_score(images[i], rows[j].query), len(rows))
+    palettes = named(lambda i, j: -chamfer(made[i], asked[j]), len(rows))
+    far = [region_distance(image, change(row.truth), row.tone) for image, row in zip(images, rows, strict=True)]
+    return [layouts, palettes, float(np.mean(far))]
 
 
 def table(folder: Path) -> str:
-    lines = ["run".ljust(40) + "".join(f"{name:>22s}" for name in INPUTS), " " * 40 + "  layout palette   Lab" * len(INPUTS)]
+    lines = ["run".ljust(40) + "".join(f"{name:>22s}" for name in INPUTS), " " * 40 + "  layout palette    dE" * len(INPUTS)]
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
         cells = "".join(f"{a:8.3f}{b:8.3f}{c:6.1f}" for a, b, c in found.values())
