@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-SchedulerName = Literal["ddim", "euler"]
+SchedulerName = Literal[
+    "ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "lcm", "flow_euler"
+]  # fmt: skip
 ControlName = Literal["none", "canny", "gray", "soft_edges", "disabled"]
 Fit = Literal["crop", "pad", "stretch", "keep"]
 ImageFormat = Literal["png", "webp", "jpeg", "none"]

@@ -5,19 +5,39 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from context_diffusion.engine.samplers import make_table
-from context_diffusion.errors import ModelError
+from context_diffusion.config import SchedulerName
+from context_diffusion.engine.samplers import SAMPLERS, make_table
+from context_diffusion.errors import ErrorCode, ModelError, RowError
 
-REFERENCES = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+# Written once more, apart from the package: what a diffusers user would construct.
+REFERENCES: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "lcm": ("LCMScheduler", {}),
+    "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
+}
 
 
 def config(prediction: str, spacing: str, **more: Any) -> dict[str, Any]:
     return {"num_train_timesteps": 1000, "clip_sample": False, "prediction_type": prediction, "timestep_spacing": spacing, **more}
+
+
+def reference_of(scheduler: SchedulerName, settings: dict[str, Any], steps: int) -> Any:
+    name, own = REFERENCES[scheduler]
+    made = getattr(diffusers, name).from_config(settings, **own)
+    made.set_timesteps(steps)
+    return made
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -27,63 +47,87 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 def comparable(scheduler: str, prediction: str, spacing: str, steps: int, more: dict[str, Any]) -> bool:
     """Where diffusers itself has an answer to compare with."""
-    if scheduler == "ddim":
+    if scheduler == "lcm":  # spaced as its own training was
+        return steps <= 50 and spacing == "leading"
+    if scheduler == "flow_euler":  # predicts the flow, over sigmas of its own
+        return prediction == "epsilon" and spacing == "leading" and more is STABLE_DIFFUSION
+    if scheduler in ("ddim", "ddpm"):
         return True
-    if prediction == "sample":  # its Euler refuses it
+    if prediction == "sample" and scheduler in ("euler", "euler_a"):  # they refuse it
         return False
-    if steps == 1 and spacing != "trailing":  # it interpolates its sigmas between two timesteps
+    if steps == 1 and (spacing != "trailing" or scheduler.startswith("dpmpp")):  # sigmas between two timesteps
         return False
     # Sigma begins at 2e4 there: its own float32 step loses the digits that are compared.
-    return spacing == "leading" or more["beta_schedule"] != "squaredcos_cap_v2"
+    return more is not COSINE or (spacing == "leading" and scheduler != "dpmpp_2m_karras")
 
 
 CASES = [
     case
     for case in itertools.product(
-        ["ddim", "euler"],
+        list(REFERENCES),
         ["epsilon", "v_prediction", "sample"],
         ["leading", "trailing", "linspace"],
-        [1, 2, 20, 50, 333],
-        [STABLE_DIFFUSION, {"beta_schedule": "squaredcos_cap_v2"}],
+        [1, 2, 14, 50, 100],
+        [STABLE_DIFFUSION, COSINE],
     )
     if comparable(*case)
 ]
 
 
+def test_every_sampler_is_compared() -> None:
+    assert list(REFERENCES) == list(SAMPLERS)
+
+
 @pytest.mark.parametrize(("scheduler", "prediction", "spacing", "steps", "more"), CASES)
-def test_a_table_steps_as_its_scheduler(scheduler: str, prediction: str, spacing: str, steps: int, more: dict[str, Any]) -> None:
+def test_a_table_steps_as_its_scheduler(
+    scheduler: SchedulerName, prediction: str, spacing: str, steps: int, more: dict[str, Any]
+) -> None:
+    first = 5 if steps in (14, 100) else 0  # those as image to image
     settings = config(prediction, spacing, **more)
-    reference = REFERENCES[scheduler].from_config(settings)
-    reference.set_timesteps(steps)
-    table = make_table(scheduler, steps, settings)
+    reference = reference_of(scheduler, settings, steps)
+    table = make_table(scheduler, steps, settings, first)
+    if first and hasattr(reference, "set_begin_index"):
+        reference.set_begin_index(first)
+    timesteps = reference.timesteps[first:]
+    assert len(table) == len(timesteps)
     generator = torch.Generator().manual_seed(steps)
-    noise = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
-    theirs, ours = noise * reference.init_noise_sigma, noise * table.init_scale
-    assert len(table) == len(reference.timesteps)
-    for step, timestep in enumerate(reference.timesteps):
-        output = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
-        scale_in, p, q, a, b, c, d = table.coefficients[step].double().tolist()
+    shape = (1, 4, 8, 8)
+    ours = torch.randn(shape, generator=generator).double() * table.init_scale
+    theirs, before = ours.float(), torch.zeros(shape, dtype=torch.float64)
+    drawn, draws = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    for step, timestep in enumerate(timesteps):
+        output = torch.randn(shape, generator=generator)
+        scale_in, p, q, a, b, c, d = table.coefficients[step].tolist()
         assert table.timesteps[step] == pytest.approx(float(timestep))
-        close(ours * scale_in, reference.scale_model_input(theirs, timestep))
-        theirs = reference.step(output, timestep, theirs).prev_sample
-        ours = a * ours + b * (p * ours + q * output)
-        assert (c, d) == (0, 0)
+        if hasattr(reference, "scale_model_input"):
+            close(ours * scale_in, reference.scale_model_input(theirs, timestep))
+        theirs = reference.step(output, timestep, theirs, **({} if scheduler == "ddim" else {"generator": drawn})).prev_sample
+        noise = torch.randn(shape, generator=draws).double() if d else torch.zeros(shape)
+        x0 = p * ours + q * output
+        ours, before = a * ours + b * output + c * before + d * noise, x0
         close(ours, theirs)
+        ours = theirs.double()  # each step for itself: their float32 loses digits over 333 steps
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
-def test_an_image_is_noised_as_the_scheduler_does(scheduler: str) -> None:
+@pytest.mark.parametrize("scheduler", list(REFERENCES))
+@pytest.mark.parametrize("first", [0, 7, 19])
+def test_an_image_is_noised_as_the_scheduler_does(scheduler: SchedulerName, first: int) -> None:
     settings = config("epsilon", "leading", **STABLE_DIFFUSION)
-    reference = REFERENCES[scheduler].from_config(settings)
-    reference.set_timesteps(20)
-    table = make_table(scheduler, 20, settings)
+    reference = reference_of(scheduler, settings, 20)
     image, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    for step in (0, 7, 19):
-        a, b = table.noised[step].tolist()
-        theirs = reference.add_noise(image, noise, reference.timesteps[step : step + 1])
-        torch.testing.assert_close(image * a + noise * b, theirs, rtol=1e-5, atol=1e-5)
+    a, b = make_table(scheduler, 20, settings, first).noised
+    add = reference.scale_noise if scheduler == "flow_euler" else reference.add_noise
+    at = reference.timesteps[first : first + 1]
+    theirs = add(image, at, noise) if scheduler == "flow_euler" else add(image, noise, at)
+    torch.testing.assert_close(image * a + noise * b, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_not_linear_is_refused() -> None:
     with pytest.raises(ModelError, match="clip_sample"):
         make_table("ddim", 10, config("epsilon", "leading") | {"clip_sample": True})
+
+
+def test_too_many_steps_for_a_sampler_is_the_rows_fault() -> None:
+    with pytest.raises(RowError, match="lcm has no 60 steps") as caught:
+        make_table("lcm", 60, config("epsilon", "leading", **STABLE_DIFFUSION))
+    assert caught.value.code == ErrorCode.INVALID_SETTING

@@ -2,135 +2,139 @@
 
     model input   scale_in · x   at `timestep`
     x0          = p · x + q · out
-    x'          = a · x + b · x0 + c · x0_prev + d · noise
+    x'          = a · x + b · out + c · x0_before + d · noise
 
-The timesteps and sigmas are diffusers' own; the coefficients are computed here in float64 and proved against its
-`step` (tests/engine/test_samplers.py). DDIM: Song et al. 2021, eq. 12 with eta 0. Euler: Karras et al. 2022, alg. 1.
+A step of these schedulers is linear in x, the model's output, the x0 before and the noise. So a table is made by asking
+the diffusers scheduler itself what its step does to unit values; a new sampler is a line in SAMPLERS.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
+import diffusers
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from numpy.typing import NDArray
+from torch import Tensor
 
-from context_diffusion.errors import ModelError
+from context_diffusion.config import SchedulerName
+from context_diffusion.errors import ErrorCode, ModelError, RowError
 
-Vector = NDArray[np.float64]
+_DPM = {"solver_order": 2, "thresholding": False, "use_karras_sigmas": False}
+# Its class in diffusers, and what it sets over the model's scheduler_config.
+SAMPLERS: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", _DPM | {"algorithm_type": "dpmsolver++"}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", _DPM | {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "dpmpp_sde": ("DPMSolverMultistepScheduler", _DPM | {"algorithm_type": "sde-dpmsolver++"}),
+    "lcm": ("LCMScheduler", {}),
+    "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
+}
+X, OUT, BEFORE, NOISE = range(4)  # the unit values of a probe
 
 
 @dataclass(frozen=True)
 class Table:
-    """The coefficients of S steps.
+    """The coefficients of S steps, from the row's first one on.
 
-    timesteps: (S,) what the model is told. coefficients: (S, 7) columns scale_in, p, q, a, b, c, d.
-    init_scale: what pure noise is multiplied with at the start.
-    noised: (S, 2) factors of image and noise where step s starts from an image (image to image).
+    timesteps: (S,) what the model is told. coefficients: (S, 7) float64, columns scale_in, p, q, a, b, c, d.
+    init_scale: what pure noise is multiplied with at the start. noised: factors of image and noise where the first step
+    starts from an image (image to image).
     """
 
-    timesteps: torch.Tensor
-    coefficients: torch.Tensor
+    timesteps: Tensor
+    coefficients: Tensor
     init_scale: float
-    noised: torch.Tensor
+    noised: tuple[float, float]
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
 
-def make_table(scheduler: str, num_inference_steps: int, config: Mapping[str, Any]) -> Table:
-    """The table of a sampler (a key of SAMPLERS) over so many steps; config: a diffusers scheduler_config."""
-    return _cached(scheduler, num_inference_steps, json.dumps(dict(config), sort_keys=True, default=str))
-
-
-@lru_cache(maxsize=256)
-def _cached(scheduler: str, steps: int, config_text: str) -> Table:
-    config = json.loads(config_text)
+def make_scheduler(scheduler: SchedulerName, num_inference_steps: int, config: Mapping[str, Any]) -> Any:
+    """The diffusers scheduler that a sampler stands for, with its timesteps. Raises RowError for so many steps that it
+    doesn't have, ModelError for a config whose step is not linear."""
     if config.get("clip_sample") or config.get("thresholding"):
         raise ModelError("scheduler_config: clip_sample and thresholding are not linear; set both to false")
-    return SAMPLERS[scheduler](steps, config)
+    name, own = SAMPLERS[scheduler]
+    made = getattr(diffusers, name).from_config(dict(config) | {"clip_sample": False} | own)
+    try:
+        made.set_timesteps(num_inference_steps)
+    except ValueError as error:
+        message = f"scheduler {scheduler} has no {num_inference_steps} steps: {' '.join(str(error).split())}"
+        raise RowError(ErrorCode.INVALID_SETTING, message) from None
+    return made
 
 
-def _ddim(steps: int, config: dict[str, Any]) -> Table:
-    reference = DDIMScheduler.from_config(config)
-    reference.set_timesteps(steps)
-    timesteps = reference.timesteps.numpy().astype(np.int64)
-    alphas = reference.alphas_cumprod.double().numpy()
-    previous = timesteps - reference.config.num_train_timesteps // steps
-    # Past the last step diffusers takes final_alpha_cumprod: 1, or the first alpha, by `set_alpha_to_one`.
-    after = np.where(previous >= 0, alphas[np.maximum(previous, 0)], float(reference.final_alpha_cumprod))
-    signal, sigma = np.sqrt(alphas[timesteps]), np.sqrt(1 - alphas[timesteps])
-    p, q = _x0_variance_preserving(signal, sigma, config.get("prediction_type", "epsilon"))
-    a = np.sqrt(1 - after) / sigma
-    b = np.sqrt(after) - a * signal
-    return _table(timesteps, np.ones(steps), p, q, a, b, 1.0, np.stack([signal, sigma], 1))
+def make_table(scheduler: SchedulerName, num_inference_steps: int, config: Mapping[str, Any], first: int = 0) -> Table:
+    """Of a sampler over so many steps, from step `first` on: a multistep sampler has no x0 before it.
+    config: a diffusers scheduler_config. Raises as make_scheduler does."""
+    return _cached(scheduler, num_inference_steps, json.dumps(dict(config), sort_keys=True, default=str), first)
 
 
-def _euler(steps: int, config: dict[str, Any]) -> Table:
-    reference = EulerDiscreteScheduler.from_config(config)
-    reference.set_timesteps(steps)
-    sigmas = reference.sigmas.double().numpy()
-    sigma, after = sigmas[:-1], sigmas[1:]
-    p, q = _x0_variance_exploding(sigma, config.get("prediction_type", "epsilon"))
-    a = after / sigma
-    return _table(
-        reference.timesteps.double().numpy(),
-        1 / np.sqrt(sigma**2 + 1),
-        p,
-        q,
-        a,
-        1 - a,
-        float(reference.init_noise_sigma),
-        np.stack([np.ones(steps), sigma], 1),
-    )
+@lru_cache(maxsize=1024)
+def _cached(name: SchedulerName, steps: int, config_text: str, first: int) -> Table:
+    scheduler = make_scheduler(name, steps, json.loads(config_text))
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    timesteps = scheduler.timesteps[first:]
+    noised = _noised(scheduler, timesteps[:1]) if len(timesteps) else (1.0, 0.0)
+    try:
+        rows = [_probe(scheduler, timestep, number) for number, timestep in enumerate(timesteps)]
+    except (ValueError, NotImplementedError) as error:
+        raise RowError(ErrorCode.INVALID_SETTING, f"scheduler {name} cannot sample from this model: {error}") from None
+    init_scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    return Table(timesteps.float(), torch.tensor(rows, dtype=torch.float64).reshape(-1, 7), init_scale, noised)
 
 
-SAMPLERS: dict[str, Callable[[int, dict[str, Any]], Table]] = {"ddim": _ddim, "euler": _euler}
+def _noised(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
+    """The factors of image and noise at a timestep."""
+    unit, zero = torch.ones(1), torch.zeros(1)
+    if hasattr(scheduler, "scale_noise"):
+        return float(scheduler.scale_noise(unit, timestep, zero)), float(scheduler.scale_noise(zero, timestep, unit))
+    return float(scheduler.add_noise(unit, zero, timestep)), float(scheduler.add_noise(zero, unit, timestep))
 
 
-def _x0_variance_preserving(signal: Vector, sigma: Vector, prediction: str) -> tuple[Vector, Vector]:
-    """x = signal · x0 + sigma · noise, signal² + sigma² = 1: the factors of x and of the model's output in x0."""
-    if prediction == "epsilon":
-        return 1 / signal, -sigma / signal
-    if prediction == "v_prediction":
-        return signal, -sigma
-    if prediction == "sample":
-        return np.zeros_like(signal), np.ones_like(signal)
-    raise ModelError(f"scheduler_config: prediction_type {prediction!r} is not epsilon, v_prediction or sample")
+def _probe(scheduler: Any, timestep: Tensor, number: int) -> list[float]:
+    """The coefficients of the step that the scheduler is at; it goes one step on.
+
+    Elements 0 to 3 ask at even steps, 4 to 7 at odd ones: unit x, unit output, unit x0 before, and nothing but the
+    noise. The x0 before of those that ask was made in the step before, when the others asked.
+    """
+    mine, others = (0, 4) if number % 2 == 0 else (4, 0)
+    x, out = torch.zeros(2, 8, 1)
+    x[mine + X] = out[mine + OUT] = x[others + BEFORE] = 1.0
+    out[others + BEFORE] = -1.0  # q is never positive: their x0, p - q, cannot be 0
+    scaled = float(scheduler.scale_model_input(torch.ones(1), timestep)) if hasattr(scheduler, "scale_model_input") else 1.0
+    before = _last_x0(scheduler)
+    draws = "generator" in scheduler.step.__code__.co_varnames
+    made = scheduler.step(out, timestep, x, **({"generator": torch.Generator().manual_seed(0)} if draws else {}))
+    noise = torch.randn(8, 1, generator=torch.Generator().manual_seed(0)).double()
+    after, x0 = made.prev_sample.double(), _x0(scheduler, made, x, out)
+    d = after[mine + NOISE] / noise[mine + NOISE]
+    after = after - d * noise
+    c = 0.0 if before is None else float(after[mine + BEFORE] / before[mine + BEFORE])
+    return [scaled, float(x0[mine + X]), float(x0[mine + OUT]), float(after[mine + X]), float(after[mine + OUT]), c, float(d)]
 
 
-def _x0_variance_exploding(sigma: Vector, prediction: str) -> tuple[Vector, Vector]:
-    """x = x0 + sigma · noise: the factors of x and of the model's output in x0."""
-    if prediction == "epsilon":
-        return np.ones_like(sigma), -sigma
-    if prediction == "v_prediction":
-        return 1 / (sigma**2 + 1), -sigma / np.sqrt(sigma**2 + 1)
-    if prediction == "sample":
-        return np.zeros_like(sigma), np.ones_like(sigma)
-    raise ModelError(f"scheduler_config: prediction_type {prediction!r} is not epsilon, v_prediction or sample")
+def _last_x0(scheduler: Any) -> Tensor | None:
+    """What a multistep scheduler remembers."""
+    kept = getattr(scheduler, "model_outputs", [None])[-1]
+    return None if kept is None else kept.double()
 
 
-def _table(
-    timesteps: Vector | NDArray[np.int64],
-    scale_in: Vector,
-    p: Vector,
-    q: Vector,
-    a: Vector,
-    b: Vector,
-    init_scale: float,
-    noised: Vector,
-) -> Table:
-    zero = np.zeros_like(p)
-    coefficients = np.stack([scale_in, p, q, a, b, zero, zero], axis=1)
-    return Table(
-        torch.tensor(np.asarray(timesteps), dtype=torch.float32),
-        torch.tensor(coefficients, dtype=torch.float32),
-        init_scale,
-        torch.tensor(noised, dtype=torch.float32),
-    )
+def _x0(scheduler: Any, made: Any, x: Tensor, out: Tensor) -> Tensor:
+    """The x0 of the step just made, under the name that its class has for it."""
+    for name in ("pred_original_sample", "denoised"):
+        if hasattr(made, name):
+            return getattr(made, name).double()
+    remembered = _last_x0(scheduler)
+    if remembered is not None:
+        return remembered
+    return (x - scheduler.sigmas[scheduler.step_index - 1] * out).double()  # flow matching
