@@ -39,7 +39,7 @@ class Settings(StrictModel):
     )
     num_inference_steps: int = Field(default=20, ge=1, le=1000, description="denoising steps")
     scheduler: SchedulerName = Field(default="ddim", description="the sampler")
-    guidance_scale: Scale = Field(default=1.5, description="how strongly the prompt pulls; 1: no guidance")
+    guidance_scale: Scale = Field(default=1.5, description="how strongly the prompt pulls; 1 or less: no guidance")
     context_guidance_scale: Scale | None = Field(
         default=None, description="how strongly the contexts pull; left out: as guidance_scale"
     )

@@ -12,17 +12,18 @@ from pydantic import ValidationError
 
 from context_diffusion.config import Fit, GenerateJob, Settings
 from context_diffusion.control import CONTROLS, control_map
-from context_diffusion.engine.engine import Engine
+from context_diffusion.engine.engine import Engine, Shape
 from context_diffusion.engine.service import EngineService
 from context_diffusion.images import output_size, resize
 from context_diffusion.model.native import NativeModel
+from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.source import model_folder
 from context_diffusion.schema import Failure, Request, Result, derive_seed
 from context_diffusion.tensors import to_pixels
 
-# (chunk, lanes) by kind of device: fixed, for they decide the bits. On two cores chunks of 2, 4 and 8 lanes took .73, .56
-# and .51 s a picture of 20 guided steps; a picture alone pays for the empty lanes of its chunk.
-SHAPES = {"cpu": (4, 8), "cuda": (32, 64)}
+# By kind of device. On two cores chunks of 2, 4 and 8 lanes took .73, .56 and .51 s a picture of 20 guided steps; a
+# picture alone pays for the empty lanes of its chunk.
+SHAPES = {"cpu": Shape(4, 12), "cuda": Shape(32, 64, 16)}
 CPU_THREADS = 2
 
 
@@ -50,8 +51,7 @@ class ContextDiffusion:
         return cls(NativeModel.from_pretrained(model_folder(model)), where, cpu_threads)
 
     def engine(self) -> Engine:
-        chunk, lanes = SHAPES[self.device.type]
-        return Engine(self.model, self.device, chunk, lanes)
+        return Engine(NativeBackbone(self.model), self.device, SHAPES[self.device.type])
 
     def __call__(
         self,

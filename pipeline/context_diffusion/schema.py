@@ -124,11 +124,6 @@ class Request:
     negative_prompt: str | None
     settings: Settings
 
-    @property
-    def context_keys(self) -> tuple[str, ...]:
-        """A content hash for each context: the key of the embedding cache."""
-        return tuple(hashlib.blake2b(c.tobytes(), digest_size=16).hexdigest() + str(c.shape) for c in self.contexts)
-
 
 @dataclass(frozen=True)
 class Result:
@@ -138,6 +133,7 @@ class Result:
     seconds: float
     lanes: int
     device: str
+    prompt_truncated: bool = False
 
 
 @dataclass(frozen=True)

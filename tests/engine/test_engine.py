@@ -12,16 +12,18 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from context_diffusion.engine.engine import Engine
+from context_diffusion.engine.engine import Engine, Shape
+from context_diffusion.engine.samplers import SAMPLERS
 from context_diffusion.engine.service import EngineService
 from context_diffusion.errors import ErrorCode
+from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.schema import Failure, Pixels, Request, Result
 from tiny import picture, request, tiny_model
 
 
 def engine(lanes: int = 8) -> Engine:
     torch.set_num_threads(2)
-    return Engine(tiny_model(), torch.device("cpu"), chunk=2, lanes=lanes)
+    return Engine(NativeBackbone(tiny_model()), torch.device("cpu"), Shape(2, lanes))
 
 
 def alone(one: Request) -> Pixels:
@@ -41,7 +43,7 @@ rows = st.builds(
     prompt=st.sampled_from([None, "ocean", "dots forest"]),
     size=st.sampled_from([(64, 64), (64, 96)]),
     num_inference_steps=st.integers(1, 4),
-    scheduler=st.sampled_from(["ddim", "euler"]),
+    scheduler=st.sampled_from(list(SAMPLERS)),
     guidance_scale=st.sampled_from([1.0, 2.0]),
     context_guidance_scale=st.sampled_from([None, 1.0, 3.0]),
     control=st.sampled_from(["gray", "canny", "none", "soft_edges", "disabled"]),
@@ -143,7 +145,7 @@ def test_contexts_are_encoded_once() -> None:
     batch = [dataclasses.replace(request(seed), contexts=(shared,)) for seed in range(6)]
     busy = engine()
     list(busy.run(batch))
-    assert busy.conditioner.contexts.misses == 1
+    assert busy.cache.misses["context"] == 1
 
 
 def test_the_service_answers_each_caller_in_its_order_and_breaks_loudly() -> None:

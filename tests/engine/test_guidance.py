@@ -16,7 +16,7 @@ scales = st.floats(0, 20).map(lambda value: round(value, 2))
 @given(scales, scales, st.tuples(*[st.floats(-5, 5)] * 3))
 def test_the_branches_add_up_to_the_formula(text: float, context: float, outputs: tuple[float, float, float]) -> None:
     e0, e_context, e_both = outputs
-    wanted = e0 + context * (e_context - e0) + text * (e_both - e_context)
+    wanted = e0 + max(context, 1) * (e_context - e0) + max(text, 1) * (e_both - e_context)  # 1 or less: no guidance
     found = branches(Settings(guidance_scale=text, context_guidance_scale=context), has_prompt=True)
     values = {(False, False): e0, (True, False): e_context, (True, True): e_both}
     assert sum(b.weight * values[b.contexts, b.prompt] for b in found) == pytest.approx(wanted, abs=1e-6)
@@ -27,6 +27,7 @@ def test_the_branches_add_up_to_the_formula(text: float, context: float, outputs
     [
         (1, None, True, 1),
         (1, None, False, 1),
+        (0, None, True, 1),
         (3, None, True, 2),
         (3, 2, True, 3),
         (3, None, False, 2),

@@ -1,62 +1,58 @@
-"""What the engine asks of a model. Every method treats its samples one by one: no batch-wide statistic.
+"""What the engine asks of a model: encode a row's conditions once, predict for the lanes, decode.
 
-B samples  N pictures  T text tokens  K tokens a context  L all tokens  D width  C h w latents  H W pixels
+Every method treats its samples one by one: no batch-wide statistic. A lane is one guidance branch of a row.
+
+B samples or lanes  C h w latents  H W pixels
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from context_diffusion.engine.cache import Cache
+from context_diffusion.engine.guidance import Branch
+from context_diffusion.schema import Request
+
+Conditions = dict[str, Tensor]  # by name, each (1, ...) for one lane or row, (B, ...) for many
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row, encoded. lanes: of each branch. control: of the row, None without. control_keys: of each lane; lanes with
+    the same key share a call of the ControlNet. truncated: the prompt was longer than the model reads."""
+
+    lanes: list[Conditions]
+    control: Conditions | None
+    control_keys: list[str]
+    truncated: bool = False
 
 
 class Backbone(Protocol):
+    """Knows nothing of slots, steps and schedulers."""
+
     scheduler_config: dict[str, Any]
     image_size: int  # pixels, the size it was trained for
     context_size: int  # pixels of a context picture
     context_slots: int  # contexts that a row may have
     noise_scale: float  # of the noise that sampling begins with; 1: as trained
+    latent_channels: int
+    latent_factor: int  # pixels a side of a latent
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) at image_size."""
+    def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
+        """Raises RowError for a row that the model cannot take."""
 
-    def encode_text(self, prompts: list[str | None]) -> tuple[Tensor, Tensor]:
-        """-> (B, T, D) tokens and (B, T) bool mask."""
+    def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
+        """The query's latents (1, C, h, w) float32, for image to image; draws what the model's own pipeline draws."""
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, S, S) -> (N, K, D)."""
+    def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
+        """-> the ControlNet's residuals, one a skip connection and the middle one last."""
 
-    def fuse(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, slots, K, D) contexts with (B, slots) weights -> (B, L, D) tokens and (B, 1, L) attention bias."""
+    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
+        """-> the model's output (B, C, h, w)."""
 
-    def encode_control(self, control_maps: Tensor, kinds: list[str]) -> Tensor:
-        """Control maps uint8 (B, 3, H, W) -> what `control` takes of them, once a row."""
-
-    def control(self, latents: Tensor, timesteps: Tensor, encoded: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Encoded control maps -> the ControlNet's residuals: one a skip connection, and the middle one."""
-
-    def predict(
-        self,
-        latents: Tensor,
-        timesteps: Tensor,
-        hidden: Tensor,
-        bias: Tensor,
-        down: list[Tensor] | None,
-        mid: Tensor | None,
-    ) -> Tensor:
-        """-> the U-Net's output (B, C, h, w)."""
-
-    def encode_pixels(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> latents."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> (B, 3, H, W) in [0, 1]."""
-
-    @property
-    def restores(self) -> bool:
-        """Whether `restore` does anything."""
-
-    def restore(self, images: Tensor, contexts: Tensor, weights: Tensor) -> Tensor:
-        """Decoded pixels (B, 3, H, W) of one row with its contexts, uint8 (M, 3, S, S) and weights (M,): what the model's
-        normalisation took from them is given back."""
+    def decode(self, latents: Tensor, request: Request) -> Tensor:
+        """One row's latents (1, C, h, w) float32 -> (1, 3, H, W) in [0, 1]."""

@@ -1,225 +1,250 @@
-"""The engine: a fixed number of lanes; each step advances every row in a slot by one denoising step of its own.
+"""The engine: rows in slots, and chunks of lanes that are always full while rows are at hand.
 
-Rows have their own timestep, number of steps, sampler, guidance, control window and contexts. The U-Net always sees
-chunks of one fixed shape, padded, so a row's bits don't depend on its neighbours. Knows nothing of Ray or files.
+Rows have their own timestep, number of steps, sampler, guidance, control window and contexts. The model sees chunks of
+one fixed shape, padded, so a row's bits don't depend on its neighbours. Knows nothing of Ray or files.
 
 R rows in slots, each of 1 to 3 lanes   P lanes a chunk   C h w latents
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from context_diffusion.engine.backbone import Backbone
-from context_diffusion.engine.conditions import Conditioner, Lane, control_window, is_finite, start_step, to_tensor
-from context_diffusion.engine.guidance import branches
-from context_diffusion.engine.samplers import Table, make_table
+from context_diffusion.engine.backbone import Backbone, Conditions
+from context_diffusion.engine.cache import Cache
+from context_diffusion.engine.conditions import is_finite
+from context_diffusion.engine.guidance import branches_of
+from context_diffusion.engine.lanes import choose
+from context_diffusion.engine.slots import Slot, advance, open_slot
 from context_diffusion.errors import ErrorCode, RowError
-from context_diffusion.schema import Failure, Request, Result
+from context_diffusion.schema import Failure, Pixels, Request, Result
 
 Outcome = tuple[Request, Result | Failure]
+CACHE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Fixed by model and kind of device, for it decides the bits. chunk: lanes in one call of the model; control: rows in
+    one call of the ControlNet; lanes: of all rows that go on in a step, at most."""
+
+    chunk: int
+    lanes: int
+    control: int = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told after a step of a row; preview() decodes what the model holds to be the picture now."""
+
+    request: Request
+    step: int
+    steps: int
+    preview: Callable[[], Pixels]
 
 
 @dataclass
-class Slot:
-    """A row under way. latents: (1, C, h, w) float32; control: its encoded control map."""
+class Occupancy:
+    """Lane-steps: those that rows used, and those that calls of the model had room for."""
 
-    request: Request
-    table: Table
-    step: int
-    latents: Tensor
-    lanes: list[Lane]
-    control: Tensor | None
-    window: range
-    generator: torch.Generator
-    seconds: float = 0.0
+    used: int = 0
+    paid: int = 0
 
     @property
-    def shape(self) -> torch.Size:
-        return self.latents.shape
-
-    @property
-    def controlled(self) -> bool:
-        return self.control is not None and self.step in self.window
-
-    @property
-    def model_input(self) -> Tensor:
-        return self.latents * self.table.coefficients[self.step, 0]
+    def share(self) -> float:
+        return self.used / self.paid if self.paid else 1.0
 
 
 @dataclass
 class Engine:
-    """backbone on its device; chunk: lanes in one call of the U-Net; lanes: lanes in use at most."""
+    """backbone on its device. callback: told of each step of each row."""
 
     backbone: Backbone
     device: torch.device
-    chunk: int = 2
-    lanes: int = 8
+    shape: Shape
+    callback: Callable[[Progress], None] | None = None
     waiting: deque[Request] = field(default_factory=deque)
     slots: list[Slot] = field(default_factory=list)
-    used_lane_steps: int = 0
-    paid_lane_steps: int = 0
+    occupancy: Occupancy = field(default_factory=Occupancy)
+    cache: Cache = field(default_factory=lambda: Cache(CACHE_BYTES))
 
     def __post_init__(self) -> None:
-        self.conditioner = Conditioner(self.backbone, self.device)
+        # Of the rows that go on in a step, and of those at hand; fewer where memory is short.
+        self.lanes, self.room = self.shape.lanes, self.shape.lanes + self.shape.chunk
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._decoding: list[tuple[Slot, Tensor]] = []
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
+    def cancel(self, request: Request) -> None:
+        """Frees the row's lanes; it has no outcome. Does nothing for a row that has ended."""
+        self.waiting = deque(one for one in self.waiting if one is not request)
+        self.slots = [slot for slot in self.slots if slot.request is not request]
+        self._decoding = [one for one in self._decoding if one[0].request is not request]
+
     @property
     def idle(self) -> bool:
-        return not self.waiting and not self.slots
+        return not self.waiting and not self.slots and not self._decoding
 
-    @torch.inference_mode()
-    def step(self) -> list[Outcome]:
-        """Admits waiting rows, advances every row by one step; returns the rows that ended."""
-        ended = self._admit()
-        start = time.perf_counter()
-        for shape in dict.fromkeys(slot.shape for slot in self.slots):
-            self._advance([slot for slot in self.slots if slot.shape == shape])
-        self._share_time(time.perf_counter() - start)
-        finished = [slot for slot in self.slots if slot.step == len(slot.table)]
-        self.slots = [slot for slot in self.slots if slot.step < len(slot.table)]
-        return ended + [(slot.request, self._finish(slot)) for slot in finished]
-
-    def run(self, requests: list[Request]) -> Iterator[Outcome]:
+    def run(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """All requests, each as it finishes."""
         self.waiting.extend(requests)
         while not self.idle:
             yield from self.step()
 
+    @torch.inference_mode()
+    def step(self) -> list[Outcome]:
+        """Admits waiting rows and moves as many on by one step as fill the chunks; returns the rows that ended. What ended
+        in the step before is decoded beside this one."""
+        failed, decoding = self._admit(), self._decoding
+        self._decoding = []
+        try:
+            for shape in dict.fromkeys(slot.latents.shape for slot in self.slots):
+                self._advance([slot for slot in self.slots if slot.latents.shape == shape])
+        except torch.OutOfMemoryError:
+            failed += self._make_room()
+        ended = [slot for slot in self.slots if not slot.left]
+        self.slots = [slot for slot in self.slots if slot.left]
+        self._decoding = [(slot, self._decode(slot)) for slot in ended]
+        done, self._decoding = (decoding, self._decoding) if self._stream else ([*decoding, *self._decoding], [])
+        return failed + [(slot.request, self._finish(slot, image)) for slot, image in done]
+
     def _admit(self) -> list[Outcome]:
-        """Moves waiting rows into free lanes, first come first served. Rows that cannot be made come back."""
+        """Opens slots, first come first served: a chunk more than can go on at once, to choose from. Rows that cannot be
+        made come back."""
         failed: list[Outcome] = []
-        free = self.lanes - sum(len(slot.lanes) for slot in self.slots)
-        while self.waiting and (not self.slots or free >= self._lanes_needed(self.waiting[0])):
+        resident = sum(slot.lanes for slot in self.slots)
+        while self.waiting and (not self.slots or resident + len(branches_of(self.waiting[0])) <= self.room):
             request = self.waiting.popleft()
             try:
-                slot = self._open(request)
+                self.slots.append(open_slot(request, self.backbone, self.device, self.cache))
             except RowError as error:
                 failed.append((request, Failure(error.code, error.message)))
                 continue
-            self.slots.append(slot)
-            free -= len(slot.lanes)
+            resident += self.slots[-1].lanes
         return failed
 
-    @staticmethod
-    def _has_prompt(request: Request) -> bool:
-        return (request.prompt or "") != (request.negative_prompt or "")
-
-    def _lanes_needed(self, request: Request) -> int:
-        return len(branches(request.settings, self._has_prompt(request)))
-
-    def _open(self, request: Request) -> Slot:
-        started = time.perf_counter()
-        settings = request.settings
-        assert settings.seed is not None, "the seed is derived before the engine"
-        table = make_table(settings.scheduler, settings.num_inference_steps, self.backbone.scheduler_config)
-        generator = torch.Generator("cpu").manual_seed(settings.seed)
-        first = start_step(len(table), settings.strength)
-        return Slot(
-            request,
-            table,
-            first,
-            self._initial_latents(request, table, first, generator),
-            self.conditioner.lanes(request, branches(settings, self._has_prompt(request))),
-            self._encode_control(request),
-            control_window(len(table), settings.control_guidance_start, settings.control_guidance_end),
-            generator,
-            time.perf_counter() - started,
-        )
-
-    def _encode_control(self, request: Request) -> Tensor | None:
-        if request.control is None:
-            return None
-        return self.backbone.encode_control(to_tensor(request.control).to(self.device), [request.control_kind])
-
-    def _initial_latents(self, request: Request, table: Table, first: int, generator: torch.Generator) -> Tensor:
-        """(1, C, h, w): noise at the sampler's scale, or the query's latents with noise up to the first step."""
-        channels, side, _ = self.backbone.latent_shape
-        factor = self.backbone.image_size // side
-        height, width = request.query.shape[0] // factor, request.query.shape[1] // factor
-        noise = torch.randn(1, channels, height, width, generator=generator).to(self.device)
-        if request.settings.strength is None:
-            return noise * table.init_scale * self.backbone.noise_scale
-        if first == len(table):  # a strength too small for one step: the query comes back as the autoencoder has it
-            return self.backbone.encode_pixels(to_tensor(request.query).to(self.device)).float()
-        image, scale = table.noised[first].tolist()
-        return self.backbone.encode_pixels(to_tensor(request.query).to(self.device)).float() * image + noise * scale
-
     def _advance(self, slots: list[Slot]) -> None:
-        """One step for rows of one latent shape."""
-        active = [slot for slot in slots if slot.step < len(slot.table)]
-        residuals = self._control(active)
-        work = [(index, lane) for index, slot in enumerate(active) for lane in slot.lanes]
-        guided = [torch.zeros_like(slot.latents) for slot in active]
-        for begin in range(0, len(work), self.chunk):
-            part = work[begin : begin + self.chunk]
-            for (index, lane), output in zip(part, self._predict(active, part, residuals), strict=True):
-                guided[index] += lane.weight * output
-        for slot, output in zip(active, guided, strict=True):
-            _, p, q, a, b, _, _ = slot.table.coefficients[slot.step].tolist()
-            x0 = p * slot.latents + q * output
-            slot.latents = a * slot.latents + b * x0
-            slot.step += 1
-        self.used_lane_steps += len(work)
-        self.paid_lane_steps += -(-len(work) // self.chunk) * self.chunk
+        """One step for rows of one shape. While rows wait the oldest are the most urgent, at the end the longest."""
+        slots = [slot for slot in slots if slot.left]
+        if not slots:
+            return
+        if not self.waiting:
+            slots.sort(key=lambda slot: -slot.left)
+        started = perf_counter()
+        slots = [slots[i] for i in choose([slot.lanes for slot in slots], self.shape.chunk, self.lanes)]
+        residuals = self._control(slots)
+        work = [(row, lane) for row, slot in enumerate(slots) for lane in range(slot.lanes)]
+        guided: list[Any] = [0] * len(slots)
+        for part in _chunks(work, self.shape.chunk):
+            for (row, lane), output in zip(part, self._predict(slots, part, residuals), strict=False):
+                guided[row] = guided[row] + slots[row].weights[lane] * output
+        advance(slots, torch.cat(guided))
+        self.occupancy.used += len(work)
+        self.occupancy.paid += -(-len(work) // self.shape.chunk) * self.shape.chunk
+        share = (perf_counter() - started) / len(work)
+        for slot in slots:
+            slot.seconds += share * slot.lanes
+            if self.callback:
+                self.callback(Progress(slot.request, slot.step, len(slot.table), lambda slot=slot: self._preview(slot)))  # type: ignore[misc]
 
-    def _predict(self, slots: list[Slot], part: list[tuple[int, Lane]], residuals: Any) -> Tensor:
-        """One call of the U-Net for up to P lanes, padded to P with copies of the first. -> (lanes, C, h, w)."""
-        padded = part + [part[0]] * (self.chunk - len(part))
-        rows = [slots[index] for index, _ in padded]
-        down, mid = _gather(residuals, [index for index, _ in padded])
+    def _predict(self, slots: list[Slot], part: list[tuple[int, int]], residuals: dict[tuple[int, str], list[Tensor]]) -> Any:
+        """One call of the model for up to P lanes, padded to P with copies of the first. -> P outputs (1, C, h, w)."""
+        padded = part + [part[0]] * (self.shape.chunk - len(part))
+        rows = [slots[row] for row, _ in padded]
+        given = [residuals.get((row, slots[row].encoded.control_keys[lane])) for row, lane in padded]
         output = self.backbone.predict(
             torch.cat([slot.model_input for slot in rows]),
-            torch.stack([slot.table.timesteps[slot.step] for slot in rows]).to(self.device),
-            torch.cat([lane.hidden for _, lane in padded]),
-            torch.cat([lane.bias for _, lane in padded]),
-            down,
-            mid,
+            torch.stack([slot.timestep for slot in rows]).to(self.device),
+            stack([slots[row].encoded.lanes[lane] for row, lane in padded]),
+            _filled(given),
         )
-        return output.float().split(1)[: len(part)]
+        return output.float().split(1)
 
-    def _control(self, slots: list[Slot]) -> dict[int, tuple[list[Tensor], Tensor]]:
-        """The ControlNet's residuals of each row that is in its window, once a row, not once a lane."""
-        found: dict[int, tuple[list[Tensor], Tensor]] = {}
-        for index, slot in enumerate(slots):
-            if not slot.controlled or slot.control is None:
-                continue
-            timestep = slot.table.timesteps[slot.step : slot.step + 1].to(self.device)
-            down, mid = self.backbone.control(slot.model_input, timestep, slot.control)
-            scale = slot.request.settings.controlnet_conditioning_scale
-            found[index] = [residual * scale for residual in down], mid * scale
+    def _control(self, slots: list[Slot]) -> dict[tuple[int, str], list[Tensor]]:
+        """The ControlNet's residuals of each row that is in its window, by row and control key: once for all the lanes
+        that have the key."""
+        wanted: dict[tuple[int, str], tuple[int, int]] = {}
+        for row, slot in enumerate(slots):
+            if slot.controlled:
+                for lane, key in enumerate(slot.encoded.control_keys):
+                    wanted.setdefault((row, key), (row, lane))
+        found: dict[tuple[int, str], list[Tensor]] = {}
+        for part in _chunks(list(wanted.items()), self.shape.control):
+            padded = [*part, *[part[0]] * (self.shape.control - len(part))]
+            rows = [slots[row] for _, (row, _) in padded]
+            residuals = self.backbone.control(
+                torch.cat([slot.model_input for slot in rows]),
+                torch.stack([slot.timestep for slot in rows]).to(self.device),
+                stack([slots[row].encoded.lanes[lane] for _, (row, lane) in padded]),
+                stack([slot.encoded.control or {} for slot in rows]),
+            )
+            for number, (key, _) in enumerate(part):
+                found[key] = [residual[number : number + 1] for residual in residuals]
         return found
 
-    def _finish(self, slot: Slot) -> Result | Failure:
+    def _decode(self, slot: Slot) -> Tensor:
+        """-> uint8 (H, W, 3) on the device, on a stream of its own where there is one."""
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        started = perf_counter()
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            pixels = self.backbone.decode(slot.latents, slot.request)[0]
+            image = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+        slot.seconds += perf_counter() - started
+        return image
+
+    def _finish(self, slot: Slot, image: Tensor) -> Result | Failure:
+        if self._stream:
+            self._stream.synchronize()
         if not is_finite(slot.latents):
             return Failure(ErrorCode.ENGINE_ERROR, "the latents are not finite: try a smaller guidance_scale")
-        started = time.perf_counter()
-        pixels = self.conditioner.restore(self.backbone.decode(slot.latents).float(), slot.request)[0]
-        image = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
-        seconds = slot.seconds + time.perf_counter() - started
-        return Result(image, seconds, len(slot.lanes), self.device.type)
+        return Result(image.cpu().numpy(), slot.seconds, slot.lanes, self.device.type, slot.encoded.truncated)
 
-    def _share_time(self, seconds: float) -> None:
-        total = sum(len(slot.lanes) for slot in self.slots)
-        for slot in self.slots:
-            slot.seconds += seconds * len(slot.lanes) / total
+    def _preview(self, slot: Slot) -> Pixels:
+        assert slot.x0 is not None
+        with torch.inference_mode():
+            pixels = self.backbone.decode(slot.x0, slot.request)[0]
+        return (pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+    def _make_room(self) -> list[Outcome]:
+        """After the device's memory was not enough: the newer half of the rows waits once more, from the start; a row that
+        was alone fails."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(self.slots) == 1:
+            [slot], self.slots = self.slots, []
+            message = "one row alone does not fit into the device's memory: try a smaller width and height"
+            return [(slot.request, Failure(ErrorCode.OUT_OF_MEMORY, message))]
+        keep = len(self.slots) // 2
+        self.waiting.extendleft(slot.request for slot in reversed(self.slots[keep:]))
+        self.slots = self.slots[:keep]
+        self.room = sum(slot.lanes for slot in self.slots)
+        self.lanes = min(self.lanes, max(self.room, self.shape.chunk))
+        return []
 
 
-def _gather(residuals: dict[int, tuple[list[Tensor], Tensor]], indices: list[int]) -> tuple[Any, Any]:
-    """The residuals of the rows at `indices`, in a batch; zeros for rows without; (None, None) where none has any."""
-    if not any(index in residuals for index in indices):
-        return None, None
-    like_down, like_mid = next(iter(residuals.values()))
-    none = [torch.zeros_like(residual) for residual in like_down], torch.zeros_like(like_mid)
-    chosen = [residuals.get(index, none) for index in indices]
-    down = [torch.cat(parts) for parts in zip(*(down for down, _ in chosen), strict=True)]
-    return down, torch.cat([mid for _, mid in chosen])
+def stack(conditions: list[Conditions]) -> Conditions:
+    return {name: torch.cat([one[name] for one in conditions]) for name in conditions[0]}
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _filled(given: list[list[Tensor] | None]) -> list[Tensor] | None:
+    """Residuals in a batch, zeros for rows without; None where none has any."""
+    known = next((one for one in given if one is not None), None)
+    if known is None:
+        return None
+    none = [torch.zeros_like(residual) for residual in known]
+    return [torch.cat(parts) for parts in zip(*(none if one is None else one for one in given), strict=True)]

@@ -3,7 +3,7 @@
     e = e0 + s_c (e_C - e0) + s_t (e_CT - e_C)     (Brooks et al. 2023, InstructPix2Pix, eq. 3, contexts for images)
       = (1 - s_c) e0 + (s_c - s_t) e_C + s_t e_CT
 
-A branch whose weight is zero is not run. Knows no tensors.
+A branch whose weight is zero is not run. A scale of 1 or less is no guidance, as in diffusers. Knows no tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from context_diffusion.config import Settings
+from context_diffusion.schema import Request
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Branch:
 
 def branches(settings: Settings, has_prompt: bool) -> list[Branch]:
     """The branches of a row, 1 to 3. Without a prompt of its own (that differs from the negative one) e_CT is e_C."""
-    text_scale = settings.guidance_scale
+    text_scale = max(settings.guidance_scale, 1.0)
     context_scale = settings.context_guidance_scale
-    context_scale = text_scale if context_scale is None else context_scale
+    context_scale = text_scale if context_scale is None else max(context_scale, 1.0)
     if not has_prompt:
         text_scale = 0.0
     found = [
@@ -35,3 +36,7 @@ def branches(settings: Settings, has_prompt: bool) -> list[Branch]:
         Branch(text_scale, contexts=True, prompt=True),
     ]
     return [branch for branch in found if branch.weight != 0.0]
+
+
+def branches_of(request: Request) -> list[Branch]:
+    return branches(request.settings, (request.prompt or "") != (request.negative_prompt or ""))

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 ABSENT = -10_000.0  # exp() of it is exactly 0, so an absent token changes no bit
 
 
+def log_weights(weights: Tensor) -> Tensor:
+    """Weights >= 0 -> what is added to the attention's logits: their logarithm, ABSENT for 0."""
+    return torch.where(weights > 0, weights.clamp(min=1e-4).log(), ABSENT)
+
+
 class ContextFusion(ModelMixin, ConfigMixin):
     """The native model's own small component: projections, removed statistics as an embedding, null context.
 
@@ -60,7 +65,7 @@ class ContextFusion(ModelMixin, ConfigMixin):
         null = self.null_context.expand(batch, -1, -1)
         tokens = torch.cat([self.norm_text(text), contexts.flatten(1, 2), null], 1)
         weights = weights.float()
-        given = torch.where(weights > 0, weights.clamp(min=1e-4).log(), ABSENT)
+        given = log_weights(weights)
         none = torch.where((weights > 0).any(1, keepdim=True), ABSENT, 0.0)
         bias = torch.cat(
             [

@@ -122,6 +122,10 @@ class NativeModel:
         hidden = self.text_encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return hidden.last_hidden_state, mask
 
+    def truncates(self, prompt: str | None) -> bool:
+        """Whether a prompt has more tokens than are read of it."""
+        return len(self.tokenizer(prompt or "")["input_ids"]) > self.text_encoder.config.max_position_embeddings
+
     def summarise_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (N, 3, S, S) -> (N, K, 2·D_v) of the context encoder, and the pictures' statistics (N, STATISTICS)."""
         kind = self.normalization.contexts or "none"

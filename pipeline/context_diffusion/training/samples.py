@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from context_diffusion.config import Settings
-from context_diffusion.engine.engine import Engine
+from context_diffusion.engine.engine import Engine, Shape
 from context_diffusion.images import resize
 from context_diffusion.model.native import NativeModel
+from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.schema import Request, Result
 from context_diffusion.training.data import Pool, draw
 from context_diffusion.training.state import writing
@@ -42,7 +43,7 @@ def make(model: NativeModel, requests: list[Request]) -> list[NDArray[np.uint8]]
     """The engine's pictures, in the order of the requests; contexts of any size."""
     side, made = model.context_size, dict[str, NDArray[np.uint8]]()
     requests = [replace(one, contexts=tuple(resize(c, side, side, "crop") for c in one.contexts)) for one in requests]
-    for request, outcome in Engine(model, model.device, chunk=4, lanes=16).run(requests):
+    for request, outcome in Engine(NativeBackbone(model), model.device, Shape(4, 16)).run(requests):
         assert isinstance(outcome, Result), outcome
         made[request.id] = outcome.image
     return [made[request.id] for request in requests]

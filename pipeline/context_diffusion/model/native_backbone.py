@@ -1,0 +1,98 @@
+"""The native model as the engine's backbone: prompts, contexts and layouts encoded once, keys and values with them."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from context_diffusion.engine.backbone import Conditions, Encoded
+from context_diffusion.engine.cache import Cache
+from context_diffusion.engine.conditions import content_key, slots_of, to_tensor, weighted_contexts
+from context_diffusion.engine.guidance import Branch
+from context_diffusion.model.attention import attend_by_lanes, keys_and_values
+from context_diffusion.model.native import NativeModel
+from context_diffusion.schema import Request
+
+
+class NativeBackbone:
+    """engine/backbone.py's interface. The U-Net and the ControlNet are copies: their attention is another one here."""
+
+    def __init__(self, model: NativeModel) -> None:
+        self.model = model
+        self.unet, self.controlnet = copy.deepcopy(model.unet).eval(), copy.deepcopy(model.controlnet).eval()
+        self.layers = attend_by_lanes(self.unet)
+        # Of the layout alone: once a row, not once a step.
+        self.layout_embedding = self.controlnet.controlnet_cond_embedding
+        self.controlnet.controlnet_cond_embedding = nn.Identity()
+        self.scheduler_config: dict[str, Any] = model.scheduler_config
+        self.image_size, self.context_size, self.context_slots = model.image_size, model.context_size, model.context_slots
+        self.noise_scale = model.noise_scale
+        self.latent_channels, self.latent_factor = model.latent_shape[0], model.image_size // model.latent_shape[1]
+
+    def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
+        model, shown = self.model, weighted_contexts(request, self.context_slots)
+        tokens = [cache.get(f"context:{one.key}", partial(self._context, one.pixels)) for one in shown]
+        scale = request.settings.context_scale
+        contexts, weights = slots_of(tokens, [one.weight * scale for one in shown], self.context_slots)
+        lanes: list[Conditions] = []
+        for branch in wanted:
+            prompt = (request.prompt if branch.prompt else request.negative_prompt) or ""
+            text, mask = cache.get(f"text:{prompt}", partial(model.encode_text, [prompt]))
+            hidden, bias = model.fuse(text, mask, contexts, weights if branch.contexts else weights * 0)
+            pooled = model.pool(hidden, bias)
+            lanes.append(keys_and_values(self.layers, hidden) | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled})
+        truncated = any(model.truncates(prompt) for prompt in (request.prompt, request.negative_prompt))
+        return Encoded(lanes, self._layout(request, cache), [""] * len(lanes), truncated)
+
+    def _context(self, pixels: Any) -> Tensor:
+        return self.model.encode_images(to_tensor(pixels).to(self.model.device))
+
+    def _layout(self, request: Request, cache: Cache) -> Conditions | None:
+        if request.control is None:
+            return None
+        pixels, kind = request.control, request.control_kind
+
+        def embed() -> Tensor:
+            latents = self.model.encode_control(to_tensor(pixels).to(self.model.device), [kind])
+            return self.layout_embedding(latents.to(self.model.dtype))
+
+        embedded = cache.get(f"control:{kind}:{content_key(pixels)}", embed)
+        scale = torch.tensor([[request.settings.controlnet_conditioning_scale]], device=embedded.device, dtype=embedded.dtype)
+        return {"layout": embedded, "scale": scale[..., None, None]}
+
+    def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
+        return self.model.encode_pixels(to_tensor(request.query).to(self.model.device)).float()
+
+    def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
+        down, mid = self.controlnet(
+            latents.to(self.model.dtype),
+            timesteps,
+            encoder_hidden_states=None,
+            controlnet_cond=control["layout"],
+            return_dict=False,
+        )
+        return [residual * control["scale"] for residual in (*down, mid)]
+
+    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
+        return self.unet(
+            latents.to(self.model.dtype),
+            timesteps,
+            encoder_hidden_states=None,
+            class_labels=lanes["pooled"].to(self.model.dtype),
+            cross_attention_kwargs={"lanes": lanes},
+            down_block_additional_residuals=None if residuals is None else tuple(residuals[:-1]),
+            mid_block_additional_residual=None if residuals is None else residuals[-1],
+            return_dict=False,
+        )[0]
+
+    def decode(self, latents: Tensor, request: Request) -> Tensor:
+        images = self.model.decode(latents).float()
+        if not self.model.restores:
+            return images
+        shown = weighted_contexts(request, self.context_slots)
+        contexts = torch.cat([to_tensor(one.pixels) for one in shown]).to(latents.device)
+        return self.model.restore(images, contexts, torch.tensor([one.weight for one in shown], device=latents.device))
