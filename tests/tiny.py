@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from context_diffusion.config import Settings
-from context_diffusion.control import control_map
+from context_diffusion.control import controls_of
 from context_diffusion.model.build import build
 from context_diffusion.model.native import NativeModel
 from context_diffusion.schema import Pixels, Request
@@ -55,8 +55,7 @@ def request(
         id=f"row-{seed}",
         index=0,
         query=query,
-        control=None if kind == "disabled" else control_map(query, kind),
-        control_kind=kind,
+        controls=controls_of(query, [] if kind == "disabled" else [kind]),
         contexts=tuple(picture(1000 + seed + k) for k in range(contexts)),
         prompt=prompt,
         negative_prompt=None,

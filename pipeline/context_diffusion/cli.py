@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from context_diffusion.config import GenerateJob, StrictModel
+from context_diffusion.config import GenerateJob
 from context_diffusion.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNEXPECTED, ContextDiffusionError, JobError
+from context_diffusion.strict import StrictModel
 
 if TYPE_CHECKING:
     from context_diffusion.training.config import TrainingJob

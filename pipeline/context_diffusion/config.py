@@ -6,9 +6,12 @@ Knows no files (jobfile.py reads them) and nothing of Ray or torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from context_diffusion.strict import Parts, StrictModel
 
 SchedulerName = Literal[
     "ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "lcm", "flow_euler"
@@ -21,14 +24,9 @@ ScoreName = Literal["layout", "style", "similarity", "prompt", "leakage"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+ControlScale = Annotated[float, Field(ge=0, le=10)]
 Side = Annotated[int, Field(ge=64, le=2048, multiple_of=16)]
 KIND = "generate, train, finetune or evaluate"
-
-
-class StrictModel(BaseModel):
-    """Frozen; unknown keys and wrong types are errors, never guessed at."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Settings(StrictModel):
@@ -43,8 +41,8 @@ class Settings(StrictModel):
     context_guidance_scale: Scale | None = Field(
         default=None, description="how strongly the contexts pull; left out: as guidance_scale"
     )
-    controlnet_conditioning_scale: Annotated[float, Field(ge=0, le=10)] = Field(
-        default=1.0, description="how strongly the query's layout holds"
+    controlnet_conditioning_scale: ControlScale | Annotated[list[ControlScale], Field(min_length=1)] = Field(
+        default=1.0, description="how strongly the query's layout holds; a list: for each ControlNet its own"
     )
     control_guidance_start: Fraction = Field(default=0.0, description="share of the steps at which control begins")
     control_guidance_end: Fraction = Field(default=1.0, description="share of the steps at which control ends")
@@ -97,6 +95,12 @@ class Limits(StrictModel):
     max_prompt_characters: Annotated[int, Field(ge=1)] = Field(default=10_000, description="characters of a prompt")
 
 
+def control_kinds(control: str | Sequence[str]) -> list[str]:
+    """What a job's `control` says, as a list: none where no ControlNet runs."""
+    kinds = [control] if isinstance(control, str) else list(control)
+    return [] if kinds == ["disabled"] else kinds
+
+
 def known_columns(*known: str) -> AfterValidator:
     """Of `columns:`, which maps our names to the manifest's."""
 
@@ -132,9 +136,12 @@ class GenerateJob(StrictModel):
         description="Parquet, JSONL or CSV: a path, URL or glob, or a list of them"
     )
     output: str = Field(min_length=1, description="the OUTPUT folder, a path or URL")
-    model: str = Field(default="bundled", min_length=1, description="bundled, or a folder that `kind: train` left")
-    control: ControlName = Field(
-        default="gray", description="the query's control map; none: its own pixels, disabled: no ControlNet runs"
+    model: Annotated[str, Field(min_length=1)] | Parts = Field(
+        default="bundled", description="bundled, sd15, sdxl, a folder, a hub id, or a mapping of parts: see below"
+    )
+    control: ControlName | Annotated[list[ControlName], Field(min_length=1)] = Field(
+        default="gray",
+        description="the query's control map, or one for each ControlNet; none: its own pixels, disabled: no ControlNet runs",
     )
     columns: Annotated[
         dict[str, str], known_columns("id", "query", "context", "prompt", "negative_prompt", *Settings.model_fields)
@@ -163,6 +170,11 @@ class GenerateJob(StrictModel):
         if isinstance(value, str) and not re.fullmatch(r"(100|\d{1,2})(\.\d+)?%", value):
             raise ValueError(f"max_failed is a number of rows or a share such as 5%, not {value!r}")
         return value
+
+    @property
+    def control_kinds(self) -> list[str]:
+        """Of the ControlNets that run."""
+        return control_kinds(self.control)
 
     @property
     def manifests(self) -> list[str]:

@@ -26,7 +26,6 @@ from context_diffusion.errors import (
     TooManyFailuresError,
     classify,
 )
-from context_diffusion.model.source import model_size
 from context_diffusion.output import Output
 from context_diffusion.plan import Plan, open_plan, read_shards
 from context_diffusion.progress import Progress
@@ -80,14 +79,15 @@ def _make_missing(
     reads = _reads(job, storage, output, plan, done)
     if not reads:
         return
-    image_size, context_size = model_size(job.model)
+    model = plan.model
     allow = job.allow or [parent(file.uri) for file in plan.files]
-    load = LoadImages(job, allow, image_size, context_size, storage)
-    write = WriteShard(job, output, f"{job.model}@{plan.revision}", replace=options.retry_failed)
+    load = LoadImages(job, allow, model.image_size, model.context_size, storage)
+    write = WriteShard(job, output, f"{model.name}@{model.revision}", replace=options.retry_failed)
     from context_diffusion import dataflow  # here, not above: a wrong job is refused before Ray is imported
     from context_diffusion.ray_session import ray_session
 
     with ray_session(job.cluster.num_cpus, options.address) as logs, Progress(plan.rows, before, logs) as shown:
+        job = job.model_copy(update={"model": model.parts or job.model})  # the engines load what the plan found
         for counts in dataflow.run_flow(job, reads, load, write, make_engine or _default_engine):
             shown.add(counts)
             _check_failures(job, plan, shown.counts)

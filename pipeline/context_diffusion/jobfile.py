@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from context_diffusion.config import GenerateJob, StrictModel
+from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ConfigError
 from context_diffusion.evaluation.config import EvaluateJob
+from context_diffusion.strict import StrictModel
 from context_diffusion.training.config import FinetuneJob, TrainJob
 
 KINDS: dict[str, type[StrictModel]] = {

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from context_diffusion.config import Fit, GenerateJob, Settings
-from context_diffusion.control import CONTROLS, control_map
+from context_diffusion.config import Fit, GenerateJob, Settings, control_kinds
+from context_diffusion.control import CONTROLS, controls_of
+from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.engine import Engine, Shape
 from context_diffusion.engine.service import EngineService
+from context_diffusion.errors import ModelError
 from context_diffusion.images import output_size, resize
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
-from context_diffusion.model.source import model_folder
+from context_diffusion.model.source import find_model
 from context_diffusion.schema import Failure, Request, Result, derive_seed
+from context_diffusion.strict import Parts
 from context_diffusion.tensors import to_pixels
 
-# By kind of device. On two cores chunks of 2, 4 and 8 lanes took .73, .56 and .51 s a picture of 20 guided steps; a
-# picture alone pays for the empty lanes of its chunk.
-SHAPES = {"cpu": Shape(4, 12), "cuda": Shape(32, 64, 16)}
+# By model and kind of device. The native model on two cores: chunks of 2, 4 and 8 lanes took .73, .56 and .51 s a picture
+# of 20 guided steps; a picture alone pays for the empty lanes of its chunk.
+SHAPES = {
+    ("native", "cpu"): Shape(4, 12),
+    ("native", "cuda"): Shape(32, 64, 16),
+    ("sd", "cpu"): Shape(2, 6),
+    ("sd", "cuda"): Shape(16, 32, 8),
+    ("sdxl", "cpu"): Shape(2, 6),
+    ("sdxl", "cuda"): Shape(8, 16, 4),
+}
 CPU_THREADS = 2
 
 
@@ -34,24 +44,37 @@ class ContextDiffusion:
     image = model(query, context, "a misty forest")
     """
 
-    def __init__(self, model: NativeModel, device: torch.device, cpu_threads: int = CPU_THREADS) -> None:
-        self.model, self.device = model.to(device), device
+    def __init__(self, backbone: Backbone, kind: str, device: torch.device, cpu_threads: int = CPU_THREADS) -> None:
+        """kind: of SHAPES."""
+        self.backbone, self.device, self.shape = backbone, device, SHAPES[kind, device.type]
         if device.type == "cpu":
             torch.set_num_threads(cpu_threads)  # more or fewer threads change the last bits
 
     @classmethod
     def from_pretrained(
         cls,
-        model: str = "bundled",
+        model: str | dict[str, Any] | Parts = "bundled",
         device: str | None = None,
         cpu_threads: int = CPU_THREADS,
     ) -> ContextDiffusion:
-        """model: `bundled`, or a folder that training left. Raises ModelError."""
+        """model: bundled, sd15, sdxl, a folder, a hub id, or a mapping of parts as a job's `model:`. Raises ModelError."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(NativeModel.from_pretrained(model_folder(model)), where, cpu_threads)
+        try:
+            source = find_model(Parts.model_validate(model) if isinstance(model, dict) else model)
+        except ValidationError as error:
+            raise ModelError(f"model: {error}") from None
+        if source.parts is None:
+            assert source.folder
+            native = NativeModel.from_pretrained(source.folder).to(where)
+            return cls(NativeBackbone(native), "native", where, cpu_threads)
+        from context_diffusion.model.stable_backbone import StableBackbone  # diffusers' pipelines: some seconds
+        from context_diffusion.model.stable_diffusion import load
+
+        loaded = load(source.parts, where)
+        return cls(StableBackbone(loaded), "sdxl" if loaded.xl else "sd", where, cpu_threads)
 
     def engine(self) -> Engine:
-        return Engine(NativeBackbone(self.model), self.device, SHAPES[self.device.type])
+        return Engine(self.backbone, self.device, self.shape)
 
     def __call__(
         self,
@@ -60,7 +83,7 @@ class ContextDiffusion:
         prompt: str | None = None,
         *,
         negative_prompt: str | None = None,
-        control: str = "gray",
+        control: str | Sequence[str] = "gray",
         fit: Fit = "crop",
         **settings: Any,
     ) -> Any:
@@ -88,13 +111,15 @@ class ContextDiffusion:
         context: list[Any],
         prompt: str | None,
         negative_prompt: str | None,
-        control: str,
+        control: str | Sequence[str],
         fit: Fit,
         settings: dict[str, Any],
     ) -> list[Request]:
         """The requests of one row: what a job makes of the same pictures and settings."""
-        if control != "disabled" and control not in CONTROLS:
-            raise ValueError(f"control is one of {', '.join(CONTROLS)} or disabled, not {control!r}")
+        kinds = control_kinds(control)
+        for kind in kinds:
+            if kind not in CONTROLS:
+                raise ValueError(f"control is one of {', '.join(CONTROLS)} or disabled, not {kind!r}")
         if not isinstance(context, list | tuple) or not context:
             raise ValueError("context is a list of one or more pictures")
         try:
@@ -102,9 +127,9 @@ class ContextDiffusion:
         except ValidationError as error:
             raise ValueError(f"row settings: {error}") from None
         pixels = to_pixels(query)
-        wide, tall = output_size(fit, pixels.shape[1], pixels.shape[0], checked.width, checked.height, self.model.image_size)
+        wide, tall = output_size(fit, pixels.shape[1], pixels.shape[0], checked.width, checked.height, self.backbone.image_size)
         pixels = resize(pixels, wide, tall, fit)
-        side = self.model.context_size
+        side = self.backbone.context_size
         contexts = tuple(resize(to_pixels(picture), side, side, "crop") for picture in context)
         seed = checked.seed
         if seed is None:
@@ -114,8 +139,7 @@ class ContextDiffusion:
                 "row",
                 index,
                 pixels,
-                None if control == "disabled" else control_map(pixels, control),
-                control,
+                controls_of(pixels, kinds),
                 contexts,
                 prompt,
                 negative_prompt,

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ManifestError, OutputConflictError
 from context_diffusion.manifest import ManifestFile, expand, open_file, parquet_schema, scan_parquet, scan_text
-from context_diffusion.model.source import model_revision
+from context_diffusion.model.source import Source, find_model
 from context_diffusion.output import Output, to_parquet
 from context_diffusion.rows import column_names, row_id
 from context_diffusion.schema import CONTEXT, ID, MANIFEST_COLUMNS, QUERY, Shard
@@ -42,7 +42,7 @@ class Plan:
     rows: int
     rows_per_part: int
     passed: pa.Schema
-    revision: str
+    model: Source
 
     @property
     def shards(self) -> int:
@@ -66,11 +66,12 @@ def open_plan(job: GenerateJob, output: Output, storage: Storage, accept_change:
     if not output.storage.exists(output.plan):
         _write_plan(job, output, storage)
     record = output.read_json(output.plan)
-    _check_same(record, job, storage, output, accept_change)
+    model = find_model(job.model, record["model"]["commits"])
+    _check_same(record, job, model, storage, output, accept_change)
     passed = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["passed"])))
     files = [ManifestFile(f["uri"], f["format"], f["columns"], f["groups"]) for f in record["manifest"]]
     shards_of = [f["shards"] for f in record["manifest"]]
-    return Plan(files, shards_of, record["rows"], record["rows_per_part"], passed, record["model"]["revision"])
+    return Plan(files, shards_of, record["rows"], record["rows_per_part"], passed, model)
 
 
 def read_shards(output: Output, file: int) -> Iterator[Shard]:
@@ -82,6 +83,7 @@ def read_shards(output: Output, file: int) -> Iterator[Shard]:
 
 
 def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
+    model = find_model(job.model)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scanned = Scan(job, files, storage)
     size = part_rows(scanned.rows, job.rows_per_part)
@@ -106,7 +108,7 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
         "job": job.model_dump(mode="json"),
         "rows": scanned.rows,
         "rows_per_part": size,
-        "model": {"name": job.model, "revision": model_revision(job.model)},
+        "model": {"name": model.name, "revision": model.revision, "commits": model.parts.revision if model.parts else {}},
         "versions": versions(),
         "manifest": records,
         "passed": base64.b64encode(scanned.passed().serialize()).decode(),
@@ -220,7 +222,7 @@ def _flat(keys: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _check_same(record: Any, job: GenerateJob, storage: Storage, output: Output, accept_change: bool) -> None:
+def _check_same(record: Any, job: GenerateJob, model: Source, storage: Storage, output: Output, accept_change: bool) -> None:
     """Is the plan that stands in OUTPUT this job's, on this manifest, by these versions?"""
     there, ours = _flat(GenerateJob.model_validate(record["job"]).pixel_keys()), _flat(job.pixel_keys())
     changed = [
@@ -234,8 +236,7 @@ def _check_same(record: Any, job: GenerateJob, storage: Storage, output: Output,
         now = storage.fingerprint(file["uri"])
         if now != {key: file[key] for key in now}:
             raise OutputConflictError(f"{file['uri']} changed since {output.root} was planned; choose another `output:`")
-    revision = model_revision(job.model)
-    if revision != record["model"]["revision"]:
+    if model.revision != record["model"]["revision"]:
         raise OutputConflictError(f"{output.root} was begun with other weights of the model {record['model']['name']!r}")
     differ = [f"{k} {v} there, {versions()[k]} here" for k, v in record["versions"].items() if versions()[k] != v]
     if differ and not accept_change:

@@ -14,6 +14,7 @@ from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.manifest import Row
 from context_diffusion.schema import (
     CONTEXT,
+    CONTROL_IMAGE,
     ID,
     MANIFEST_COLUMNS,
     NEGATIVE_PROMPT,
@@ -73,7 +74,7 @@ def _read_row(row: Row, shard: int, job: GenerateJob, base: str, names: dict[str
     try:
         read[PROMPT], read[NEGATIVE_PROMPT] = (_prompt(row.get(names[n]), n, job) for n in (PROMPT, NEGATIVE_PROMPT))
         read[QUERY] = as_source(row.get(names[QUERY]), base)
-        read[CONTEXT] = as_sources(row.get(names[CONTEXT]), base)
+        read[CONTEXT], read[CONTROL_IMAGE] = (as_sources(row.get(names[n]), base) for n in (CONTEXT, CONTROL_IMAGE))
         _check_id(read[ID])
         read["settings"] = _settings(row, names, job, read[ID]).model_dump_json()
         if read[QUERY] is None:

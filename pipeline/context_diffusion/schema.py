@@ -21,9 +21,10 @@ from context_diffusion.errors import ErrorCode
 Pixels = NDArray[np.uint8]
 
 ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT = "id", "query", "context", "prompt", "negative_prompt"
+CONTROL_IMAGE = "control_image"  # control maps that a row brings, in place of those made of its query
 TARGET = "target"  # of a finetune job's manifest: the picture that query and contexts should become
 SETTINGS = tuple(Settings.model_fields)
-MANIFEST_COLUMNS = (ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT, *SETTINGS)
+MANIFEST_COLUMNS = (ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT, CONTROL_IMAGE, *SETTINGS)
 PASSED = "passed:"  # prefix in flight of a manifest column that we don't know
 
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the Hugging Face Image storage type
@@ -35,6 +36,7 @@ READ = pa.schema(
         (ID, pa.string()),
         (QUERY, FILE),
         (CONTEXT, pa.list_(FILE)),
+        (CONTROL_IMAGE, pa.list_(FILE)),
         (PROMPT, pa.string()),
         (NEGATIVE_PROMPT, pa.string()),
         ("settings", pa.string()),  # JSON of the row's own settings over the job's, seed filled in
@@ -45,7 +47,7 @@ READ = pa.schema(
 LOADED = pa.schema(
     [
         ("query_image", IMAGE),
-        ("control_image", IMAGE),
+        ("control_images", pa.list_(IMAGE)),
         ("context_images", pa.list_(IMAGE)),
         ("query_mean", pa.list_(pa.float32())),
         ("query_std", pa.list_(pa.float32())),
@@ -58,6 +60,7 @@ MADE = pa.schema(
         ("seconds", pa.float32()),
         ("lanes", pa.int32()),
         ("device", pa.string()),
+        ("prompt_truncated", pa.bool_()),
     ]
 )
 SETTING_TYPES: dict[str, pa.DataType] = {
@@ -66,7 +69,7 @@ SETTING_TYPES: dict[str, pa.DataType] = {
     "scheduler": pa.string(),
     "guidance_scale": pa.float32(),
     "context_guidance_scale": pa.float32(),
-    "controlnet_conditioning_scale": pa.float32(),
+    "controlnet_conditioning_scale": pa.list_(pa.float32()),  # of each ControlNet
     "control_guidance_start": pa.float32(),
     "control_guidance_end": pa.float32(),
     "context_scale": pa.float32(),
@@ -90,6 +93,7 @@ OUTPUT = pa.schema(
         *SETTING_TYPES.items(),
         (QUERY, pa.string()),
         (CONTEXT, pa.list_(pa.string())),
+        (CONTROL_IMAGE, pa.list_(pa.string())),
         (PROMPT, pa.string()),
         (NEGATIVE_PROMPT, pa.string()),
         ("control", pa.string()),
@@ -101,10 +105,19 @@ OUTPUT = pa.schema(
         ("seconds", pa.float32()),
         ("device", pa.string()),
         ("lanes", pa.int32()),
+        ("prompt_truncated", pa.bool_()),
         ("created_at", pa.timestamp("ms", tz="UTC")),
     ]
 )
 SCORES = pa.schema([OUTPUT.field(name) for name in (ID, "index", *SCORE_COLUMNS, "error_code", "error_message")])
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control map: one for each ControlNet of the model. kind: a key of control.CONTROLS."""
+
+    kind: str
+    pixels: Pixels
 
 
 @dataclass(frozen=True)
@@ -117,8 +130,7 @@ class Request:
     id: str
     index: int
     query: Pixels
-    control: Pixels | None
-    control_kind: str
+    controls: tuple[Control, ...]
     contexts: tuple[Pixels, ...]
     prompt: str | None
     negative_prompt: str | None

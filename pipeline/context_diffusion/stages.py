@@ -11,25 +11,26 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from context_diffusion.config import Fit, GenerateJob, Settings
-from context_diffusion.control import control_map
-from context_diffusion.errors import RowError
+from context_diffusion.control import controls_of
+from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.images import output_size, resize, statistics
 from context_diffusion.manifest import ManifestFile, read_parquet, read_text
 from context_diffusion.rows import read_table
 from context_diffusion.schema import (
     CONTEXT,
+    CONTROL_IMAGE,
     ID,
     LOADED,
     MADE,
     NEGATIVE_PROMPT,
     PROMPT,
     QUERY,
+    Control,
     Failure,
     Pixels,
     Request,
     Result,
     Shard,
-    from_image,
     required,
     to_image,
 )
@@ -93,7 +94,7 @@ class LoadImages:
             messages.append(message)
         for name, values in (("error_code", codes), ("error_message", messages)):
             table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
-        for name, values in ((QUERY, table[QUERY]), (CONTEXT, table[CONTEXT])):
+        for name, values in ((n, table[n]) for n in (QUERY, CONTEXT, CONTROL_IMAGE)):
             table = table.set_column(table.column_names.index(name), name, _without_bytes(values))
         for name in LOADED.names:
             table = table.append_column(name, pa.array([row[name] for row in rows], LOADED.field(name).type))
@@ -106,11 +107,23 @@ class LoadImages:
         mean, std = statistics(query)
         return {
             "query_image": to_image(query),
-            "control_image": None if self.job.control == "disabled" else to_image(control_map(query, self.job.control)),
+            "control_images": [to_image(control.pixels) for control in self._controls(row, query, seen)],
             "context_images": [to_image(context) for context in contexts],
             "query_mean": mean,
             "query_std": std,
         }
+
+    def _controls(self, row: dict[str, Any], query: Pixels, seen: Seen) -> tuple[Control, ...]:
+        """Maps that the row brings, or those made of its query."""
+        kinds = self.job.control_kinds
+        if not kinds or not row[CONTROL_IMAGE]:
+            return controls_of(query, kinds)
+        if len(row[CONTROL_IMAGE]) != len(kinds):
+            message = f"{CONTROL_IMAGE} has {len(row[CONTROL_IMAGE])} pictures, the job's control {len(kinds)} kinds"
+            raise RowError(ErrorCode.INVALID_SETTING, message)
+        height, width = query.shape[:2]
+        maps = [self._resized(source, self.job.fit, width, height, seen) for source in row[CONTROL_IMAGE]]
+        return tuple(map(Control, kinds, maps))
 
     def _resized(self, source: Source, fit: Fit, width: int | None, height: int | None, seen: Seen) -> Pixels:
         """Contexts repeat over rows: what comes from a URI is kept, at its small size, for the shard's other rows."""
@@ -150,8 +163,7 @@ def requests_of(table: pa.Table, job: GenerateJob) -> list[list[Request]]:
                     row[ID],
                     index,
                     required(row["query_image"]),
-                    from_image(row["control_image"]),
-                    job.control,
+                    tuple(map(Control, job.control_kinds, map(required, row["control_images"]))),
                     contexts,
                     row[PROMPT],
                     row[NEGATIVE_PROMPT],
@@ -194,6 +206,7 @@ def _with_made(table: pa.Table, index: list[int], made: list[Result | Failure | 
         "seconds": [r.seconds if r else None for r in results],
         "lanes": [r.lanes if r else None for r in results],
         "device": [r.device if r else None for r in results],
+        "prompt_truncated": [r.prompt_truncated if r else None for r in results],
     }
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values, MADE.field(name).type))

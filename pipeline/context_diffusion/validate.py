@@ -6,7 +6,7 @@ from typing import Any
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.manifest import expand, open_file
-from context_diffusion.model.source import model_revision, model_size
+from context_diffusion.model.source import find_model
 from context_diffusion.output import Output
 from context_diffusion.plan import Scan, part_rows
 from context_diffusion.schema import ID
@@ -20,12 +20,12 @@ def validate_job(job: GenerateJob, sample: int) -> dict[str, Any]:
     Raises JobError for what stops the job; bad rows are only told, for a run turns them into failed rows.
     """
     storage = Storage(job.storage_options)
-    revision = model_revision(job.model)
+    model = find_model(job.model)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scan = Scan(job, files, storage)
     size = part_rows(scan.rows, job.rows_per_part)
     shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
-    load = LoadImages(job, job.allow or [parent(file.uri) for file in files], *model_size(job.model), storage)
+    load = LoadImages(job, job.allow or [parent(file.uri) for file in files], model.image_size, model.context_size, storage)
     looked, problems = 0, []
     chosen = shards[:: max(1, len(shards) // max(sample, 1))] if sample else []
     for shard in chosen:
@@ -46,5 +46,5 @@ def validate_job(job: GenerateJob, sample: int) -> dict[str, Any]:
         "shards": len(shards),
         "sampled": looked,
         "problems": problems,
-        "model_revision": revision,
+        "model_revision": model.revision,
     }

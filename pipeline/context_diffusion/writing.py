@@ -18,6 +18,7 @@ from context_diffusion.images import encode_image
 from context_diffusion.output import Output, to_parquet
 from context_diffusion.schema import (
     CONTEXT,
+    CONTROL_IMAGE,
     ID,
     NEGATIVE_PROMPT,
     OUTPUT,
@@ -75,6 +76,8 @@ class WriteShard:
         used = settings.model_dump(include=set(SETTING_TYPES)) if settings else {}
         if settings and settings.seed is not None:
             used["seed"] = settings.seed + row["index"]
+        if settings and not isinstance(settings.controlnet_conditioning_scale, list):
+            used["controlnet_conditioning_scale"] = [settings.controlnet_conditioning_scale]
         if settings and settings.context_guidance_scale is None:
             used["context_guidance_scale"] = settings.guidance_scale
         written: dict[str, Any] = {
@@ -82,8 +85,8 @@ class WriteShard:
             **used,
             "status": "failed" if row["error_code"] else "ok",
             QUERY: _label(row[QUERY]),
-            CONTEXT: None if row[CONTEXT] is None else [_label(context) for context in row[CONTEXT]],
-            "control": self.job.control,
+            **{n: None if row[n] is None else [_label(source) for source in row[n]] for n in (CONTEXT, CONTROL_IMAGE)},
+            "control": "+".join(self.job.control_kinds) or "disabled",
             "fit": self.job.fit,
             "model": self.model,
             "created_at": datetime.now(UTC),
@@ -108,7 +111,7 @@ class WriteShard:
 
     def _metadata(self, written: dict[str, Any]) -> dict[str, str]:
         """What is needed to make the picture again; no time stands in it, so equal rows have equal bytes."""
-        keys = (ID, "index", *SETTING_TYPES, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT, "control", "fit", "model")
+        keys = (ID, "index", *SETTING_TYPES, QUERY, CONTEXT, CONTROL_IMAGE, PROMPT, NEGATIVE_PROMPT, "control", "fit", "model")
         told = {key: written.get(key) for key in keys if written.get(key) is not None}
         return {"context_diffusion": json.dumps(told, sort_keys=True), "Software": "context-diffusion"}
 

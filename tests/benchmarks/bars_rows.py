@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from context_diffusion.config import Settings
-from context_diffusion.control import control_map
+from context_diffusion.control import controls_of
 from context_diffusion.evaluation.ranking import named_first
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.source import model_folder
@@ -65,7 +65,7 @@ def _row(rng: Rng, size: int, number: int, group: list[Row]) -> Row:
 def gray_request(name: str, query: Pixels, contexts: Sequence[Pixels], settings: Settings, seed: int) -> Request:
     """As the engine takes it: the query's grey as its control map, no prompt."""
     seeded = settings.model_copy(update={"seed": seed})
-    return Request(name, 0, query, control_map(query, "gray"), "gray", tuple(contexts), None, None, seeded)
+    return Request(name, 0, query, controls_of(query, ["gray"]), tuple(contexts), None, None, seeded)
 
 
 def request_of(row: Row, number: int, settings: Settings, query: Pixels | None = None, **changes: object) -> Request:

@@ -17,12 +17,12 @@ from context_diffusion.engine.samplers import SAMPLERS
 from context_diffusion.engine.service import EngineService
 from context_diffusion.errors import ErrorCode
 from context_diffusion.model.native_backbone import NativeBackbone
-from context_diffusion.schema import Failure, Pixels, Request, Result
+from context_diffusion.schema import Control, Failure, Pixels, Request, Result
 from tiny import picture, request, tiny_model
 
 
 def engine(lanes: int = 8) -> Engine:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return Engine(NativeBackbone(tiny_model()), torch.device("cpu"), Shape(2, lanes))
 
 
@@ -88,7 +88,7 @@ def test_each_setting_moves_the_picture(change: dict[str, Any]) -> None:
 def test_query_contexts_and_seed_move_the_picture() -> None:
     base = request(**BASE)
     before = alone(base)
-    assert moved(before, alone(dataclasses.replace(base, control=picture(77)))) > 0
+    assert moved(before, alone(dataclasses.replace(base, controls=(Control("gray", picture(77)),)))) > 0
     assert moved(before, alone(dataclasses.replace(base, contexts=(picture(88),)))) > 0
     assert moved(before, alone(request(**(BASE | {"seed": 4})))) > 0
 
@@ -109,7 +109,7 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
     model = tiny_model()
     scheduler = DDIMScheduler.from_config(model.scheduler_config)
     scheduler.set_timesteps(4)
-    pixels = torch.from_numpy(np.stack([one.contexts[0], one.control]).copy()).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack([one.contexts[0], one.controls[0].pixels]).copy()).permute(0, 3, 1, 2)
     contexts = torch.zeros(1, 8, 4, 32)
     contexts[0, 0] = model.encode_images(pixels[:1])[0]
     weights = torch.zeros(1, 8)

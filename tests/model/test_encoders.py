@@ -35,7 +35,7 @@ from context_diffusion.errors import ModelError
 from context_diffusion.model.build import build
 from context_diffusion.model.encoders import load_encoder, patch_tokens
 from context_diffusion.model.native import NativeModel
-from context_diffusion.model.source import model_size
+from context_diffusion.model.source import find_model
 from context_diffusion.training.config import Architecture
 from context_diffusion.training.samples import make
 from steps import changed_by_a_step
@@ -112,7 +112,8 @@ def test_a_model_around_each_trains_saves_loads_and_makes_pictures(kind: str, tm
     model.save_pretrained(tmp_path / "model", dtype=torch.float32)
     again = NativeModel.from_pretrained(tmp_path / "model")
     assert type(again.image_encoder) is CLASSES[kind][0]
-    assert model_size(str(tmp_path / "model")) == (64, CLASSES[kind][1])
+    found = find_model(str(tmp_path / "model"))
+    assert (found.image_size, found.context_size) == (64, CLASSES[kind][1])
     row = request(4, contexts=2, prompt="ocean", guidance_scale=2.0, num_inference_steps=2)
     others = [dataclasses.replace(row, contexts=pair) for pair in ((picture(9), row.contexts[1]), (row.contexts[0], picture(9)))]
     [image] = make(model, [row])

@@ -14,7 +14,7 @@ from context_diffusion.engine.engine import Engine
 from context_diffusion.errors import ModelError
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.normalization import STATISTICS, describe, normalise, restore
-from context_diffusion.schema import Pixels, Request, Result
+from context_diffusion.schema import Control, Pixels, Request, Result
 from context_diffusion.training.config import Architecture, Normalization
 from steps import changed_by_a_step
 from tiny import SIZES, make_tiny, picture, request
@@ -61,7 +61,7 @@ def test_every_choice_trains_saves_loads_and_makes_a_row_alone_as_among_others(
     rows = [
         request(1, contexts=2, num_inference_steps=2),
         request(2, prompt="ocean", guidance_scale=2.0, size=(64, 96), num_inference_steps=2),
-        dataclasses.replace(request(3, num_inference_steps=2), control=constant, contexts=(constant,)),
+        dataclasses.replace(request(3, num_inference_steps=2), controls=(Control("gray", constant),), contexts=(constant,)),
     ]
     together = made(model, rows)
     assert [image.shape for image in together] == [(64, 64, 3), (64, 96, 3), (64, 64, 3)]

@@ -5,13 +5,12 @@ Knows pixels (numpy, OpenCV) only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-Pixels = NDArray[np.uint8]
+from context_diffusion.schema import Control, Pixels
 
 
 def query_pixels(image: Pixels) -> Pixels:
@@ -57,3 +56,8 @@ def control_map(image: Pixels, kind: str) -> Pixels:
     """
     result = CONTROLS[kind](image)
     return np.repeat(result[:, :, None], 3, axis=2) if result.ndim == 2 else result
+
+
+def controls_of(query: Pixels, kinds: Sequence[str]) -> tuple[Control, ...]:
+    """A control map of each kind."""
+    return tuple(Control(kind, control_map(query, kind)) for kind in kinds)

@@ -41,6 +41,7 @@ class Backbone(Protocol):
     noise_scale: float  # of the noise that sampling begins with; 1: as trained
     latent_channels: int
     latent_factor: int  # pixels a side of a latent
+    control_reads: tuple[str, ...]  # how the names of the lanes' conditions begin that `control` reads
 
     def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
         """Raises RowError for a row that the model cannot take."""

@@ -35,6 +35,16 @@ def weighted_contexts(request: Request, slots: int) -> list[Context]:
     return sorted(found, key=lambda one: (one.key, one.weight))
 
 
+def control_scales(request: Request, networks: int) -> list[float]:
+    """Of each ControlNet. Raises RowError where the row's control maps or scales are not as many."""
+    scales = request.settings.controlnet_conditioning_scale
+    scales = scales if isinstance(scales, list) else [scales] * networks
+    for what, count in (("control maps", len(request.controls)), ("values of controlnet_conditioning_scale", len(scales))):
+        if count != networks:
+            raise RowError(ErrorCode.INVALID_SETTING, f"{count} {what}, the model has {networks} ControlNets")
+    return scales
+
+
 def content_key(pixels: Pixels) -> str:
     return hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest() + str(pixels.shape)
 

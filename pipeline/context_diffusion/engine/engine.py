@@ -185,7 +185,7 @@ class Engine:
             residuals = self.backbone.control(
                 torch.cat([slot.model_input for slot in rows]),
                 torch.stack([slot.timestep for slot in rows]).to(self.device),
-                stack([slots[row].encoded.lanes[lane] for _, (row, lane) in padded]),
+                stack([slots[row].encoded.lanes[lane] for _, (row, lane) in padded], self.backbone.control_reads),
                 stack([slot.encoded.control or {} for slot in rows]),
             )
             for number, (key, _) in enumerate(part):
@@ -233,8 +233,9 @@ class Engine:
         return []
 
 
-def stack(conditions: list[Conditions]) -> Conditions:
-    return {name: torch.cat([one[name] for one in conditions]) for name in conditions[0]}
+def stack(conditions: list[Conditions], names: tuple[str, ...] = ("",)) -> Conditions:
+    """Those whose names begin with one of `names`."""
+    return {name: torch.cat([one[name] for one in conditions]) for name in conditions[0] if name.startswith(names)}
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from context_diffusion.config import KIND, Fit, Limits, ScoreName, StorageOptions, StrictModel, known_columns
+from context_diffusion.config import KIND, Fit, Limits, ScoreName, StorageOptions, known_columns
+from context_diffusion.strict import StrictModel
 
 
 class EvaluateJob(StrictModel):

@@ -66,7 +66,7 @@ def attend_by_lanes(model: nn.Module, prefix: str = "") -> dict[str, Attention]:
     layers = cross_attentions(model, prefix)
     for name, layer in model.named_modules():
         if isinstance(layer, Attention) and name.endswith(("attn1", "attn2")):
-            layer.processor = LaneAttention(prefix + name) if name.endswith("attn2") else SelfAttention()
+            layer.set_processor(LaneAttention(prefix + name) if name.endswith("attn2") else SelfAttention())
     return layers
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.conditions import content_key, slots_of, to_tensor, weighted_contexts
+from context_diffusion.engine.conditions import content_key, control_scales, slots_of, to_tensor, weighted_contexts
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
 from context_diffusion.model.native import NativeModel
@@ -31,6 +31,7 @@ class NativeBackbone:
         self.scheduler_config: dict[str, Any] = model.scheduler_config
         self.image_size, self.context_size, self.context_slots = model.image_size, model.context_size, model.context_slots
         self.noise_scale = model.noise_scale
+        self.control_reads: tuple[str, ...] = ()
         self.latent_channels, self.latent_factor = model.latent_shape[0], model.image_size // model.latent_shape[1]
 
     def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
@@ -52,17 +53,16 @@ class NativeBackbone:
         return self.model.encode_images(to_tensor(pixels).to(self.model.device))
 
     def _layout(self, request: Request, cache: Cache) -> Conditions | None:
-        if request.control is None:
+        if not request.controls:
             return None
-        pixels, kind = request.control, request.control_kind
+        [scale], [control] = control_scales(request, 1), request.controls
 
         def embed() -> Tensor:
-            latents = self.model.encode_control(to_tensor(pixels).to(self.model.device), [kind])
+            latents = self.model.encode_control(to_tensor(control.pixels).to(self.model.device), [control.kind])
             return self.layout_embedding(latents.to(self.model.dtype))
 
-        embedded = cache.get(f"control:{kind}:{content_key(pixels)}", embed)
-        scale = torch.tensor([[request.settings.controlnet_conditioning_scale]], device=embedded.device, dtype=embedded.dtype)
-        return {"layout": embedded, "scale": scale[..., None, None]}
+        layout = cache.get(f"control:{control.kind}:{content_key(control.pixels)}", embed)
+        return {"layout": layout, "scale": layout.new_full((1, 1, 1, 1), scale)}
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         return self.model.encode_pixels(to_tensor(request.query).to(self.model.device)).float()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from context_diffusion.training.config import NormalizationKind
+from context_diffusion.strict import NormalizationKind
 
 LEVEL = 1 / 255  # the smallest deviation: a constant picture becomes 0, not NaN
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601

@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from context_diffusion.errors import ModelError
+from context_diffusion.model.hub import commit_of, fetch, split
+from context_diffusion.model.presets import PRESETS, parts_of
+from context_diffusion.strict import Parts
 
 BUNDLED = Path(__file__).parent / "bundled"
+NATIVE = "ContextDiffusion"  # _class_name in a native model's index
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it was found. folder: of a native one; parts: of a pretrained one, every hub id at a commit.
+
+    revision: a digest; other weights are another model. image_size, context_size: pixels.
+    """
+
+    name: str
+    folder: Path | None
+    parts: Parts | None
+    revision: str
+    image_size: int
+    context_size: int
 
 
 def model_folder(model: str) -> Path:
-    """The folder of a model by its name: `bundled` or a folder. Raises ModelError naming what is missing."""
+    """The folder of a native model by its name: `bundled` or a folder. Raises ModelError naming what is missing."""
     folder = BUNDLED if model == "bundled" else Path(model)
     if not folder.is_dir():
         raise ModelError(f"model: {model!r} is neither `bundled` nor a folder that is here")
@@ -21,15 +42,58 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def model_size(model: str) -> tuple[int, int]:
-    """(image_size, context_size) in pixels, from the index."""
-    index = json.loads((model_folder(model) / "model_index.json").read_text())
-    return index["image_size"], index["context_size"]
+def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Source:
+    """Looks up names, folders and hub ids; small files alone are downloaded. commits: of hub ids, found earlier. Raises
+    ModelError naming the part."""
+    if isinstance(model, str) and model not in PRESETS:
+        if model == "bundled" or Path(model).is_dir():
+            index = read_json(str(model_folder(model)), "model_index.json", {})
+            if index.get("_class_name") == NATIVE:
+                return _native(model, model_folder(model), index)
+        elif model.startswith((".", "/", "~")) or "/" not in model:
+            raise ModelError(f"model: {model!r} is no folder that is here, and none of bundled, {', '.join(PRESETS)}")
+    parts = parts_of(model)
+    hub = {split(part)[0] for part in parts.all if not Path(part).exists()}
+    known = (commits or {}) | parts.revision
+    parts = parts.model_copy(update={"revision": {repo: commit_of(repo, known.get(repo)) for repo in sorted(hub)}})
+    index = read_json(parts.base, "model_index.json", parts.revision)
+    if index.get("_class_name") == NATIVE:
+        return _native(str(model), fetch(parts.base, "", parts.revision), index)
+    name = model if isinstance(model, str) else parts.base
+    return Source(name, None, parts, _revision(parts), *_sizes(parts))
 
 
-def model_revision(model: str) -> str:
-    """A digest over the names and bytes of the model's files: other weights are another model."""
-    folder, digest = model_folder(model), hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt")):
-        digest.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+def _native(name: str, folder: Path, index: dict[str, Any]) -> Source:
+    return Source(name, folder, None, digest(folder), index["image_size"], index["context_size"])
+
+
+def _sizes(parts: Parts) -> tuple[int, int]:
+    unet, vae = (read_json(parts.base, f"{name}/config.json", parts.revision) for name in ("unet", "vae"))
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    encoder = read_json(parts.image_encoder, "config.json", parts.revision) if parts.image_encoder else {"image_size": 224}
+    return unet["sample_size"] * factor, encoder["image_size"]
+
+
+def read_json(part: str, name: str, revision: dict[str, str]) -> dict[str, Any]:
+    path = fetch(part, name, revision)
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: {part}: no readable {name} ({error})") from error
+
+
+def _revision(parts: Parts) -> str:
+    """Over what the parts say: hub ids by commit, folders and files by their bytes."""
+    told = parts.model_dump(mode="json")
+    told["local"] = {part: digest(Path(part)) for part in parts.all if Path(part).exists()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest(path: Path) -> str:
+    """Over the names and bytes of a folder's files, or over a file's bytes."""
+    found = hashlib.sha256()
+    files = [path] if path.is_file() else (p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt"))
+    for file in sorted(files):
+        with file.open("rb") as opened:
+            found.update(f"{file.relative_to(path)}\0".encode() + hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()[:16]

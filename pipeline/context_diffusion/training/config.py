@@ -8,13 +8,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from context_diffusion.config import KIND, StorageOptions, StrictModel, known_columns
+from context_diffusion.config import KIND, StorageOptions, known_columns
 from context_diffusion.schema import CONTEXT, PROMPT, QUERY, TARGET
 from context_diffusion.storage import normal
+from context_diffusion.strict import NormalizationKind, StrictModel
 
 SMALL = "small"  # the context encoder of our own
 REPORTS = "steps between reports: validation, samples, curves, model/; a checkpoint comes every 5 minutes too"
-NormalizationKind = Literal["none", "image", "channel"]
 
 
 class AutoencoderSteps(StrictModel):

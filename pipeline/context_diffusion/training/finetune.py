@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 import torch
 
-from context_diffusion.control import control_map
+from context_diffusion.control import controls_of
 from context_diffusion.model.native import NativeModel
-from context_diffusion.model.source import model_folder, model_revision
+from context_diffusion.model.source import digest, model_folder
 from context_diffusion.schema import Pixels, Request
 from context_diffusion.training.batches import SAMPLE_SETTINGS, Source
 from context_diffusion.training.config import FinetuneJob
@@ -77,7 +77,7 @@ class Own:
         self.generated, self.summaries = Generated(model, pools, job.pool_steps), summarise(model, pictures.pixels)
         self.training = self.gallery(pictures.training)
         self.held = self.gallery(pictures.validation) if pictures.validation else self.training
-        self.origin = {"model": model_revision(job.model), "data": pictures.digest}
+        self.origin = {"model": digest(model_folder(job.model)), "data": pictures.digest}
 
     def gallery(self, examples: list[Example]) -> Gallery:
         pixels = self.pictures.pixels
@@ -99,8 +99,7 @@ class Own:
             query, kind = self.held.query(example, rng), self.held.draw_kind(rng)
             contexts = tuple(self.pictures.pixels[k] for k in self.held.contexts(example, rng))
             settings = SAMPLE_SETTINGS.model_copy(update={"seed": number})
-            control = control_map(query, kind)
             prompt = example.prompt or None
-            requests.append(Request(f"own-{number}", 0, query, control, kind, contexts, prompt, None, settings))
+            requests.append(Request(f"own-{number}", 0, query, controls_of(query, [kind]), contexts, prompt, None, settings))
             targets.append(self.pictures.pixels[example.target])
         return requests, targets

@@ -14,7 +14,7 @@ from context_diffusion.engine.engine import Engine, Shape
 from context_diffusion.images import resize
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
-from context_diffusion.schema import Request, Result
+from context_diffusion.schema import Control, Request, Result
 from context_diffusion.training.data import Pool, draw
 from context_diffusion.training.state import writing
 
@@ -27,8 +27,7 @@ def pool_requests(pool: Pool, count: int, settings: Settings, prompts: bool = Tr
             id=f"validation-{i}",
             index=0,
             query=pool.queries[batch.controls[i]],
-            control=pool.controls[batch.controls[i]],
-            control_kind=pool.control_kinds[batch.controls[i]],
+            controls=(Control(pool.control_kinds[batch.controls[i]], pool.controls[batch.controls[i]]),),
             contexts=tuple(pool.targets[k] for k in batch.contexts[i][: batch.counts[i]]),
             prompt=batch.prompts[i] or None,
             negative_prompt=None,
@@ -54,8 +53,7 @@ def save_samples(model: NativeModel, requests: list[Request], targets: list[NDAr
     rows = []
     for request, image, target in zip(requests, make(model, requests), targets, strict=True):
         contexts = [*request.contexts, blank, blank][:3]
-        assert request.control is not None
-        rows.append(np.concatenate([request.query, request.control, *contexts, target, image], 1))
+        rows.append(np.concatenate([request.query, request.controls[0].pixels, *contexts, target, image], 1))
     half = len(rows) // 2
     page = Image.fromarray(np.concatenate([np.concatenate(rows[:half]), np.concatenate(rows[half:])], 1))
     with writing(path):

@@ -1,0 +1,201 @@
+"""Stable Diffusion with ControlNets and an IP-Adapter as the engine's backbone: each row what diffusers' own pipeline
+makes of it alone.
+
+B lanes  T text tokens  K tokens a context  D width  C h w latents
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import ImageProjection
+from torch import Tensor, nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from context_diffusion.engine.backbone import Conditions, Encoded
+from context_diffusion.engine.cache import Cache
+from context_diffusion.engine.conditions import content_key, control_scales, slots_of, to_tensor, weighted_contexts
+from context_diffusion.engine.guidance import Branch
+from context_diffusion.model.attention import attend_by_lanes, keys_and_values
+from context_diffusion.model.fusion import ABSENT, log_weights
+from context_diffusion.model.normalization import normalise
+from context_diffusion.model.stable_diffusion import StableDiffusion
+from context_diffusion.model.text import PromptEncoder
+from context_diffusion.schema import Control, Pixels, Request
+
+TILED = 2**20  # pixels from which on the autoencoder works in tiles
+
+
+class StableBackbone:
+    """engine/backbone.py's interface."""
+
+    def __init__(self, model: StableDiffusion) -> None:
+        pipe = model.pipe
+        self.model, self.unet, self.vae, self.controlnets = model, pipe.unet, pipe.vae, model.controlnets
+        self.text = PromptEncoder(pipe, model.xl, model.parts.clip_skip, model.parts.prompt_chunks)
+        self.contexts = _ContextEncoder(pipe, model.parts.normalization) if pipe.unet.config.encoder_hid_dim_type else None
+        self.layers = attend_by_lanes(self.unet, "unet.")
+        self.control_layers = [attend_by_lanes(net, f"net{n}.") for n, net in enumerate(self.controlnets)]
+        # Of the control maps alone: once a row, not once a step.
+        self.map_embeddings = [net.controlnet_cond_embedding for net in self.controlnets]
+        for net in self.controlnets:
+            net.controlnet_cond_embedding = nn.Identity()
+        self.scheduler_config: dict[str, Any] = dict(pipe.scheduler.config)
+        self.latent_channels = self.vae.config.latent_channels
+        self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.image_size = self.unet.config.sample_size * self.latent_factor
+        self.context_size = pipe.image_encoder.config.image_size if self.contexts else 224
+        self.context_slots, self.noise_scale = 8, 1.0
+        self.control_reads: tuple[str, ...] = ("net", "bias", "text_embeds", "time_ids")
+
+    def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
+        contexts = self._contexts(request, cache)
+        lanes, keys, truncated = [], [], False
+        for branch in wanted:
+            prompt, negative = (request.prompt, False) if branch.prompt else (request.negative_prompt, True)
+            key = f"text:{negative}:{prompt}"
+            text = cache.get(key, partial(self._text, prompt, negative))
+            truncated |= self.text.truncates(prompt)
+            lanes.append(text | contexts[branch.contexts] | self._time_ids(request))
+            keys.append(key)
+        return Encoded(lanes, self._control(request, cache), keys, truncated)
+
+    def _text(self, prompt: str | None, negative: bool) -> Conditions:
+        """The prompt's keys and values, of all layers."""
+        hidden, pooled, mask = self.text(prompt, negative)
+        found: Conditions = {}
+        for layers in (self.layers, *self.control_layers):
+            found |= keys_and_values(layers, hidden)
+        if pooled is not None:
+            found["text_embeds"] = pooled
+        if self.text.chunks > 1:
+            found["bias"] = torch.where(mask, 0.0, ABSENT)[:, None, None].to(hidden.dtype)
+        return found
+
+    def _contexts(self, request: Request, cache: Cache) -> dict[bool, Conditions]:
+        """With the contexts shown, and without: then the IP-Adapter sees an empty picture's features, as it was trained."""
+        if self.contexts is None:
+            return {False: {}, True: {}}
+        shown = weighted_contexts(request, self.context_slots)
+        given = [cache.get(f"context:{one.key}", partial(self.contexts.encode, one.pixels)) for one in shown]
+        none = cache.get("context:", self.contexts.none)
+        scale = none.new_full((1, 1, 1), request.settings.context_scale)
+        found: dict[bool, Conditions] = {}
+        for present, tokens, weights in ((True, given, [one.weight for one in shown]), (False, [none], [1.0])):
+            slots, padded = slots_of(tokens, weights, self.context_slots)
+            bias = log_weights(padded).repeat_interleave(slots.shape[2], 1)[:, None, None].to(slots.dtype)
+            kept = self.contexts.keys_and_values(slots.flatten(1, 2))
+            found[present] = kept | {"context_bias": bias, "context_scale": scale * bool(padded.any())}
+        return found
+
+    def _time_ids(self, request: Request) -> Conditions:
+        if not self.model.xl:
+            return {}
+        height, width = request.query.shape[:2]
+        return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], device=self.unet.device, dtype=self.unet.dtype)}
+
+    def _control(self, request: Request, cache: Cache) -> Conditions | None:
+        if not request.controls:
+            return None
+        found: Conditions = {}
+        for n, (scale, control) in enumerate(zip(control_scales(request, len(self.controlnets)), request.controls, strict=True)):
+            embedded = cache.get(f"control{n}:{content_key(control.pixels)}", partial(self._map, n, control))
+            found |= {f"map{n}": embedded, f"scale{n}": embedded.new_full((1, 1, 1, 1), scale)}
+        return found
+
+    def _map(self, n: int, control: Control) -> Tensor:
+        return self.map_embeddings[n]((to_tensor(control.pixels).to(self.unet.device) / 255).to(self.unet.dtype))
+
+    def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
+        pixels = to_tensor(request.query).to(self.unet.device) / 255 * 2 - 1
+        latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample(generator)
+        return (latents * self.vae.config.scaling_factor).float()
+
+    def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
+        total: list[Tensor] = []
+        for n, net in enumerate(self.controlnets):
+            down, mid = net(
+                latents.to(self.unet.dtype),
+                timesteps,
+                encoder_hidden_states=None,
+                controlnet_cond=control[f"map{n}"],
+                added_cond_kwargs=_added(lanes),
+                cross_attention_kwargs={"lanes": lanes},
+                return_dict=False,
+            )
+            scaled = [residual * control[f"scale{n}"] for residual in (*down, mid)]
+            total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
+        return total
+
+    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
+        return self.unet(
+            latents.to(self.unet.dtype),
+            timesteps,
+            encoder_hidden_states=None,
+            added_cond_kwargs=_added(lanes),
+            cross_attention_kwargs={"lanes": lanes},
+            down_block_additional_residuals=None if residuals is None else tuple(residuals[:-1]),
+            mid_block_additional_residual=None if residuals is None else residuals[-1],
+            return_dict=False,
+        )[0]
+
+    def decode(self, latents: Tensor, request: Request) -> Tensor:
+        tiled = latents.shape[2] * latents.shape[3] * self.latent_factor**2 > TILED
+        (self.vae.enable_tiling if tiled else self.vae.disable_tiling)()
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
+        vae = self.vae.float() if upcast else self.vae
+        images = vae.decode((latents / self.vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float()
+        if upcast:
+            self.vae.half()
+        return (images / 2 + 0.5).clamp(0, 1)
+
+
+def _added(lanes: Conditions) -> dict[str, Tensor]:
+    """What SDXL is told besides: the pooled prompt and the sizes."""
+    return {name: lanes[name] for name in ("text_embeds", "time_ids") if name in lanes}
+
+
+class _ContextEncoder:
+    """The image encoder and the IP-Adapter's parts, taken out of the U-Net, which would run them at every step."""
+
+    def __init__(self, pipe: Any, normalization: Any) -> None:
+        self.encoder, self.normalization = pipe.image_encoder, normalization
+        [self.project] = pipe.unet.encoder_hid_proj.image_projection_layers
+        self.keys = {
+            f"unet.{name.removesuffix('.processor')}": (processor.to_k_ip[0], processor.to_v_ip[0])
+            for name, processor in pipe.unet.attn_processors.items()
+            if hasattr(processor, "to_k_ip")
+        }
+        pipe.unet.encoder_hid_proj = None
+        pipe.unet.register_to_config(encoder_hid_dim_type=None)
+        extractor = pipe.feature_extractor
+        self.mean = torch.tensor(extractor.image_mean if extractor else OPENAI_CLIP_MEAN)[:, None, None]
+        self.std = torch.tensor(extractor.image_std if extractor else OPENAI_CLIP_STD)[:, None, None]
+
+    def encode(self, pixels: Pixels) -> Tensor:
+        """uint8 (S, S, 3) -> (1, K, D)."""
+        image = to_tensor(pixels)
+        if self.normalization == "none":
+            values = (image / 255 - self.mean) / self.std
+        else:
+            values, _, _ = normalise(image, self.normalization)
+        return self._features(values.to(self.encoder.device, self.encoder.dtype), empty=False)
+
+    def none(self) -> Tensor:
+        side = self.encoder.config.image_size
+        return self._features(torch.zeros(1, 3, side, side, device=self.encoder.device, dtype=self.encoder.dtype), empty=True)
+
+    def _features(self, values: Tensor, empty: bool) -> Tensor:
+        """A plain adapter reads the projected embedding, zeros for none; Plus reads the patches, of zeros for none."""
+        if isinstance(self.project, ImageProjection):
+            embeds = self.encoder(values).image_embeds
+            return self.project(torch.zeros_like(embeds) if empty else embeds)
+        return self.project(self.encoder(values, output_hidden_states=True).hidden_states[-2])
+
+    def keys_and_values(self, tokens: Tensor) -> Conditions:
+        found = {}
+        for name, (key, value) in self.keys.items():
+            found[f"{name}.context_k"], found[f"{name}.context_v"] = key(tokens), value(tokens)
+        return found

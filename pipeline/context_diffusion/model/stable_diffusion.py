@@ -1,0 +1,113 @@
+"""Puts a pretrained Stable Diffusion (1.x, 2.x, XL) together from its parts, by diffusers' own loaders.
+
+safetensors only, no remote code. Knows no rows and no steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from context_diffusion.errors import ModelError
+from context_diffusion.model.hub import fetch, split
+from context_diffusion.strict import Parts
+
+diffusers.utils.logging.set_verbosity_error()
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class StableDiffusion:
+    """pipe: diffusers' text-to-image pipeline of the base, with the IP-Adapter in its U-Net; xl: an XL one."""
+
+    pipe: Any
+    controlnets: list[Any]
+    parts: Parts
+    xl: bool
+
+
+def load(parts: Parts, device: torch.device) -> StableDiffusion:
+    """Raises ModelError naming the part."""
+    kind = "bfloat16" if parts.dtype == "auto" and device.type == "cuda" else parts.dtype
+    dtype = DTYPES.get(kind, torch.float32)
+    variant = parts.variant if dtype != torch.float32 else None
+    loader = _Loader(parts, dtype, variant)
+    xl = "StableDiffusionXL" in fetch(parts.base, "model_index.json", parts.revision).read_text()
+    kind_of_pipe = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
+    own: dict[str, Any] = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
+    if parts.image_encoder:
+        own["image_encoder"] = loader(transformers.CLIPVisionModelWithProjection, parts.image_encoder, dtype_name="dtype")
+    if parts.vae:
+        own["vae"] = loader(diffusers.AutoencoderKL, parts.vae)
+    pipe = loader(kind_of_pipe, parts.base, **own)
+    controlnets = [loader(diffusers.ControlNetModel, part) for part in parts.controlnets]
+    for module in (pipe.unet, *controlnets):
+        width = module.config.cross_attention_dim
+        if width != pipe.unet.config.cross_attention_dim:
+            named = ", ".join(parts.controlnets)
+            raise ModelError(f"model: controlnet {named} reads text of width {width}, base {parts.base} has another one")
+    _fuse_loras(pipe, parts)
+    if parts.ip_adapter and parts.ip_adapter_weight_name:
+        _load_ip_adapter(pipe, parts, fetch(parts.ip_adapter, parts.ip_adapter_weight_name, parts.revision))
+    pipe.set_progress_bar_config(disable=True)
+    for module in [*pipe.components.values(), *controlnets]:
+        if isinstance(module, nn.Module):
+            module.to(device).eval().requires_grad_(False)
+    return StableDiffusion(pipe, controlnets, parts, xl)
+
+
+@dataclass
+class _Loader:
+    parts: Parts
+    dtype: torch.dtype
+    variant: str | None
+
+    def __call__(self, kind: Any, part: str, dtype_name: str = "torch_dtype", **own: Any) -> Any:
+        """kind.from_pretrained of a part at its commit; without the variant where the part has none."""
+        local = Path(part).exists()
+        repo, folder = (part, "") if local else split(part)
+        told = {"revision": None if local else self.parts.revision.get(repo), "use_safetensors": True, dtype_name: self.dtype}
+        told |= {"subfolder": folder} if folder else {}
+        problems: list[Exception] = []
+        for variant in dict.fromkeys((self.variant, None)):
+            try:
+                return kind.from_pretrained(repo, **told, **own, **({"variant": variant} if variant else {}))
+            except Exception as error:  # whatever a folder's files lead the loaders to
+                problems.append(error)
+        raise ModelError(f"model: {part} cannot be loaded as {kind.__name__}: {problems[-1]}") from problems[-1]
+
+
+def _fuse_loras(pipe: Any, parts: Parts) -> None:
+    for number, (name, scale) in enumerate(parts.loras):
+        folder, _, file = name.rpartition("/")
+        path = fetch(folder or ".", file, parts.revision)
+        try:
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"lora{number}")
+            pipe.fuse_lora(lora_scale=scale, adapter_names=[f"lora{number}"])
+            pipe.unload_lora_weights()
+        except Exception as error:
+            hint = "; pip install 'context-diffusion[lora]'" if "PEFT" in str(error) else ""
+            raise ModelError(f"model: lora {name} cannot be loaded into {parts.base}: {error}{hint}") from error
+
+
+def _load_ip_adapter(pipe: Any, parts: Parts, path: Path) -> None:
+    if pipe.image_encoder is None:
+        raise ModelError("model: ip_adapter needs image_encoder, the CLIP vision model that it was made with")
+    try:
+        pipe.load_ip_adapter(str(path.parent), subfolder="", weight_name=path.name, image_encoder_folder=None)
+    except Exception as error:
+        raise ModelError(f"model: ip_adapter {path} doesn't fit {parts.base}: {error}") from error
+    [layer] = pipe.unet.encoder_hid_proj.image_projection_layers
+    plain = isinstance(layer, diffusers.models.embeddings.ImageProjection)
+    encoder = pipe.image_encoder.config
+    width = encoder.projection_dim if plain else encoder.hidden_size
+    wanted = layer.image_embeds.in_features if plain else getattr(getattr(layer, "proj_in", None), "in_features", width)
+    if width != wanted:
+        told = f"image_encoder {parts.image_encoder} gives {width} features"
+        raise ModelError(f"model: {told}, ip_adapter {path.name} reads {wanted}: name the encoder that it was made with")

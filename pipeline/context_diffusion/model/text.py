@@ -1,0 +1,63 @@
+"""Prompts of Stable Diffusion: encoded by diffusers' own pipeline, longer ones in chunks.
+
+T text tokens  D width
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class PromptEncoder:
+    """chunks: of so many tokens as the text encoder reads, which a prompt may have; what is over is cut."""
+
+    def __init__(self, pipe: Any, xl: bool, clip_skip: int | None, chunks: int) -> None:
+        self.pipe, self.xl, self.clip_skip, self.chunks = pipe, xl, clip_skip, chunks
+        self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2] if xl else [pipe.tokenizer]
+        self.length = min(tokenizer.model_max_length for tokenizer in self.tokenizers)
+
+    def tokens(self, text: str) -> int:
+        """With begin and end, by the tokenizer that makes most of it."""
+        return max(len(tokenizer(text, verbose=False)["input_ids"]) for tokenizer in self.tokenizers)
+
+    def truncates(self, prompt: str | None) -> bool:
+        return len(self.split(prompt or "")) > self.chunks if self.chunks > 1 else self.tokens(prompt or "") > self.length
+
+    def split(self, prompt: str) -> list[str]:
+        """At spaces, into parts that the text encoder can read."""
+        parts: list[str] = []
+        for word in prompt.split(" "):
+            if parts and self.tokens(f"{parts[-1]} {word}") <= self.length:
+                parts[-1] += f" {word}"
+            else:
+                parts.append(word)
+        return parts
+
+    def __call__(self, prompt: str | None, negative: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """-> hidden (1, chunks·T, D), pooled (1, D') for XL, mask (1, chunks·T) bool."""
+        if self.chunks == 1:
+            hidden, pooled = self._encode(prompt, negative)
+            return hidden, pooled, torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        parts = self.split(prompt or "")[: self.chunks] if prompt else [prompt]
+        encoded = [self._encode(part, negative) for part in parts]
+        hidden = torch.cat([one for one, _ in encoded], 1)
+        mask = torch.zeros(1, self.chunks * self.length, dtype=torch.bool, device=hidden.device)
+        mask[:, : hidden.shape[1]] = True
+        padded = hidden.new_zeros(1, mask.shape[1], hidden.shape[2])
+        padded[:, : hidden.shape[1]] = hidden
+        return padded, encoded[0][1], mask
+
+    def _encode(self, text: str | None, negative: bool) -> tuple[Tensor, Tensor | None]:
+        """As the prompt of a pipeline without guidance; a negative one as diffusers has it: without clip_skip, and zeros
+        where an XL pipeline is told so."""
+        empty = negative and not text
+        zeros = self.xl and empty and text is None and self.pipe.config.force_zeros_for_empty_prompt
+        skip = None if negative else self.clip_skip
+        told = {"device": self.pipe.unet.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        if not self.xl:
+            return self.pipe.encode_prompt(text or "", **told, clip_skip=skip)[0], None
+        hidden, _, pooled, _ = self.pipe.encode_prompt(text or "", **told, clip_skip=skip)
+        return (torch.zeros_like(hidden), torch.zeros_like(pooled)) if zeros else (hidden, pooled)
