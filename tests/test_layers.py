@@ -13,8 +13,9 @@ TORCH = ("model/", "engine/", "training/", "evaluation/prompt.py", "evaluation/s
 # A layer may import itself and what stands before it. (model/source.py and the configuration of training are the
 # layers' faces to the driver: no torch in them. The job that reads and writes scores stands above the scores.)
 LAYERS = [
-    {"errors", "config", "schema", "control"},
-    {"storage", "allow", "images", "manifest", "sources", "rows", "unique", "evaluation", "model.source", "training.config"},
+    {"errors", "strict", "config", "schema", "control"},
+    {"storage", "allow", "images", "manifest", "sources", "rows", "unique", "evaluation", "training.config"},
+    {"model.source", "model.hub", "model.presets"},
     {"output", "plan", "jobfile", "report", "tensors"},
     {"model", "engine", "training", "pipeline", "evaluation.similarity"},
     {"stages", "writing", "ledger", "validate", "progress", "evaluation.pairs", "evaluation.controls", "evaluation.run"},

@@ -16,6 +16,7 @@ import context_diffusion
 from context_diffusion.config import Cluster, GenerateJob, Limits, Settings
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.jobfile import check_job, parse
+from context_diffusion.strict import Parts
 from context_diffusion.training.config import (
     Architecture,
     AutoencoderSteps,
@@ -58,6 +59,7 @@ TRAINING = {
 TABLES = {
     "settings": table({"": Settings}),
     "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits}),
+    "parts": table({"model.": Parts}),
     "train": table(TRAINING),
     "evaluate": table({"": EvaluateJob, "limits.": Limits}),
     "finetune": table({"": FinetuneJob, "diffusion.": FinetuneSteps}),

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from context_diffusion.config import Fit, GenerateJob, Settings, control_kinds
 from context_diffusion.control import CONTROLS, controls_of
 from context_diffusion.engine.backbone import Backbone
-from context_diffusion.engine.engine import Engine, Shape
+from context_diffusion.engine.engine import Engine, Progress, Shape
 from context_diffusion.engine.service import EngineService
 from context_diffusion.errors import ModelError
 from context_diffusion.images import output_size, resize
@@ -85,25 +85,31 @@ class ContextDiffusion:
         negative_prompt: str | None = None,
         control: str | Sequence[str] = "gray",
         fit: Fit = "crop",
+        callback: Callable[[Progress], None] | None = None,
         **settings: Any,
     ) -> Any:
         """query and each context: a tensor of load_image_as_tensor, PIL image, array, path, URI or bytes.
 
-        settings: the row settings, num_inference_steps, guidance_scale, seed, ... -> a PIL image, or a list of them
-        where num_images is over 1. Raises ValueError for a wrong setting, RowError where the row cannot be made.
+        settings: the row settings, num_inference_steps, guidance_scale, seed, ...; callback: told of each step, with a
+        preview. -> a PIL image, or a list of them where num_images is over 1. Raises ValueError for a wrong setting,
+        RowError where the row cannot be made.
         """
         requests = self.requests(query, context, prompt, negative_prompt, control, fit, settings)
         made: dict[int, Image.Image] = {}
-        for request, outcome in self.generate(requests):
+        for request, outcome in self.generate(requests, callback):
             if isinstance(outcome, Failure):
                 raise ValueError(f"{outcome.code}: {outcome.message}")
             made[request.index] = Image.fromarray(outcome.image)
         images = [made[index] for index in range(len(requests))]
         return images[0] if len(images) == 1 else images
 
-    def generate(self, requests: list[Request]) -> Iterator[tuple[Request, Result | Failure]]:
+    def generate(
+        self, requests: list[Request], callback: Callable[[Progress], None] | None = None
+    ) -> Iterator[tuple[Request, Result | Failure]]:
         """Requests of any settings together in full batches; each comes back as it finishes."""
-        return self.engine().run(requests)
+        engine = self.engine()
+        engine.callback = callback
+        return engine.run(requests)
 
     def requests(
         self,

@@ -23,6 +23,7 @@ class Progress:
         self.counts = Counts(before.rows, before.ok, before.failed, before.images, dict(before.codes))
         self.rows, self._first, self._logs = rows, before.rows, logs
         self._made, self._started, self._told = 0, time.monotonic(), time.monotonic()
+        self.used_lane_steps, self.paid_lane_steps = 0, 0.0
         self._console = CONSOLE
         self._bar: Bar | None = None
 
@@ -47,11 +48,18 @@ class Progress:
         self.counts.failed += counts["failed"]
         self.counts.images += counts["images"]
         self.counts.ok = self.counts.rows - self.counts.failed
+        self.used_lane_steps += counts["used_lane_steps"]
+        self.paid_lane_steps += counts["paid_lane_steps"]
         self._made += counts["images"]
         if self._bar:
             self._bar.update(self._task, completed=self.counts.rows, told=self._rate())
         elif time.monotonic() - self._told > EVERY_SECONDS:
             self._line()
+
+    @property
+    def occupancy(self) -> float | None:
+        """Of the model's calls: lane-steps that rows used, of those that there was room for."""
+        return round(self.used_lane_steps / self.paid_lane_steps, 4) if self.paid_lane_steps else None
 
     def _rate(self) -> str:
         rate = self._made / max(time.monotonic() - self._started, 1e-6)

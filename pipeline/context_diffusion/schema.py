@@ -61,6 +61,8 @@ MADE = pa.schema(
         ("lanes", pa.int32()),
         ("device", pa.string()),
         ("prompt_truncated", pa.bool_()),
+        ("used_lane_steps", pa.int64()),
+        ("paid_lane_steps", pa.float64()),
     ]
 )
 SETTING_TYPES: dict[str, pa.DataType] = {
@@ -146,6 +148,8 @@ class Result:
     lanes: int
     device: str
     prompt_truncated: bool = False
+    used_lane_steps: int = 0  # what the row asked of the model
+    paid_lane_steps: float = 0.0  # and its share of what the calls had room for
 
 
 @dataclass(frozen=True)

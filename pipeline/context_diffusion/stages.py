@@ -200,14 +200,9 @@ def _with_made(table: pa.Table, index: list[int], made: list[Result | Failure | 
         new = [str(getattr(m, attribute)) if isinstance(m, Failure) else o for m, o in zip(made, old, strict=True)]
         table = table.set_column(table.column_names.index(name), name, pa.array(new, pa.string()))
     results = [m if isinstance(m, Result) else None for m in made]
-    columns = {
-        "index": index,
-        "made_image": [to_image(r.image) if r else None for r in results],
-        "seconds": [r.seconds if r else None for r in results],
-        "lanes": [r.lanes if r else None for r in results],
-        "device": [r.device if r else None for r in results],
-        "prompt_truncated": [r.prompt_truncated if r else None for r in results],
-    }
+    columns = {"index": index, "made_image": [to_image(r.image) if r else None for r in results]}
+    for name in set(MADE.names) - set(columns):
+        columns[name] = [getattr(r, name) if r else None for r in results]
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values, MADE.field(name).type))
     return table

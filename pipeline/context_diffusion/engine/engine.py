@@ -149,11 +149,13 @@ class Engine:
             for (row, lane), output in zip(part, self._predict(slots, part, residuals), strict=False):
                 guided[row] = guided[row] + slots[row].weights[lane] * output
         advance(slots, torch.cat(guided))
+        paid = -(-len(work) // self.shape.chunk) * self.shape.chunk
         self.occupancy.used += len(work)
-        self.occupancy.paid += -(-len(work) // self.shape.chunk) * self.shape.chunk
-        share = (perf_counter() - started) / len(work)
+        self.occupancy.paid += paid
+        seconds = perf_counter() - started
         for slot in slots:
-            slot.seconds += share * slot.lanes
+            share = slot.lanes / len(work)
+            slot.seconds, slot.used, slot.paid = slot.seconds + share * seconds, slot.used + slot.lanes, slot.paid + share * paid
             if self.callback:
                 self.callback(Progress(slot.request, slot.step, len(slot.table), lambda slot=slot: self._preview(slot)))  # type: ignore[misc]
 
@@ -208,7 +210,8 @@ class Engine:
             self._stream.synchronize()
         if not is_finite(slot.latents):
             return Failure(ErrorCode.ENGINE_ERROR, "the latents are not finite: try a smaller guidance_scale")
-        return Result(image.cpu().numpy(), slot.seconds, slot.lanes, self.device.type, slot.encoded.truncated)
+        cost = slot.seconds, slot.lanes, self.device.type, slot.encoded.truncated, slot.used, slot.paid
+        return Result(image.cpu().numpy(), *cost)
 
     def _preview(self, slot: Slot) -> Pixels:
         assert slot.x0 is not None

@@ -34,6 +34,8 @@ class Slot:
     x0: Tensor | None = None
     step: int = 0
     seconds: float = 0.0
+    used: int = 0  # lane-steps, and the share of those that the calls had room for
+    paid: float = 0.0
 
     @property
     def lanes(self) -> int:

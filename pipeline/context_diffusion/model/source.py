@@ -53,7 +53,11 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Sou
         elif model.startswith((".", "/", "~")) or "/" not in model:
             raise ModelError(f"model: {model!r} is no folder that is here, and none of bundled, {', '.join(PRESETS)}")
     parts = parts_of(model)
-    hub = {split(part)[0] for part in parts.all if not Path(part).exists()}
+    away = [part for part in parts.all if not Path(part).exists()]
+    for part in away:
+        if part.startswith((".", "/", "~")):
+            raise ModelError(f"model: {part} is not here: check the path")
+    hub = {split(part)[0] for part in away}
     known = (commits or {}) | parts.revision
     parts = parts.model_copy(update={"revision": {repo: commit_of(repo, known.get(repo)) for repo in sorted(hub)}})
     index = read_json(parts.base, "model_index.json", parts.revision)

@@ -16,6 +16,7 @@ from torch import nn
 
 from context_diffusion.errors import ModelError
 from context_diffusion.model.hub import fetch, split
+from context_diffusion.model.source import read_json
 from context_diffusion.strict import Parts
 
 diffusers.utils.logging.set_verbosity_error()
@@ -44,9 +45,9 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
     if parts.image_encoder:
         own["image_encoder"] = loader(transformers.CLIPVisionModelWithProjection, parts.image_encoder, dtype_name="dtype")
     if parts.vae:
-        own["vae"] = loader(diffusers.AutoencoderKL, parts.vae)
+        own["vae"] = loader.component(diffusers.AutoencoderKL, parts.vae)
     pipe = loader(kind_of_pipe, parts.base, **own)
-    controlnets = [loader(diffusers.ControlNetModel, part) for part in parts.controlnets]
+    controlnets = [loader.component(diffusers.ControlNetModel, part) for part in parts.controlnets]
     for module in (pipe.unet, *controlnets):
         width = module.config.cross_attention_dim
         if width != pipe.unet.config.cross_attention_dim:
@@ -67,6 +68,13 @@ class _Loader:
     parts: Parts
     dtype: torch.dtype
     variant: str | None
+
+    def component(self, kind: Any, part: str) -> Any:
+        """One of diffusers' models. Its loader takes any other's folder, too, with random weights for what it lacks."""
+        found = read_json(part, "config.json", self.parts.revision).get("_class_name")
+        if found != kind.__name__:
+            raise ModelError(f"model: {part} holds a {found}, wanted is a {kind.__name__}")
+        return self(kind, part)
 
     def __call__(self, kind: Any, part: str, dtype_name: str = "torch_dtype", **own: Any) -> Any:
         """kind.from_pretrained of a part at its commit; without the variant where the part has none."""

@@ -57,7 +57,16 @@ class PromptEncoder:
         zeros = self.xl and empty and text is None and self.pipe.config.force_zeros_for_empty_prompt
         skip = None if negative else self.clip_skip
         told = {"device": self.pipe.unet.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        if not self.xl and skip:
+            return self._skipped(text or "", skip), None
         if not self.xl:
-            return self.pipe.encode_prompt(text or "", **told, clip_skip=skip)[0], None
+            return self.pipe.encode_prompt(text or "", **told)[0], None
         hidden, _, pooled, _ = self.pipe.encode_prompt(text or "", **told, clip_skip=skip)
         return (torch.zeros_like(hidden), torch.zeros_like(pooled)) if zeros else (hidden, pooled)
+
+    def _skipped(self, text: str, skip: int) -> Tensor:
+        """Without the text encoder's last layers. (diffusers 0.42 looks for them where transformers 5 has them no more.)"""
+        encoder = self.pipe.text_encoder
+        ids = self.pipe.tokenizer(text, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        hidden = encoder(ids["input_ids"].to(encoder.device), output_hidden_states=True).hidden_states[-(skip + 1)]
+        return getattr(encoder, "text_model", encoder).final_layer_norm(hidden)
