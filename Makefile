@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help install demo test test-full lint train bench clean
+.PHONY: help install demo test test-full lint train bench bench-gpu clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -38,7 +38,11 @@ train: install ## trains the bundled model from nothing: four hours on two cores
 
 bench: install ## the measurements of tests/benchmarks/LOG.md
 	$(BIN)/python tests/benchmarks/flow.py
-	$(BIN)/python tests/benchmarks/engine.py
+	$(BIN)/python tests/benchmarks/engine.py --trace jobs/slots.png
+	$(BIN)/python tests/benchmarks/flops.py
+
+bench-gpu: install ## the engine on a GPU against diffusers, random weights in the true shapes
+	$(BIN)/python tests/benchmarks/bench_gpu.py
 
 clean: ## removes build/ and caches; .venv stays
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

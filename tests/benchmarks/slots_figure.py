@@ -23,6 +23,8 @@ from context_diffusion.schema import Request
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+EMPTY = -1
+
 
 def draw(model: NativeModel, requests: list[Request], path: Path) -> None:
     shape = SHAPES["native", "cpu"]
@@ -36,28 +38,29 @@ def draw(model: NativeModel, requests: list[Request], path: Path) -> None:
         engine.step()
         steps.append([name for name in went for _ in range(lanes_of[name])])
         went.clear()
-    ours = _columns([step for step in steps if step], shape.chunk)
-    theirs = _columns(_static(requests, shape.lanes // 2), shape.chunk)
+    ours = _columns([step for step in steps if step], shape.lanes, shape.chunk)
+    theirs = _columns(_static(requests, shape.lanes // 2), shape.lanes, shape.chunk)
     figure, axes = plt.subplots(2, 1, figsize=(9, 3.6), sharex=True)
     for axis, (what, grid) in zip(axes, (("engine", ours), ("static batches", theirs)), strict=True):
-        full = (grid >= 0).mean()
-        shown = np.ma.masked_less(grid, 0)
+        full = (grid >= 0).sum() / (grid >= EMPTY).sum()
+        shown = np.ma.masked_less(grid, EMPTY + 0.5)
         axis.imshow(shown, aspect="auto", interpolation="nearest", cmap="tab20", extent=(0, grid.shape[1], 0, grid.shape[0]))
-        axis.set_title(f"{what}: {grid.shape[1]} calls of the model, {full:.0%} of their lanes used", fontsize=9, loc="left")
+        axis.set_title(f"{what}: {grid.shape[1]} steps, {full:.0%} of the lanes that they pay for used", fontsize=9, loc="left")
         axis.set_yticks([])
         axis.set_xlim(0, max(ours.shape[1], theirs.shape[1]))
-    axes[1].set_xlabel("calls of the U-Net (a column each; a colour each row, white: paid and unused)", fontsize=8)
+    axes[1].set_xlabel("steps; a colour each row of the manifest, white: lanes that do nothing", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(path)
 
 
-def _columns(steps: list[list[str]], chunk: int) -> np.ndarray:
-    """Steps of lanes -> a column of `chunk` lanes for each call, -1 where a lane is empty."""
-    calls = [step[start : start + chunk] for step in steps for start in range(0, len(step), chunk)]
-    grid = np.full((chunk, len(calls)), -1)
-    for number, call in enumerate(calls):
-        grid[: len(call), number] = [int(name) % 20 if name else -1 for name in call]
+def _columns(steps: list[list[str]], lanes: int, chunk: int) -> np.ndarray:
+    """A column of lanes for each step: the row, EMPTY where a lane is paid for and unused, below where it isn't paid."""
+    grid = np.full((lanes, len(steps)), EMPTY - 1)
+    for number, step in enumerate(steps):
+        paid = -(-len(step) // chunk) * chunk
+        grid[:paid, number] = EMPTY
+        grid[: len(step), number] = [int(name) % 20 if name else EMPTY for name in step]
     return grid
 
 
