@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from flops import SD15, SDXL, UP, VAE, costs
+from torch import Tensor
 
 from context_diffusion.config import Settings
 from context_diffusion.control import controls_of
@@ -69,7 +71,6 @@ class Shapes:
         self.layers, self.net_layers = attend_by_lanes(self.unet, "unet."), attend_by_lanes(self.net, "net.")
         self.embedding, self.net.controlnet_cond_embedding = self.net.controlnet_cond_embedding, torch.nn.Identity()
         self.width, self.scheduler_config = config["cross_attention_dim"], dict(CONFIG)
-        self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_size = config["sample_size"] * 8
         self.latent_side = config["sample_size"]
         self.latent_factor = 8
@@ -104,27 +105,25 @@ class Shapes:
         image = torch.rand(1, 3, 8 * self.latent_side, 8 * self.latent_side, device=self.device, dtype=self.dtype)
         return {"map": self.embedding(image)}
 
-    def encode_query(self, request: Request, generator: torch.Generator) -> torch.Tensor:
+    def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
 
-    def control(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, lanes: Conditions, control: Conditions
-    ) -> list[torch.Tensor]:
+    def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         told = {"added_cond_kwargs": _added(lanes), "cross_attention_kwargs": {"lanes": lanes}, "return_dict": False}
         down, mid = self.net(latents.to(self.dtype), timesteps, None, control["map"], **told)
         return [*down, mid]
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, lanes: Conditions, residuals: Any) -> torch.Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: Any) -> Tensor:
         told: dict[str, Any] = {"added_cond_kwargs": _added(lanes), "cross_attention_kwargs": {"lanes": lanes}}
         told |= {"down_block_additional_residuals": tuple(residuals[:-1]), "mid_block_additional_residual": residuals[-1]}
         return self.unet(latents.to(self.dtype), timesteps, None, **told, return_dict=False)[0].clone()
 
-    def decode(self, latents: torch.Tensor, request: Request) -> torch.Tensor:
+    def decode(self, latents: Tensor, request: Request) -> Tensor:
         images = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1)
 
 
-def _added(lanes: Conditions) -> dict[str, torch.Tensor]:
+def _added(lanes: Conditions) -> dict[str, Tensor]:
     return {name: lanes[name] for name in ("text_embeds", "time_ids") if name in lanes}
 
 
@@ -138,13 +137,11 @@ class Loop:
         self.config, self.given, self.side = config, given, config["sample_size"]
         for module in (self.unet, self.net):
             module.fuse_qkv_projections() if hasattr(module, "fuse_qkv_projections") else None
-        self.step: Callable[..., torch.Tensor] = self._step
+        self.step: Callable[..., Tensor] = self._step
         if given.compile:
             self.step = torch.compile(self._step, mode="reduce-overhead")
 
-    def _step(
-        self, latents: torch.Tensor, time: torch.Tensor, text: torch.Tensor, image: torch.Tensor, added: Any
-    ) -> torch.Tensor:
+    def _step(self, latents: Tensor, time: Tensor, text: Tensor, image: Tensor, added: Any) -> Tensor:
         both = latents.repeat(2, 1, 1, 1)
         down, mid = self.net(both, time, text, image, added_cond_kwargs=added, return_dict=False)
         told = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid, "return_dict": False}
@@ -156,9 +153,9 @@ class Loop:
         scheduler = make_scheduler("ddim", steps, CONFIG)
         text = torch.randn(2 * count, TEXT + SLOTS, self.config["cross_attention_dim"], **kind)
         image = torch.rand(2 * count, 3, 8 * self.side, 8 * self.side, **kind)
-        added = (
-            {"text_embeds": torch.randn(2 * count, 1280, **kind), "time_ids": torch.ones(2 * count, 6, **kind)} if self.xl else {}
-        )
+        added = {}
+        if self.xl:
+            added = {"text_embeds": torch.randn(2 * count, 1280, **kind), "time_ids": torch.ones(2 * count, 6, **kind)}
         latents = torch.randn(count, 4, self.side, self.side, **kind)
         for timestep in scheduler.timesteps:
             without, shown = self.step(latents, timestep.to(self.given.device), text, image, added).clone().chunk(2)
@@ -203,33 +200,48 @@ def measure(name: str, given: SimpleNamespace) -> None:
     config, up, steps, shape = (TINY, TINY_UP, 3, Shape(4, 8, 2)) if given.tiny else MODELS[name]
     rate = gemm_rate(given.device, given.dtype, 256 if given.tiny else 8192)
     print(f"{name}: matrix products {rate / 1e12:.2f} TFLOP/s", flush=True)
-    engine = Engine(Shapes(name, config, up, given), given.device, shape)
-    side = config["sample_size"] * 8
-    list(engine.run(rows(shape.lanes, side, 2, False)))  # compiles
-    spent = {}
-    for what, mixed in (("uniform", False), ("mixed", True)):
-        asked = rows(given.rows, side, steps, mixed)
-        spent[what] = timed(given.device, lambda asked=asked: list(engine.run(asked)))  # type: ignore[misc]
-        print(f"  engine, {what}: {given.rows / spent[what]:.3f} pictures/s, occupancy {engine.occupancy.share:.3f}", flush=True)
+    spent = by_engine(name, config, up, steps, shape, given)
     if not given.tiny:
         c = costs(config, "addition_embed_type" in config)
         work = given.rows * (steps * 2 * (c.unet + c.net) + c.decode)
         print(f"  engine, uniform: {work / spent['uniform'] / rate:.3f} of the matrix products' rate")
+    best = by_diffusers(config, up, steps, given)
+    # Batches of mixed rows take as many steps as their longest row.
+    mixed = best * steps / (steps * 5 // 3 - 1)
+    ratios = given.rows / spent["uniform"] / best, given.rows / spent["mixed"] / mixed
+    print(f"  engine to diffusers: uniform {ratios[0]:.2f}, mixed {ratios[1]:.2f}", flush=True)
+
+
+def by_engine(
+    name: str, config: dict[str, Any], up: dict[str, Any], steps: int, shape: Shape, given: SimpleNamespace
+) -> dict[str, float]:
+    """Seconds for uniform and for mixed rows."""
+    backbone, side, spent = Shapes(name, config, up, given), config["sample_size"] * 8, {}
+    list(Engine(backbone, given.device, shape).run(rows(shape.lanes, side, 2, False)))  # compiles
+    for what in ("uniform", "mixed"):
+        asked, engine = rows(given.rows, side, steps, what == "mixed"), Engine(backbone, given.device, shape)
+        spent[what] = timed(given.device, partial(run_all, engine, asked))
+        told = f"{given.rows / spent[what]:.3f} pictures/s, occupancy {engine.occupancy.share:.3f}"
+        print(f"  engine, {what}: {told}", flush=True)
     if given.device.type == "cuda":
         print(f"  peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
-    del engine
+    return spent
+
+
+def run_all(engine: Engine, asked: list[Request]) -> None:
+    for _ in engine.run(asked):
+        pass
+
+
+def by_diffusers(config: dict[str, Any], up: dict[str, Any], steps: int, given: SimpleNamespace) -> float:
+    """Pictures a second at the best size of a batch."""
     loop, best = Loop(config, up, given), 0.0
     for count in (1, 2, 4, 8, 16):
         with contextlib.suppress(torch.OutOfMemoryError):
             loop(count, 2)  # compiles
-            best = max(best, count / timed(given.device, lambda count=count: loop(count, steps)))  # type: ignore[misc]
+            best = max(best, count / timed(given.device, partial(loop, count, steps)))
             print(f"  diffusers, batches of {count}: best so far {best:.3f} pictures/s", flush=True)
-    longest = steps * 5 // 3 - 1
-    mixed_rate = best * steps / longest
-    print(
-        f"  ratio: uniform {given.rows / spent['uniform'] / best:.2f}, mixed {given.rows / spent['mixed'] / mixed_rate:.2f}",
-        flush=True,
-    )
+    return best
 
 
 def main() -> None:

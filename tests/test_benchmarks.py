@@ -1,0 +1,19 @@
+"""The measurement for GPUs runs, in small, where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parent / "benchmarks" / "bench_gpu.py"
+
+
+def test_the_gpu_benchmark_runs_in_small_on_a_cpu() -> None:
+    told = subprocess.run(
+        [sys.executable, str(SCRIPT), "--tiny", "--rows", "4", "--device", "cpu"], capture_output=True, text=True, timeout=300
+    )
+    assert told.returncode == 0, told.stderr
+    for model in ("sd15", "sdxl"):
+        assert f"{model}: matrix products" in told.stdout
+    assert told.stdout.count("engine to diffusers: uniform") == 2
