@@ -90,7 +90,7 @@ def _attention(sizes: Architecture) -> dict[str, int]:
 
 def build_unet(sizes: Architecture) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=sizes.image_size // 8,
+        sample_size=sizes.image_size // sizes.place,
         in_channels=sizes.folded_channels,
         out_channels=sizes.folded_channels,
         **_attention(sizes),

@@ -78,7 +78,8 @@ class NativeModel:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = self.image_size // 8
+        factor = 2 ** (len(self.vae.config.encoder_block_out_channels) - 1) * self.fold
+        side = self.image_size // factor
         return (self.unet.config.in_channels, side, side)
 
     @property

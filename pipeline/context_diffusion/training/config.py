@@ -66,8 +66,9 @@ class Architecture(StrictModel):
 
     image_size: int = Field(default=128, multiple_of=16, description="pixels a side")
     vae_width: int = Field(default=64, description="channels of the autoencoder")
-    latent_factor: Literal[4, 8] = Field(
-        default=4, description="pixels a side of a latent; the U-Net sees 8 x 8 pixels at a place: latents of 4 are folded"
+    latent_factor: Literal[4, 8] = Field(default=4, description="pixels a side of a latent")
+    fold: Literal[1, 2] | None = Field(
+        default=None, description="latents a side that are one place of the U-Net's grid; left out: 8 pixels are"
     )
     latent_channels: int = Field(default=8, description="channels of the latents")
     channels: list[Annotated[int, Field(ge=16, multiple_of=16)]] = Field(
@@ -89,16 +90,21 @@ class Architecture(StrictModel):
     normalization: Normalization = Normalization()
 
     @property
+    def place(self) -> int:
+        """Pixels a side of a place of the U-Net's grid."""
+        return self.latent_factor * (self.fold or 8 // self.latent_factor)
+
+    @property
     def folded_channels(self) -> int:
-        """Of the U-Net's input: all latents of 8 x 8 pixels."""
-        return self.latent_channels * (8 // self.latent_factor) ** 2
+        """Of the U-Net's input: all latents of a place."""
+        return self.latent_channels * (self.place // self.latent_factor) ** 2
 
     @model_validator(mode="after")
     def _levels_agree(self) -> Self:
         levels = len(self.channels)
         if len(self.attention) != levels:
             raise ValueError(f"attention has {len(self.attention)} levels, channels {levels}: give each level its own")
-        if self.image_size % (factor := 8 * 2 ** (levels - 1)):
+        if self.image_size % (factor := self.place * 2 ** (levels - 1)):
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of {factor} for {levels} levels of channels")
         return self
 
