@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from context_diffusion.errors import ModelError, StorageError
 from context_diffusion.model.native import NativeModel
 from context_diffusion.training import diffusion, run_training
-from context_diffusion.training.config import TrainJob
+from context_diffusion.training.batches import Samples
+from context_diffusion.training.config import DiffusionSteps, TrainJob
 from context_diffusion.training.state import SAVE_SECONDS, Progress, load_checkpoint, save_checkpoint
 from tiny import SIZES
 
 
-def job(output: Path, max_steps: int) -> TrainJob:
+def job(output: Path, max_steps: int, **diffusion_steps: float) -> TrainJob:
     return TrainJob(
         kind="train",
         output=str(output),
@@ -26,6 +29,7 @@ def job(output: Path, max_steps: int) -> TrainJob:
         checkpoint_every=2,
         max_steps=max_steps,
         architecture=SIZES,
+        diffusion=DiffusionSteps(**diffusion_steps),
     )
 
 
@@ -101,3 +105,30 @@ def test_a_checkpoint_is_due_every_five_minutes_of_computing() -> None:
         progress.elapsed = SAVE_SECONDS * elapsed
         told.append(progress.due())
     assert told == [False, True, False, False, True]
+
+
+def test_a_crop_is_the_same_place_of_picture_and_control_map_whichever_worker_cuts_it() -> None:
+    grid = torch.arange(8 * 16 * 16).reshape(8, 1, 16, 16).float()
+    samples = Samples(grid, np.zeros((0, 8, 8, 3), np.uint8), np.zeros(8, np.int64), grid + 0.5, [""] * 8)
+
+    def cut(rows: list[int]) -> Samples:
+        mine = replace(samples, latents=grid[rows], controls=grid[rows] + 0.5)
+        return diffusion.cropped(mine, np.array(rows), 8, torch.Generator().manual_seed(3))
+
+    whole, parts = cut(list(range(8))), [cut([0, 2, 5]), cut([1, 3, 4, 6, 7])]
+    assert whole.latents.shape == (8, 1, 8, 8)
+    assert torch.equal(whole.controls, whole.latents + 0.5)
+    assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents[[0, 2, 5, 1, 3, 4, 6, 7]])
+    corners = {divmod(int(one[0, 0, 0]) % 256, 16) for one in whole.latents}
+    assert len(corners) > 4
+    assert all(torch.equal(one[0, 0], one[0, 0, 0] + torch.arange(8)) for one in whole.latents)
+
+
+@pytest.mark.usefixtures("small")
+def test_crops_are_learned_first_and_then_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = diffusion.noised
+    monkeypatch.setattr(diffusion, "noised", lambda x, *more: (seen.append(x.shape[-1]), plain(x, *more))[1])
+    run_training(job(tmp_path, max_steps=4, crops=0.5))
+    side = SIZES.image_size // 8
+    assert [size for size in seen if size == side // 2] == [side // 2] * 2

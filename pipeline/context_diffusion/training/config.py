@@ -35,6 +35,12 @@ class DiffusionSteps(StrictModel):
     min_snr: float = Field(default=5.0, gt=0, description="Hang et al. 2023, gamma")
     context_dropout: float = Field(default=0.15, ge=0, le=1, description="share of samples without contexts")
     prompt_dropout: float = Field(default=0.4, ge=0, le=1, description="share of samples without a prompt")
+    crops: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of the stage, from its start, that learns from quarters of the pictures",
+    )
     auxiliary: float = Field(default=0.2, ge=0, description="weight of the loss of the auxiliary heads")
 
 

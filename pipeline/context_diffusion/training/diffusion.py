@@ -5,6 +5,7 @@ Knows not where its data come from (batches.py). B samples  M contexts of all sa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,15 +151,19 @@ class Run:
         rng = np.random.default_rng((self.job.seed, 2, self.step))
         samples = source.samples(rng, size, stage.context_dropout, stage.prompt_dropout, rows)
         generator = torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step)
-        loss = self.loss(samples, rows, size, generator) * weight
+        loss = self.loss(samples, rows, size, generator, self.progress.at(self.step) < stage.crops) * weight
         loss.backward()
         return loss.item()
 
-    def loss(self, samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator) -> Tensor:
-        """The loss of these rows of a batch of `size`; noise and timesteps of it all follow from the generator."""
+    def loss(
+        self, samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator, crop: bool = False
+    ) -> Tensor:
+        """The loss of these rows of a batch of `size`; noise, timesteps and crops of it all follow from the generator."""
         model, device = self.model, self.model.device
+        if crop:
+            samples = cropped(samples, rows, size, generator)
         timesteps = spread_timesteps(size, len(self.alphas), generator)[rows].to(device)
-        noise = torch.randn(size, *model.latent_shape, generator=generator)[rows].to(device)
+        noise = torch.randn(size, *samples.latents.shape[1:], generator=generator)[rows].to(device)
         alphas = self.alphas[timesteps]
         noisy, target = noised(samples.latents.float(), noise, alphas)
         counts = torch.from_numpy(samples.counts).to(device)
@@ -190,6 +195,18 @@ class Run:
 
     def averaged(self) -> _Averaged:
         return _Averaged(self.modules, self.average)
+
+
+def cropped(samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator) -> Samples:
+    """A quarter of each latent picture and of its control map, at the same place. Convolutions learn from it what they
+    learn from the whole, at a quarter of the cost; light that falls over the picture they learn at the end."""
+    side = samples.latents.shape[-1] // 2
+    places = torch.randint(0, side + 1, (size, 2), generator=generator)[rows].tolist()
+
+    def cut(pictures: Tensor) -> Tensor:
+        return torch.stack([one[:, y : y + side, x : x + side] for one, (y, x) in zip(pictures, places, strict=True)])
+
+    return replace(samples, latents=cut(samples.latents), controls=cut(samples.controls))
 
 
 def context_tokens(model: NativeModel, contexts: NDArray[np.uint8] | Summaries) -> Tensor:
