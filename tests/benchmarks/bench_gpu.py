@@ -75,6 +75,7 @@ class Shapes:
         self.latent_side = config["sample_size"]
         self.latent_factor = 8
         self.context_size, self.context_slots, self.noise_scale, self.latent_channels = 224, 8, 1.0, 4
+        self.predict_reads = ("unet.", "context_", "text_embeds", "time_ids")
         self.control_reads = ("net", "text_embeds", "time_ids")
         if given.compile:
             self.predict, self.control = (torch.compile(f, mode="reduce-overhead") for f in (self.predict, self.control))  # type: ignore[method-assign]
@@ -107,6 +108,9 @@ class Shapes:
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
+
+    def share(self, *_: Any) -> Conditions:
+        return {}  # its side channel is not for CUDA graphs
 
     def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         told = {"added_cond_kwargs": _added(lanes), "cross_attention_kwargs": {"lanes": lanes}, "return_dict": False}
@@ -203,7 +207,7 @@ def measure(name: str, given: SimpleNamespace) -> None:
     spent = by_engine(name, config, up, steps, shape, given)
     if not given.tiny:
         c = costs(config, "addition_embed_type" in config)
-        work = given.rows * (steps * 2 * (c.unet + c.net) + c.decode)
+        work = given.rows * (steps * 2 * (c.start + c.unet + c.net_start + c.net) + c.decode)
         print(f"  engine, uniform: {work / spent['uniform'] / rate:.3f} of the matrix products' rate")
     best = by_diffusers(config, up, steps, given)
     # Batches of mixed rows take as many steps as their longest row.

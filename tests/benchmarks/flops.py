@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from context_diffusion.engine.engine import stack
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
+from context_diffusion.model.sharing import SharedStart
 
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SDXL: dict[str, Any] = {
@@ -77,14 +78,20 @@ def costs(config: dict[str, Any], xl: bool) -> SimpleNamespace:
     for name, keys in context.items():
         lanes |= {f"{name}.context_k": keys, f"{name}.context_v": keys}
     lanes |= {"context_scale": empty(1, 1, 1), "context_bias": empty(1, 1, 1, CONTEXT)} | added
-    given = {"lanes": stack([lanes])}
-    found.unet = cost(lambda: unet(latents, time, None, added_cond_kwargs=added, cross_attention_kwargs=given))
+    given = {"lanes": stack([lanes], ("",))}
+    attend = cost(lambda: unet(latents, time, None, added_cond_kwargs=added, cross_attention_kwargs=given)) - (
+        full - cost(lambda: keys_and_values(layers, text))
+    )  # to the contexts alone
     hint = empty(1, config.get("block_out_channels", (320,))[0], side, side)
+    starts = SharedStart(unet, "unet."), SharedStart(net, "net.")
+    found.start, found.net_start = (cost(lambda start=start: start.make(latents, time, 0.0)) for start in starts)  # type: ignore[misc]
+    for start in starts:
+        start.use(start.make(latents, time, 0.0))
+    found.unet = cost(lambda: unet(latents, time, None, added_cond_kwargs=added, cross_attention_kwargs=given))
     found.net = cost(lambda: net(latents, time, None, hint, added_cond_kwargs=added, cross_attention_kwargs=given))
     # diffusers projects the contexts' keys and values at every step too: as many numbers as a prompt's, by tokens.
     unet_text = cost(lambda: keys_and_values(layers, text))
     found.context = unet_text * CONTEXT / TEXT
-    attend = found.unet - (full - unet_text)  # the attention to the contexts itself
     found.unet_full = full + found.context + attend
     return found
 
@@ -99,7 +106,7 @@ def report(name: str, c: SimpleNamespace, steps: int) -> None:
     }
     for what, (lanes, texts) in kinds.items():
         once = texts * c.text + lanes * c.context + c.map + c.decode
-        ours = steps * (lanes * c.unet + texts * c.net) + once
+        ours = steps * (c.start + lanes * c.unet + c.net_start + texts * c.net) + once
         print(f"{name}, {steps} steps, {what}: {ours / 1e12:.1f} of {reference / 1e12:.1f} TFLOP: {ours / reference:.3f}")
 
 

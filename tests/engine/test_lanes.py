@@ -42,6 +42,7 @@ class Numbers:
 
     scheduler_config = {"beta_schedule": "linear", "prediction_type": "epsilon", "num_train_timesteps": 1000}
     image_size, context_size, context_slots, noise_scale, latent_channels, latent_factor = 8, 8, 1, 1.0, 1, 8
+    predict_reads: tuple[str, ...] = ("",)
     control_reads: tuple[str, ...] = ()
 
     def __init__(self, room: int = 10**9) -> None:
@@ -53,6 +54,9 @@ class Numbers:
 
     def encode_query(self, request: Request, generator: torch.Generator) -> torch.Tensor:
         return torch.zeros(1, 1, 1, 1)
+
+    def share(self, *_: object) -> Conditions:
+        return {}
 
     def control(self, *_: object) -> list[torch.Tensor]:
         raise AssertionError("no row has a control map")

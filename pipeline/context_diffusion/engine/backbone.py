@@ -41,13 +41,19 @@ class Backbone(Protocol):
     noise_scale: float  # of the noise that sampling begins with; 1: as trained
     latent_channels: int
     latent_factor: int  # pixels a side of a latent
-    control_reads: tuple[str, ...]  # how the names of the lanes' conditions begin that `control` reads
+    # How the names of the lanes' conditions begin that `predict` and `control` read.
+    predict_reads: tuple[str, ...]
+    control_reads: tuple[str, ...]
 
     def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
         """Raises RowError for a row that the model cannot take."""
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         """The query's latents (1, C, h, w) float32, for image to image; draws what the model's own pipeline draws."""
+
+    def share(self, latents: Tensor, timesteps: Tensor, control: Conditions | None) -> Conditions:
+        """Once a row and step: what its lanes have in common in `predict`, or with `control` in the ControlNet; it comes
+        back among their conditions. May be empty."""
 
     def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         """-> the ControlNet's residuals, one a skip connection and the middle one last."""

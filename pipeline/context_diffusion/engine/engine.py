@@ -142,11 +142,12 @@ class Engine:
             slots.sort(key=lambda slot: -slot.left)
         started = perf_counter()
         slots = [slots[i] for i in choose([slot.lanes for slot in slots], self.shape.chunk, self.lanes)]
-        residuals = self._control(slots)
+        shared = self._share(slots)
+        residuals = self._control(slots, shared)
         work = [(row, lane) for row, slot in enumerate(slots) for lane in range(slot.lanes)]
         guided: list[Any] = [0] * len(slots)
         for part in _chunks(work, self.shape.chunk):
-            for (row, lane), output in zip(part, self._predict(slots, part, residuals), strict=False):
+            for (row, lane), output in zip(part, self._predict(slots, part, shared, residuals), strict=False):
                 guided[row] = guided[row] + slots[row].weights[lane] * output
         advance(slots, torch.cat(guided))
         paid = -(-len(work) // self.shape.chunk) * self.shape.chunk
@@ -159,20 +160,43 @@ class Engine:
             if self.callback:
                 self.callback(Progress(slot.request, slot.step, len(slot.table), lambda slot=slot: self._preview(slot)))  # type: ignore[misc]
 
-    def _predict(self, slots: list[Slot], part: list[tuple[int, int]], residuals: dict[tuple[int, str], list[Tensor]]) -> Any:
+    def _inputs(self, slots: list[Slot]) -> tuple[Tensor, Tensor]:
+        """Latents as the model takes them, and their timesteps."""
+        times = torch.stack([slot.timestep for slot in slots]).to(self.device)
+        return torch.cat([slot.model_input for slot in slots]), times
+
+    def _share(self, slots: list[Slot]) -> list[Conditions]:
+        """What the lanes of each row have in common at this step."""
+        found: list[Conditions] = [{} for _ in slots]
+        controlled = [row for row, slot in enumerate(slots) if slot.controlled]
+        for rows, with_control in ((list(range(len(slots))), False), (controlled, True)):
+            for part in _chunks(rows, self.shape.control):
+                padded = [slots[row] for row in [*part, *[part[0]] * (self.shape.control - len(part))]]
+                control = stack([slot.encoded.control or {} for slot in padded], ("",)) if with_control else None
+                made = self.backbone.share(*self._inputs(padded), control)
+                for number, row in enumerate(part):
+                    found[row] |= {name: value[number : number + 1] for name, value in made.items()}
+        return found
+
+    def _predict(
+        self,
+        slots: list[Slot],
+        part: list[tuple[int, int]],
+        shared: list[Conditions],
+        residuals: dict[tuple[int, str], list[Tensor]],
+    ) -> Any:
         """One call of the model for up to P lanes, padded to P with copies of the first. -> P outputs (1, C, h, w)."""
         padded = part + [part[0]] * (self.shape.chunk - len(part))
         rows = [slots[row] for row, _ in padded]
         given = [residuals.get((row, slots[row].encoded.control_keys[lane])) for row, lane in padded]
         output = self.backbone.predict(
-            torch.cat([slot.model_input for slot in rows]),
-            torch.stack([slot.timestep for slot in rows]).to(self.device),
-            stack([slots[row].encoded.lanes[lane] for row, lane in padded]),
+            *self._inputs(rows),
+            stack([slots[row].encoded.lanes[lane] | shared[row] for row, lane in padded], self.backbone.predict_reads),
             _filled(given),
         )
         return output.float().split(1)
 
-    def _control(self, slots: list[Slot]) -> dict[tuple[int, str], list[Tensor]]:
+    def _control(self, slots: list[Slot], shared: list[Conditions]) -> dict[tuple[int, str], list[Tensor]]:
         """The ControlNet's residuals of each row that is in its window, by row and control key: once for all the lanes
         that have the key."""
         wanted: dict[tuple[int, str], tuple[int, int]] = {}
@@ -185,10 +209,9 @@ class Engine:
             padded = [*part, *[part[0]] * (self.shape.control - len(part))]
             rows = [slots[row] for _, (row, _) in padded]
             residuals = self.backbone.control(
-                torch.cat([slot.model_input for slot in rows]),
-                torch.stack([slot.timestep for slot in rows]).to(self.device),
-                stack([slots[row].encoded.lanes[lane] for _, (row, lane) in padded], self.backbone.control_reads),
-                stack([slot.encoded.control or {} for slot in rows]),
+                *self._inputs(rows),
+                stack([slots[row].encoded.lanes[lane] | shared[row] for _, (row, lane) in padded], self.backbone.control_reads),
+                stack([slot.encoded.control or {} for slot in rows], ("",)),
             )
             for number, (key, _) in enumerate(part):
                 found[key] = [residual[number : number + 1] for residual in residuals]
@@ -236,7 +259,7 @@ class Engine:
         return []
 
 
-def stack(conditions: list[Conditions], names: tuple[str, ...] = ("",)) -> Conditions:
+def stack(conditions: list[Conditions], names: tuple[str, ...]) -> Conditions:
     """Those whose names begin with one of `names`."""
     return {name: torch.cat([one[name] for one in conditions]) for name in conditions[0] if name.startswith(names)}
 

@@ -31,6 +31,7 @@ class NativeBackbone:
         self.scheduler_config: dict[str, Any] = model.scheduler_config
         self.image_size, self.context_size, self.context_slots = model.image_size, model.context_size, model.context_slots
         self.noise_scale = model.noise_scale
+        self.predict_reads: tuple[str, ...] = ("",)
         self.control_reads: tuple[str, ...] = ()
         self.latent_channels, self.latent_factor = model.latent_shape[0], model.image_size // model.latent_shape[1]
 
@@ -66,6 +67,9 @@ class NativeBackbone:
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         return self.model.encode_pixels(to_tensor(request.query).to(self.model.device)).float()
+
+    def share(self, latents: Tensor, timesteps: Tensor, control: Conditions | None) -> Conditions:
+        return {}  # prompts and contexts modulate all residual blocks
 
     def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         down, mid = self.controlnet(

@@ -21,6 +21,7 @@ from context_diffusion.engine.guidance import Branch
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
 from context_diffusion.model.fusion import ABSENT, log_weights
 from context_diffusion.model.normalization import normalise
+from context_diffusion.model.sharing import SharedStart
 from context_diffusion.model.stable_diffusion import StableDiffusion
 from context_diffusion.model.text import PromptEncoder
 from context_diffusion.schema import Control, Pixels, Request
@@ -42,13 +43,17 @@ class StableBackbone:
         self.map_embeddings = [net.controlnet_cond_embedding for net in self.controlnets]
         for net in self.controlnets:
             net.controlnet_cond_embedding = nn.Identity()
+        self.start = SharedStart(self.unet, "start.unet.")
+        self.control_starts = [SharedStart(net, f"net{n}.start.") for n, net in enumerate(self.controlnets)]
         self.scheduler_config: dict[str, Any] = dict(pipe.scheduler.config)
         self.latent_channels = self.vae.config.latent_channels
         self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_size = self.unet.config.sample_size * self.latent_factor
         self.context_size = pipe.image_encoder.config.image_size if self.contexts else 224
         self.context_slots, self.noise_scale = 8, 1.0
-        self.control_reads: tuple[str, ...] = ("net", "bias", "text_embeds", "time_ids")
+        both = ("bias", "text_embeds", "time_ids")
+        self.predict_reads: tuple[str, ...] = ("unet.", "start.", "context_", *both)
+        self.control_reads: tuple[str, ...] = ("net", *both)
 
     def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
         contexts = self._contexts(request, cache)
@@ -113,9 +118,19 @@ class StableBackbone:
         latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample(generator)
         return (latents * self.vae.config.scaling_factor).float()
 
+    def share(self, latents: Tensor, timesteps: Tensor, control: Conditions | None) -> Conditions:
+        latents = latents.to(self.unet.dtype)
+        if control is None:
+            return self.start.make(latents, timesteps)
+        found: Conditions = {}
+        for n, start in enumerate(self.control_starts):
+            found |= start.make(latents, timesteps, control[f"map{n}"])
+        return found
+
     def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         total: list[Tensor] = []
-        for n, net in enumerate(self.controlnets):
+        for n, (net, start) in enumerate(zip(self.controlnets, self.control_starts, strict=True)):
+            start.use(lanes)
             down, mid = net(
                 latents.to(self.unet.dtype),
                 timesteps,
@@ -125,12 +140,14 @@ class StableBackbone:
                 cross_attention_kwargs={"lanes": lanes},
                 return_dict=False,
             )
+            start.use(None)
             scaled = [residual * control[f"scale{n}"] for residual in (*down, mid)]
             total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
         return total
 
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
-        return self.unet(
+        self.start.use(lanes)
+        output = self.unet(
             latents.to(self.unet.dtype),
             timesteps,
             encoder_hidden_states=None,
@@ -140,6 +157,8 @@ class StableBackbone:
             mid_block_additional_residual=None if residuals is None else residuals[-1],
             return_dict=False,
         )[0]
+        self.start.use(None)
+        return output
 
     def decode(self, latents: Tensor, request: Request) -> Tensor:
         tiled = latents.shape[2] * latents.shape[3] * self.latent_factor**2 > TILED
