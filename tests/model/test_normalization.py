@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from context_diffusion.engine.engine import Engine
+from context_diffusion.engine.engine import Engine, Shape
 from context_diffusion.errors import ModelError
 from context_diffusion.model.native import NativeModel
+from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.normalization import STATISTICS, describe, normalise, restore
 from context_diffusion.schema import Control, Pixels, Request, Result
 from context_diffusion.training.config import Architecture, Normalization
@@ -32,7 +33,7 @@ def tensor(pixels: Pixels) -> torch.Tensor:
 
 
 def made(model: NativeModel, requests: list[Request]) -> list[Pixels]:
-    outcomes = {one.id: outcome for one, outcome in Engine(model, torch.device("cpu"), chunk=2).run(requests)}
+    outcomes = {one.id: outcome for one, outcome in Engine(NativeBackbone(model), torch.device("cpu"), Shape(2, 8)).run(requests)}
     results = [outcomes[one.id] for one in requests]
     assert all(isinstance(result, Result) for result in results), results
     return [result.image for result in results if isinstance(result, Result)]
