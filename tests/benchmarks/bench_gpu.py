@@ -77,6 +77,7 @@ class Shapes:
         self.context_size, self.context_slots, self.noise_scale, self.latent_channels = 224, 8, 1.0, 4
         self.predict_reads = ("unet.", "context_", "text_embeds", "time_ids")
         self.control_reads = ("net", "text_embeds", "time_ids")
+        self.shares = False  # its side channel is not for CUDA graphs
         if given.compile:
             self.predict, self.control = (torch.compile(f, mode="reduce-overhead") for f in (self.predict, self.control))  # type: ignore[method-assign]
 
@@ -110,7 +111,7 @@ class Shapes:
         raise NotImplementedError
 
     def share(self, *_: Any) -> Conditions:
-        return {}  # its side channel is not for CUDA graphs
+        raise NotImplementedError
 
     def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         told = {"added_cond_kwargs": _added(lanes), "cross_attention_kwargs": {"lanes": lanes}, "return_dict": False}

@@ -44,6 +44,7 @@ class Numbers:
     image_size, context_size, context_slots, noise_scale, latent_channels, latent_factor = 8, 8, 1, 1.0, 1, 8
     predict_reads: tuple[str, ...] = ("",)
     control_reads: tuple[str, ...] = ()
+    shares = False
 
     def __init__(self, room: int = 10**9) -> None:
         self.called, self.room = 0, room
@@ -56,7 +57,7 @@ class Numbers:
         return torch.zeros(1, 1, 1, 1)
 
     def share(self, *_: object) -> Conditions:
-        return {}
+        raise AssertionError("it shares nothing")
 
     def control(self, *_: object) -> list[torch.Tensor]:
         raise AssertionError("no row has a control map")

@@ -44,6 +44,7 @@ class Backbone(Protocol):
     # How the names of the lanes' conditions begin that `predict` and `control` read.
     predict_reads: tuple[str, ...]
     control_reads: tuple[str, ...]
+    shares: bool  # whether the lanes of a row have anything in common
 
     def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
         """Raises RowError for a row that the model cannot take."""
@@ -53,7 +54,7 @@ class Backbone(Protocol):
 
     def share(self, latents: Tensor, timesteps: Tensor, control: Conditions | None) -> Conditions:
         """Once a row and step: what its lanes have in common in `predict`, or with `control` in the ControlNet; it comes
-        back among their conditions. May be empty."""
+        back among their conditions. Asked only of a backbone that `shares`."""
 
     def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         """-> the ControlNet's residuals, one a skip connection and the middle one last."""

@@ -168,6 +168,8 @@ class Engine:
     def _share(self, slots: list[Slot]) -> list[Conditions]:
         """What the lanes of each row have in common at this step."""
         found: list[Conditions] = [{} for _ in slots]
+        if not self.backbone.shares:
+            return found
         controlled = [row for row, slot in enumerate(slots) if slot.controlled]
         for rows, with_control in ((list(range(len(slots))), False), (controlled, True)):
             for part in _chunks(rows, self.shape.control):

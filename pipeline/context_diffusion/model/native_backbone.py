@@ -33,6 +33,7 @@ class NativeBackbone:
         self.noise_scale = model.noise_scale
         self.predict_reads: tuple[str, ...] = ("",)
         self.control_reads: tuple[str, ...] = ()
+        self.shares = False  # prompts and contexts modulate all residual blocks
         self.latent_channels, self.latent_factor = model.latent_shape[0], model.image_size // model.latent_shape[1]
 
     def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
@@ -69,7 +70,7 @@ class NativeBackbone:
         return self.model.encode_pixels(to_tensor(request.query).to(self.model.device)).float()
 
     def share(self, latents: Tensor, timesteps: Tensor, control: Conditions | None) -> Conditions:
-        return {}  # prompts and contexts modulate all residual blocks
+        raise NotImplementedError
 
     def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         down, mid = self.controlnet(

@@ -54,6 +54,7 @@ class StableBackbone:
         both = ("bias", "text_embeds", "time_ids")
         self.predict_reads: tuple[str, ...] = ("unet.", "start.", "context_", *both)
         self.control_reads: tuple[str, ...] = ("net", *both)
+        self.shares = bool(self.start.given)
 
     def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
         contexts = self._contexts(request, cache)
@@ -61,14 +62,14 @@ class StableBackbone:
         for branch in wanted:
             prompt, negative = (request.prompt, False) if branch.prompt else (request.negative_prompt, True)
             key = f"text:{negative}:{prompt}"
-            text = cache.get(key, partial(self._text, prompt, negative))
-            truncated |= self.text.truncates(prompt)
+            text, cut = cache.get(key, partial(self._text, prompt, negative))
+            truncated |= cut
             lanes.append(text | contexts[branch.contexts] | self._time_ids(request))
             keys.append(key)
         return Encoded(lanes, self._control(request, cache), keys, truncated)
 
-    def _text(self, prompt: str | None, negative: bool) -> Conditions:
-        """The prompt's keys and values, of all layers."""
+    def _text(self, prompt: str | None, negative: bool) -> tuple[Conditions, bool]:
+        """The prompt's keys and values, of all layers, and whether it was cut."""
         hidden, pooled, mask = self.text(prompt, negative)
         found: Conditions = {}
         for layers in (self.layers, *self.control_layers):
@@ -77,7 +78,7 @@ class StableBackbone:
             found["text_embeds"] = pooled
         if self.text.chunks > 1:
             found["bias"] = torch.where(mask, 0.0, ABSENT)[:, None, None].to(hidden.dtype)
-        return found
+        return found, self.text.truncates(prompt)
 
     def _contexts(self, request: Request, cache: Cache) -> dict[bool, Conditions]:
         """With the contexts shown, and without: then the IP-Adapter sees an empty picture's features, as it was trained."""

@@ -48,11 +48,9 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
         own["vae"] = loader.component(diffusers.AutoencoderKL, parts.vae)
     pipe = loader(kind_of_pipe, parts.base, **own)
     controlnets = [loader.component(diffusers.ControlNetModel, part) for part in parts.controlnets]
-    for module in (pipe.unet, *controlnets):
-        width = module.config.cross_attention_dim
-        if width != pipe.unet.config.cross_attention_dim:
-            named = ", ".join(parts.controlnets)
-            raise ModelError(f"model: controlnet {named} reads text of width {width}, base {parts.base} has another one")
+    for name, net in zip(parts.controlnets, controlnets, strict=True):
+        if (width := net.config.cross_attention_dim) != pipe.unet.config.cross_attention_dim:
+            raise ModelError(f"model: controlnet {name} reads text of width {width}, base {parts.base} has another one")
     _fuse_loras(pipe, parts)
     if parts.ip_adapter and parts.ip_adapter_weight_name:
         _load_ip_adapter(pipe, parts, fetch(parts.ip_adapter, parts.ip_adapter_weight_name, parts.revision))
