@@ -1,6 +1,5 @@
 """The bars of layout and style on held-out rows, with negative controls and the autoencoder's copy of the truth as ceiling.
 
-    python tests/benchmarks/bars_judge.py build/bars-judge.pt              (once: the judge of textures and palettes)
     python tests/benchmarks/bars_layout.py [MODEL] [--rows 256] [--steps 20]
 
 Of 8: the query whose edges the output has, the contexts whose colours it has; its boundaries against the true picture's
@@ -11,10 +10,11 @@ changes with only the query or only the contexts exchanged. Every row has a seed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-import bars_judge
 import numpy as np
 import torch
+from bars_names import names
 from bars_rows import GROUP, Row, given_model, held_out_rows, named, region_distance, request_of, sign_test
 
 from context_diffusion.config import Settings
@@ -33,7 +33,7 @@ def copies(model: NativeModel, images: Sequence[Pixels]) -> list[Pixels]:
     return [(model.decode(z)[0] * 255).round().byte().permute(1, 2, 0).numpy() for z in latents]
 
 
-def table(model: NativeModel, rows: list[Row], settings: Settings, network: bars_judge.Judge) -> None:
+def table(model: NativeModel, rows: list[Row], settings: Settings) -> None:
     images = make(model, [request_of(row, i, settings) for i, row in enumerate(rows)])
     blank, few = np.full_like(rows[0].query, 128), rows[: max(GROUP, len(rows) // 4)]
     unstyled = make(model, [request_of(row, i, settings, contexts=(blank,)) for i, row in enumerate(few)])
@@ -49,10 +49,10 @@ def table(model: NativeModel, rows: list[Row], settings: Settings, network: bars
         ("shuffled context", images, rows, turned),
         ("blank context", unstyled, few, few),
     ):
-        print(f"{name:18s}" + line(made, of_query[: len(made)], of_style[: len(made)], network), flush=True)
+        print(f"{name:18s}" + line(made, of_query[: len(made)], of_style[: len(made)]), flush=True)
 
 
-def line(images: list[Pixels], of_query: list[Row], of_style: list[Row], network: bars_judge.Judge) -> str:
+def line(images: list[Pixels], of_query: list[Row], of_style: list[Row]) -> str:
     """The measures of pictures that should have these layouts and these styles."""
     count, colours = len(images), [palette([image]) for image in images]
     shown = [palette(row.contexts[: row.shown]) for row in of_style]
@@ -60,14 +60,12 @@ def line(images: list[Pixels], of_query: list[Row], of_style: list[Row], network
         a.truth if a is b else dress(a.tone, b.style, np.random.default_rng(i))
         for i, (a, b) in enumerate(zip(of_query, of_style, strict=True))
     ]
-    textures, palettes = bars_judge.judge(network, images)
-    right = [told == row.style.texture for told, row in zip(textures, of_style, strict=True)]
-    known = [told == row.style.palette for told, row in zip(palettes, of_style, strict=True) if row.style.palette != "random"]
+    texture, colour = names(images, [replace(a, style=b.style) for a, b in zip(of_query, of_style, strict=True)])
     layout = named(lambda i, j: layout_score(images[i], of_query[j].query), count)
     style = named(lambda i, j: -chamfer(colours[i], shown[j]), count)
     boundary = np.mean([boundary_f1(image, true) for image, true in zip(images, wanted, strict=True)])
     far = np.mean([region_distance(image, true, row.tone) for image, true, row in zip(images, wanted, of_query, strict=True)])
-    return f"{layout:9.3f}{boundary:13.3f}{style:9.3f}{far:8.1f}{np.mean(right):9.3f}{np.mean(known):10.3f}"
+    return f"{layout:9.3f}{boundary:13.3f}{style:9.3f}{far:8.1f}{texture:9.3f}{colour:10.3f}"
 
 
 def contexts(model: NativeModel, rows: list[Row], settings: Settings) -> None:
@@ -107,6 +105,6 @@ def swap(model: NativeModel, rows: list[Row], settings: Settings) -> None:
 if __name__ == "__main__":
     given, model, settings = given_model(__doc__)
     rows = held_out_rows(given.rows, model.image_size)
-    table(model, rows, settings, bars_judge.load(given.judge))
+    table(model, rows, settings)
     contexts(model, rows[: given.rows // 4], settings)
     swap(model, rows[: given.rows // 4], settings)

@@ -114,7 +114,6 @@ def given_model(description: str | None) -> tuple[argparse.Namespace, NativeMode
     arguments.add_argument("--guidance", type=float, default=1.5)
     arguments.add_argument("--noise-scale", type=float, help="of sampling; left out: the model's own")
     arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--judge", type=Path, default=Path("build/bars-judge.pt"), help="of bars_judge.py")
     arguments.add_argument("--page", type=Path, default=Path("build/photographs.png"), help="of bars_photographs.py")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
