@@ -28,7 +28,7 @@ from context_diffusion.errors import (
 )
 from context_diffusion.output import Output
 from context_diffusion.plan import Plan, open_plan, read_shards
-from context_diffusion.progress import Progress
+from context_diffusion.progress import NOTHING_RUN, Efficiency, Progress
 from context_diffusion.report import write_report
 from context_diffusion.schema import Counts
 from context_diffusion.stages import LoadImages, ReadShard
@@ -53,13 +53,13 @@ def run_generate(job: GenerateJob, options: Options, make_engine: Callable[..., 
     plan = open_plan(job, output, storage, options.accept_change)
     if options.retry_failed:
         storage.delete(output.success)
-    before, occupancy = output.count(), None
+    before, efficiency = output.count(), NOTHING_RUN
     if not storage.exists(output.success):
-        occupancy = _make_missing(job, options, storage, output, plan, before, make_engine)
+        efficiency = _make_missing(job, options, storage, output, plan, before, make_engine)
         _check_failures(job, plan, after := output.count())
         if after.rows != plan.rows:
             raise ClusterError(f"{after.rows} rows in {output.root}, {plan.rows} in the manifest: run it again")
-    return _finish(output, before, time.perf_counter() - started, occupancy)
+    return _finish(output, before, time.perf_counter() - started, efficiency)
 
 
 def _make_missing(
@@ -70,8 +70,8 @@ def _make_missing(
     plan: Plan,
     before: Counts,
     make_engine: Callable[..., Any] | None,
-) -> float | None:
-    """-> the occupancy of this run's engines."""
+) -> Efficiency:
+    """-> that of this run's engines."""
     done = output.finished()
     if options.retry_failed:
         done -= _shards_with_failures(output)
@@ -79,7 +79,7 @@ def _make_missing(
     _check_failures(job, plan, before)
     reads = _reads(job, storage, output, plan, done)
     if not reads:
-        return None
+        return NOTHING_RUN
     model = plan.model
     allow = job.allow or [parent(file.uri) for file in plan.files]
     load = LoadImages(job, allow, model.image_size, model.context_size, storage)
@@ -92,7 +92,7 @@ def _make_missing(
         for counts in dataflow.run_flow(job, reads, load, write, make_engine or _default_engine):
             shown.add(counts)
             _check_failures(job, plan, shown.counts)
-        return shown.occupancy
+        return shown.efficiency
 
 
 def _default_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> Any:
@@ -125,7 +125,7 @@ def _check_failures(job: GenerateJob, plan: Plan, counts: Counts) -> None:
         )
 
 
-def _finish(output: Output, before: Counts, seconds: float, occupancy: float | None) -> dict[str, Any]:
+def _finish(output: Output, before: Counts, seconds: float, efficiency: Efficiency) -> dict[str, Any]:
     """summary.json, report.html, checksums.parquet, and _SUCCESS last of all; a finished OUTPUT is left as it is."""
     finished = output.storage.exists(output.success)
     counts = output.count()
@@ -136,7 +136,7 @@ def _finish(output: Output, before: Counts, seconds: float, occupancy: float | N
         "skipped": before.rows,
         "seconds": round(seconds, 2),
         "images_per_second": round(made / seconds, 3),
-        "occupancy": occupancy,
+        **efficiency,
         "exit": EXIT_ROWS_FAILED if counts.failed else EXIT_OK,
     }
     if not finished:

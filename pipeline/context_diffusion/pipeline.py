@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from context_diffusion.config import Fit, GenerateJob, Settings, control_kinds
 from context_diffusion.control import CONTROLS, controls_of
 from context_diffusion.engine.backbone import Backbone
-from context_diffusion.engine.engine import Engine, Progress, Shape
+from context_diffusion.engine.calls import Shape
+from context_diffusion.engine.engine import Engine, Progress
+from context_diffusion.engine.operations import NotCounted, Operations
 from context_diffusion.engine.service import EngineService
 from context_diffusion.errors import ModelError
 from context_diffusion.images import output_size, resize
@@ -73,8 +75,8 @@ class ContextDiffusion:
         loaded = load(source.parts, where)
         return cls(StableBackbone(loaded), "sdxl" if loaded.xl else "sd", where, cpu_threads)
 
-    def engine(self) -> Engine:
-        return Engine(self.backbone, self.device, self.shape)
+    def engine(self, operations: Operations | None = None) -> Engine:
+        return Engine(self.backbone, self.device, self.shape, operations=operations or NotCounted())
 
     def __call__(
         self,
@@ -158,4 +160,4 @@ class ContextDiffusion:
 def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> EngineService:
     """The engine of a job: what each actor of the flow holds."""
     pipeline = ContextDiffusion.from_pretrained(job.model, cpu_threads=job.cluster.cpu_threads)
-    return EngineService(pipeline.engine(), broken)
+    return EngineService(pipeline.engine(Operations()), broken)

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from context_diffusion.schema import Counts
+from context_diffusion.schema import COUNTED, Counts
 
 EVERY_SECONDS = 10.0
+Efficiency = dict[str, float | None]  # of a run: `Progress.efficiency`
+NOTHING_RUN: Efficiency = {"occupancy": None, "flops_share": None}
 CONSOLE = Console(stderr=True)  # the driver puts the terminal here before Ray takes stderr
 
 
@@ -23,7 +25,7 @@ class Progress:
         self.counts = Counts(before.rows, before.ok, before.failed, before.images, dict(before.codes))
         self.rows, self._first, self._logs = rows, before.rows, logs
         self._made, self._started, self._told = 0, time.monotonic(), time.monotonic()
-        self.used_lane_steps, self.paid_lane_steps = 0, 0.0
+        self._sums = dict.fromkeys(COUNTED, 0.0)
         self._console = CONSOLE
         self._bar: Bar | None = None
 
@@ -48,8 +50,8 @@ class Progress:
         self.counts.failed += counts["failed"]
         self.counts.images += counts["images"]
         self.counts.ok = self.counts.rows - self.counts.failed
-        self.used_lane_steps += counts["used_lane_steps"]
-        self.paid_lane_steps += counts["paid_lane_steps"]
+        for name in COUNTED:
+            self._sums[name] += counts[name]
         self._made += counts["images"]
         if self._bar:
             self._bar.update(self._task, completed=self.counts.rows, told=self._rate())
@@ -57,9 +59,12 @@ class Progress:
             self._line()
 
     @property
-    def occupancy(self) -> float | None:
-        """Of the model's calls: lane-steps that rows used, of those that there was room for."""
-        return round(self.used_lane_steps / self.paid_lane_steps, 4) if self.paid_lane_steps else None
+    def efficiency(self) -> Efficiency:
+        """occupancy: of the model's calls, lane-steps that rows used, of those that there was room for. flops_share: of
+        the operations that diffusers must run for the rows in one batch, those that were run."""
+        pairs = {"occupancy": ("used_lane_steps", "paid_lane_steps"), "flops_share": ("flops", "reference_flops")}
+        sums = {name: [self._sums[part] for part in parts] for name, parts in pairs.items()}
+        return {name: round(part / whole, 4) if whole else None for name, (part, whole) in sums.items()}
 
     def _rate(self) -> str:
         rate = self._made / max(time.monotonic() - self._started, 1e-6)

@@ -63,8 +63,11 @@ MADE = pa.schema(
         ("prompt_truncated", pa.bool_()),
         ("used_lane_steps", pa.int64()),
         ("paid_lane_steps", pa.float64()),
+        ("flops", pa.float64()),
+        ("reference_flops", pa.float64()),
     ]
 )
+COUNTED = ("used_lane_steps", "paid_lane_steps", "flops", "reference_flops")  # summed over a run
 SETTING_TYPES: dict[str, pa.DataType] = {
     "seed": pa.int64(),
     "num_inference_steps": pa.int32(),
@@ -150,6 +153,8 @@ class Result:
     prompt_truncated: bool = False
     used_lane_steps: int = 0  # what the row asked of the model
     paid_lane_steps: float = 0.0  # and its share of what the calls had room for
+    flops: float = 0.0  # executed, and those that diffusers would have run: engine/operations.py
+    reference_flops: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from context_diffusion.output import Output, to_parquet
 from context_diffusion.schema import (
     CONTEXT,
     CONTROL_IMAGE,
+    COUNTED,
     ID,
     NEGATIVE_PROMPT,
     OUTPUT,
@@ -68,7 +69,7 @@ class WriteShard:
         failed = len({row[ID] for row in rows if row["status"] == "failed"})
         counts = {"shard": shard, "rows": len({row[ID] for row in rows}), "failed": failed, "images": 0}
         counts["images"] = sum(row["status"] == "ok" for row in rows)
-        counts |= {name: sum(filter(None, table[name].to_pylist())) for name in ("used_lane_steps", "paid_lane_steps")}
+        counts |= {name: sum(filter(None, table[name].to_pylist())) for name in COUNTED}
         return pa.table({name: [value] for name, value in counts.items()})
 
     def _write_image(self, row: dict[str, Any], shard: int) -> dict[str, Any]:

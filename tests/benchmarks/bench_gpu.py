@@ -28,7 +28,8 @@ from context_diffusion.config import Settings
 from context_diffusion.control import controls_of
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.engine import Engine, Shape
+from context_diffusion.engine.calls import Shape
+from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.engine.samplers import make_scheduler
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values

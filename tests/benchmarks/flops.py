@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from context_diffusion.engine.engine import stack
+from context_diffusion.engine.calls import stack
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
 from context_diffusion.model.sharing import SharedStart
 

@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from context_diffusion.engine.engine import Engine, Shape
+from context_diffusion.engine.calls import Shape
+from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.samplers import SAMPLERS
 from context_diffusion.engine.service import EngineService
 from context_diffusion.errors import ErrorCode

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from context_diffusion.config import Settings
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.engine import Engine, Progress, Shape
+from context_diffusion.engine.calls import Shape
+from context_diffusion.engine.engine import Engine, Progress
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.engine.lanes import choose
 from context_diffusion.errors import ErrorCode

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from test_diffusers import SIDE, row
 
-from context_diffusion.engine.engine import Shape
+from context_diffusion.engine.calls import Shape
 from context_diffusion.errors import ErrorCode, ModelError
 from context_diffusion.model.source import find_model
 from context_diffusion.pipeline import ContextDiffusion

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from context_diffusion.engine.engine import Engine, Shape
+from context_diffusion.engine.calls import Shape
+from context_diffusion.engine.engine import Engine
 from context_diffusion.errors import ModelError
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone

@@ -13,32 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from context_diffusion.engine.backbone import Backbone, Conditions
+from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.cache import Cache
+from context_diffusion.engine.calls import Calls, Shape
 from context_diffusion.engine.conditions import is_finite
 from context_diffusion.engine.guidance import branches_of
 from context_diffusion.engine.lanes import choose
+from context_diffusion.engine.operations import NotCounted, Operations
 from context_diffusion.engine.slots import Slot, advance, open_slot
 from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.schema import Failure, Pixels, Request, Result
 
 Outcome = tuple[Request, Result | Failure]
 CACHE_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Fixed by model and kind of device, for it decides the bits. chunk: lanes in one call of the model; control: rows in
-    one call of the ControlNet; lanes: of all rows that go on in a step, at most."""
-
-    chunk: int
-    lanes: int
-    control: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,8 +66,11 @@ class Engine:
     slots: list[Slot] = field(default_factory=list)
     occupancy: Occupancy = field(default_factory=Occupancy)
     cache: Cache = field(default_factory=lambda: Cache(CACHE_BYTES))
+    operations: Operations = field(default_factory=NotCounted)
 
     def __post_init__(self) -> None:
+        self.calls = Calls(self.backbone, self.device, self.shape, self.operations)
+        self.cache.operations = self.operations
         # Of the rows that go on in a step, and of those at hand; fewer where memory is short.
         self.lanes, self.room = self.shape.lanes, self.shape.lanes + self.shape.chunk
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -140,84 +134,18 @@ class Engine:
             return
         if not self.waiting:
             slots.sort(key=lambda slot: -slot.left)
-        started = perf_counter()
+        started, done = perf_counter(), self.operations.done
         slots = [slots[i] for i in choose([slot.lanes for slot in slots], self.shape.chunk, self.lanes)]
-        shared = self._share(slots)
-        residuals = self._control(slots, shared)
-        work = [(row, lane) for row, slot in enumerate(slots) for lane in range(slot.lanes)]
-        guided: list[Any] = [0] * len(slots)
-        for part in _chunks(work, self.shape.chunk):
-            for (row, lane), output in zip(part, self._predict(slots, part, shared, residuals), strict=False):
-                guided[row] = guided[row] + slots[row].weights[lane] * output
-        advance(slots, torch.cat(guided))
-        paid = -(-len(work) // self.shape.chunk) * self.shape.chunk
-        self.occupancy.used += len(work)
+        outputs, paid = self.calls.guided(slots)
+        advance(slots, outputs)
+        used = sum(slot.lanes for slot in slots)
+        self.occupancy.used += used
         self.occupancy.paid += paid
-        seconds = perf_counter() - started
+        seconds, flops = perf_counter() - started, self.operations.done - done
         for slot in slots:
-            share = slot.lanes / len(work)
-            slot.seconds, slot.used, slot.paid = slot.seconds + share * seconds, slot.used + slot.lanes, slot.paid + share * paid
+            slot.charge(slot.lanes / used, seconds, paid, flops, self.calls.reference(slot))
             if self.callback:
                 self.callback(Progress(slot.request, slot.step, len(slot.table), lambda slot=slot: self._preview(slot)))  # type: ignore[misc]
-
-    def _inputs(self, slots: list[Slot]) -> tuple[Tensor, Tensor]:
-        """Latents as the model takes them, and their timesteps."""
-        times = torch.stack([slot.timestep for slot in slots]).to(self.device)
-        return torch.cat([slot.model_input for slot in slots]), times
-
-    def _share(self, slots: list[Slot]) -> list[Conditions]:
-        """What the lanes of each row have in common at this step."""
-        found: list[Conditions] = [{} for _ in slots]
-        if not self.backbone.shares:
-            return found
-        controlled = [row for row, slot in enumerate(slots) if slot.controlled]
-        for rows, with_control in ((list(range(len(slots))), False), (controlled, True)):
-            for part in _chunks(rows, self.shape.control):
-                padded = [slots[row] for row in [*part, *[part[0]] * (self.shape.control - len(part))]]
-                control = stack([slot.encoded.control or {} for slot in padded], ("",)) if with_control else None
-                made = self.backbone.share(*self._inputs(padded), control)
-                for number, row in enumerate(part):
-                    found[row] |= {name: value[number : number + 1] for name, value in made.items()}
-        return found
-
-    def _predict(
-        self,
-        slots: list[Slot],
-        part: list[tuple[int, int]],
-        shared: list[Conditions],
-        residuals: dict[tuple[int, str], list[Tensor]],
-    ) -> Any:
-        """One call of the model for up to P lanes, padded to P with copies of the first. -> P outputs (1, C, h, w)."""
-        padded = part + [part[0]] * (self.shape.chunk - len(part))
-        rows = [slots[row] for row, _ in padded]
-        given = [residuals.get((row, slots[row].encoded.control_keys[lane])) for row, lane in padded]
-        output = self.backbone.predict(
-            *self._inputs(rows),
-            stack([slots[row].encoded.lanes[lane] | shared[row] for row, lane in padded], self.backbone.predict_reads),
-            _filled(given),
-        )
-        return output.float().split(1)
-
-    def _control(self, slots: list[Slot], shared: list[Conditions]) -> dict[tuple[int, str], list[Tensor]]:
-        """The ControlNet's residuals of each row that is in its window, by row and control key: once for all the lanes
-        that have the key."""
-        wanted: dict[tuple[int, str], tuple[int, int]] = {}
-        for row, slot in enumerate(slots):
-            if slot.controlled:
-                for lane, key in enumerate(slot.encoded.control_keys):
-                    wanted.setdefault((row, key), (row, lane))
-        found: dict[tuple[int, str], list[Tensor]] = {}
-        for part in _chunks(list(wanted.items()), self.shape.control):
-            padded = [*part, *[part[0]] * (self.shape.control - len(part))]
-            rows = [slots[row] for _, (row, _) in padded]
-            residuals = self.backbone.control(
-                *self._inputs(rows),
-                stack([slots[row].encoded.lanes[lane] | shared[row] for _, (row, lane) in padded], self.backbone.control_reads),
-                stack([slot.encoded.control or {} for slot in rows], ("",)),
-            )
-            for number, (key, _) in enumerate(part):
-                found[key] = [residual[number : number + 1] for residual in residuals]
-        return found
 
     def _decode(self, slot: Slot) -> Tensor:
         """-> uint8 (H, W, 3) on the device, on a stream of its own where there is one."""
@@ -225,7 +153,11 @@ class Engine:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         started = perf_counter()
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            pixels = self.backbone.decode(slot.latents, slot.request)[0]
+            done = self.operations.done
+            pixels = self.operations.call(
+                ("decode", tuple(slot.latents.shape)), lambda: self.backbone.decode(slot.latents, slot.request)
+            )[0]
+            slot.flops, slot.reference = (sum_ + self.operations.done - done for sum_ in (slot.flops, slot.reference))
             image = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
         slot.seconds += perf_counter() - started
         return image
@@ -235,8 +167,8 @@ class Engine:
             self._stream.synchronize()
         if not is_finite(slot.latents):
             return Failure(ErrorCode.ENGINE_ERROR, "the latents are not finite: try a smaller guidance_scale")
-        cost = slot.seconds, slot.lanes, self.device.type, slot.encoded.truncated, slot.used, slot.paid
-        return Result(image.cpu().numpy(), *cost)
+        cost = slot.used, slot.paid, slot.flops, slot.reference
+        return Result(image.cpu().numpy(), slot.seconds, slot.lanes, self.device.type, slot.encoded.truncated, *cost)
 
     def _preview(self, slot: Slot) -> Pixels:
         assert slot.x0 is not None
@@ -259,21 +191,3 @@ class Engine:
         self.room = sum(slot.lanes for slot in self.slots)
         self.lanes = min(self.lanes, max(self.room, self.shape.chunk))
         return []
-
-
-def stack(conditions: list[Conditions], names: tuple[str, ...]) -> Conditions:
-    """Those whose names begin with one of `names`."""
-    return {name: torch.cat([one[name] for one in conditions]) for name in conditions[0] if name.startswith(names)}
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _filled(given: list[list[Tensor] | None]) -> list[Tensor] | None:
-    """Residuals in a batch, zeros for rows without; None where none has any."""
-    known = next((one for one in given if one is not None), None)
-    if known is None:
-        return None
-    none = [torch.zeros_like(residual) for residual in known]
-    return [torch.cat(parts) for parts in zip(*(none if one is None else one for one in given), strict=True)]

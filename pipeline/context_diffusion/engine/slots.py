@@ -36,6 +36,14 @@ class Slot:
     seconds: float = 0.0
     used: int = 0  # lane-steps, and the share of those that the calls had room for
     paid: float = 0.0
+    flops: float = 0.0  # and what diffusers would have run for it
+    reference: float = 0.0
+
+    def charge(self, share: float, seconds: float, paid: float, flops: float, reference: float) -> None:
+        """Its share of what a step cost."""
+        self.used, self.paid = self.used + self.lanes, self.paid + share * paid
+        self.seconds, self.flops = self.seconds + share * seconds, self.flops + share * flops
+        self.reference += reference
 
     @property
     def lanes(self) -> int:
@@ -64,7 +72,8 @@ def open_slot(request: Request, backbone: Backbone, device: torch.device, cache:
     assert settings.seed is not None, "the seed is derived before the engine"
     first = start_step(settings.num_inference_steps, settings.strength)
     table = make_table(settings.scheduler, settings.num_inference_steps, backbone.scheduler_config, first)
-    wanted = branches_of(request)
+    wanted, operations = branches_of(request), cache.operations
+    done, asked = operations.done, operations.wanted
     encoded = backbone.encode(request, wanted, cache)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     return Slot(
@@ -76,6 +85,8 @@ def open_slot(request: Request, backbone: Backbone, device: torch.device, cache:
         control_window(len(table), settings.control_guidance_start, settings.control_guidance_end),
         generator,
         seconds=time.perf_counter() - started,
+        flops=operations.done - done,
+        reference=operations.wanted - asked,
     )
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from context_diffusion.config import Settings
-from context_diffusion.engine.engine import Engine, Shape
+from context_diffusion.engine.calls import Shape
+from context_diffusion.engine.engine import Engine
 from context_diffusion.images import resize
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone

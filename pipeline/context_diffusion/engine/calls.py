@@ -1,0 +1,136 @@
+"""The calls of the model for one step of some rows of one shape: in chunks, padded, never shrunk.
+
+R rows, each of 1 to 3 lanes   P lanes a chunk   C h w latents
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from context_diffusion.engine.backbone import Backbone, Conditions
+from context_diffusion.engine.operations import BRANCHES, Operations
+from context_diffusion.engine.slots import Slot
+
+Residuals = dict[tuple[int, str], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Fixed by model and kind of device, for it decides the bits. chunk: lanes in one call of the model; control: rows in
+    one call of the ControlNet; lanes: of all rows that go on in a step, at most."""
+
+    chunk: int
+    lanes: int
+    control: int = 1
+
+
+@dataclass
+class Calls:
+    """backbone and its device; operations: counts what each call costs."""
+
+    backbone: Backbone
+    device: torch.device
+    shape: Shape
+    operations: Operations
+
+    def guided(self, slots: list[Slot]) -> tuple[Tensor, int]:
+        """-> the guided outputs (R, C, h, w), and the lanes that the calls had room for."""
+        shared = self._share(slots)
+        residuals = self._control(slots, shared)
+        work = [(row, lane) for row, slot in enumerate(slots) for lane in range(slot.lanes)]
+        guided: list[Any] = [0] * len(slots)
+        for part in _chunks(work, self.shape.chunk):
+            for (row, lane), output in zip(part, self._predict(slots, part, shared, residuals), strict=False):
+                guided[row] = guided[row] + slots[row].weights[lane] * output
+        return torch.cat(guided), -(-len(work) // self.shape.chunk) * self.shape.chunk
+
+    def reference(self, slot: Slot) -> float:
+        """FLOPs of a step of the row in a batch of diffusers: U-Net and ControlNet for both branches. What diffusers
+        projects and embeds anew at each step is left out, so it is rather too little."""
+        size, controlled = tuple(slot.latents.shape), slot.encoded.control is not None
+        lane = self.operations.known(("predict", size, controlled)) or self.operations.known(("predict", size, not controlled))
+        row = self.operations.known(("share", size, False))
+        if controlled:
+            row += self.operations.known(("share", size, True)) + self.operations.known(("control", size))
+        return BRANCHES * (lane / self.shape.chunk + row / self.shape.control)
+
+    def _inputs(self, slots: list[Slot]) -> tuple[Tensor, Tensor]:
+        """Latents as the model takes them, and their timesteps."""
+        times = torch.stack([slot.timestep for slot in slots]).to(self.device)
+        return torch.cat([slot.model_input for slot in slots]), times
+
+    def _share(self, slots: list[Slot]) -> list[Conditions]:
+        """What the lanes of each row have in common at this step."""
+        found: list[Conditions] = [{} for _ in slots]
+        if not self.backbone.shares:
+            return found
+        controlled = [row for row, slot in enumerate(slots) if slot.controlled]
+        for rows, with_control in ((list(range(len(slots))), False), (controlled, True)):
+            for part in _chunks(rows, self.shape.control):
+                padded = [slots[row] for row in _padded(part, self.shape.control)]
+                control = stack([slot.encoded.control or {} for slot in padded], ("",)) if with_control else None
+                latents, times = self._inputs(padded)
+                key = ("share", (1, *latents.shape[1:]), with_control)
+                made = self.operations.call(key, lambda x=latents, t=times, c=control: self.backbone.share(x, t, c))  # type: ignore[misc]
+                for number, row in enumerate(part):
+                    found[row] |= {name: value[number : number + 1] for name, value in made.items()}
+        return found
+
+    def _control(self, slots: list[Slot], shared: list[Conditions]) -> Residuals:
+        """The ControlNet's residuals of each row that is in its window, by row and control key: once for all the lanes
+        that have the key."""
+        wanted: dict[tuple[int, str], tuple[int, int]] = {}
+        for row, slot in enumerate(slots):
+            if slot.controlled:
+                for lane, key in enumerate(slot.encoded.control_keys):
+                    wanted.setdefault((row, key), (row, lane))
+        found: Residuals = {}
+        for part in _chunks(list(wanted.items()), self.shape.control):
+            places = [place for _, place in _padded(part, self.shape.control)]
+            latents, times = self._inputs([slots[row] for row, _ in places])
+            lanes = stack([slots[row].encoded.lanes[lane] | shared[row] for row, lane in places], self.backbone.control_reads)
+            maps = stack([slots[row].encoded.control or {} for row, _ in places], ("",))
+            residuals = self.operations.call(
+                ("control", (1, *latents.shape[1:])),
+                lambda x=latents, t=times, c=lanes, m=maps: self.backbone.control(x, t, c, m),  # type: ignore[misc]
+            )
+            for number, (row_and_key, _) in enumerate(part):
+                found[row_and_key] = [residual[number : number + 1] for residual in residuals]
+        return found
+
+    def _predict(self, slots: list[Slot], part: list[tuple[int, int]], shared: list[Conditions], residuals: Residuals) -> Any:
+        """One call of the model for up to P lanes, padded to P with copies of the first. -> P outputs (1, C, h, w)."""
+        places = _padded(part, self.shape.chunk)
+        latents, times = self._inputs([slots[row] for row, _ in places])
+        lanes = stack([slots[row].encoded.lanes[lane] | shared[row] for row, lane in places], self.backbone.predict_reads)
+        given = _filled([residuals.get((row, slots[row].encoded.control_keys[lane])) for row, lane in places])
+        key = ("predict", (1, *latents.shape[1:]), given is not None)
+        return self.operations.call(key, lambda: self.backbone.predict(latents, times, lanes, given)).float().split(1)
+
+
+def stack(conditions: list[Conditions], names: tuple[str, ...]) -> Conditions:
+    """Those whose names begin with one of `names`."""
+    return {name: torch.cat([one[name] for one in conditions]) for name in conditions[0] if name.startswith(names)}
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _padded(part: list[Any], size: int) -> list[Any]:
+    """With copies of the first, which cost what they cost and change nothing."""
+    return [*part, *[part[0]] * (size - len(part))]
+
+
+def _filled(given: list[list[Tensor] | None]) -> list[Tensor] | None:
+    """Residuals in a batch, zeros for rows without; None where none has any."""
+    known = next((one for one in given if one is not None), None)
+    if known is None:
+        return None
+    none = [torch.zeros_like(residual) for residual in known]
+    return [torch.cat(parts) for parts in zip(*(none if one is None else one for one in given), strict=True)]
