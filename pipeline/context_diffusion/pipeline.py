@@ -65,13 +65,13 @@ class ContextDiffusion:
             source = find_model(Parts.model_validate(model) if isinstance(model, dict) else model)
         except ValidationError as error:
             raise ModelError(f"model: {error}") from None
-        if source.parts is None:
-            assert source.folder
+        if source.folder:
             native = NativeModel.from_pretrained(source.folder).to(where)
             return cls(NativeBackbone(native), "native", where, cpu_threads)
         from context_diffusion.model.stable_backbone import StableBackbone  # diffusers' pipelines: some seconds
         from context_diffusion.model.stable_diffusion import load
 
+        assert source.parts
         loaded = load(source.parts, where)
         return cls(StableBackbone(loaded), "sdxl" if loaded.xl else "sd", where, cpu_threads)
 

@@ -13,7 +13,9 @@ from context_diffusion.errors import ModelError
 from context_diffusion.model.hub import commit_of, fetch, split
 from context_diffusion.model.presets import PRESETS, parts_of
 from context_diffusion.model.source import find_model
+from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.strict import Parts
+from tiny import tiny_model
 from tiny_diffusers import make_base
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -58,6 +60,25 @@ def test_what_the_plan_found_is_kept_when_the_hub_moves_on(cache: Path) -> None:
     (snapshots / "refs" / "main").write_text(other)
     assert find_model("someone/base", {"someone/base": COMMIT}).parts.revision == {"someone/base": COMMIT}  # type: ignore[union-attr]
     assert find_model("someone/base").parts.revision == {"someone/base": other}  # type: ignore[union-attr]
+
+
+def test_a_native_model_on_the_hub_is_loaded_at_the_commit_that_the_plan_found(cache: Path) -> None:
+    root, other = cache / "models--someone--native", COMMIT[::-1]
+    tiny_model().save_pretrained(root / "snapshots" / COMMIT)
+    shutil.copytree(root / "snapshots" / COMMIT, root / "snapshots" / other)
+    index = root / "snapshots" / other / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"noise_scale": 0.125}))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(COMMIT)
+    planned = find_model("someone/native")
+    (root / "refs" / "main").write_text(other)
+    assert planned.folder
+    assert planned.parts
+    assert find_model("someone/native").revision != planned.revision
+    assert find_model(planned.parts).revision == planned.revision
+    pipeline = ContextDiffusion.from_pretrained(planned.parts)
+    assert pipeline.backbone.noise_scale != 0.125
+    assert ContextDiffusion.from_pretrained("someone/native").backbone.noise_scale == 0.125
 
 
 @pytest.mark.parametrize(

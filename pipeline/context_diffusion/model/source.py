@@ -19,7 +19,8 @@ NATIVE = "ContextDiffusion"  # _class_name in a native model's index
 
 @dataclass(frozen=True)
 class Source:
-    """A model as it was found. folder: of a native one; parts: of a pretrained one, every hub id at a commit.
+    """A model as it was found. folder: of a native one; parts: of all others and of what the hub holds, every hub id at a
+    commit.
 
     revision: a digest; other weights are another model. image_size, context_size: pixels.
     """
@@ -60,15 +61,15 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Sou
     hub = {split(part)[0] for part in away}
     known = (commits or {}) | parts.revision
     parts = parts.model_copy(update={"revision": {repo: commit_of(repo, known.get(repo)) for repo in sorted(hub)}})
+    name = model if isinstance(model, str) else parts.base
     index = read_json(parts.base, "model_index.json", parts.revision)
     if index.get("_class_name") == NATIVE:
-        return _native(str(model), fetch(parts.base, "", parts.revision), index)
-    name = model if isinstance(model, str) else parts.base
+        return _native(name, fetch(parts.base, "", parts.revision), index, parts if away else None)
     return Source(name, None, parts, _revision(parts), *_sizes(parts))
 
 
-def _native(name: str, folder: Path, index: dict[str, Any]) -> Source:
-    return Source(name, folder, None, digest(folder), index["image_size"], index["context_size"])
+def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None = None) -> Source:
+    return Source(name, folder, parts, digest(folder), index["image_size"], index["context_size"])
 
 
 def _sizes(parts: Parts) -> tuple[int, int]:
