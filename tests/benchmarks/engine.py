@@ -26,6 +26,7 @@ from context_diffusion.config import Settings
 from context_diffusion.control import controls_of
 from context_diffusion.engine.conditions import to_tensor
 from context_diffusion.engine.engine import Engine
+from context_diffusion.model.draft import colours_of, draft, tones_of
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.source import model_folder
@@ -68,18 +69,26 @@ def batch(model: NativeModel, requests: list[Request]) -> None:
     hidden, bias = model.fuse(text, mask, contexts.repeat(branches, 1, 1, 1), shown)
     layouts = model.encode_control(torch.cat([to_tensor(one.controls[0].pixels) for one in requests]), ["gray"] * count)
     layouts = layouts.repeat(branches, 1, 1, 1)
+    drawn = drafts(model, requests, branches) if model.drafts else None
     noise = [torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(n)) for n in range(count)]
     latents = torch.cat(noise) * model.noise_scale
     scales = torch.tensor([one.settings.guidance_scale for one in requests])[:, None, None, None]
     for timestep in scheduler.timesteps:
         both, times = latents.repeat(branches, 1, 1, 1), timestep.expand(branches * count).float()
         down, mid = model.control(both, times, layouts)
-        output = model.predict(both, times, hidden, bias, down, mid)
+        output = model.predict(both, times, hidden, bias, down, mid, drawn)
         if guided:
             without, with_them = output.chunk(2)
             output = without + scales * (with_them - without)
         latents = scheduler.step(output, timestep, latents).prev_sample
     model.decode(latents)
+
+
+def drafts(model: NativeModel, requests: list[Request], branches: int) -> torch.Tensor:
+    """Of the branch that sees the contexts; without, none."""
+    colours = torch.stack([colours_of(torch.cat([to_tensor(c) for c in one.contexts])).sum(0) for one in requests])
+    made = draft(tones_of(torch.cat([to_tensor(one.controls[0].pixels) for one in requests])), colours)
+    return torch.cat([made * 0, made]) if branches == 2 else made
 
 
 def batched(items: list[Request], size: int) -> Iterable[list[Request]]:

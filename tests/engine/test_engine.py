@@ -17,6 +17,7 @@ from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.samplers import SAMPLERS
 from context_diffusion.engine.service import EngineService
 from context_diffusion.errors import ErrorCode
+from context_diffusion.model.draft import colours_of, draft, tones_of
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.schema import Control, Failure, Pixels, Request, Result
 from tiny import picture, request, tiny_model
@@ -120,10 +121,14 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
         conditions.append(model.fuse(*model.encode_text([prompt]), contexts, weights))
     latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3)) * model.noise_scale
     layout = model.encode_control(pixels[1:], ["gray"])
+    seen = draft(tones_of(pixels[1:]), colours_of(pixels[:1]))
+    drafts = [seen * 0, seen, seen]
     for timestep in scheduler.timesteps:
         time = timestep[None].float()
         down, mid = model.control(latents, time, layout)
-        e0, e_context, e_both = (model.predict(latents, time, h, b, down, mid) for h, b in conditions)
+        e0, e_context, e_both = (
+            model.predict(latents, time, h, b, down, mid, drawn) for (h, b), drawn in zip(conditions, drafts, strict=True)
+        )
         guided = e0 + 2.0 * (e_context - e0) + 3.0 * (e_both - e_context)
         latents = scheduler.step(guided, timestep, latents).prev_sample
     byhand = (model.decode(latents)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()

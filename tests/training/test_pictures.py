@@ -145,7 +145,7 @@ def test_a_query_made_from_the_target_knows_its_tones_and_nothing_of_its_colours
 
     red, green = two_tones((200, 30, 30), (10, 10, 200)), two_tones((20, 110, 90), (60, 20, 20))
     other = two_tones((20, 110, 90), (200, 200, 200))
-    gallery = Gallery([red, green, other], [], ["none"], torch.empty(0), None, lambda *_: torch.empty(0))
+    gallery = Gallery([red, green, other], [], ["none"], torch.empty(0), None, torch.empty(0), lambda *_: (torch.empty(0),) * 2)
 
     def query(target: int, seed: int) -> Any:
         return gallery.query(Example(target, np.array([2])), np.random.default_rng(seed))

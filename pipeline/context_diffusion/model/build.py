@@ -10,6 +10,7 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
+from context_diffusion.model.draft import CHANNELS
 from context_diffusion.model.encoders import make_encoder
 from context_diffusion.model.fusion import ContextFusion
 from context_diffusion.model.native import NativeModel
@@ -91,7 +92,7 @@ def _attention(sizes: Architecture) -> dict[str, int]:
 def build_unet(sizes: Architecture) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=sizes.image_size // sizes.place,
-        in_channels=sizes.folded_channels,
+        in_channels=sizes.folded_channels + sizes.draft * CHANNELS * sizes.place**2,
         out_channels=sizes.folded_channels,
         **_attention(sizes),
         block_out_channels=tuple(sizes.channels),

@@ -27,6 +27,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from context_diffusion.errors import ModelError
+from context_diffusion.model.draft import tones_of
 from context_diffusion.model.encoders import load_vision_model, patch_tokens
 from context_diffusion.model.fusion import ContextFusion
 from context_diffusion.model.normalization import describe, normalise, restore
@@ -34,6 +35,12 @@ from context_diffusion.training.config import SMALL, Normalization
 
 # Pictures are normalised by their own statistics; edge maps are taken as they are, 0 to 1.
 PICTURE_KINDS = ("gray", "none")
+
+
+def draft_tones(control_maps: Tensor, kinds: list[str]) -> Tensor:
+    """uint8 (B, 3, H, W) -> (B, 2, H, W): the tones of maps that are pictures; edge maps have none, 0."""
+    picture = torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=control_maps.device)
+    return tones_of(control_maps) * picture[:, None, None, None]
 
 
 diffusers.utils.logging.set_verbosity_error()
@@ -80,12 +87,17 @@ class NativeModel:
     def latent_shape(self) -> tuple[int, int, int]:
         factor = 2 ** (len(self.vae.config.encoder_block_out_channels) - 1) * self.fold
         side = self.image_size // factor
-        return (self.unet.config.in_channels, side, side)
+        return (self.unet.config.out_channels, side, side)
 
     @property
     def fold(self) -> int:
         """Latents of the autoencoder a side that are one place of the U-Net's grid."""
-        return math.isqrt(self.unet.config.in_channels // self.vae.config.latent_channels)
+        return math.isqrt(self.unet.config.out_channels // self.vae.config.latent_channels)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the U-Net takes a draft beside the latents: model/draft.py."""
+        return bool(self.unet.config.in_channels > self.unet.config.out_channels)
 
     @property
     def latent_scale(self) -> float:
@@ -134,7 +146,8 @@ class NativeModel:
         if kind == "none":
             centre, scale = (values.new_tensor(part)[:, None, None] for part in (self.context_mean, self.context_std))
             values = (values - centre) / scale
-        return self.fusion.summarise(patch_tokens(self.image_encoder, values.to(self.dtype))), describe(images)
+        told = describe(images)[:, : self.fusion.config.statistics]
+        return self.fusion.summarise(patch_tokens(self.image_encoder, values.to(self.dtype))), told
 
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, S, S) -> (N, K, D)."""
@@ -170,11 +183,13 @@ class NativeModel:
         bias: Tensor,
         down: list[Tensor] | None,
         mid: Tensor | None,
+        draft: Tensor | None = None,
     ) -> Tensor:
+        """draft: (B, CHANNELS, H, W), 0 where there is none."""
         # The U-Net takes a mask m and adds (1 - m) · -10000: solved for m.
         mask = 1 + bias[:, 0] / 10_000
         return self.unet(
-            latents.to(self.dtype),
+            self.beside(latents, draft),
             timesteps,
             hidden.to(self.dtype),
             class_labels=self.pool(hidden, bias).to(self.dtype),
@@ -182,6 +197,16 @@ class NativeModel:
             down_block_additional_residuals=None if down is None else tuple(down),
             mid_block_additional_residual=mid,
         ).sample
+
+    def beside(self, latents: Tensor, draft: Tensor | None) -> Tensor:
+        """What the U-Net takes: the latents, and beside them the pixels of the draft that are in each place."""
+        latents = latents.to(self.dtype)
+        if not self.drafts:
+            return latents
+        if draft is None:
+            more = self.unet.config.in_channels - self.unet.config.out_channels
+            return F.pad(latents, (0, 0, 0, 0, 0, more))
+        return torch.cat([latents, F.pixel_unshuffle(draft.to(self.dtype), draft.shape[-1] // latents.shape[-1])], 1)
 
     def pool(self, hidden: Tensor, bias: Tensor) -> Tensor:
         """Tokens (B, L, D) -> (B, 2·D): the weighted means of the text's and of the contexts' tokens. They modulate

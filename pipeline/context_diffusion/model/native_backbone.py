@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.conditions import content_key, control_scales, slots_of, to_tensor, weighted_contexts
+from context_diffusion.engine.conditions import Context, content_key, control_scales, slots_of, to_tensor, weighted_contexts
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
-from context_diffusion.model.native import NativeModel
+from context_diffusion.model.draft import CHANNELS, colours_of, draft
+from context_diffusion.model.native import PICTURE_KINDS, NativeModel, draft_tones
 from context_diffusion.schema import Request
 
 
@@ -42,14 +43,30 @@ class NativeBackbone:
         scale = request.settings.context_scale
         contexts, weights = slots_of(tokens, [one.weight * scale for one in shown], self.context_slots)
         lanes: list[Conditions] = []
+        drafts = self._drafts(request, shown) if model.drafts else {True: {}, False: {}}
         for branch in wanted:
             prompt = (request.prompt if branch.prompt else request.negative_prompt) or ""
             text, mask = cache.get(f"text:{prompt}", partial(model.encode_text, [prompt]))
             hidden, bias = model.fuse(text, mask, contexts, weights if branch.contexts else weights * 0)
             pooled = model.pool(hidden, bias)
-            lanes.append(keys_and_values(self.layers, hidden) | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled})
+            lanes.append(
+                keys_and_values(self.layers, hidden)
+                | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled}
+                | drafts[branch.contexts]
+            )
         truncated = any(model.truncates(prompt) for prompt in (request.prompt, request.negative_prompt))
         return Encoded(lanes, self._layout(request, cache), [""] * len(lanes), truncated)
+
+    def _drafts(self, request: Request, shown: list[Context]) -> dict[bool, Conditions]:
+        """For lanes that see the contexts, and for those that don't."""
+        height, width = request.query.shape[:2]
+        none = torch.zeros(1, CHANNELS, height, width, device=self.model.device)
+        made, scale = none, min(request.settings.context_scale, 1.0)
+        if request.controls and request.controls[0].kind in PICTURE_KINDS and any(one.weight for one in shown):
+            tones = draft_tones(to_tensor(request.controls[0].pixels).to(none.device), [request.controls[0].kind])
+            colours = [one.weight * colours_of(to_tensor(one.pixels).to(none.device)) for one in shown]
+            made = scale * draft(tones, torch.stack(colours).sum(0))
+        return {True: {"draft": made.to(self.model.dtype)}, False: {"draft": none.to(self.model.dtype)}}
 
     def _context(self, pixels: Any) -> Tensor:
         return self.model.encode_images(to_tensor(pixels).to(self.model.device))
@@ -80,17 +97,22 @@ class NativeBackbone:
             controlnet_cond=control["layout"],
             return_dict=False,
         )
-        return [residual * control["scale"] for residual in (*down, mid)]
+        # The scale last: the draft is part of the layout, and leaves with it.
+        return [*(residual * control["scale"] for residual in (*down, mid)), control["scale"]]
 
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
+        down, mid, drawn = None, None, None
+        if residuals is not None:
+            *down, mid, scale = residuals
+            drawn = lanes["draft"] * scale if self.model.drafts else None
         return self.unet(
-            latents.to(self.model.dtype),
+            self.model.beside(latents, drawn),
             timesteps,
             encoder_hidden_states=None,
             class_labels=lanes["pooled"].to(self.model.dtype),
             cross_attention_kwargs={"lanes": lanes},
-            down_block_additional_residuals=None if residuals is None else tuple(residuals[:-1]),
-            mid_block_additional_residual=None if residuals is None else residuals[-1],
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
             return_dict=False,
         )[0]
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from context_diffusion.model.textures import TEXTURE_STATISTICS, describe_textures
 from context_diffusion.strict import NormalizationKind
 
 LEVEL = 1 / 255  # the smallest deviation: a constant picture becomes 0, not NaN
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 TONES, TONE_SIDE = 8, 32  # steps from dark to light; pixels a side that are sorted into them
-STATISTICS = 3 + 3 + 3 * TONES
+STATISTICS = 3 + 3 + 3 * TONES + TEXTURE_STATISTICS
 
 
 def normalise(images: Tensor, kind: NormalizationKind) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,14 +35,15 @@ def normalise(images: Tensor, kind: NormalizationKind) -> tuple[Tensor, Tensor, 
 def describe(images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> (N, STATISTICS), about -2 to 2: mean and deviation of each channel, and the mean colour of each
     eighth of the pixels from the darkest to the lightest: the curve by which a palette dresses tones (as histogram
-    matching does, Reinhard et al. 2001 with more than two moments)."""
+    matching does, Reinhard et al. 2001 with more than two moments); then its textures."""
     values = images.float() / 255
     mean, std = _measure(values, "channel")
     pixels = F.adaptive_avg_pool2d(values, TONE_SIDE).flatten(2)
     order = (pixels * values.new_tensor(LUMA)[:, None]).sum(1).argsort(stable=True, dim=1)
     sorted_pixels = pixels.gather(2, order[:, None].expand(-1, 3, -1))
     tones = sorted_pixels.unflatten(2, (TONES, -1)).mean(3).flatten(1)
-    return torch.cat([4 * mean - 2, 8 * std - 1, 4 * tones - 2], 1)
+    lightness = (values * values.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+    return torch.cat([4 * mean - 2, 8 * std - 1, 4 * tones - 2, describe_textures(lightness)], 1)
 
 
 def restore(images: Tensor, contexts: Tensor, weights: Tensor) -> Tensor:

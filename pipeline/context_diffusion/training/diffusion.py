@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from context_diffusion.model.draft import draft
 from context_diffusion.model.native import NativeModel
 from context_diffusion.training.batches import CONTEXTS, Data, Samples, Source, Summaries
 from context_diffusion.training.config import SMALL, TrainingJob
@@ -175,7 +176,7 @@ class Run:
             text, mask = model.encode_text(list(samples.prompts))
             hidden, bias = model.fuse(text, mask, slots, shown.float())
             down, mid = model.control(noisy, timesteps, samples.controls.float())
-            output = model.predict(noisy, timesteps, hidden, bias, down, mid)
+            output = model.predict(noisy, timesteps, hidden, bias, down, mid, draft_of(samples, shown))
         loss = v_loss(output, target, alphas, self.job.diffusion.min_snr)
         if (hints := samples.hints) is None or not self.job.diffusion.auxiliary:
             return loss
@@ -204,9 +205,19 @@ def cropped(samples: Samples, rows: NDArray[np.int64], size: int, generator: tor
     places = torch.randint(0, side + 1, (size, 2), generator=generator)[rows].tolist()
 
     def cut(pictures: Tensor) -> Tensor:
-        return torch.stack([one[:, y : y + side, x : x + side] for one, (y, x) in zip(pictures, places, strict=True)])
+        f = pictures.shape[-1] // (2 * side)  # of these pictures' points a side of a latent
+        parts = zip(pictures, places, strict=True)
+        return torch.stack([one[:, f * y : f * (y + side), f * x : f * (x + side)] for one, (y, x) in parts])
 
-    return replace(samples, latents=cut(samples.latents), controls=cut(samples.controls))
+    return replace(samples, latents=cut(samples.latents), controls=cut(samples.controls), tones=cut(samples.tones))
+
+
+def draft_of(samples: Samples, shown: Tensor) -> Tensor:
+    """shown: (B, CONTEXTS) bool. -> (B, CHANNELS, H, W), 0 for samples without contexts or whose map is no picture."""
+    colours = samples.colours.new_zeros(*shown.shape, *samples.colours.shape[1:])
+    colours[shown] = samples.colours
+    made = draft(samples.tones, colours.float().sum(1))
+    return made * samples.tones.flatten(1).any(1)[:, None, None, None]
 
 
 def context_tokens(model: NativeModel, contexts: NDArray[np.uint8] | Summaries) -> Tensor:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from context_diffusion.images import resize
-from context_diffusion.model.native import NativeModel
+from context_diffusion.model.draft import colours_of
+from context_diffusion.model.native import NativeModel, draft_tones
 from context_diffusion.schema import Pixels
 from context_diffusion.training.batches import CONTEXTS, Hints, Samples, Summaries
 from context_diffusion.training.config import SMALL
@@ -34,6 +35,8 @@ class Encoded:
     palettes: Tensor  # (S, 24), about unit deviation
     textures: Tensor  # (S,)
     summaries: Summaries | None  # of each target
+    tones: Tensor  # float16 (layouts · 2, 2, H, W), for the draft
+    colours: Tensor  # float16 (S·P, 2, steps, 4)
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
         pool = self.pool
@@ -46,6 +49,8 @@ class Encoded:
             batch.counts,
             self.controls[batch.controls],
             batch.prompts,
+            self.tones[batch.controls],
+            self.colours[contexts],
             Hints(self.palettes[styles], self.textures[styles]),
         )
 
@@ -53,17 +58,20 @@ class Encoded:
 def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
     palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles]) * 4 - 2
     textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
+    controls, tones = _in_parts(
+        model,
+        len(pool.controls),
+        lambda part: encode_controls(model, pool.controls[part], [pool.control_kinds[i] for i in part]),
+    )
     return Encoded(
         pool,
         encode(model, pool.targets),
-        _in_parts(
-            model,
-            len(pool.controls),
-            lambda part: [encode_controls(model, pool.controls[part], [pool.control_kinds[i] for i in part])],
-        )[0],
+        controls,
         torch.from_numpy(palettes).to(model.device),
         textures.to(model.device),
         summarise(model, pool.targets),
+        tones,
+        colours(model, pool.targets),
     )
 
 
@@ -73,10 +81,11 @@ def encode(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
 
 
 @torch.no_grad()
-def encode_controls(model: NativeModel, maps: Sequence[Pixels] | Pixels, kinds: Sequence[str]) -> Tensor:
-    """uint8 (H, W, 3) each -> float16 latents (N, C, h, w) of this worker's own maps."""
+def encode_controls(model: NativeModel, maps: Sequence[Pixels] | Pixels, kinds: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """uint8 (H, W, 3) each -> float16 latents (N, C, h, w) and tones (N, 2, H, W) of this worker's own maps."""
+    images = as_images(model, maps)
     with torch.autocast(model.device.type, torch.bfloat16):
-        return model.encode_control(as_images(model, maps), list(kinds)).half()
+        return model.encode_control(images, list(kinds)).half(), draft_tones(images, list(kinds)).half()
 
 
 def summarise(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Summaries | None:
@@ -90,6 +99,11 @@ def summarise(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Summar
         return model.summarise_images(as_images(model, [resize(pictures[i], side, side, "crop") for i in part]))
 
     return tuple(_in_parts(model, len(pictures), see))
+
+
+def colours(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
+    """uint8 (H, W, 3) each -> float16 (N, 2, steps, 4), for the draft; each worker does its share."""
+    return _in_parts(model, len(pictures), lambda part: [colours_of(as_images(model, [pictures[i] for i in part]))])[0]
 
 
 def as_images(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:

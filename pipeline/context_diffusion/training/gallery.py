@@ -24,14 +24,16 @@ class Gallery:
     """Examples of one's own pictures, as a source of batches. N pictures, E examples.
 
     pixels: uint8 (H, W, 3) each. latents: float16 (E, C, h, w) of the targets. summaries: of the pictures, where the
-    context encoder is frozen. encode_controls: control maps and their kinds -> float16 latents."""
+    context encoder is frozen. colours: of the pictures. encode_controls: control maps and their kinds -> float16 latents
+    and tones."""
 
     pixels: Sequence[Pixels]
     examples: Sequence[Example]
     kinds: Sequence[str]
     latents: Tensor
     summaries: Summaries | None
-    encode_controls: Callable[[Sequence[Pixels], Sequence[str]], Tensor]
+    colours: Tensor
+    encode_controls: Callable[[Sequence[Pixels], Sequence[str]], tuple[Tensor, Tensor]]
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
         drawn, seeds = rng.integers(0, len(self.examples), size)[rows], rng.integers(0, 2**63, size)[rows]
@@ -46,7 +48,9 @@ class Gallery:
             prompts.append(example.prompt if own.random() >= prompt_dropout else "")
             kinds.append(self.draw_kind(own))
             maps.append(control_map(self.query(example, own), kinds[-1]))  # another one each time: not worth keeping
-        return Samples(self.latents[drawn], self._seen(contexts), np.array(counts), self.encode_controls(maps, kinds), prompts)
+        controls, tones = self.encode_controls(maps, kinds)
+        seen = self._seen(contexts)
+        return Samples(self.latents[drawn], seen, np.array(counts), controls, prompts, tones, self.colours[contexts])
 
     def _seen(self, contexts: list[int]) -> NDArray[np.uint8] | Summaries:
         if self.summaries is not None:
@@ -108,5 +112,7 @@ def join(first: Samples, *others: Samples) -> Samples:
             counts=np.concatenate([first.counts, other.counts]),
             controls=torch.cat([first.controls, other.controls]),
             prompts=[*first.prompts, *other.prompts],
+            tones=torch.cat([first.tones, other.tones]),
+            colours=torch.cat([first.colours, other.colours]),
         )
     return first

@@ -1,0 +1,102 @@
+"""The draft: the query's tones in the contexts' colours, whatever light either was taken in; and it leaves with the layout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from context_diffusion.engine.cache import Cache
+from context_diffusion.engine.guidance import branches_of
+from context_diffusion.model.draft import CHANNELS, colours_of, draft, tones_of
+from context_diffusion.model.native import draft_tones
+from context_diffusion.model.native_backbone import NativeBackbone
+from context_diffusion.model.textures import ANGLES, PERIODS, SHARES, describe_textures
+from tiny import picture, request, tiny_model
+
+
+def tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+
+
+def ramp(dark: tuple[int, int, int], light: tuple[int, int, int], side: int = 64) -> np.ndarray:
+    share = np.linspace(0, 1, side)[None, :, None].repeat(side, 0)
+    return (np.array(dark) * (1 - share) + np.array(light) * share).astype(np.uint8)
+
+
+def test_dark_becomes_the_contexts_dark_and_light_its_light() -> None:
+    context, query = ramp((40, 0, 0), (255, 200, 180)), ramp((90, 90, 90), (120, 120, 120))
+    for way in draft(tones_of(tensor(query[:, ::-1])), colours_of(tensor(context)))[0].chunk(2):
+        made = (way.permute(1, 2, 0).numpy() + 1) / 2 * 255
+        assert np.abs(made - context[:, ::-1]).mean() < 6
+
+
+@pytest.mark.parametrize("change", [lambda x: x / 2, lambda x: x * 0.35 + 150, lambda x: x + 20])
+def test_the_querys_exposure_and_contrast_are_removed(change: object) -> None:
+    query = ramp((10, 10, 10), (220, 220, 220))
+    other = change(query.astype(float)).astype(np.uint8)  # type: ignore[operator]
+    colours = colours_of(tensor(picture(3)))
+    first, second = (draft(tones_of(tensor(one)), colours) for one in (query, other))
+    assert (first - second).abs().mean() < 0.05
+
+
+def test_rows_are_treated_one_by_one_and_without_contexts_there_is_nothing() -> None:
+    queries = torch.cat([tensor(picture(n)) for n in range(3)])
+    colours = torch.cat([colours_of(tensor(picture(9))), colours_of(tensor(picture(8))), torch.zeros(1, 2, 64, 4)])
+    made = draft(tones_of(queries), colours)
+    assert made.shape == (3, CHANNELS, 64, 64)
+    assert torch.allclose(made[:1], draft(tones_of(queries[:1]), colours[:1]), atol=1e-5)
+    assert not made[2].any()
+    assert made[:2].abs().max() <= 1
+
+
+def test_edge_maps_have_no_tones() -> None:
+    assert draft_tones(tensor(picture(1)).repeat(2, 1, 1, 1), ["gray", "canny"]).flatten(1).any(1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "drawn"),
+    [
+        ({}, [False, True]),
+        ({"control": "canny"}, [False, False]),
+        ({"context_scale": 0.0}, [False, False]),
+        ({"context_weights": [0.0]}, [False, False]),
+    ],
+)
+def test_only_the_lane_that_sees_the_contexts_sees_the_draft(changes: dict[str, object], drawn: list[bool]) -> None:
+    one = request(1, **({"guidance_scale": 2.0} | changes))
+    encoded = NativeBackbone(tiny_model()).encode(one, branches_of(one), Cache(2**20))
+    assert [bool(lane["draft"].any()) for lane in encoded.lanes] == drawn
+
+
+def test_the_draft_leaves_with_the_layout() -> None:
+    """A ControlNet of scale 0 is no ControlNet, and no draft either: the query's pixels change nothing."""
+    backbone, generator = NativeBackbone(tiny_model()), torch.Generator().manual_seed(0)
+    outputs = []
+    for seed in (1, 2):
+        one = request(5, controlnet_conditioning_scale=0.0)
+        [control] = one.controls
+        one = dataclasses.replace(one, controls=(dataclasses.replace(control, pixels=picture(seed)),))
+        encoded = backbone.encode(one, branches_of(one), Cache(2**20))
+        assert encoded.control
+        latents = torch.randn(1, *backbone.model.latent_shape, generator=generator.manual_seed(0))
+        residuals = backbone.control(latents, torch.tensor([500.0]), {}, encoded.control)
+        outputs.append(backbone.predict(latents, torch.tensor([500.0]), encoded.lanes[-1], residuals))
+    assert torch.equal(*outputs)
+
+
+def test_stripes_are_told_from_their_turned_copy_by_angle_and_from_coarser_ones_by_period() -> None:
+    x = torch.arange(128, dtype=torch.float32)
+
+    def strongest(wave: Tensor) -> tuple[int, int]:
+        energies = describe_textures(0.5 + 0.2 * wave[None, None])[0, :-2].view(len(PERIODS), ANGLES, len(SHARES))
+        place = int(energies[:, :, 1].argmax())
+        return divmod(place, ANGLES)
+
+    fine, coarse = (torch.sin(2 * torch.pi * x / (2 * period)).expand(128, 128) for period in (4.5, 11.0))
+    assert strongest(fine) == (1, 0)
+    assert strongest(fine.T) == (1, ANGLES // 2)
+    assert strongest(coarse) == (3, 0)
