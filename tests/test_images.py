@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from context_diffusion.config import Limits
+from context_diffusion.encoding import encode_image, read_metadata
 from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.images import (
     FORMATS,
     decode_image,
-    encode_image,
+    decode_resized,
     output_size,
-    read_metadata,
     resize,
     shown,
     statistics,
 )
+from context_diffusion.kept import Kept
 
 LIMITS = Limits()
 
@@ -206,7 +207,7 @@ def test_our_limit_counts_and_not_the_size_at_which_pillow_warns() -> None:
 def read_header_of_bomb() -> tuple[int, int]:
     from context_diffusion import images
 
-    return images._open(bomb, Limits(max_pixels=10**8), "bomb").size
+    return images.open_image(bomb, Limits(max_pixels=10**8), "bomb").size
 
 
 @pytest.mark.parametrize(
@@ -355,3 +356,68 @@ def test_a_pil_image_shows_as_its_file_does() -> None:
     data = encoded(noise(), "PNG", exif=exif)
     with Image.open(io.BytesIO(data)) as image:
         assert (shown(image) == decode(data)).all()
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Smooth and textured parts, as photographs have."""
+    from skimage import data
+
+    return Image.fromarray(data.astronaut()).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("size", [(1024, 1024), (1500, 700), (700, 1500), (513, 513), (4000, 130)])
+def test_large_jpegs_are_decoded_small_and_look_the_same(size: tuple[int, int], fit: Any) -> None:
+    data = encoded(photograph(*size), "JPEG", quality=92)
+    whole = resize(decode(data), 128, 96, fit).astype(int)
+    quick = decode_resized(data, LIMITS, "the-file", lambda *_: (128, 96), fit).astype(int)
+    assert quick.shape == whole.shape
+    # The two may sample half a pixel apart, as a side of odd length has no half.
+    assert np.abs(quick - whole).mean() < 2.5
+    assert np.abs(quick.mean((0, 1)) - whole.mean((0, 1))).max() < 0.5
+
+
+def test_a_turned_jpeg_is_measured_as_it_is_shown() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    data = encoded(photograph(1600, 400), "JPEG", exif=exif)
+    seen: list[tuple[int, int]] = []
+
+    def size(width: int, height: int) -> tuple[int, int]:
+        seen.append((width, height))
+        return 80, 320
+
+    quick = decode_resized(data, LIMITS, "the-file", size, "stretch").astype(int)
+    assert seen == [(400, 1600)]
+    assert np.abs(quick - resize(decode(data), 80, 320, "stretch").astype(int)).mean() < 2
+
+
+def test_small_pictures_are_decoded_whole() -> None:
+    for form in ("JPEG", "PNG", "WEBP"):
+        data = encoded(noise(), form)
+        assert np.array_equal(decode_resized(data, LIMITS, "x", lambda *_: (96, 64), "crop"), decode(data))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_a_png_of_any_size_reads_back(width: int, height: int, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    data = encode_image(pixels, "png", {"a": "b"})
+    image = Image.open(io.BytesIO(data))
+    image.verify()  # every chunk's checksum
+    assert np.array_equal(decode(data), pixels)
+
+
+def test_a_picture_under_two_names_is_decoded_once() -> None:
+    kept, made = Kept(1000), []
+
+    def make(number: int) -> Any:
+        made.append(number)
+        return np.full((10, 10, 3), number, np.uint8)
+
+    assert kept.get(b"one", "small", lambda: make(1))[0, 0, 0] == 1
+    assert kept.get(b"one", "small", lambda: make(2))[0, 0, 0] == 1
+    assert kept.get(b"one", "large", lambda: make(3))[0, 0, 0] == 3
+    for number in range(4, 9):
+        kept.get(bytes([number]), "small", lambda number=number: make(number))  # type: ignore[misc]
+    kept.get(b"one", "small", lambda: make(9))
+    assert made == [1, 3, 4, 5, 6, 7, 8, 9], "three of 300 bytes fit"

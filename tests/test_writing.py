@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from context_diffusion.config import GenerateJob
-from context_diffusion.images import read_metadata
+from context_diffusion.encoding import read_metadata
 from context_diffusion.ledger import GuardedEngine, Ledger
 from context_diffusion.output import Output
 from context_diffusion.plan import open_plan, read_shards

@@ -1,4 +1,4 @@
-"""Picture bytes <-> RGB pixels: decoding as a viewer shows it, resizing, statistics, encoding with metadata.
+"""Picture bytes -> RGB pixels: decoding as a viewer shows it, resizing, statistics. (encoding.py goes back.)
 
 Bytes are untrusted: formats by content from an allow-list, the pixel limit checked before anything is decoded.
 Pixels are uint8 (H, W, 3) RGB; sizes are (width, height), as in Pillow. Knows no files and no torch (tensors.py).
@@ -7,14 +7,13 @@ Pixels are uint8 (H, W, 3) RGB; sizes are (width, height), as in Pillow. Knows n
 from __future__ import annotations
 
 import io
-import json
 import math
 import threading
 import warnings
-from typing import Literal
+from collections.abc import Callable
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, features
+from PIL import ExifTags, Image, ImageOps, features
 
 from context_diffusion.config import Fit, Limits
 from context_diffusion.errors import ErrorCode, RowError
@@ -23,16 +22,7 @@ from context_diffusion.schema import Pixels
 Size = tuple[int, int]
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", *(["AVIF"] if features.check("avif") else [])]
 MIN_SIDE, MAX_SIDE = 64, 2048  # what Settings allows
-EXIF_BYTES = 60_000  # an EXIF block is one JPEG segment of 64 KiB
-UNICODE = b"UNICODE\0"  # EXIF's name for UTF-16, before the text of a UserComment
-XMP_KEY = "XML:com.adobe.xmp"  # of PNG's chunk
 WARNING_FILTERS = threading.Lock()
-XMP = (
-    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-    b'<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
-    b'Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
-    b"</rdf:RDF></x:xmpmeta>"
-)
 
 
 def decode_image(data: bytes, limits: Limits, name: str = "image") -> Pixels:
@@ -41,14 +31,45 @@ def decode_image(data: bytes, limits: Limits, name: str = "image") -> Pixels:
     name: the file, for messages. Raises RowError NOT_AN_IMAGE; TRUNCATED_IMAGE, a good header whose pixels cannot be
     decoded; TOO_MANY_PIXELS, before they are; OUT_OF_MEMORY.
     """
-    image = _open(data, limits, name)
+    return _shown(open_image(data, limits, name), name)
+
+
+def decode_resized(data: bytes, limits: Limits, name: str, size_of: Callable[[int, int], Size], fit: Fit) -> Pixels:
+    """decode_image and resize in one; size_of: the picture's (width, height) -> the wanted one.
+
+    A JPEG that is far larger is decoded at a half, a quarter or an eighth of its sides, never below the wanted size: a
+    sixth of the time, and pixels within a level or so of those of the whole (tests/benchmarks/LOG.md). Raises as
+    decode_image does.
+    """
+    image = open_image(data, limits, name)
+    orientation, (wide, tall) = _orientation(image), image.size
+    turned = orientation in (5, 6, 7, 8)
+    width, height = size_of(tall, wide) if turned else size_of(wide, tall)
+    needed = max(height / wide, width / tall) if turned else max(width / wide, height / tall)
+    small = image.draft(None, (math.ceil(wide * needed), math.ceil(tall * needed)))  # None: no JPEG
+    extent: tuple[float, float] = small[1][2:] if small else image.size
+    if orientation != 1 and extent != image.size:  # a last row that stands for a part of one would come to lie elsewhere
+        image = open_image(data, limits, name)
+        extent = image.size
+    return resize(_shown(image, name), width, height, fit, extent[::-1] if turned else extent)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; 5 and more make width of height."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a broken EXIF block: the picture is shown as it lies
+        return 1
+
+
+def _shown(image: Image.Image, name: str) -> Pixels:
     try:
         return shown(image)
     except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to: struct.error, KeyError, ...
         raise _row_error(error, ErrorCode.TRUNCATED_IMAGE, f"{name}: the picture is cut off or damaged") from error
 
 
-def _open(data: bytes, limits: Limits, name: str) -> Image.Image:
+def open_image(data: bytes, limits: Limits, name: str) -> Image.Image:
     """Reads the header only, and checks the size that it tells."""
     try:
         image = _read_header(data)
@@ -142,18 +163,19 @@ def output_size(
     return side(model_size * aspect), side(model_size / aspect)
 
 
-def resize(pixels: Pixels, width: int, height: int, fit: Fit) -> Pixels:
+def resize(pixels: Pixels, width: int, height: int, fit: Fit, extent: tuple[float, float] | None = None) -> Pixels:
     """uint8 (H, W, 3) -> (height, width, 3).
 
     crop: covers the size, what stands over is cut equally on both sides. pad: fits inside, the rest takes the picture's
-    mean colour. stretch, keep: a plain resize; with keep, output_size has seen to the aspect ratio.
+    mean colour. stretch, keep: a plain resize; with keep, output_size has seen to the aspect ratio. extent: the width and
+    height that the picture really has, where its last column and row are only partly filled.
     """
-    old_height, old_width = pixels.shape[:2]
+    old_width, old_height = extent or (pixels.shape[1], pixels.shape[0])
     if (old_width, old_height) == (width, height):
         return pixels
     image = Image.fromarray(pixels)
     if fit in ("stretch", "keep"):
-        return np.asarray(_scale(image, (width, height)))
+        return np.asarray(_scale(image, (width, height), (0, 0, old_width, old_height)))
     if fit == "pad":
         factor = min(width / old_width, height / old_height)
         inner = (min(width, max(1, round(old_width * factor))), min(height, max(1, round(old_height * factor))))
@@ -161,7 +183,8 @@ def resize(pixels: Pixels, width: int, height: int, fit: Fit) -> Pixels:
         padded = np.empty((height, width, 3), np.uint8)
         padded[:] = np.rint(mean)
         left, top = (width - inner[0]) // 2, (height - inner[1]) // 2
-        padded[top : top + inner[1], left : left + inner[0]] = np.asarray(_scale(image, inner))
+        scaled = _scale(image, inner, (0, 0, old_width, old_height))
+        padded[top : top + inner[1], left : left + inner[0]] = np.asarray(scaled)
         return padded
     factor = max(width / old_width, height / old_height)
     part = (min(width / factor, old_width), min(height / factor, old_height))
@@ -169,7 +192,7 @@ def resize(pixels: Pixels, width: int, height: int, fit: Fit) -> Pixels:
     return np.asarray(_scale(image, (width, height), (left_edge, top_edge, left_edge + part[0], top_edge + part[1])))
 
 
-def _scale(image: Image.Image, size: Size, box: tuple[float, float, float, float] | None = None) -> Image.Image:
+def _scale(image: Image.Image, size: Size, box: tuple[float, float, float, float]) -> Image.Image:
     # The gap of 3 lets Pillow shrink large pictures by whole steps first: faster, with no difference that one sees.
     return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
@@ -178,56 +201,3 @@ def statistics(pixels: Pixels) -> tuple[list[float], list[float]]:
     """Mean and standard deviation (of the population) of each channel, for values in [0, 1]."""
     flat = pixels.reshape(-1, 3)  # (H*W, 3)
     return (flat.mean(axis=0) / 255).tolist(), (flat.std(axis=0) / 255).tolist()
-
-
-def encode_image(pixels: Pixels, image_format: Literal["png", "webp", "jpeg"], metadata: dict[str, str]) -> bytes:
-    """The bytes of a picture file, equal for equal arguments; `read_metadata` reads the metadata back.
-
-    PNG holds a text chunk for each entry. WebP (lossless) and JPEG (quality 95, 4:4:4) hold all of them as JSON in
-    EXIF's UserComment, in JPEG with long texts cut if the block would be too large. All say in XMP that a model made
-    them.
-    """
-    image, sink = Image.fromarray(pixels), io.BytesIO()
-    metadata = {key: text.encode("utf-8", "replace").decode() for key, text in metadata.items()}  # no lone surrogates
-    if image_format == "png":
-        chunks = PngImagePlugin.PngInfo()
-        chunks.add_itxt(XMP_KEY, XMP.decode())
-        for key, text in metadata.items():
-            chunks.add_text(key, text.replace("\0", "\ufffd"))  # iTXt by itself where Latin-1 does not do
-        image.save(sink, "PNG", compress_level=1, pnginfo=chunks)
-    elif image_format == "webp":
-        image.save(sink, "WEBP", lossless=True, quality=20, method=0, exif=_exif(_comment(metadata)), xmp=XMP)
-    else:
-        comment, longest = _comment(metadata), max(map(len, metadata.values()), default=0)
-        while len(comment) > EXIF_BYTES and longest:  # the row in data/ has them whole
-            longest //= 2
-            comment = _comment({key: text[:longest] for key, text in metadata.items()})
-        image.save(sink, "JPEG", quality=95, subsampling=0, exif=_exif(comment), xmp=XMP)
-    return sink.getvalue()
-
-
-def _comment(metadata: dict[str, str]) -> bytes:
-    return UNICODE + json.dumps(metadata, ensure_ascii=False).encode("utf-16-be")
-
-
-def _exif(comment: bytes) -> bytes:
-    exif = Image.Exif()
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-    return exif.tobytes()
-
-
-def read_metadata(data: bytes) -> dict[str, str]:
-    """What encode_image stored; of another's PNG its text chunks, of another's JPEG or WebP nothing.
-
-    Raises RowError as decode_image does, for the header.
-    """
-    image = _open(data, Limits(), "image")
-    if image.format == "PNG":
-        texts = {str(key): text for key, text in image.info.items() if isinstance(text, str)}
-        return {key: str(text) for key, text in texts.items() if key != XMP_KEY}  # plain str: Pillow's has a language
-    try:
-        comment = image.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
-        stored = json.loads(comment.removeprefix(UNICODE).decode("utf-16-be"))
-    except Exception:  # no EXIF, a broken one, or another's comment
-        return {}
-    return {str(key): str(text) for key, text in stored.items()} if isinstance(stored, dict) else {}

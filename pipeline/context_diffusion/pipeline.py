@@ -18,13 +18,13 @@ from context_diffusion.engine.engine import Engine, Progress
 from context_diffusion.engine.operations import NotCounted, Operations
 from context_diffusion.engine.service import EngineService
 from context_diffusion.errors import ModelError
-from context_diffusion.images import output_size, resize
+from context_diffusion.images import Size, output_size
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.source import find_model
 from context_diffusion.schema import Failure, Request, Result, derive_seed
 from context_diffusion.strict import Parts
-from context_diffusion.tensors import to_pixels
+from context_diffusion.tensors import to_resized
 
 # By model and kind of device. The native model on two cores: chunks of 2, 4 and 8 lanes took .73, .56 and .51 s a picture
 # of 20 guided steps; a picture alone pays for the empty lanes of its chunk.
@@ -134,11 +134,12 @@ class ContextDiffusion:
             checked = Settings.model_validate(settings)
         except ValidationError as error:
             raise ValueError(f"row settings: {error}") from None
-        pixels = to_pixels(query)
-        wide, tall = output_size(fit, pixels.shape[1], pixels.shape[0], checked.width, checked.height, self.backbone.image_size)
-        pixels = resize(pixels, wide, tall, fit)
-        side = self.backbone.context_size
-        contexts = tuple(resize(to_pixels(picture), side, side, "crop") for picture in context)
+
+        def size(wide: int, tall: int) -> Size:
+            return output_size(fit, wide, tall, checked.width, checked.height, self.backbone.image_size)
+
+        pixels, side = to_resized(query, size, fit), self.backbone.context_size
+        contexts = tuple(to_resized(picture, lambda *_: (side, side), "crop") for picture in context)
         seed = checked.seed
         if seed is None:
             seed = derive_seed(0, hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest())

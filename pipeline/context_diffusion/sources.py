@@ -42,8 +42,12 @@ def as_sources(value: Any, base: str) -> list[Source]:
 
 def read_pixels(source: Source, allow: list[str], limits: Limits, storage: Storage, name: str = "inline image") -> Pixels:
     """The picture as it is. allow: URI prefixes; name: what bytes without a path are called. Raises RowError."""
-    data, path = source["bytes"], source["path"]
-    if data is None:
-        check_allowed(path, allow)
-        data = storage.read_input(path, limits.max_bytes)
-    return decode_image(data, limits, path or name)
+    return decode_image(read_bytes(source, allow, limits, storage), limits, source["path"] or name)
+
+
+def read_bytes(source: Source, allow: list[str], limits: Limits, storage: Storage) -> bytes:
+    """Those of the file, or those that the row brings. Raises RowError."""
+    if source["bytes"] is not None:
+        return bytes(source["bytes"])
+    check_allowed(source["path"], allow)
+    return storage.read_input(source["path"], limits.max_bytes)

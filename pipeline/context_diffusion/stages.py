@@ -13,7 +13,8 @@ import pyarrow as pa
 from context_diffusion.config import Fit, GenerateJob, Settings
 from context_diffusion.control import controls_of
 from context_diffusion.errors import ErrorCode, RowError
-from context_diffusion.images import output_size, resize, statistics
+from context_diffusion.images import Size, decode_resized, output_size, statistics
+from context_diffusion.kept import Kept
 from context_diffusion.manifest import ManifestFile, read_parquet, read_text
 from context_diffusion.rows import read_table
 from context_diffusion.schema import (
@@ -34,9 +35,10 @@ from context_diffusion.schema import (
     required,
     to_image,
 )
-from context_diffusion.sources import Source, read_pixels
+from context_diffusion.sources import Source, read_bytes
 from context_diffusion.storage import Storage, parent
 
+KEPT = Kept(64 * 2**20)  # pictures of this process, whatever shards it loads
 Seen = dict[tuple[str, Fit, int | None, int | None], Pixels]
 
 
@@ -130,12 +132,21 @@ class LoadImages:
         key = (source["path"], fit, width, height)
         if source["bytes"] is None and key in seen:
             return seen[key]
-        pixels = read_pixels(source, self.allow, self.job.limits, self.storage)
-        size = output_size(fit, pixels.shape[1], pixels.shape[0], width, height, self.image_size)
-        pixels = resize(pixels, *size, fit)
+        data = read_bytes(source, self.allow, self.job.limits, self.storage)
+        pixels = KEPT.get(
+            data,
+            (fit, width, height, self.image_size, self.job.limits.max_pixels),
+            lambda: self._decoded(data, source, fit, width, height),
+        )
         if source["bytes"] is None:
             seen[key] = pixels
         return pixels
+
+    def _decoded(self, data: bytes, source: Source, fit: Fit, width: int | None, height: int | None) -> Pixels:
+        def size(wide: int, tall: int) -> Size:
+            return output_size(fit, wide, tall, width, height, self.image_size)
+
+        return decode_resized(data, self.job.limits, source["path"] or "inline image", size, fit)
 
 
 def _without_bytes(column: pa.ChunkedArray) -> pa.Array:

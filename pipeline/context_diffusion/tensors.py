@@ -6,15 +6,16 @@ Shapes: C = 3 channels RGB, H W pixels.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 
-from context_diffusion.config import Limits
+from context_diffusion.config import Fit, Limits
 from context_diffusion.errors import ErrorCode, RowError
-from context_diffusion.images import decode_image, resize, shown
+from context_diffusion.images import Size, decode_image, decode_resized, resize, shown
 from context_diffusion.schema import Pixels
 from context_diffusion.storage import Storage
 
@@ -105,6 +106,8 @@ def to_pixels(source: Any) -> Pixels:
     (H, W, 3), path, URI or bytes. Raises FileNotFoundError, RowError for bytes that are no picture, ValueError for a
     wrong shape or range, TypeError for anything else.
     """
+    if (file := _file(source)) is not None:
+        return decode_image(file[0], Limits(), file[1])
     if isinstance(source, torch.Tensor):
         return _tensor_pixels(source)
     if isinstance(source, Image.Image):
@@ -113,18 +116,30 @@ def to_pixels(source: Any) -> Pixels:
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise ValueError(f"an array of a picture is uint8 (H, W, 3), not {source.dtype} {source.shape}")
         return np.ascontiguousarray(source)
+    raise TypeError(f"a picture is a path, URI, bytes, PIL image, array or tensor, not a {type(source).__name__}")
+
+
+def to_resized(source: Any, size_of: Callable[[int, int], Size], fit: Fit) -> Pixels:
+    """to_pixels and resize, by a job's own path: the same pixels. size_of: the picture's (width, height) -> the wanted."""
+    if (file := _file(source)) is not None:
+        return decode_resized(file[0], Limits(), file[1], size_of, fit)
+    pixels = to_pixels(source)
+    return resize(pixels, *size_of(pixels.shape[1], pixels.shape[0]), fit)
+
+
+def _file(source: Any) -> tuple[bytes, str] | None:
+    """A picture file's bytes and name, where the source is one."""
     if isinstance(source, bytes | bytearray | memoryview):
-        return decode_image(bytes(source), Limits(), "the bytes")
+        return bytes(source), "the bytes"
     if not isinstance(source, str | os.PathLike):
-        raise TypeError(f"a picture is a path, URI, bytes, PIL image, array or tensor, not a {type(source).__name__}")
+        return None
     uri = os.fspath(source)
     try:
-        data = Storage().read_input(uri, Limits().max_bytes)
+        return Storage().read_input(uri, Limits().max_bytes), uri
     except RowError as error:
         if error.code == ErrorCode.MISSING_FILE:
             raise FileNotFoundError(error.message) from None
         raise
-    return decode_image(data, Limits(), uri)
 
 
 def _tensor_pixels(tensor: torch.Tensor) -> Pixels:

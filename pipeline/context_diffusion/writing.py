@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from context_diffusion.config import GenerateJob, Settings
+from context_diffusion.encoding import encode_image
 from context_diffusion.evaluation.scores import columns_of, measure
-from context_diffusion.images import encode_image
 from context_diffusion.output import Output, to_parquet
 from context_diffusion.schema import (
     CONTEXT,

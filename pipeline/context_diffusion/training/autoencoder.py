@@ -14,6 +14,7 @@ from context_diffusion.training.data import Pool
 from context_diffusion.training.encoded import as_images
 from context_diffusion.training.losses import picture_loss
 from context_diffusion.training.pools import Pools
+from context_diffusion.training.precision import mixed_precision
 from context_diffusion.training.state import Metrics, Progress, load_checkpoint, load_weights, save_checkpoint
 from context_diffusion.training.workers import Workers
 
@@ -62,7 +63,7 @@ class _Stage:
         while (share := self.progress.at(self.step)) < 1:
             for group in self.optimizer.param_groups:
                 group["lr"] = job.autoencoder.learning_rate * self.progress.learning_rate(self.step)
-            loss = self._loss(pools.at(first_pool + self.step // job.pool_steps))
+            loss = self._loss(pools.at(first_pool + self.step // job.pool_steps), share < job.autoencoder.crops)
             self.optimizer.zero_grad()
             loss.backward()
             self.progress.elapsed = self.workers.average(self.trained.parameters(), self.progress.measured)
@@ -74,19 +75,22 @@ class _Stage:
             if self.progress.due() or self.step % job.checkpoint_every == 0:
                 self.save(done=False)
 
-    def _loss(self, pool: Pool) -> Tensor:
-        """Of one batch; which pictures and which noise follow from the step."""
+    def _loss(self, pool: Pool, crop: bool) -> Tensor:
+        """Of one batch, or of a quarter of each of its pictures; all that is drawn follows from the step."""
         job, model, step = self.job, self.model, self.step
         rng = np.random.default_rng((job.seed, 1, step))
         generator = torch.Generator().manual_seed(job.seed * 1_000_003 + step)
         targets, queries = pool.targets, pool.queries
         half, rest = job.autoencoder.batch_size // 2, job.autoencoder.batch_size - job.autoencoder.batch_size // 2
         drawn = [targets[rng.integers(0, len(targets), half)], queries[rng.integers(0, len(queries), rest)]]
-        true = to_signed(self.workers.share(np.concatenate(drawn))).to(model.device)
-        channels, side = model.vae.config.latent_channels, model.latent_shape[1] * model.fold
-        shape = (job.autoencoder.batch_size, channels, side, side)
+        pictures = np.concatenate(drawn)
+        if crop:
+            pictures = quarters(pictures, rng)
+        true = to_signed(self.workers.share(pictures)).to(model.device)
+        side = pictures.shape[1] // job.architecture.latent_factor
+        shape = (job.autoencoder.batch_size, model.vae.config.latent_channels, side, side)
         noise = self.workers.share(torch.randn(shape, generator=generator)).to(model.device) * job.autoencoder.latent_noise
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with mixed_precision(model.device):
             latents = model.vae.encode(true).latents
             made = model.vae.decode(latents + noise * latents.detach().float().std()).sample
         # Latents are kept near unit size and centred, so that one scaling factor serves all channels.
@@ -110,6 +114,13 @@ class _Stage:
         self.model.vae.eval().requires_grad_(False)
         decibels = psnr(self.model, pools.validation().targets[:128])
         metrics.write(stage=name, step=self.step, psnr=round(decibels, 2))
+
+
+def quarters(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8 (B, H, H, 3) -> (B, H/2, H/2, 3), each from a place of its own."""
+    side = pictures.shape[1] // 2
+    places = rng.integers(0, side + 1, (len(pictures), 2))
+    return np.stack([one[y : y + side, x : x + side] for one, (y, x) in zip(pictures, places, strict=True)])
 
 
 def to_signed(pictures: np.ndarray) -> Tensor:

@@ -22,6 +22,7 @@ class AutoencoderSteps(StrictModel):
     decoder_minutes: float = Field(default=4, gt=0, description="of the decoder alone, last of all")
     batch_size: int = Field(default=16, ge=1, description="of all workers together")
     learning_rate: float = Field(default=5e-4, gt=0, description="of AdamW; 2e-3 lost 2 dB and most hues")
+    crops: float = Field(default=0.8, ge=0, le=1, description="share, from the start, that learns from quarters of the pictures")
     latent_noise: float = Field(default=0.08, ge=0, description="noise on the latents, so that small errors don't show")
 
 

@@ -24,6 +24,7 @@ from context_diffusion.training.curves import draw_curves
 from context_diffusion.training.encoded import as_images
 from context_diffusion.training.losses import AuxiliaryHeads, noised, spread_timesteps, update_ema, v_loss
 from context_diffusion.training.optimizer import Optimizer
+from context_diffusion.training.precision import mixed_precision
 from context_diffusion.training.samples import save_samples
 from context_diffusion.training.state import (
     Metrics,
@@ -169,7 +170,7 @@ class Run:
         noisy, target = noised(samples.latents.float(), noise, alphas)
         counts = torch.from_numpy(samples.counts).to(device)
         shown = torch.arange(CONTEXTS, device=device)[None] < counts[:, None]
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             contexts = context_tokens(model, samples.contexts)
             slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
             slots[shown] = contexts

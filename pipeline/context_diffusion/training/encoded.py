@@ -21,6 +21,7 @@ from context_diffusion.training.batches import CONTEXTS, Hints, Samples, Summari
 from context_diffusion.training.config import SMALL
 from context_diffusion.training.data import Pool, draw
 from context_diffusion.training.layouts import Rng
+from context_diffusion.training.precision import mixed_precision
 from context_diffusion.training.styles import TEXTURES
 from context_diffusion.training.workers import Workers
 
@@ -84,7 +85,7 @@ def encode(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
 def encode_controls(model: NativeModel, maps: Sequence[Pixels] | Pixels, kinds: Sequence[str]) -> tuple[Tensor, Tensor]:
     """uint8 (H, W, 3) each -> float16 latents (N, C, h, w) and tones (N, 2, H, W) of this worker's own maps."""
     images = as_images(model, maps)
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with mixed_precision(model.device):
         return model.encode_control(images, list(kinds)).half(), draft_tones(images, list(kinds)).half()
 
 
@@ -117,6 +118,6 @@ def _in_parts(model: NativeModel, rows: int, see: Callable[[NDArray[np.int64]], 
     workers = Workers.here()
     mine = workers.share(np.arange(rows))
     shown = mine if len(mine) else np.arange(1)  # fewer rows than workers: the first one tells the shapes
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with mixed_precision(model.device):
         parts = [[seen.half() for seen in see(shown[i : i + 32])] for i in range(0, len(shown), 32)]
     return [workers.gather(torch.cat(column)[: len(mine)], rows) for column in zip(*parts, strict=True)]

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from context_diffusion.config import Limits
 from context_diffusion.errors import ErrorCode, ManifestError, RowError
-from context_diffusion.images import resize
+from context_diffusion.images import decode_resized
 from context_diffusion.manifest import FORMATS, Row, expand, open_file, scan_parquet, scan_text
 from context_diffusion.schema import CONTEXT, PROMPT, QUERY, TARGET, Pixels
-from context_diffusion.sources import Source, as_source, as_sources, read_pixels
+from context_diffusion.sources import Source, as_source, as_sources, read_bytes
 from context_diffusion.storage import Storage, normal, parent
 from context_diffusion.training.config import FinetuneJob
 
@@ -69,7 +69,8 @@ class _Reader:
             return self._by_path[path]
         index = None
         try:
-            pixels = resize(read_pixels(source, allow, Limits(), self.storage, name), self.size, self.size, "crop")
+            data = read_bytes(source, allow, Limits(), self.storage)
+            pixels = decode_resized(data, Limits(), path or name, lambda *_: (self.size, self.size), "crop")
             digest = hashlib.sha256(pixels.tobytes()).digest()
             index = self._by_digest.setdefault(digest, len(self.found.pixels))
             if index == len(self.found.pixels):
