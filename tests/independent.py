@@ -18,7 +18,11 @@ def read_output(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for part in sorted((folder / "data").glob("*.parquet")):
         rows += pq.read_table(part).to_pylist()
-    pictures = {str(path.relative_to(folder)) for path in (folder / "images").rglob("*") if path.is_file()}
+    pictures = {
+        str(path.relative_to(folder))
+        for path in (folder / "images").rglob("*")
+        if path.is_file() and path.name != "metadata.parquet"
+    }
     named = {row["file_name"] for row in rows if row["status"] == "ok"}
     assert named == pictures, "pictures without rows, or rows without pictures"
     for row in rows:

@@ -16,16 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from context_diffusion.closing import close, verify
 from context_diffusion.config import GenerateJob
 from context_diffusion.encoding import read_metadata
 from context_diffusion.ledger import GuardedEngine, Ledger
-from context_diffusion.output import Output
+from context_diffusion.output import Output, members
+from context_diffusion.placing import safe_name, to_tar
 from context_diffusion.plan import open_plan, read_shards
 from context_diffusion.report import write_report
 from context_diffusion.schema import OUTPUT
 from context_diffusion.stages import LoadImages, ReadShard, generate
 from context_diffusion.storage import Storage
-from context_diffusion.writing import WriteShard, safe_name
+from context_diffusion.writing import WriteShard
 from fakes import FakeEngine
 from independent import read_output
 from inputs import job_values, write_manifest
@@ -80,6 +82,77 @@ def test_pictures_in_the_parquet_alone_open_in_datasets_and_duckdb(tmp_path: Pat
     assert duckdb.sql(f"select count(*), min(author) from '{files}' where status = 'ok'").fetchall() == [(6, "person 0")]
     row = pq.read_table(tmp_path / "out" / "data").to_pylist()[0]
     assert hashlib.sha256(row["image"]["bytes"]).hexdigest() == row["sha256"]
+
+
+def test_pictures_in_files_load_as_an_image_folder(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    _, output = make(tmp_path, 10, {3: {"query": "gone.png"}}, rows_per_part=4)
+    close(output)
+    loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out" / "images"), split="train", cache_dir=str(tmp_path / "c"))
+    rows = {row["id"]: row for row in read_output(tmp_path / "out") if row["status"] == "ok"}
+    assert len(loaded) == len(rows) == 9
+    for row in loaded:
+        assert np.array_equal(np.asarray(row["image"]), rows[row["id"]]["pixels"])
+        assert row["author"] == rows[row["id"]]["author"]
+
+
+def test_pictures_in_both_places_are_the_same_bytes(tmp_path: Path) -> None:
+    make(tmp_path, output_format="both", image_format="webp")
+    for row in read_output(tmp_path / "out"):
+        assert row["image"] == {"bytes": (tmp_path / "out" / row["file_name"]).read_bytes(), "path": row["file_name"]}
+
+
+def test_a_tar_a_part_reads_with_the_webdataset_package(tmp_path: Path) -> None:
+    import webdataset
+
+    changes = {0: {"id": "a.b/c"}, 1: {"id": "a_b/c"}, 2: {"query": "gone.png"}}
+    _, output = make(tmp_path, 10, changes, output_format="webdataset", settings={"num_images": 2}, rows_per_part=4)
+    tars = sorted(str(path) for path in (tmp_path / "out" / "webdataset").glob("*.tar"))
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8"))
+    rows = {
+        (row["id"], row["index"]): row for _, part in output.read_parts() for row in part.to_pylist() if row["status"] == "ok"
+    }
+    assert len(tars) == 3
+    assert len(samples) == len(rows) == 18
+    for sample in samples:
+        row = rows[sample["json"]["id"], sample["json"]["index"]]
+        assert sample["json"]["sha256"] == row["sha256"] == hashlib.sha256(output.picture(row)).hexdigest()
+        assert sample["png"].shape == (row["height"], row["width"], 3)
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_who_comes_second_takes_the_earlier_tar_s_pictures_and_adds_what_it_lacks(tmp_path: Path) -> None:
+    _, output = make(tmp_path, output_format="webdataset")
+    tar = tmp_path / "out" / "webdataset" / "part-00000.tar"
+    files = dict(members(tar.read_bytes()))
+    names = [name for name in files if name.endswith(".png")]
+    earlier = {name: data for name, data in files.items() if not name.startswith(names[1].removesuffix("png"))}
+    earlier[names[0]] = b"the picture of another device"
+    tar.write_bytes(to_tar(earlier))
+    (tmp_path / "out" / "data" / "part-00000.parquet").unlink()
+    _, output = make(tmp_path, output_format="webdataset")
+    assert dict(members(tar.read_bytes())) == files | {names[0]: b"the picture of another device"}
+    for _, part in output.read_parts():
+        assert all(hashlib.sha256(output.picture(row)).hexdigest() == row["sha256"] for row in part.to_pylist())
+
+
+@pytest.mark.parametrize("form", ["files", "webdataset"])
+def test_a_flipped_byte_in_any_file_is_found(tmp_path: Path, form: str) -> None:
+    _, output = make(tmp_path, output_format=form)
+    output.storage.replace(output.summary, b"{}")
+    output.storage.replace(output.report, b"<html>")
+    close(output)
+    assert verify(output) == []
+    for path in (path for path in sorted((tmp_path / "out").rglob("*")) if path.is_file()):
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert len(found := verify(output)) == 1, path
+        assert path.name in found[0]
+        path.write_bytes(data)
+    (tmp_path / "out" / "data" / "part-00009.parquet").write_bytes(b"")
+    next((tmp_path / "out" / "plan").iterdir()).unlink()
+    assert [line.split(": ")[-1] for line in verify(output)] == ["missing", "not of this job"]
 
 
 def test_every_part_has_the_same_schema_failed_rows_or_not(tmp_path: Path) -> None:

@@ -176,8 +176,10 @@ def report(output: Folder) -> None:
 @app.command()
 def verify(output: Folder) -> None:
     """Checks every part, picture, count and checksum of a finished OUTPUT. Example: context-diffusion verify build/demo"""
+    from context_diffusion.closing import verify as find_wrong
+
     opened = _open(output)
-    wrong = opened.verify()
+    wrong = find_wrong(opened)
     for line in wrong:
         errors.print(line)
     code = EXIT_UNEXPECTED if wrong else EXIT_OK

@@ -19,6 +19,7 @@ SchedulerName = Literal[
 ControlName = Literal["none", "canny", "gray", "soft_edges", "disabled"]
 Fit = Literal["crop", "pad", "stretch", "keep"]
 ImageFormat = Literal["png", "webp", "jpeg", "none"]
+OutputFormat = Literal["files", "parquet", "both", "webdataset"]
 ScoreName = Literal["layout", "style", "similarity", "prompt", "leakage"]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -154,7 +155,10 @@ class GenerateJob(StrictModel):
     storage_options: StorageOptions = Field(
         default={}, description="fsspec options by protocol, no secrets: {s3: {endpoint_url: ...}}"
     )
-    image_format: ImageFormat = Field(default="png", description="none: the picture's bytes in the Parquet only")
+    image_format: ImageFormat = Field(default="png", description="none: PNG in the Parquet only")
+    output_format: OutputFormat = Field(
+        default="files", description="where pictures lie: files, the Parquet's own column, both, or a WebDataset tar a part"
+    )
     fit: Fit = Field(default="crop", description="how a query meets the output's size; keep: its own aspect ratio")
     seed: int = Field(default=0, ge=0, lt=2**63, description="the rows' seeds are derived from it and their ids")
     score: list[ScoreName] = Field(default=[], description="scores of each image: layout, style, similarity, prompt, leakage")
@@ -170,6 +174,23 @@ class GenerateJob(StrictModel):
         if isinstance(value, str) and not re.fullmatch(r"(100|\d{1,2})(\.\d+)?%", value):
             raise ValueError(f"max_failed is a number of rows or a share such as 5%, not {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _no_pictures_in_two_minds(self) -> Self:
+        if self.image_format == "none" and self.output_format not in ("files", "parquet"):
+            raise ValueError(
+                f"image_format: none means pictures in the Parquet only; for output_format: {self.output_format} choose png, "
+                "webp or jpeg"
+            )
+        return self
+
+    @property
+    def picture_format(self) -> Literal["png", "webp", "jpeg"]:
+        return "png" if self.image_format == "none" else self.image_format
+
+    @property
+    def pictures_in(self) -> OutputFormat:
+        return "parquet" if self.image_format == "none" else self.output_format
 
     @property
     def control_kinds(self) -> list[str]:
@@ -190,6 +211,17 @@ class GenerateJob(StrictModel):
 
     def pixel_keys(self) -> dict[str, Any]:
         """The keys that change pixels or the cut into shards: OUTPUT belongs to one set of them."""
-        keys = {"manifest", "model", "control", "columns", "settings", "rows_per_part", "image_format", "fit", "seed"}
+        keys = {
+            "manifest",
+            "model",
+            "control",
+            "columns",
+            "settings",
+            "rows_per_part",
+            "image_format",
+            "output_format",
+            "fit",
+            "seed",
+        }
         chosen = self.model_dump(mode="json", include=keys | {"limits", "allow"})
         return chosen | {"cpu_threads": self.cluster.cpu_threads}

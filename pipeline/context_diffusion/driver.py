@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from context_diffusion import progress
+from context_diffusion.closing import close
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import (
     EXIT_OK,
@@ -77,13 +78,13 @@ def _make_missing(
         done -= _shards_with_failures(output)
         before = Counts()
     _check_failures(job, plan, before)
-    reads = _reads(job, storage, output, plan, done)
+    reads = _reads(job, storage, output, plan, done, options.retry_failed)
     if not reads:
         return NOTHING_RUN
     model = plan.model
     allow = job.allow or [parent(file.uri) for file in plan.files]
     load = LoadImages(job, allow, model.image_size, model.context_size, storage)
-    write = WriteShard(job, output, f"{model.name}@{model.revision}", replace=options.retry_failed)
+    write = WriteShard(job, output, f"{model.name}@{model.revision}", redo=options.retry_failed)
     from context_diffusion import dataflow  # here, not above: a wrong job is refused before Ray is imported
     from context_diffusion.ray_session import ray_session
 
@@ -101,10 +102,10 @@ def _default_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -
     return make_engine(job, broken)
 
 
-def _reads(job: GenerateJob, storage: Storage, output: Output, plan: Plan, done: set[int]) -> list[ReadShard]:
+def _reads(job: GenerateJob, storage: Storage, output: Output, plan: Plan, done: set[int], redo: bool) -> list[ReadShard]:
     """A read task for each shard that is left."""
     return [
-        ReadShard(job, replace(file, groups=[]), shard, plan.passed, storage)
+        ReadShard(job, replace(file, groups=[]), shard, plan.passed, storage, output if redo else None)
         for number, file in enumerate(plan.files)
         for shard in read_shards(output, number)
         if shard.number not in done
@@ -142,7 +143,7 @@ def _finish(output: Output, before: Counts, seconds: float, efficiency: Efficien
     if not finished:
         output.storage.replace(output.summary, json.dumps(summary, indent=2).encode())
         write_report(output, summary)
-        output.close()
+        close(output)
     return summary
 
 

@@ -1,21 +1,21 @@
-"""The OUTPUT folder: where each thing lies, what is finished, and how it is closed.
+"""The OUTPUT folder: where each thing lies and what is finished.
 
     plan.json  plan/                    written first; OUTPUT belongs to that plan from then on
     images/part-00000/ID-0.png          created before their part
     data/part-00000.parquet             created last for a shard: it exists = the shard is finished
-    summary.json  report.html  checksums.parquet  _SUCCESS
+    summary.json  report.html  checksums.parquet  _SUCCESS    (closing.py)
 
 Knows storage, not Ray.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
+import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -35,6 +35,7 @@ class Output:
 
     root: str
     storage: Storage
+    _tar: dict[str, dict[str, bytes]] = field(default_factory=dict, compare=False, repr=False)  # the last one that was read
 
     @property
     def plan(self) -> str:
@@ -79,6 +80,26 @@ class Output:
             except (pa.ArrowInvalid, OSError) as error:
                 raise StorageError(f"{self.part(shard)}: not a readable Parquet file: {error}") from error
 
+    def read_part(self, shard: int) -> pa.Table:
+        """Raises StorageError naming the part that cannot be read."""
+        data = self.storage.read(self.part(shard))
+        try:
+            return pq.read_table(io.BytesIO(data))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StorageError(f"{self.part(shard)}: not a readable Parquet file: {error}") from error
+
+    def picture(self, row: dict[str, Any]) -> bytes:
+        """A finished row's picture file: from the row itself, a tar, or a file of its own."""
+        if row.get("image"):
+            return bytes(row["image"]["bytes"])
+        tar, inside, name = str(row["file_name"]).partition(".tar/")
+        if not inside:
+            return self.storage.read(f"{self.root}/{tar}")
+        if tar not in self._tar:
+            self._tar.clear()
+            self._tar[tar] = dict(members(self.storage.read(f"{self.root}/{tar}.tar")))
+        return self._tar[tar][name]
+
     def count(self) -> Counts:
         """Counts rows (ids) and images over all finished parts."""
         total = Counts()
@@ -94,46 +115,13 @@ class Output:
         total.ok = total.rows - total.failed
         return total
 
-    def close(self) -> None:
-        """Writes checksums.parquet and then, last of all, _SUCCESS with its digest."""
-        rows: list[tuple[str, int | None, str]] = []
-        for shard in sorted(self.finished()):
-            data = self.storage.read(self.part(shard))
-            rows.append((f"data/{part_name(shard)}.parquet", len(data), hashlib.sha256(data).hexdigest()))
-            table = pq.read_table(io.BytesIO(data), columns=["file_name", "sha256"])
-            files = zip(table["file_name"].to_pylist(), table["sha256"].to_pylist(), strict=True)
-            rows += [(name, None, digest) for name, digest in files if name]
-        names, sizes, digests = zip(*rows, strict=True) if rows else ((), (), ())
-        table = pa.table(
-            {
-                "file_name": pa.array(names, pa.string()),
-                "bytes": pa.array(sizes, pa.int64()),
-                "sha256": pa.array(digests, pa.string()),
-            }
-        )
-        data = to_parquet(table)
-        self.storage.replace(self.checksums, data)
-        self.storage.replace(self.success, hashlib.sha256(data).hexdigest().encode() + b"\n")
 
-    def verify(self) -> list[str]:
-        """What is wrong with a finished OUTPUT, a line each; empty where every byte is as it was written."""
-        if not self.storage.exists(self.success):
-            return [f"{self.success}: missing, the job is not finished"]
-        wrong = []
-        data = self.storage.read(self.checksums)
-        if hashlib.sha256(data).hexdigest().encode() != self.storage.read(self.success).strip():
-            wrong.append(f"{self.checksums}: does not match _SUCCESS")
-        for row in pq.read_table(io.BytesIO(data)).to_pylist():
-            uri = f"{self.root}/{row['file_name']}"
-            if not self.storage.exists(uri):
-                wrong.append(f"{uri}: missing")
-            elif hashlib.sha256(self.storage.read(uri)).hexdigest() != row["sha256"]:
-                wrong.append(f"{uri}: its bytes changed")
-        plan = self.read_json(self.plan)
-        rows = self.count().rows
-        if rows != plan["rows"]:
-            wrong.append(f"{self.root}: {rows} rows in data/, {plan['rows']} in the manifest")
-        return wrong
+def members(tar: bytes) -> Iterator[tuple[str, bytes]]:
+    """A tar's files: (name, bytes)."""
+    with tarfile.open(fileobj=io.BytesIO(tar)) as opened:
+        for member in opened:
+            if (file := opened.extractfile(member)) is not None:
+                yield member.name, file.read()
 
 
 def to_parquet(table: pa.Table, binary: tuple[str, ...] = ()) -> bytes:

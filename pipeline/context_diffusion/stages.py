@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from context_diffusion.config import Fit, GenerateJob, Settings
 from context_diffusion.control import controls_of
@@ -16,6 +17,7 @@ from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.images import Size, decode_resized, output_size, statistics
 from context_diffusion.kept import Kept
 from context_diffusion.manifest import ManifestFile, read_parquet, read_text
+from context_diffusion.output import Output
 from context_diffusion.rows import read_table
 from context_diffusion.schema import (
     CONTEXT,
@@ -63,11 +65,18 @@ class ReadShard:
     shard: Shard
     passed: pa.Schema
     storage: Storage
+    redo: Output | None = None  # --retry-failed: only the rows that failed there, where the shard has a part
 
     def __call__(self) -> list[pa.Table]:
         read = read_parquet if self.file.format == "parquet" else read_text
         rows = read(self.file, self.shard, self.storage)
-        return [read_table(rows, self.shard.number, self.job, parent(self.file.uri), self.passed)]
+        table = read_table(rows, self.shard.number, self.job, parent(self.file.uri), self.passed)
+        return [self._failed(table, self.redo) if self.redo else table]
+
+    def _failed(self, table: pa.Table, output: Output) -> pa.Table:
+        part = output.read_part(self.shard.number)
+        failed = part.filter(pc.equal(part["status"], "failed"))[ID].combine_chunks()
+        return table.filter(pc.is_in(table[ID], failed))
 
 
 @dataclass(frozen=True)

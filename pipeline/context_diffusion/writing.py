@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import unicodedata
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from context_diffusion.config import GenerateJob, Settings
 from context_diffusion.encoding import encode_image
 from context_diffusion.evaluation.scores import columns_of, measure
 from context_diffusion.output import Output, to_parquet
+from context_diffusion.placing import place
 from context_diffusion.schema import (
     CONTEXT,
     CONTROL_IMAGE,
@@ -29,20 +28,10 @@ from context_diffusion.schema import (
     SETTING_TYPES,
     Pixels,
     from_image,
-    part_name,
     required,
 )
 
 HUGGING_FACE = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()}
-
-
-def safe_name(row_id: str) -> str:
-    """A file name of an id: letters, digits and -_. stay; what is cut or replaced is told apart by a hash."""
-    plain = unicodedata.normalize("NFC", row_id)
-    kept = re.sub(r"[^A-Za-z0-9_.-]", "_", plain)[:80].lstrip(".") or "_"
-    if kept == row_id and kept == kept.lower():
-        return kept
-    return f"{kept}-{hashlib.blake2b(row_id.encode('utf-8', 'surrogatepass'), digest_size=6).hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -52,28 +41,32 @@ class WriteShard:
     job: GenerateJob
     output: Output
     model: str
-    replace: bool = False  # --retry-failed: the part is written anew
+    redo: bool = False  # --retry-failed: the table holds rows that failed; the part is replaced, its other rows stay
 
     def __call__(self, table: pa.Table) -> pa.Table:
         shard = table["shard"][0].as_py()
-        rows = [self._write_image(row, shard) for row in table.to_pylist()]
+        made = [self._row(row) for row in table.to_pylist()]
+        rows, pictures = [row for row, _ in made], [picture for _, picture in made]
+        place(self.output, self.job, shard, rows, pictures)
+        part = self._part(table, rows)
+        if self.redo:
+            part = _over(self.output.read_part(shard), part)
+        put = self.output.storage.replace if self.redo else self.output.storage.create
+        put(self.output.part(shard), to_parquet(part, ("image",)))
+        return _counts(shard, part, table)
+
+    def _part(self, table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
         columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in OUTPUT}
         for name in table.column_names:
             if name.startswith(PASSED):
                 columns[name.removeprefix(PASSED)] = table[name].combine_chunks()
-        part = pa.table(columns).replace_schema_metadata(HUGGING_FACE)
-        if self.job.image_format != "none":
-            part = part.drop_columns(["image"]).replace_schema_metadata(None)
-        put = self.output.storage.replace if self.replace else self.output.storage.create
-        put(self.output.part(shard), to_parquet(part, ("image",)))
-        failed = len({row[ID] for row in rows if row["status"] == "failed"})
-        counts = {"shard": shard, "rows": len({row[ID] for row in rows}), "failed": failed, "images": 0}
-        counts["images"] = sum(row["status"] == "ok" for row in rows)
-        counts |= {name: sum(filter(None, table[name].to_pylist())) for name in COUNTED}
-        return pa.table({name: [value] for name, value in counts.items()})
+        part = pa.table(columns)
+        if self.job.pictures_in in ("parquet", "both"):
+            return part.replace_schema_metadata(HUGGING_FACE)
+        return part.drop_columns(["image"])
 
-    def _write_image(self, row: dict[str, Any], shard: int) -> dict[str, Any]:
-        """A row of the flow -> a row of the part; its picture is written on the way."""
+    def _row(self, row: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
+        """A row of the flow -> a row of the part and its picture's file."""
         settings = Settings.model_validate_json(row["settings"]) if row["settings"] else None
         used = settings.model_dump(include=set(SETTING_TYPES)) if settings else {}
         if settings and settings.seed is not None:
@@ -93,23 +86,10 @@ class WriteShard:
             "model": self.model,
             "created_at": datetime.now(UTC),
         }
-        image = from_image(row["made_image"])
-        if image is not None:
-            written |= self._store(row, written, image, shard) | self._scores(row, image)
-        return written
-
-    def _store(self, row: dict[str, Any], written: dict[str, Any], image: Pixels, shard: int) -> dict[str, Any]:
-        form = self.job.image_format
-        data = encode_image(image, "png" if form == "none" else form, self._metadata(written))
-        stored = {"height": image.shape[0], "width": image.shape[1], "sha256": hashlib.sha256(data).hexdigest()}
-        if form == "none":
-            return {**stored, "image": {"bytes": data, "path": None}}
-        name = f"images/{part_name(shard)}/{safe_name(row[ID])}-{row['index']}.{form}"
-        if not self.output.storage.create(f"{self.output.root}/{name}", data):
-            # An earlier attempt's picture stands there (made on another kind of device, perhaps): the row is its.
-            earlier = self.output.storage.read(f"{self.output.root}/{name}")
-            stored["sha256"] = hashlib.sha256(earlier).hexdigest()
-        return {**stored, "file_name": name}
+        if (image := from_image(row["made_image"])) is None:
+            return written, None
+        written |= {"height": image.shape[0], "width": image.shape[1]} | self._scores(row, image)
+        return written, encode_image(image, self.job.picture_format, self._metadata(written))
 
     def _metadata(self, written: dict[str, Any]) -> dict[str, str]:
         """What is needed to make the picture again; no time stands in it, so equal rows have equal bytes."""
@@ -121,6 +101,23 @@ class WriteShard:
         contexts = [required(context) for context in row["context_images"]]
         query, prompt = required(row["query_image"]), row[PROMPT]
         return {column: measure(column, image, query, contexts, prompt) for column in columns_of(self.job.score)}
+
+
+def _over(old: pa.Table, new: pa.Table) -> pa.Table:
+    """A part with some of its rows made anew, in the old order."""
+    place = {row_id: number for number, row_id in enumerate(dict.fromkeys(old[ID].to_pylist()))}
+    kept = old.filter(pc.invert(pc.is_in(old[ID], new[ID].combine_chunks())))
+    both = pa.concat_tables([kept, new.cast(kept.schema)])
+    order = sorted(range(len(both)), key=lambda row: (place[both[ID][row].as_py()], both["index"][row].as_py()))
+    return both.take(pa.array(order, pa.int64()))
+
+
+def _counts(shard: int, part: pa.Table, table: pa.Table) -> pa.Table:
+    failed = part.filter(pc.equal(part["status"], "failed"))
+    counts = {"shard": shard, "rows": len(part[ID].unique()), "failed": len(failed[ID].unique())}
+    counts |= {"images": len(part) - len(failed)}
+    counts |= {name: sum(filter(None, table[name].to_pylist())) for name in COUNTED}
+    return pa.table({name: [value] for name, value in counts.items()})
 
 
 def _label(source: dict[str, Any] | None) -> str | None:

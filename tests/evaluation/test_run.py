@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from context_diffusion.cli import app
+from context_diffusion.closing import close
 from context_diffusion.errors import ConfigError, JobError, ManifestError, ModelError, OutputConflictError
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.evaluation.run import run_evaluate
@@ -40,7 +41,7 @@ def evaluate(folder: Path, **values: Any) -> tuple[dict[str, Any], list[dict[str
 
 def test_an_output_of_ours_is_scored_row_by_row_failed_rows_and_lost_pictures_told(tmp_path: Path) -> None:
     _, output = make(tmp_path, 8, {2: {"scheduler": "magic"}}, settings={"num_images": 2}, score=["layout", "leakage"])
-    output.close()
+    close(output)
     lost, broken = sorted((tmp_path / "out" / "images").rglob("*.png"))[:2]
     lost.unlink()
     broken.write_bytes(b"not a picture")
@@ -67,7 +68,7 @@ def test_pictures_inside_the_parquet_and_inline_queries_need_the_manifest(tmp_pa
         row["query"] = {"bytes": (tmp_path / "in" / row["query"]).read_bytes(), "path": None}
     pq.write_table(pa.Table.from_pylist(rows), manifest)
     _, output = make(tmp_path, image_format="none")
-    output.close()
+    close(output)
     summary, scored = evaluate(tmp_path, images=output.root, score=CHEAP)
     assert (summary["images"], summary["codes"]) == (0, {"missing_file": 6})
     assert "`manifest:`" in scored[0]["error_message"]
@@ -161,7 +162,7 @@ def test_an_output_folder_is_not_written_into_and_must_be_finished(tmp_path: Pat
     _, output = make(tmp_path, 4)
     with pytest.raises(JobError, match="no _SUCCESS"):
         evaluate(tmp_path, images=output.root, score=CHEAP)
-    output.close()
+    close(output)
     with pytest.raises(OutputConflictError, match="choose another folder"):
         evaluate(tmp_path, images=output.root, output=output.root, score=CHEAP)
 

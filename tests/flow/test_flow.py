@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,46 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from driving import drive, end, start
 from independent import plan_rows, read_output
 from inputs import job_values, write_manifest
 
 pytestmark = pytest.mark.ray
-TESTS = Path(__file__).parents[1]
-
-
-def start(job: dict[str, Any], engine: str, **options: bool) -> subprocess.Popen[str]:
-    """A driver in a process and session of its own."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "RAY_worker_niceness": "0"}
-    process = subprocess.Popen(
-        [sys.executable, str(TESTS / "drive.py"), engine, *options],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,
-        text=True,
-    )
-    assert process.stdin
-    process.stdin.write(json.dumps(job))
-    process.stdin.close()
-    return process
-
-
-def drive(job: dict[str, Any], engine: str = "quick", **options: bool) -> dict[str, Any]:
-    process = start(job, engine, **options)
-    assert process.stdout
-    lines = process.stdout.read().strip().splitlines()
-    process.wait(timeout=120)
-    return json.loads(lines[-1])
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """kill -9 of the driver, then of the Ray that it started."""
-    from context_diffusion.supervise import end_session
-
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    end_session(process.pid)
 
 
 def check_whole(folder: Path, rows: int) -> list[dict[str, Any]]:

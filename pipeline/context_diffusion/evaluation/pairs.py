@@ -71,7 +71,9 @@ def find_pairs(job: EvaluateJob, storage: Storage) -> tuple[list[Pair], list[str
 def _of_output(output: Output) -> Iterator[Pair]:
     for _, part in output.read_parts():
         for row in part.select([name for name in READ_COLUMNS if name in part.column_names]).to_pylist():
-            picture = as_source(row.get("image"), output.root) or as_source(row["file_name"], output.root)
+            lies_alone = row["file_name"] and ".tar/" not in row["file_name"]
+            found = row["file_name"] if lies_alone else None if row["error_code"] else output.picture(row)
+            picture = as_source(found, output.root)
             query, *contexts = ({"bytes": None, "path": uri} for uri in (row[QUERY], *(row[CONTEXT] or [])))
             error = (row["error_code"], row["error_message"]) if row["error_code"] else None
             yield Pair(row[ID], row["index"], picture, query, contexts, row[PROMPT], row["fit"], error)

@@ -11,6 +11,7 @@ import jinja2
 import pyarrow as pa
 from PIL import Image
 
+from context_diffusion.closing import close
 from context_diffusion.config import Limits
 from context_diffusion.errors import ContextDiffusionError
 from context_diffusion.images import decode_image
@@ -31,6 +32,8 @@ def rebuild(output: Output) -> dict[str, Any]:
     summary |= {"output": output.root, **vars(counts)}
     output.storage.replace(output.summary, json.dumps(summary, indent=2).encode())
     write_report(output, summary)
+    if output.storage.exists(output.success):
+        close(output)  # the checksums of the two files changed
     return summary
 
 
@@ -60,10 +63,7 @@ def _even_sample(output: Output, total: int) -> list[dict[str, Any]]:
 
 
 def _card(row: dict[str, Any], thumbnails: _Thumbnails, output: Output) -> dict[str, Any]:
-    if row.get("file_name"):
-        made = thumbnails.of_file(f"{output.root}/{row['file_name']}")
-    else:
-        made = thumbnails.of_bytes(row["image"]["bytes"])
+    made = thumbnails.of_bytes(output.picture(row))
     query, contexts = thumbnails.of_file(row[QUERY]), [thumbnails.of_file(uri) for uri in row[CONTEXT]]
     return {**row, "image": None, "made": made, "query_thumbnail": query, "context_thumbnails": contexts}
 

@@ -10,12 +10,25 @@ from typing import Any
 
 import torch
 from pytorch_optimizer import Muon
+from pytorch_optimizer.optimizer.utils import zero_power_via_newton_schulz_5
 from torch import Tensor, nn
 
 from context_diffusion.training.config import DiffusionSteps
+from context_diffusion.training.precision import has_bfloat16
 from context_diffusion.training.workers import Workers
 
 RIMS = ("token_embedding", "position_embedding", "patch_embedding", "class_embedding.weight", "conv_in", "unet.conv_out")
+
+
+class _Muon(Muon):
+    """Its iterations in float32 where bfloat16, the library's choice, would be imitated: 50 times as long."""
+
+    @staticmethod
+    def _orthogonalize(group: dict[str, Any], updates: list[Tensor]) -> list[Tensor]:
+        matrices = [update.reshape(update.size(0), -1) for update in updates]
+        kind = torch.bfloat16 if has_bfloat16(matrices[0].device) else torch.float32
+        steps, weights = group["ns_steps"], group["ns_coeffs"]
+        return [zero_power_via_newton_schulz_5(m, num_steps=steps, weights=weights, dtype=kind) for m in matrices]
 
 
 class Optimizer:
@@ -30,7 +43,7 @@ class Optimizer:
         self.stage, self.workers = stage, workers
         # The largest first, one to each worker in turn: about equal work.
         self.matrices.sort(key=lambda p: -p.numel())
-        self.muon = Muon([{"params": workers.share(self.matrices), "weight_decay": 0.01, "use_muon": True}])
+        self.muon = _Muon([{"params": workers.share(self.matrices), "weight_decay": 0.01, "use_muon": True}])
         self.adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
 
     def step(self, factor: float) -> None:

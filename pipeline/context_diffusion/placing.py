@@ -1,0 +1,98 @@
+"""Where a shard's pictures lie: files, the Parquet's own column, both, or a WebDataset tar.
+
+All are created before the part and none is overwritten: what an earlier attempt left gives the rows its checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import tarfile
+import unicodedata
+from typing import Any
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.output import Output, members
+from context_diffusion.schema import ID, OUTPUT, part_name
+
+Rows = list[dict[str, Any]]
+TIMES = ("created_at", "seconds")  # stand in the part alone: what is created must be equal for equal rows
+
+
+def place(output: Output, job: GenerateJob, shard: int, rows: Rows, pictures: list[bytes | None]) -> None:
+    """Stores each row's picture (None: it has none); fills in file_name, sha256 and image. What stands there stays."""
+    if job.pictures_in in ("files", "both"):
+        _files(output, job, shard, rows, pictures)
+    elif job.pictures_in == "webdataset":
+        _tar(output, job, shard, rows, pictures)
+    for row, picture in zip(rows, pictures, strict=True):
+        if picture is not None:
+            row["sha256"] = hashlib.sha256(picture).hexdigest()
+            if job.pictures_in in ("parquet", "both"):
+                row["image"] = {"bytes": picture, "path": row.get("file_name")}
+
+
+def _files(output: Output, job: GenerateJob, shard: int, rows: Rows, pictures: list[bytes | None]) -> None:
+    folder = f"images/{part_name(shard)}"
+    for number, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
+        if picture is None:
+            continue
+        row["file_name"] = f"{folder}/{safe_name(row[ID])}-{row['index']}.{job.picture_format}"
+        uri = f"{output.root}/{row['file_name']}"
+        if not output.storage.create(uri, picture):
+            # An earlier attempt's picture stands there (made on another kind of device, perhaps): the row is its.
+            pictures[number] = output.storage.read(uri)
+
+
+def _tar(output: Output, job: GenerateJob, shard: int, rows: Rows, pictures: list[bytes | None]) -> None:
+    """KEY.png and KEY.json of each picture, one after the other, as the webdataset package reads them."""
+    name = f"webdataset/{part_name(shard)}.tar"
+    uri, wanted = f"{output.root}/{name}", dict[str, bytes]()
+    for row, picture in zip(rows, pictures, strict=True):
+        if picture is not None:
+            key = f"{tar_key(row[ID])}-{row['index']}"
+            row["file_name"] = f"{name}/{key}.{job.picture_format}"
+            row["sha256"] = hashlib.sha256(picture).hexdigest()
+            told = {column: row.get(column) for column in OUTPUT.names if column not in (*TIMES, "image", "file_name")}
+            wanted |= {f"{key}.{job.picture_format}": picture, f"{key}.json": json.dumps(told, sort_keys=True).encode()}
+    if not wanted or output.storage.create(uri, to_tar(wanted)):
+        return
+    earlier = dict(members(output.storage.read(uri)))
+    if wanted.keys() - earlier.keys():  # rows that failed then
+        output.storage.replace(uri, to_tar(wanted | earlier))
+    for number, row in enumerate(rows):
+        if pictures[number] is not None:
+            member = row["file_name"].rsplit("/", 1)[1]
+            pictures[number] = earlier.get(member, pictures[number])
+
+
+def to_tar(files: dict[str, bytes]) -> bytes:
+    """Equal bytes for equal files: no time, no owner."""
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return sink.getvalue()
+
+
+def safe_name(row_id: str) -> str:
+    """A file name of an id: letters, digits and -_. stay; what is cut or replaced is told apart by a hash."""
+    plain = unicodedata.normalize("NFC", row_id)
+    kept = re.sub(r"[^A-Za-z0-9_.-]", "_", plain)[:80].lstrip(".") or "_"
+    if kept == row_id and kept == kept.lower():
+        return kept
+    return f"{kept}-{_digest(row_id)}"
+
+
+def tar_key(row_id: str) -> str:
+    """The same without dots: in a WebDataset the first dot of a name ends its key."""
+    name = safe_name(row_id)
+    return f"{name.replace('.', '_')}-{_digest(row_id)}" if "." in name else name
+
+
+def _digest(row_id: str) -> str:
+    return hashlib.blake2b(row_id.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()

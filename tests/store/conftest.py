@@ -1,0 +1,52 @@
+"""A real object store for all tests of this folder, and the environment that leads to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import s3fs
+
+from ceph import ACCESS, SECRET, Gateway, missing
+
+
+@pytest.fixture(scope="session")
+def gateway() -> Iterator[Gateway]:
+    if lacking := missing():
+        reason = f"no {', '.join(lacking)} here: `make packages` installs Debian's radosgw, ceph-mon and ceph-osd"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="rgw-"))
+    gateway = Gateway(folder)
+    try:
+        gateway.start()
+        yield gateway
+    finally:
+        gateway.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def bucket(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """`s3://...` of an empty bucket; the environment holds endpoint and keys, as on a cluster."""
+    point_to(monkeypatch, gateway.endpoint)
+    fs = s3fs.S3FileSystem()
+    fs.call_s3("create_bucket", Bucket="tests")
+    yield "s3://tests"
+    point_to(monkeypatch, gateway.endpoint)
+    fs = s3fs.S3FileSystem()
+    fs.rm("tests", recursive=True)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def point_to(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """This process and those that it starts talk to this endpoint."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    s3fs.S3FileSystem.clear_instance_cache()
