@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -131,6 +132,91 @@ def test_an_output_belongs_to_its_job_and_its_manifest(tmp_path: Path) -> None:
     write_manifest(tmp_path / "in", 13)
     with pytest.raises(OutputConflictError, match="changed since"):
         open_plan(job(manifest, tmp_path / "out"), output, STORAGE, accept_change=True)
+
+
+def write_form(folder: Path, count: int, form: str) -> str:
+    return write_manifest(folder, count) if form == "parquet" else write_text(folder, count, form)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
+@pytest.mark.parametrize(("before", "after"), [(37, 60), (90, 100), (100, 200)])
+def test_a_manifest_that_grew_is_extended_and_old_shards_stay(tmp_path: Path, form: str, before: int, after: int) -> None:
+    manifest, output = write_form(tmp_path / "in", before, form), Output(str(tmp_path / "out"), STORAGE)
+    planned = job(manifest, tmp_path / "out", rows_per_part=8)
+    read_all(planned, output)
+    old = list(read_shards(output, 0))
+    output.storage.replace(output.success, b"")
+    write_form(tmp_path / "in", after, form)
+    with pytest.raises(OutputConflictError, match=r"changed since.*--extend"):
+        open_plan(planned, output, STORAGE)
+    assert open_plan(planned, output, STORAGE, extend=True).rows == after
+    assert [row["id"] for row in read_all(planned, output)] == [f"row-{number:03d}" for number in range(after)]
+    new = list(read_shards(output, 0))
+    assert new[: len(old)] == old
+    assert [shard.number for shard in new] == list(range(len(new)))
+    assert not output.storage.exists(output.success)
+
+
+def test_new_files_after_the_old_are_taken_in(tmp_path: Path) -> None:
+    names = write_pictures(tmp_path)
+
+    def write(letter: str, count: int) -> str:
+        lines = [json.dumps(row | {"id": f"{letter}-{row['id']}"}) for row in rows(count, names)]
+        path = tmp_path / f"{letter}.jsonl"
+        path.write_text("\n".join(lines))
+        return str(path)
+
+    output = Output(str(tmp_path / "out"), STORAGE)
+    globbed = job(str(tmp_path / "*.jsonl"), tmp_path / "out")
+    write("b", 9)
+    read_all(globbed, output)
+    write("c", 7)
+    with pytest.raises(OutputConflictError, match=r"1 file\(s\) of the manifest, such as .*c.jsonl, are new since"):
+        open_plan(globbed, output, STORAGE)
+    assert open_plan(globbed, output, STORAGE, extend=True).shards_of == [3, 2]
+    assert [row["id"][0] for row in read_all(globbed, output)] == ["b"] * 9 + ["c"] * 7
+    write("a", 5)
+    with pytest.raises(OutputConflictError, match=r"b\.jsonl was file 1 .* new files come after the old"):
+        open_plan(globbed, output, STORAGE, extend=True)
+    (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "c.jsonl").unlink()
+    with pytest.raises(OutputConflictError, match=r"c\.jsonl is gone"):
+        open_plan(globbed, output, STORAGE)
+    with pytest.raises(OutputConflictError, match=r"c\.jsonl was file 2"):
+        open_plan(globbed, output, STORAGE, extend=True)
+    listed = job([str(tmp_path / "b.jsonl"), write("c", 7), write("d", 2)], tmp_path / "out")
+    assert open_plan(listed, output, STORAGE, extend=True).rows == 18
+
+
+@pytest.mark.parametrize(
+    ("form", "message"), [("parquet", "first 12 rows"), ("jsonl", "first 12 rows"), ("csv", "first 12 rows")]
+)
+def test_a_manifest_whose_old_rows_changed_is_not_extended(tmp_path: Path, form: str, message: str) -> None:
+    manifest, output = write_form(tmp_path / "in", 12, form), Output(str(tmp_path / "out"), STORAGE)
+    planned = job(manifest, tmp_path / "out")
+    before = open_plan(planned, output, STORAGE)
+    write_form(tmp_path / "in", 11, form)
+    with pytest.raises(OutputConflictError, match="had 12 rows and has 11"):
+        open_plan(planned, output, STORAGE, extend=True)
+    if form == "parquet":
+        write_manifest(tmp_path / "in", 14, {3: {"id": "another"}})
+    else:
+        path = Path(write_form(tmp_path / "in", 14, form))
+        path.write_text(path.read_text().replace("person 2", "person 9"))
+    with pytest.raises(OutputConflictError, match=message):
+        open_plan(planned, output, STORAGE, extend=True)
+    write_form(tmp_path / "in", 12, form)
+    assert open_plan(planned, output, STORAGE, extend=True) == before
+
+
+def test_a_parquet_cut_into_other_row_groups_is_not_extended(tmp_path: Path) -> None:
+    manifest, output = write_manifest(tmp_path / "in", 100), Output(str(tmp_path / "out"), STORAGE)
+    planned = job(manifest, tmp_path / "out")
+    open_plan(planned, output, STORAGE)
+    write_manifest(tmp_path / "in", 120)
+    pq.write_table(pq.read_table(manifest), manifest, row_group_size=50)
+    with pytest.raises(OutputConflictError, match=r"row groups were of \[90, 10\] rows and are of \[50, 50, 20\]"):
+        open_plan(planned, output, STORAGE, extend=True)
 
 
 def test_the_plan_and_its_shards_lie_on_s3(s3: str, tmp_path: Path) -> None:

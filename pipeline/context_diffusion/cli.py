@@ -86,6 +86,7 @@ def run(
     sets: Sets = None,
     address: Annotated[str | None, typer.Option(help="a Ray cluster; default: RAY_ADDRESS, else one started here")] = None,
     retry_failed: Annotated[bool, typer.Option(help="make the rows that failed anew")] = False,
+    extend: Annotated[bool, typer.Option(help="the manifest has grown at its end: make what is new")] = False,
     accept_change: Annotated[bool, typer.Option(help="go on with other versions of torch or diffusers")] = False,
 ) -> None:
     """Runs a job, or what is missing of it.
@@ -97,6 +98,7 @@ def run(
         from context_diffusion.supervise import supervise
 
         options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed}
+        options["extend"] = extend
         summary = supervise(loaded, options)
     else:
         summary = _run_other(loaded, address)

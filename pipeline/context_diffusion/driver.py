@@ -44,6 +44,7 @@ class Options:
     address: str | None = None
     accept_change: bool = False
     retry_failed: bool = False
+    extend: bool = False
 
 
 def run_generate(job: GenerateJob, options: Options, make_engine: Callable[..., Any] | None = None) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def run_generate(job: GenerateJob, options: Options, make_engine: Callable[..., 
     started = time.perf_counter()
     storage = Storage(job.storage_options)
     output = Output(normal(job.output), storage)
-    plan = open_plan(job, output, storage, options.accept_change)
+    plan = open_plan(job, output, storage, options.accept_change, options.extend)
     if options.retry_failed:
         storage.delete(output.success)
     before, efficiency = output.count(), NOTHING_RUN

@@ -111,7 +111,7 @@ def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row
     """The rows of a shard of a Parquet file. Its row group stays in this process for the shards that follow: a group
     cannot be entered in the middle, and Ray Data would join the blocks of a task that read it all."""
     key = (file.uri, shard.group)
-    if key not in _last_group:
+    if key not in _last_group or len(_last_group[key]) < shard.first_row + shard.rows:  # the file may have grown
         _last_group.clear()
         try:
             with storage.open(file.uri) as handle:

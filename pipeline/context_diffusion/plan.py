@@ -9,25 +9,22 @@ import base64
 import importlib.metadata
 import io
 import json
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from context_diffusion.config import GenerateJob
-from context_diffusion.errors import ManifestError, OutputConflictError
-from context_diffusion.manifest import ManifestFile, expand, open_file, parquet_schema, scan_parquet, scan_text
+from context_diffusion.errors import OutputConflictError
+from context_diffusion.manifest import ManifestFile, expand, open_file
 from context_diffusion.model.source import Source, find_model
 from context_diffusion.output import Output, to_parquet
-from context_diffusion.rows import column_names, row_id
-from context_diffusion.schema import CONTEXT, ID, MANIFEST_COLUMNS, QUERY, Shard
+from context_diffusion.scan import Scan
+from context_diffusion.schema import Shard
 from context_diffusion.storage import Storage, normal
-from context_diffusion.unique import UniqueIds, name_duplicates
 
 VERSIONED = ("context-diffusion", "torch", "diffusers", "transformers")
 SHARD_COLUMNS = ("number", "file", "first_row", "rows", "group", "offset", "size")
@@ -58,8 +55,9 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
-def open_plan(job: GenerateJob, output: Output, storage: Storage, accept_change: bool = False) -> Plan:
-    """The plan of OUTPUT: the one that stands there, if it is this job's, else a new one.
+def open_plan(job: GenerateJob, output: Output, storage: Storage, accept_change: bool = False, extend: bool = False) -> Plan:
+    """The plan of OUTPUT: the one that stands there, if it is this job's, else a new one. extend: the manifest may have
+    grown; shards of what is new are added.
 
     Raises ManifestError, OutputConflictError.
     """
@@ -67,7 +65,12 @@ def open_plan(job: GenerateJob, output: Output, storage: Storage, accept_change:
         _write_plan(job, output, storage)
     record = output.read_json(output.plan)
     model = find_model(job.model, record["model"]["commits"])
-    _check_same(record, job, model, storage, output, accept_change)
+    _check_same(record, job, model, output, accept_change, extend)
+    if differing := _differing(record, job, storage):
+        if not extend:
+            hint = "if the manifest only grew, --extend makes what is new, else choose another `output:`"
+            raise OutputConflictError(f"{differing}; {hint}")
+        record = _extend(record, job, output, storage)
     passed = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["passed"])))
     files = [ManifestFile(f["uri"], f["format"], f["columns"], f["groups"]) for f in record["manifest"]]
     shards_of = [f["shards"] for f in record["manifest"]]
@@ -86,24 +89,12 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
     model = find_model(job.model)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scanned = Scan(job, files, storage)
-    size = part_rows(scanned.rows, job.rows_per_part)
-    first, records = 0, []
-    for number, file in enumerate(files):
+    size, first, records = part_rows(scanned.rows, job.rows_per_part), 0, []
+    for number in range(len(files)):
         shards = list(scanned.cut(number, size, first))
         first += len(shards)
-        data = to_parquet(pa.Table.from_pylist([vars(shard) for shard in shards], _SHARD_SCHEMA))
-        output.storage.replace(output.shards(number), data)
-        records.append(
-            {
-                "uri": normal(file.uri),
-                "format": file.format,
-                "columns": file.columns,
-                "groups": file.groups,
-                "rows": scanned.rows_of[number],
-                "shards": len(shards),
-                **storage.fingerprint(file.uri),
-            }
-        )
+        _write_shards(output, number, shards)
+        records.append(_file_record(scanned, number, len(shards)))
     record = {
         "job": job.model_dump(mode="json"),
         "rows": scanned.rows,
@@ -118,100 +109,70 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
     output.storage.create(output.plan, json.dumps(record, indent=2).encode())
 
 
-_SHARD_SCHEMA = pa.schema([(name, pa.int64()) for name in SHARD_COLUMNS])
+def _extend(record: Any, job: GenerateJob, output: Output, storage: Storage) -> Any:
+    """Adds the shards of what is new; those that stand stay as they are. _SUCCESS goes first, plan.json is changed last, so
+    a run that is broken off in between is extended by the next. -> the new record. Raises OutputConflictError."""
+    old = record["manifest"]
+    files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
+    scanned = Scan(job, files, storage, [file["rows"] for file in old])
+    _check_grown(old, scanned)
+    output.storage.delete(output.success)
+    first, records = sum(file["shards"] for file in old), []
+    for number in range(len(files)):
+        known = list(read_shards(output, number))[: old[number]["shards"]] if number < len(old) else []
+        new = list(scanned.cut(number, record["rows_per_part"], first, old[number]["rows"] if known else 0))
+        first += len(new)
+        if new:
+            _write_shards(output, number, [*known, *new])
+        records.append(_file_record(scanned, number, len(known) + len(new)))
+    record |= {"job": job.model_dump(mode="json"), "rows": scanned.rows, "manifest": records}
+    output.storage.replace(output.plan, json.dumps(record, indent=2).encode())
+    return record
 
 
-class Scan:
-    """One pass over the manifest: counts, byte offsets, types of passed columns; ids checked for uniqueness."""
-
-    def __init__(self, job: GenerateJob, files: list[ManifestFile], storage: Storage) -> None:
-        self.job, self.files, self.storage = job, files, storage
-        self.names = column_names(job)
-        self.rows_of = [0] * len(files)
-        self.bounds = [array("q") for _ in files]  # JSONL, CSV: where each row begins, and the end; 8 bytes a row
-        self.types: dict[str, pa.DataType] = {}
-        with UniqueIds() as unique:
-            for row in chain.from_iterable(self._ids(number) for number in range(len(files))):
-                unique.add(row)
-            self.rows = unique.count
-            repeated = unique.duplicates()
-        if not self.rows:
-            raise ManifestError(f"{', '.join(job.manifests)}: the manifest has no rows")
-        if repeated:
-            again = chain.from_iterable(self._ids(number) for number in range(len(files)))
-            shown = ", ".join(repr(name) for name in name_duplicates(repeated, again))
-            hint = "" if self.has_ids else "; the manifest has no id column, so equal rows have equal ids"
-            raise ManifestError(f"{len(repeated)} id(s) stand more than once in the manifest, such as {shown}{hint}")
-
-    def cut(self, number: int, size: int, first: int) -> Iterator[Shard]:
-        """The shards of a file; the first one's number is `first`."""
-        file, rows = self.files[number], self.rows_of[number]
-        if file.format == "parquet":
-            for group, count in enumerate(file.groups):
-                for begin in range(0, count, size):
-                    yield Shard(first, number, begin, min(size, count - begin), group)
-                    first += 1
-            return
-        bounds = self.bounds[number]
-        for begin in range(0, rows, size):
-            count = min(size, rows - begin)
-            yield Shard(first, number, begin, count, 0, bounds[begin], bounds[begin + count] - bounds[begin])
-            first += 1
-
-    def passed(self) -> pa.Schema:
-        return pa.schema(sorted(self.types.items()))
-
-    def _ids(self, number: int) -> Iterator[str]:
-        """The ids of a file's rows; on the way, what else the plan must know of it."""
-        file = self.files[number]
-        self.rows_of[number], self.bounds[number] = 0, array("q")
-        if file.format == "parquet":
-            self._check_columns(file.uri, file.columns)
-            for field in parquet_schema(file.uri, self.storage):
-                self._see(field.name, field.type)
-            rows = scan_parquet(file, self.storage, [self.names[ID]] if self.names[ID] in file.columns else None)
-            for row in rows:
-                self.rows_of[number] += 1
-                yield row_id(row, self.names)
-            return
-        if file.format == "csv":
-            self._check_columns(file.uri, file.columns)
-        last = 0
-        for begin, end, row in scan_text(file, self.storage):
-            if file.format == "jsonl" and not self.rows_of[number]:
-                self._check_columns(file.uri, list(row))
-            for name, value in row.items():
-                self._see(name, pa.string() if file.format == "csv" else _json_type(value))
-            self.rows_of[number] += 1
-            self.bounds[number].append(begin)
-            last = end
-            yield row_id(row, self.names)
-        self.bounds[number].append(last)
-
-    def _check_columns(self, uri: str, columns: list[str]) -> None:
-        missing = [self.names[name] for name in (QUERY, CONTEXT) if self.names[name] not in columns]
-        missing += [theirs for theirs in self.job.columns.values() if theirs not in columns and theirs not in missing]
-        if missing:
-            raise ManifestError(
-                f"{uri}: the column(s) {', '.join(missing)} are missing; there are {', '.join(columns)}. "
-                "`columns:` in the job renames them"
+def _check_grown(old: list[Any], scanned: Scan) -> None:
+    """Are the new files and rows all at the end?"""
+    for number, file in enumerate(old):
+        told, now = f"--extend: {file['uri']}", scanned.files[number] if number < len(scanned.files) else None
+        if now is None or normal(now.uri) != file["uri"]:
+            raise OutputConflictError(
+                f"{told} was file {number + 1} of the manifest and is no more: new files come after the old"
             )
-        self.has_ids = self.names[ID] in columns
+        if (rows := scanned.rows_of[number]) < file["rows"]:
+            raise OutputConflictError(f"{told} had {file['rows']} rows and has {rows}: rows were taken away")
+        if scanned.marked[number] != file["digest"] or now.columns != file["columns"]:
+            raise OutputConflictError(f"{told}: its first {file['rows']} rows or its columns changed")
+        if not _groups_grew(file["groups"], now.groups):
+            raise OutputConflictError(
+                f"{told}: its row groups were of {file['groups']} rows and are of {now.groups}: write new ones after the old"
+            )
 
-    def _see(self, name: str, kind: pa.DataType | None) -> None:
-        """Notes the type of a column that we don't know; columns of several types become text."""
-        if name in {self.names[ours] for ours in MANIFEST_COLUMNS} or kind is None:
-            return
-        known = self.types.get(name, kind)
-        numbers = {pa.int64(), pa.float64()}
-        self.types[name] = known if known == kind else pa.float64() if {known, kind} == numbers else pa.string()
+
+def _groups_grew(old: list[int], now: list[int]) -> bool:
+    """The last one may have more rows, others come after it."""
+    return not old or (now[: len(old) - 1] == old[:-1] and len(now) >= len(old) and now[len(old) - 1] >= old[-1])
 
 
-def _json_type(value: Any) -> pa.DataType | None:
-    """The Arrow type of a JSON value; None for null, text for lists and objects."""
-    if value is None:
-        return None
-    return {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}.get(type(value), pa.string())
+def _file_record(scanned: Scan, number: int, shards: int) -> dict[str, Any]:
+    file = scanned.files[number]
+    return {
+        "uri": normal(file.uri),
+        "format": file.format,
+        "columns": file.columns,
+        "groups": file.groups,
+        "rows": scanned.rows_of[number],
+        "digest": scanned.digests[number],
+        "shards": shards,
+        **scanned.storage.fingerprint(file.uri),
+    }
+
+
+def _write_shards(output: Output, number: int, shards: list[Shard]) -> None:
+    data = to_parquet(pa.Table.from_pylist([vars(shard) for shard in shards], _SHARD_SCHEMA))
+    output.storage.replace(output.shards(number), data)
+
+
+_SHARD_SCHEMA = pa.schema([(name, pa.int64()) for name in SHARD_COLUMNS])
 
 
 def _flat(keys: dict[str, Any]) -> dict[str, Any]:
@@ -222,20 +183,16 @@ def _flat(keys: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _check_same(record: Any, job: GenerateJob, model: Source, storage: Storage, output: Output, accept_change: bool) -> None:
-    """Is the plan that stands in OUTPUT this job's, on this manifest, by these versions?"""
+def _check_same(record: Any, job: GenerateJob, model: Source, output: Output, accept_change: bool, extend: bool) -> None:
+    """Is the plan that stands in OUTPUT this job's, by these versions?"""
     there, ours = _flat(GenerateJob.model_validate(record["job"]).pixel_keys()), _flat(job.pixel_keys())
     changed = [
         f"{key}: {there.get(key)!r} there, {ours.get(key)!r} here"
         for key in sorted(ours | there)
-        if ours.get(key) != there.get(key)
+        if ours.get(key) != there.get(key) and not (extend and key == "manifest")
     ]
     if changed:
         raise OutputConflictError(f"{output.root} holds another job's output ({'; '.join(changed)}); choose another `output:`")
-    for file in record["manifest"]:
-        now = storage.fingerprint(file["uri"])
-        if now != {key: file[key] for key in now}:
-            raise OutputConflictError(f"{file['uri']} changed since {output.root} was planned; choose another `output:`")
     if model.revision != record["model"]["revision"]:
         raise OutputConflictError(f"{output.root} was begun with other weights of the model {record['model']['name']!r}")
     differ = [f"{k} {v} there, {versions()[k]} here" for k, v in record["versions"].items() if versions()[k] != v]
@@ -243,3 +200,19 @@ def _check_same(record: Any, job: GenerateJob, model: Source, storage: Storage, 
         raise OutputConflictError(
             f"{output.root} was begun with other versions ({'; '.join(differ)}): pixels may differ; --accept-change goes on"
         )
+
+
+def _differing(record: Any, job: GenerateJob, storage: Storage) -> str | None:
+    """What is other about the manifest than when OUTPUT was planned; None: nothing."""
+    files = {normal(uri) for uri in expand(job.manifests, storage)}
+    planned = {file["uri"] for file in record["manifest"]}
+    since = f"since {record['job']['output']} was planned"
+    if new := sorted(files - planned):
+        return f"{len(new)} file(s) of the manifest, such as {new[0]}, are new {since}"
+    if gone := sorted(planned - files):
+        return f"{gone[0]} is gone from the manifest {since}"
+    for file in record["manifest"]:
+        now = storage.fingerprint(file["uri"])
+        if now != {key: file[key] for key in now}:
+            return f"{file['uri']} changed {since}"
+    return None

@@ -8,7 +8,8 @@ from context_diffusion.config import GenerateJob
 from context_diffusion.manifest import expand, open_file
 from context_diffusion.model.source import find_model
 from context_diffusion.output import Output
-from context_diffusion.plan import Scan, part_rows
+from context_diffusion.plan import part_rows
+from context_diffusion.scan import Scan
 from context_diffusion.schema import ID
 from context_diffusion.stages import LoadImages, ReadShard
 from context_diffusion.storage import Storage, normal, parent

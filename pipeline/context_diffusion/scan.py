@@ -1,0 +1,130 @@
+"""What a plan must know of a manifest, found in one pass over it. Rows are read and forgotten: memory stays flat."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import pyarrow as pa
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.errors import ManifestError
+from context_diffusion.manifest import ManifestFile, parquet_schema, scan_parquet, scan_text
+from context_diffusion.rows import column_names, row_id
+from context_diffusion.schema import CONTEXT, ID, MANIFEST_COLUMNS, QUERY, Shard
+from context_diffusion.storage import Storage
+from context_diffusion.unique import UniqueIds, name_duplicates
+
+
+class Scan:
+    """One pass over the manifest: counts, byte offsets, types of passed columns; ids checked for uniqueness.
+
+    digests: of each file's rows, as far as a scan sees them: a text file's whole rows and where they begin, the ids of a
+    Parquet file. marks: rows of each file after which `marked` keeps the digest too: has it only grown since?
+    """
+
+    def __init__(self, job: GenerateJob, files: list[ManifestFile], storage: Storage, marks: Sequence[int] = ()) -> None:
+        self.job, self.files, self.storage = job, files, storage
+        self.names = column_names(job)
+        self.marks = [*marks, *[0] * (len(files) - len(marks))]
+        self.digests, self.marked = [""] * len(files), [""] * len(files)
+        self.rows_of = [0] * len(files)
+        self.bounds = [array("q") for _ in files]  # JSONL, CSV: where each row begins, and the end; 8 bytes a row
+        self.types: dict[str, pa.DataType] = {}
+        with UniqueIds() as unique:
+            for row in chain.from_iterable(self._ids(number) for number in range(len(files))):
+                unique.add(row)
+            self.rows = unique.count
+            repeated = unique.duplicates()
+        if not self.rows:
+            raise ManifestError(f"{', '.join(job.manifests)}: the manifest has no rows")
+        if repeated:
+            again = chain.from_iterable(self._ids(number) for number in range(len(files)))
+            shown = ", ".join(repr(name) for name in name_duplicates(repeated, again))
+            hint = "" if self.has_ids else "; the manifest has no id column, so equal rows have equal ids"
+            raise ManifestError(f"{len(repeated)} id(s) stand more than once in the manifest, such as {shown}{hint}")
+
+    def cut(self, number: int, size: int, first: int, done: int = 0) -> Iterator[Shard]:
+        """The shards of a file from its row `done` on; the first one's number is `first`."""
+        file, rows = self.files[number], self.rows_of[number]
+        if file.format == "parquet":
+            before = 0
+            for group, count in enumerate(file.groups):
+                for begin in range(min(max(done - before, 0), count), count, size):
+                    yield Shard(first, number, begin, min(size, count - begin), group)
+                    first += 1
+                before += count
+            return
+        bounds = self.bounds[number]
+        for begin in range(done, rows, size):
+            count = min(size, rows - begin)
+            yield Shard(first, number, begin, count, 0, bounds[begin], bounds[begin + count] - bounds[begin])
+            first += 1
+
+    def passed(self) -> pa.Schema:
+        return pa.schema(sorted(self.types.items()))
+
+    def _ids(self, number: int) -> Iterator[str]:
+        """The ids of a file's rows; on the way, what else the plan must know of it."""
+        digest = hashlib.blake2b(digest_size=16)
+        for count, (row, seen) in enumerate(self._rows(number), 1):
+            digest.update(seen.encode("utf-8", "surrogatepass"))
+            if count == self.marks[number]:
+                self.marked[number] = digest.hexdigest()
+            yield row
+        self.digests[number] = digest.hexdigest()
+
+    def _rows(self, number: int) -> Iterator[tuple[str, str]]:
+        """Each row's id, and what the digest takes of it."""
+        file = self.files[number]
+        self.rows_of[number], self.bounds[number] = 0, array("q")
+        if file.format == "parquet":
+            self._check_columns(file.uri, file.columns)
+            for field in parquet_schema(file.uri, self.storage):
+                self._see(field.name, field.type)
+            rows = scan_parquet(file, self.storage, [self.names[ID]] if self.names[ID] in file.columns else None)
+            for row in rows:
+                self.rows_of[number] += 1
+                yield (name := row_id(row, self.names)), f"{name}\n"
+            return
+        if file.format == "csv":
+            self._check_columns(file.uri, file.columns)
+        last = 0
+        for begin, end, row in scan_text(file, self.storage):
+            if file.format == "jsonl" and not self.rows_of[number]:
+                self._check_columns(file.uri, list(row))
+            for name, value in row.items():
+                self._see(name, pa.string() if file.format == "csv" else _json_type(value))
+            self.rows_of[number] += 1
+            self.bounds[number].append(begin)
+            last = end
+            yield row_id(row, self.names), f"{begin} {row}\n"
+        self.bounds[number].append(last)
+
+    def _check_columns(self, uri: str, columns: list[str]) -> None:
+        missing = [self.names[name] for name in (QUERY, CONTEXT) if self.names[name] not in columns]
+        missing += [theirs for theirs in self.job.columns.values() if theirs not in columns and theirs not in missing]
+        if missing:
+            raise ManifestError(
+                f"{uri}: the column(s) {', '.join(missing)} are missing; there are {', '.join(columns)}. "
+                "`columns:` in the job renames them"
+            )
+        self.has_ids = self.names[ID] in columns
+
+    def _see(self, name: str, kind: pa.DataType | None) -> None:
+        """Notes the type of a column that we don't know; columns of several types become text."""
+        if name in {self.names[ours] for ours in MANIFEST_COLUMNS} or kind is None:
+            return
+        known = self.types.get(name, kind)
+        numbers = {pa.int64(), pa.float64()}
+        self.types[name] = known if known == kind else pa.float64() if {known, kind} == numbers else pa.string()
+
+
+def _json_type(value: Any) -> pa.DataType | None:
+    """The Arrow type of a JSON value; None for null, text for lists and objects."""
+    if value is None:
+        return None
+    return {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}.get(type(value), pa.string())
