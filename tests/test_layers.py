@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "strict", "config", "schema", "control"},
     {"storage", "allow", "images", "encoding", "kept", "manifest", "sources", "rows", "unique", "evaluation", "training.config"},
     {"model.source", "model.hub", "model.presets"},
-    {"output", "closing", "scan", "plan", "jobfile", "report", "tensors"},
+    {"output", "closing", "compact", "scan", "plan", "jobfile", "report", "tensors"},
     {"model", "engine", "training", "pipeline", "evaluation.similarity"},
     {"stages", "placing", "writing", "ledger", "validate", "progress"},
     {"evaluation.pairs", "evaluation.controls", "evaluation.run"},

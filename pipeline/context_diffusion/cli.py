@@ -189,6 +189,27 @@ def verify(output: Folder) -> None:
     raise typer.Exit(code)
 
 
+@app.command()
+def compact(
+    output: Folder,
+    to: Annotated[str, typer.Option(metavar="DIR", help="an empty folder, a path or URL")],
+    rows: Annotated[int, typer.Option(min=1, help="of a file; it has fewer where it would be larger than 256 MiB")] = 10_000,
+    partition_by: Annotated[str | None, typer.Option(metavar="COLUMN", help="a folder for each of its values")] = None,
+) -> None:
+    """Copies a finished OUTPUT into few large Parquet files with the pictures in them.
+
+    Example: context-diffusion compact build/demo --to build/demo-compact --partition-by status
+    """
+    from context_diffusion.compact import compact as merge
+    from context_diffusion.output import Output
+    from context_diffusion.storage import normal
+
+    opened = _open(output)
+    told = merge(opened, Output(normal(to), opened.storage), rows, partition_by)
+    errors.print(f"{told['rows']} rows in {told['files']} files: {told['output']}")
+    _print({**told, "exit": EXIT_OK})
+
+
 def _open(root: str) -> Any:
     from context_diffusion.output import Output
     from context_diffusion.storage import Storage, normal

@@ -28,6 +28,8 @@ MANIFEST_COLUMNS = (ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT, CONTROL_IMAGE, 
 PASSED = "passed:"  # prefix in flight of a manifest column that we don't know
 
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the Hugging Face Image storage type
+# Schema metadata by which `datasets` decodes the column `image`.
+HUGGING_FACE = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()}
 IMAGE = pa.struct([("data", pa.binary()), ("height", pa.int32()), ("width", pa.int32())])  # raw uint8 RGB
 
 READ = pa.schema(

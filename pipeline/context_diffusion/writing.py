@@ -19,6 +19,7 @@ from context_diffusion.schema import (
     CONTEXT,
     CONTROL_IMAGE,
     COUNTED,
+    HUGGING_FACE,
     ID,
     NEGATIVE_PROMPT,
     OUTPUT,
@@ -30,8 +31,6 @@ from context_diffusion.schema import (
     from_image,
     required,
 )
-
-HUGGING_FACE = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()}
 
 
 @dataclass(frozen=True)
