@@ -14,7 +14,20 @@ TORCH = ("model/", "engine/", "training/", "evaluation/prompt.py", "evaluation/s
 # layers' faces to the driver: no torch in them. The job that reads and writes scores stands above the scores.)
 LAYERS = [
     {"errors", "strict", "config", "schema", "control"},
-    {"storage", "allow", "images", "encoding", "kept", "manifest", "sources", "rows", "unique", "evaluation", "training.config"},
+    {
+        "storage",
+        "allow",
+        "guard",
+        "images",
+        "encoding",
+        "kept",
+        "manifest",
+        "sources",
+        "rows",
+        "unique",
+        "evaluation",
+        "training.config",
+    },
     {"model.source", "model.hub", "model.presets"},
     {"output", "closing", "compact", "scan", "plan", "jobfile", "report", "tensors"},
     {"model", "engine", "training", "pipeline", "evaluation.similarity"},

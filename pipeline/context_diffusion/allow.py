@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.storage import is_local, local_path, normal, protocol
 
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address in its last four bytes
 PROTOCOLS = {"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "hf", "memory"}
 
 
@@ -20,9 +21,9 @@ def check_allowed(uri: str, allow: list[str]) -> None:
     Local paths are compared after resolving `..` and symbolic links; remote ones may hold no `..` at all.
     """
     if "::" in uri or "\0" in uri:
-        raise _forbidden(uri, "chained and templating URLs are not read")
+        raise forbidden(uri, "chained and templating URLs are not read")
     if protocol(uri) not in PROTOCOLS:
-        raise _forbidden(uri, f"the protocol {protocol(uri)}:// is not among {', '.join(sorted(PROTOCOLS))}")
+        raise forbidden(uri, f"the protocol {protocol(uri)}:// is not among {', '.join(sorted(PROTOCOLS))}")
     if is_local(uri):
         path = os.path.realpath(local_path(uri))
         prefixes = [os.path.realpath(local_path(prefix)) for prefix in allow if is_local(prefix)]
@@ -30,16 +31,17 @@ def check_allowed(uri: str, allow: list[str]) -> None:
         rest = uri.split("://", 1)[1]
         rest = unquote(rest) if protocol(uri).startswith("http") else rest
         if "\\" in rest or re.search(r"(^|/)\.\.?(/|$)", rest):
-            raise _forbidden(uri, "`..` and backslashes are not read")
+            raise forbidden(uri, "`..` and backslashes are not read")
         path = _canonical(uri)
         prefixes = [_canonical(prefix) for prefix in allow if not is_local(prefix)]
     if not any(path == prefix or path.startswith(prefix.rstrip("/") + "/") for prefix in prefixes):
-        raise _forbidden(uri, f"it lies outside of {', '.join(allow)}; name its folder in the job's `allow:`")
+        raise forbidden(uri, f"it lies outside of {', '.join(allow)}; name its folder in the job's `allow:`")
     if protocol(uri) in ("http", "https"):
         _check_host(uri)
 
 
-def _forbidden(uri: str, rule: str) -> RowError:
+def forbidden(uri: str, rule: str) -> RowError:
+    """The error of a URI that a rule forbids."""
     return RowError(ErrorCode.FORBIDDEN_URI, f"{uri[:200]}: {rule}")
 
 
@@ -57,5 +59,14 @@ def _check_host(uri: str) -> None:
     except OSError:
         raise RowError(ErrorCode.MISSING_FILE, f"{uri[:200]}: the host {host!r} has no address") from None
     for address in addresses:
-        if not ipaddress.ip_address(str(address)).is_global:
-            raise _forbidden(uri, f"{host} has the address {address}, which is not a public one")
+        if not is_public(str(address)):
+            raise forbidden(uri, f"{host} has the address {address}, which is not a public one")
+
+
+def is_public(address: str) -> bool:
+    """No loopback, private, link-local, shared, multicast or reserved one, nor one of those inside an IPv6 address."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    inner = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None)
+    if isinstance(found, ipaddress.IPv6Address) and found in NAT64:
+        inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+    return found.is_global and not found.is_multicast and (inner is None or is_public(str(inner)))

@@ -8,6 +8,7 @@ from typing import Any
 from context_diffusion.allow import check_allowed
 from context_diffusion.config import Limits
 from context_diffusion.errors import ErrorCode, RowError
+from context_diffusion.guard import GuardedClient
 from context_diffusion.images import decode_image
 from context_diffusion.schema import Pixels
 from context_diffusion.storage import Storage, resolve
@@ -50,4 +51,4 @@ def read_bytes(source: Source, allow: list[str], limits: Limits, storage: Storag
     if source["bytes"] is not None:
         return bytes(source["bytes"])
     check_allowed(source["path"], allow)
-    return storage.read_input(source["path"], limits.max_bytes)
+    return storage.read_input(source["path"], limits.max_bytes, GuardedClient(tuple(allow)))

@@ -78,10 +78,10 @@ class Storage:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     deadline_s: float = 60.0
 
-    def _fs(self, uri: str) -> tuple[Any, str]:
+    def _fs(self, uri: str, **more: Any) -> tuple[Any, str]:
         scheme = protocol(uri)
         try:
-            return url_to_fs(normal(uri), **self.options.get(scheme, {}))
+            return url_to_fs(normal(uri), **self.options.get(scheme, {}), **more)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"{uri}: the protocol {scheme}:// cannot be used: {error}") from error
 
@@ -111,9 +111,13 @@ class Storage:
         fs, path = self._fs(uri)
         return self._try(uri, lambda: fs.cat_file(path, start=offset, end=offset + size))
 
-    def read_input(self, uri: str, max_bytes: int) -> bytes:
-        """The bytes of a row's file. Raises RowError with the URI; StorageError where the store itself is away."""
-        fs, path = self._fs(uri)
+    def read_input(self, uri: str, max_bytes: int, http_client: Any = None) -> bytes:
+        """The bytes of a row's file. http_client: fsspec's `get_client`, for a URI that is not trusted (guard.py).
+
+        Raises RowError with the URI; StorageError where the store itself is away.
+        """
+        guarded = http_client is not None and protocol(uri) in ("http", "https")
+        fs, path = self._fs(uri, get_client=http_client) if guarded else self._fs(uri)
         try:
             size = self._try(uri, lambda: fs.info(path))
             if size["type"] == "directory":
@@ -125,7 +129,9 @@ class Storage:
             if len(data) > max_bytes:
                 raise RowError(ErrorCode.FILE_TOO_LARGE, f"{uri} has over {max_bytes} bytes, which are allowed")
             return data
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if isinstance(error.__cause__, RowError):  # the http_client's: fsspec makes a FileNotFoundError of every error
+                raise error.__cause__ from None
             raise RowError(ErrorCode.MISSING_FILE, f"{uri} does not exist") from None
         except (PermissionError, StorageError) as error:
             cause = error.__cause__ if isinstance(error, StorageError) else error
