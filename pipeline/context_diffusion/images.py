@@ -6,11 +6,12 @@ Pixels are uint8 (H, W, 3) RGB; sizes are (width, height), as in Pillow. Knows n
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, features
@@ -21,6 +22,8 @@ from context_diffusion.schema import Pixels
 
 Size = tuple[int, int]
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", *(["AVIF"] if features.check("avif") else [])]
+BAND_PIXELS = 2**20
+MAX_SCANS = 100  # of a JPEG: each goes over all pixels again; programs that write progressive ones make about ten
 MIN_SIDE, MAX_SIDE = 64, 2048  # what Settings allows
 WARNING_FILTERS = threading.Lock()
 
@@ -82,6 +85,8 @@ def open_image(data: bytes, limits: Limits, name: str) -> Image.Image:
     if width * height > limits.max_pixels:
         message = f"{name}: {width} x {height} = {width * height} pixels, allowed are {limits.max_pixels}"
         raise RowError(ErrorCode.TOO_MANY_PIXELS, message)
+    if image.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise RowError(ErrorCode.NOT_AN_IMAGE, f"{name}: a JPEG of {scans} scans, read are up to {MAX_SCANS}")
     return image
 
 
@@ -114,28 +119,48 @@ def _is_cut_off(data: bytes) -> bool:
 def shown(image: Image.Image) -> Pixels:
     """What a viewer shows of a Pillow image of any mode, (H, W, 3): oriented, over white, 8 bit."""
     image.load()
-    try:
-        oriented = ImageOps.exif_transpose(image)
-    except Exception:  # a viewer shows a picture with a broken EXIF block as it lies
-        oriented = image
-    return np.asarray(_to_rgb(oriented))
+    if _orientation(image) != 1:
+        with contextlib.suppress(Exception):  # a viewer shows a picture with a broken EXIF block as it lies
+            image = ImageOps.exif_transpose(image)
+    return _to_rgb(image)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Pillow itself clips what has more than 8 bit; here it is scaled."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        highest = 65535.0
-        if image.mode == "F":  # nothing tells the range: the least of the usual ones that holds all values
-            highest = next((top for top in (1.0, 255.0) if values.max() <= top), highest)
-        transparent = image.info.get("transparency")
-        if isinstance(transparent, int):  # the one level that PNG shows as transparent
-            values[values == transparent] = highest
-        return Image.fromarray(np.rint(np.clip(values / highest, 0, 1) * 255).astype(np.uint8)).convert("RGB")
+def _to_rgb(image: Image.Image) -> Pixels:
+    """Any mode, (H, W, 3). In bands where it is not RGB yet: whole, the steps between would need several times its memory."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return np.asarray(image)
+    width, height = image.size
+    pixels, rows = np.empty((height, width, 3), np.uint8), max(1, BAND_PIXELS // width)
+
+    def bands() -> Iterator[tuple[int, Image.Image]]:
+        return ((top, image.crop((0, top, width, min(top + rows, height)))) for top in range(0, height, rows))
+
+    highest = max(_highest(band) for _, band in bands()) if image.mode == "F" else 65535.0
+    for top, band in bands():
+        pixels[top : top + band.height] = _scaled(band, highest) if image.mode[0] in "IF" else _over_white(band)
+    return pixels
+
+
+def _over_white(image: Image.Image) -> Pixels:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return np.asarray(image.convert("RGB"))
+
+
+def _scaled(image: Image.Image, highest: float) -> Pixels:
+    """Grey of more than 8 bit, which Pillow itself would clip."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # the one level that PNG shows as transparent
+        values[values == transparent] = highest
+    return np.rint(np.clip(values / highest, 0, 1) * 255).astype(np.uint8)[:, :, None]
+
+
+def _highest(image: Image.Image) -> float:
+    """Of float values nothing tells the range: the least of the usual ones that holds all values."""
+    largest = np.nan_to_num(np.asarray(image)).max()
+    return next((top for top in (1.0, 255.0) if largest <= top), 65535.0)
 
 
 def output_size(
