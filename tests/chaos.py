@@ -1,0 +1,166 @@
+"""Kills parts of a running job at random moments, runs the same command again, and compares with an undisturbed run.
+
+python tests/chaos.py N [--seed S] [--folder DIR]      a JSON line a kill; exit 1 where anything was lost, doubled or torn
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from context_diffusion.supervise import _members
+from independent import plan_rows, read_output
+from inputs import job_values, write_manifest
+
+ROWS = 48
+COMMAND = [sys.executable, "-m", "context_diffusion"]
+ENVIRONMENT = os.environ | {"RAY_worker_niceness": "0", "NO_COLOR": "1"}
+PATIENCE_S = 300.0
+# Who is killed: words of its command line, and the signal. "supervisor" is the command itself.
+VICTIMS = {
+    "supervisor": ("", signal.SIGKILL),
+    "supervisor, SIGTERM": ("", signal.SIGTERM),
+    "supervisor, Ctrl-C": ("", signal.SIGINT),
+    "driver": ("context_diffusion.driver", signal.SIGKILL),
+    "engine": ("MapBatches(Generate)", signal.SIGKILL),
+    "load worker": ("MapBatches(LoadImages)", signal.SIGKILL),
+    "write worker": ("MapBatches(WriteShard)", signal.SIGKILL),
+    "gcs": ("gcs_server", signal.SIGKILL),
+    "raylet and object store": ("raylet/raylet", signal.SIGKILL),
+}
+MOMENTS = ("any", "a part is written")
+
+
+@dataclass
+class Chaos:
+    folder: Path
+    job: str
+    out: Path
+    seconds: float  # of an undisturbed run
+    expected: dict[tuple[str, int], str]  # pictures of the undisturbed run
+
+    def strike(self, victim: str, moment: str, share: float) -> dict[str, Any]:
+        """One kill, and the command again until it says that all is done. -> what happened."""
+        words, number = VICTIMS[victim]
+        process = subprocess.Popen(
+            [*COMMAND, "run", self.job, "--set", f"output={self.out}"],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
+        )
+        self._wait_for(moment, process, share * self.seconds)
+        drivers = [int(pid) for pid in _children(process.pid)]
+        struck = self._kill(process, drivers, words, number)
+        process.communicate(timeout=PATIENCE_S)
+        codes = [process.returncode]
+        left = self._left(drivers)
+        while codes[-1] != 0 and len(codes) < 4:
+            codes.append(subprocess.run(process.args, env=ENVIRONMENT, capture_output=True, timeout=PATIENCE_S).returncode)
+        return {"victim": victim, "moment": moment, "struck": struck, "exits": codes, "wrong": self._wrong(codes, left)}
+
+    def _wait_for(self, moment: str, process: subprocess.Popen[str], seconds: float) -> None:
+        until = time.monotonic() + (seconds if moment == "any" else PATIENCE_S)
+        data = self.out / "data"
+        while time.monotonic() < until and process.poll() is None:
+            # A part is created by linking a nameless file: its folder's time changes at that moment.
+            if moment != "any" and data.exists() and len(list(data.iterdir())) > int(seconds) % 6:
+                return
+            time.sleep(0.002 if moment != "any" else 0.05)
+
+    def _left(self, drivers: list[int]) -> list[int]:
+        """Processes of the run that are still there after a while."""
+        until = time.monotonic() + 20
+        while (left := [pid for driver in drivers for pid in _members(driver)]) and time.monotonic() < until:
+            time.sleep(0.2)
+        return left
+
+    def _kill(self, process: subprocess.Popen[str], drivers: list[int], words: str, number: int) -> bool:
+        """False where the victim was not there (yet, or any more)."""
+        if process.poll() is not None:
+            return False
+        if not words:
+            os.kill(process.pid, number)
+            return True
+        for pid in (pid for driver in drivers for pid in _members(driver)):
+            if words in _name(pid):
+                with contextlib.suppress(ProcessLookupError):  # it ended by itself
+                    os.kill(pid, number)
+                    return True
+        return False
+
+    def _wrong(self, codes: list[int], left: list[int]) -> list[str]:
+        wrong = [f"exit codes {codes}"] if codes[-1] != 0 or any(code not in (0, 75, 130, 143, -9) for code in codes) else []
+        wrong += [f"processes left: {[_name(pid) for pid in left]}"] if left else []
+        try:
+            rows = read_output(self.out)
+        except Exception as error:
+            return [*wrong, f"torn: {error}"]
+        counted = Counter((row["id"], row["index"]) for row in rows)
+        wrong += [f"doubled: {row}" for row, count in counted.items() if count > 1]
+        wrong += [f"lost: {row}" for row in self.expected.keys() - counted.keys()]
+        wrong += [f"differs: {row['id']}" for row in rows if row["sha256"] != self.expected.get((row["id"], row["index"]))]
+        return wrong if len(rows) == plan_rows(self.out) else [*wrong, f"{len(rows)} rows of {plan_rows(self.out)}"]
+
+
+def _name(pid: int) -> str:
+    """Its command line, as Ray sets it; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _children(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+
+
+def undisturbed(folder: Path) -> Chaos:
+    settings = {"num_inference_steps": 4}
+    manifest = write_manifest(folder / "in", ROWS)
+    job = folder / "job.json"
+    job.write_text(json.dumps(job_values(manifest, folder / "calm", rows_per_part=4, settings=settings)))
+    started = time.monotonic()
+    subprocess.run([*COMMAND, "run", str(job)], env=ENVIRONMENT, check=True, capture_output=True)
+    expected = {(row["id"], row["index"]): row["sha256"] for row in read_output(folder / "calm")}
+    assert len(expected) == ROWS
+    return Chaos(folder, str(job), folder / "calm", time.monotonic() - started, expected)
+
+
+def strike(calm: Chaos, number: int, seed: int) -> dict[str, Any]:
+    """The kill of this number: victims in turn, moments by seed."""
+    drawn, victim = random.Random(f"{seed} {number}"), list(VICTIMS)[number % len(VICTIMS)]
+    one = replace(calm, out=calm.folder / f"out-{number}")
+    return {"kill": number, **one.strike(victim, drawn.choice(MOMENTS), drawn.uniform(0.2, 1.0))}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kills", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path)
+    given = parser.parse_args()
+    calm, results = undisturbed(given.folder or Path(tempfile.mkdtemp(prefix="chaos-"))), []
+    for number in range(given.kills):
+        results.append(strike(calm, number, given.seed))
+        print(json.dumps(results[-1]), flush=True)
+    struck = sum(result["struck"] for result in results)
+    wrong = [result for result in results if result["wrong"]]
+    print(json.dumps({"kills": len(results), "struck": struck, "wrong": len(wrong)}))
+    sys.exit(1 if wrong else 0)
