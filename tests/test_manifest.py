@@ -141,11 +141,15 @@ def test_csv_cells_mean_what_typed_values_mean() -> None:
 @pytest.mark.parametrize(
     ("change", "code", "word"),
     [
+        ({"context": ["a.png"] * 10_000}, ErrorCode.TOO_MANY_CONTEXTS, "10000 pictures, allowed are 64"),
+        ({"prompt": "a" * 2**20}, ErrorCode.PROMPT_TOO_LONG, "1048576 characters"),
+        ({"guidance_scale": float("nan")}, ErrorCode.INVALID_SETTING, "guidance_scale"),
+        ({"context_scale": float("inf")}, ErrorCode.INVALID_SETTING, "context_scale"),
+        ({"width": -64}, ErrorCode.INVALID_SETTING, "width"),
         ({"scheduler": "magic"}, ErrorCode.UNKNOWN_SCHEDULER, "magic"),
         ({"num_inference_steps": 0}, ErrorCode.INVALID_SETTING, "num_inference_steps"),
         ({"num_inference_steps": "many"}, ErrorCode.INVALID_SETTING, "many"),
         ({"control_guidance_start": 0.9, "control_guidance_end": 0.1}, ErrorCode.INVALID_SETTING, "below"),
-        ({"guidance_scale": float("nan")}, ErrorCode.INVALID_SETTING, "guidance_scale"),
         ({"query": None}, ErrorCode.NO_QUERY, "query"),
         ({"context": []}, ErrorCode.NO_CONTEXT, "context"),
         ({"context": "[broken"}, ErrorCode.NO_CONTEXT, "JSON"),

@@ -93,6 +93,7 @@ class Limits(StrictModel):
 
     max_pixels: Annotated[int, Field(ge=1)] = Field(default=50_000_000, description="pixels of one input picture")
     max_bytes: Annotated[int, Field(ge=1)] = Field(default=64 * 2**20, description="bytes of one input file")
+    max_contexts: Annotated[int, Field(ge=1)] = Field(default=64, description="contexts of a row")
     max_prompt_characters: Annotated[int, Field(ge=1)] = Field(default=10_000, description="characters of a prompt")
 
 

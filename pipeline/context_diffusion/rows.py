@@ -81,6 +81,10 @@ def _read_row(row: Row, shard: int, job: GenerateJob, base: str, names: dict[str
             raise RowError(ErrorCode.NO_QUERY, f"the column {names[QUERY]!r} is empty")
         if not read[CONTEXT]:
             raise RowError(ErrorCode.NO_CONTEXT, f"the column {names[CONTEXT]!r} is empty; a row needs one or more")
+        if (count := len(read[CONTEXT])) > job.limits.max_contexts:
+            read[CONTEXT] = None
+            message = f"{names[CONTEXT]} has {count} pictures, allowed are {job.limits.max_contexts}"
+            raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
     except RowError as error:
         read["error_code"], read["error_message"] = str(error.code), error.message
     return read
