@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import socket
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from context_diffusion.allow import check_allowed
-from context_diffusion.errors import ErrorCode, RowError, StorageError
+from context_diffusion.errors import ConfigError, ErrorCode, RowError, StorageError
 from context_diffusion.storage import Storage, resolve
 
 STORAGE = Storage(deadline_s=2)
@@ -208,3 +209,11 @@ def test_http_hosts_of_the_inner_network_are_forbidden(address: str, monkeypatch
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [(0, 0, 0, "", (address, 0))])
     with pytest.raises(RowError, match="not a public one"):
         check_allowed("https://pictures.example/a.png", ["https://pictures.example"])
+
+
+@pytest.mark.parametrize(
+    ("uri", "command"), [("gs://b/m.parquet", "context-diffusion[gcs]"), ("az://c/x", "context-diffusion[azure]")]
+)
+def test_a_protocol_whose_package_is_missing_names_what_installs_it(uri: str, command: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"pip install '{command}'")):
+        Storage().exists(uri)

@@ -24,6 +24,7 @@ from context_diffusion.errors import ConfigError, ErrorCode, RowError, StorageEr
 T = TypeVar("T")
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 ONE_PUT = 5 * 2**30  # a chunk size that keeps s3fs from cutting an object into a multipart upload
+EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}  # the package's, by protocol
 # What no second try mends.
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 FINAL_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EDQUOT}
@@ -83,7 +84,9 @@ class Storage:
         try:
             return url_to_fs(normal(uri), **self.options.get(scheme, {}), **more)
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"{uri}: the protocol {scheme}:// cannot be used: {error}") from error
+            extra = EXTRAS.get(scheme)
+            hint = f": pip install 'context-diffusion[{extra}]'" if extra and isinstance(error, ImportError) else ""
+            raise ConfigError(f"{uri}: the protocol {scheme}:// cannot be used: {error}{hint}") from error
 
     def _try(self, uri: str, action: Callable[[], T]) -> T:
         """Runs an action with retries; what remains becomes a StorageError, what is final is raised as it is."""

@@ -92,3 +92,25 @@ def test_several_images_a_row_and_a_job_that_goes_on_with_a_higher_limit(tmp_pat
     ]
     seeds = [row["seed"] for row in found if row["id"] == "row-005"]
     assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
+
+
+def test_folders_that_datasets_wrote_are_manifests(tmp_path: Path) -> None:
+    """Parquet shards with pictures in them, and an ImageFolder with its metadata."""
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as Picture
+
+    pictures = [Image.open(tmp_path / "in" / name).copy() for name in write_pictures(tmp_path / "in")]
+    features = Features({"id": Value("string"), "image": Picture(), "context": List(Picture()), "prompt": Value("string")})
+    made = [{"id": f"{n}", "image": pictures[n], "context": pictures[n + 1 : n + 3], "prompt": "ocean"} for n in range(4)]
+    written = Dataset.from_list(made, features=features)
+    for shard in range(2):
+        written.shard(2, shard).to_parquet(tmp_path / "hub" / "data" / f"train-0000{shard}-of-00002.parquet")
+    lines = [{"file_name": f"picture-{n}.png", "context": [f"picture-{n + 1}.png"], "text": "forest"} for n in range(4)]
+    (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for manifest, columns, words in (
+        (tmp_path / "hub", {"query": "image"}, "ocean"),
+        (tmp_path / "in", {"query": "file_name", "prompt": "text"}, "forest"),
+    ):
+        out = tmp_path / f"out-{words}"
+        assert drive(job_values(str(manifest), out, columns=columns))["exit"] == 0
+        assert [row["prompt"] for row in read_output(out)] == [words] * 4

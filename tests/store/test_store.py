@@ -12,7 +12,7 @@ import boto3
 import numpy as np
 import pytest
 
-from ceph import Gateway
+from ceph import SECRET, Gateway
 from conftest import point_to
 from driving import drive, ended, start
 from faults import FaultProxy, Rates
@@ -102,3 +102,20 @@ def test_a_wrong_key_is_told_before_anything_starts(bucket: str, monkeypatch: py
     assert told["exit"] in (2, 75)
     assert bucket in told["error"]
     assert "not-this-one" not in str(told)
+
+
+def test_no_secret_stands_in_anything_that_a_run_leaves(gateway: Gateway, bucket: str, proxy: FaultProxy, tmp_path: Path) -> None:
+    """The keys that are in use here, searched for in OUTPUT, in Ray's logs and in our own; with failed rows, and a run that
+    cannot reach its store."""
+    began = time.time()
+    write_manifest(tmp_path / "in", 20, {3: {"query": "gone.png"}, 4: {"query": "s3://other/bucket.png"}})
+    upload(gateway.endpoint, tmp_path / "in")
+    assert drive(job_on(bucket, "out"))["exit"] == 3
+    left = download(gateway.endpoint, "out", tmp_path / "out")
+    files = [path for path in left.rglob("*") if path.is_file()]
+    logs = [path for path in Path("/tmp").glob("context-diffusion-*.log") if path.stat().st_mtime >= began]
+    logs += [path for path in Path("/tmp/ray").glob("session_2*/logs/**/*") if path.is_file() and path.stat().st_mtime >= began]
+    assert len(files) > 20
+    assert len(logs) > 5
+    found = [path for path in (*files, *logs) if SECRET.encode() in path.read_bytes()]
+    assert found == []
