@@ -30,7 +30,7 @@ def preset(name: str) -> Architecture:
 # Millions of weights; billions of operations of one call of ControlNet and U-Net.
 @pytest.mark.parametrize(
     ("name", "levels", "weights", "operations"),
-    [("train", 2, 13.9, 2.15), ("train_256", 3, 94, 26), ("train_512", 4, 276, 145)],
+    [("train", 3, 15.4, 4.34), ("train_256", 3, 94, 26), ("train_512", 4, 276, 145)],
 )
 def test_a_presets_shapes_weights_and_operations(name: str, levels: int, weights: float, operations: float) -> None:
     sizes = preset(name)
@@ -45,8 +45,9 @@ def test_a_presets_shapes_weights_and_operations(name: str, levels: int, weights
         with FlopCounterMode(display=False) as counter:
             down, mid = model.control(latents, times, torch.zeros_like(latents))
             output = model.predict(latents, times, hidden, bias, down, mid)
-        assert output.shape == (2, sizes.folded_channels, side // 8, side // 8)
-        assert mid.shape[2] == side // 8 // 2 ** (levels - 1)
+        grid = side // sizes.place
+        assert output.shape == (2, sizes.folded_channels, grid, grid)
+        assert mid.shape[2] == grid // 2 ** (levels - 1)
         assert model.decode(latents).shape == (2, 3, side, side)
     assert sum(p.numel() for m in model.modules.values() for p in m.parameters()) / 1e6 == pytest.approx(weights, rel=0.02)
     assert counter.get_total_flops() / 2e9 == pytest.approx(operations, rel=0.05)

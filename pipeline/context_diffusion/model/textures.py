@@ -24,6 +24,11 @@ FAINT = 0.004  # energy below which nothing is told apart
 @cache
 def filters() -> Tensor:
     """(2 · periods · angles, 1, 17, 17): cosine, sine in turn under a Gaussian; the cosines have no mean."""
+    with torch.device("cpu"):  # they are kept: not as whatever device is the default just now, `meta` say
+        return _filters()
+
+
+def _filters() -> Tensor:
     y, x = torch.meshgrid(*[torch.arange(-HALF, HALF + 1, dtype=torch.float32)] * 2, indexing="ij")
     made = []
     for period in PERIODS:

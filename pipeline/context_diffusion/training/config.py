@@ -93,7 +93,7 @@ class Architecture(StrictModel):
     context_grid: int = Field(default=4, description="a context becomes grid x grid tokens")
     context_slots: int = Field(default=8, description="contexts that a row may have")
     draft: bool = Field(default=True, description="the U-Net is shown the query's tones in the contexts' colours: model/draft.py")
-    noise_scale: float = Field(default=0.75, gt=0, le=1, description="of sampling: a small model is unsure of much")
+    noise_scale: float = Field(default=0.55, gt=0, le=1, description="of sampling: a small model is unsure of much")
     text_length: int = Field(default=20, description="tokens of a prompt")
     normalization: Normalization = Normalization()
 
