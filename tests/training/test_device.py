@@ -56,12 +56,12 @@ def test_all_that_a_step_computes_with_is_where_the_model_is(tmp_path: Path, mon
     def text(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:  # its encoder asks for values
         return torch.zeros(len(prompts), 8, 32, device="meta"), torch.ones(len(prompts), 8, dtype=torch.bool, device="meta")
 
-    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(fx, "meta_nonzero_assume_all_nonzero", True)
     model = build(SIZES, ["ocean"]).to("meta")
     monkeypatch.setattr(model, "encode_text", text)
     first = autoencoder._Stage(job(tmp_path), model, tmp_path / "autoencoder.pt", 1, model.vae)
-    first._loss(pool(64)).backward()
+    first._loss(pool(64), crop=True).backward()
     model.vae.requires_grad_(False)
     run, encoded = Run(job(tmp_path), model, tmp_path, {}), encode_pool(model, pool(64))
     samples = encoded.samples(np.random.default_rng(1), 4, 0.0, 0.5, np.arange(4))

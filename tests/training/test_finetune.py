@@ -191,7 +191,7 @@ def test_a_worker_without_pictures_and_a_batch_without_contexts(tmp_path: Path, 
 
 @pytest.mark.parametrize("keep", [0.0, 0.4])
 def test_a_batch_in_parts_has_the_gradients_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: float) -> None:
-    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())  # so that rounding is far below what is looked for
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # so that rounding is far below what is looked for
     data, base, grads, losses = write_styles(tmp_path / "own"), write_base(tmp_path / "base"), [], []
     for accumulate in (1, 3):
         steps = {"batch_size": 10, "accumulate": accumulate, "auxiliary": 0.2}
