@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from context_diffusion.supervise import _members
+from driving import COMMAND, ENVIRONMENT, children
 from independent import plan_rows, read_output
 from inputs import job_values, write_manifest
 
 ROWS = 48
-COMMAND = [sys.executable, "-m", "context_diffusion"]
-ENVIRONMENT = os.environ | {"RAY_worker_niceness": "0", "NO_COLOR": "1"}
 PATIENCE_S = 300.0
 # Who is killed: words of its command line, and the signal. "supervisor" is the command itself.
 VICTIMS = {
@@ -63,7 +62,7 @@ class Chaos:
             text=True,
         )
         self._wait_for(moment, process, share * self.seconds)
-        drivers = [int(pid) for pid in _children(process.pid)]
+        drivers = children(process.pid)
         struck = self._kill(process, drivers, words, number)
         process.communicate(timeout=PATIENCE_S)
         codes = [process.returncode]
@@ -122,13 +121,6 @@ def _name(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
         return ""
-
-
-def _children(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
 
 
 def undisturbed(folder: Path) -> Chaos:

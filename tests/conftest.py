@@ -34,11 +34,10 @@ def s3(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """`s3://bucket-...` of an empty bucket; the environment leads there, so no options are needed."""
     import s3fs
 
-    monkeypatch.setenv("AWS_ENDPOINT_URL", _s3_server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    from driving import point_to
+
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    s3fs.S3FileSystem.clear_instance_cache()
+    point_to(monkeypatch, _s3_server, "testing", "testing")
     fs = s3fs.S3FileSystem()
     fs.mkdir("tests")
     yield "s3://tests"

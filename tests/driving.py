@@ -1,4 +1,4 @@
-"""Starts, waits for and kills drivers (drive.py) in processes of their own."""
+"""Starts, waits for and kills drivers (drive.py) in processes of their own; and the stores that they are pointed to."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+import s3fs
+
+from ceph import ACCESS, SECRET
+
 TESTS = Path(__file__).parent
+COMMAND = [sys.executable, "-m", "context_diffusion"]
+ENVIRONMENT = os.environ | {"RAY_worker_niceness": "0", "NO_COLOR": "1"}  # of the command line
 
 
 def start(job: dict[str, Any], engine: str, **options: bool) -> subprocess.Popen[str]:
@@ -50,3 +58,27 @@ def end(process: subprocess.Popen[str]) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     end_session(process.pid)
+
+
+def wait_for_parts(out: Path, count: int, seconds: float = 60) -> None:
+    """Until OUTPUT has so many finished parts."""
+    deadline = time.monotonic() + seconds
+    while len(list(out.glob("data/*.parquet"))) < count:
+        assert time.monotonic() < deadline, f"no {count} parts in {seconds:g} s"
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that it started; none where it is gone."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def point_to(monkeypatch: pytest.MonkeyPatch, endpoint: str, access: str = ACCESS, secret: str = SECRET) -> None:
+    """This process and those that it starts talk to this object store."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", access)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    s3fs.S3FileSystem.clear_instance_cache()

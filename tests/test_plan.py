@@ -188,10 +188,8 @@ def test_new_files_after_the_old_are_taken_in(tmp_path: Path) -> None:
     assert open_plan(listed, output, STORAGE, extend=True).rows == 18
 
 
-@pytest.mark.parametrize(
-    ("form", "message"), [("parquet", "first 12 rows"), ("jsonl", "first 12 rows"), ("csv", "first 12 rows")]
-)
-def test_a_manifest_whose_old_rows_changed_is_not_extended(tmp_path: Path, form: str, message: str) -> None:
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
+def test_a_manifest_whose_old_rows_changed_is_not_extended(tmp_path: Path, form: str) -> None:
     manifest, output = write_form(tmp_path / "in", 12, form), Output(str(tmp_path / "out"), STORAGE)
     planned = job(manifest, tmp_path / "out")
     before = open_plan(planned, output, STORAGE)
@@ -203,7 +201,7 @@ def test_a_manifest_whose_old_rows_changed_is_not_extended(tmp_path: Path, form:
     else:
         path = Path(write_form(tmp_path / "in", 14, form))
         path.write_text(path.read_text().replace("person 2", "person 9"))
-    with pytest.raises(OutputConflictError, match=message):
+    with pytest.raises(OutputConflictError, match="first 12 rows"):
         open_plan(planned, output, STORAGE, extend=True)
     write_form(tmp_path / "in", 12, form)
     assert open_plan(planned, output, STORAGE, extend=True) == before

@@ -97,8 +97,7 @@ def run(
     if isinstance(loaded, GenerateJob):
         from context_diffusion.supervise import supervise
 
-        options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed}
-        options["extend"] = extend
+        options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed, "extend": extend}
         summary = supervise(loaded, options)
     else:
         summary = _run_other(loaded, address)

@@ -54,11 +54,11 @@ def _close_part(output: Output, shard: int) -> list[Checksum]:
     part = pq.read_table(io.BytesIO(data))
     rows: list[Checksum] = [(name, len(data), hashlib.sha256(data).hexdigest())]
     made = part.filter(pc.is_valid(part["file_name"]))
-    files = [f for f in made["file_name"].to_pylist() if ".tar/" not in f]
-    if tars := {f.split(".tar/")[0] + ".tar" for f in made["file_name"].to_pylist()} if len(files) < len(made) else set():
+    files, digests = made["file_name"].to_pylist(), made["sha256"].to_pylist()
+    if tars := {f"{file.split('.tar/')[0]}.tar" for file in files if ".tar/" in file}:
         return rows + [_checksum(output, tar) for tar in sorted(tars)]
     if files:
-        rows += [(file, None, digest) for file, digest in zip(files, made["sha256"].to_pylist(), strict=True)]
+        rows += [(file, None, digest) for file, digest in zip(files, digests, strict=True)]
         rows.append(_image_folder(output, shard, made))
     return rows
 

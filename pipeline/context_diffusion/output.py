@@ -74,17 +74,13 @@ class Output:
     def read_parts(self, columns: list[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
         """The parts in order, each with its shard's number. Raises StorageError with the part that cannot be read."""
         for shard in sorted(self.finished()):
-            data = self.storage.read(self.part(shard))
-            try:
-                yield shard, pq.read_table(io.BytesIO(data), columns=columns)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise StorageError(f"{self.part(shard)}: not a readable Parquet file: {error}") from error
+            yield shard, self.read_part(shard, columns)
 
-    def read_part(self, shard: int) -> pa.Table:
+    def read_part(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """Raises StorageError naming the part that cannot be read."""
         data = self.storage.read(self.part(shard))
         try:
-            return pq.read_table(io.BytesIO(data))
+            return pq.read_table(io.BytesIO(data), columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"{self.part(shard)}: not a readable Parquet file: {error}") from error
 

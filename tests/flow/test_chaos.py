@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
 import chaos
 from context_diffusion.supervise import _members
-from driving import drive, ended, start
+from driving import drive, ended, start, wait_for_parts
 from independent import read_output
 from inputs import job_values, write_manifest
 
@@ -23,10 +22,7 @@ def test_a_run_that_slept_while_another_finished_changes_nothing(tmp_path: Path)
     out = tmp_path / "out"
     job = job_values(write_manifest(tmp_path / "in", 120), out, rows_per_part=6)
     sleeper = start(job, "slow")
-    deadline = time.monotonic() + 90
-    while len(list(out.glob("data/*.parquet"))) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_parts(out, 3, seconds=90)
     asleep = _members(sleeper.pid)
     for pid in asleep:
         os.kill(pid, signal.SIGSTOP)

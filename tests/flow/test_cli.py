@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 
 from context_diffusion.supervise import _members
+from driving import COMMAND, ENVIRONMENT, children
 from independent import read_output
 from inputs import job_values, write_manifest
-
-COMMAND = [sys.executable, "-m", "context_diffusion"]
-ENVIRONMENT = os.environ | {"RAY_worker_niceness": "0", "NO_COLOR": "1"}
 
 
 def call(*arguments: str) -> tuple[int, dict[str, Any], str]:
@@ -118,8 +116,7 @@ def test_a_stopped_run_says_so_leaves_no_process_and_goes_on(tmp_path: Path, num
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    driver = int(children[0])
+    driver = children(process.pid)[0]
     os.kill(process.pid if victim == "supervisor" else driver, number)
     out, _ = process.communicate(timeout=60)
     summary = json.loads(out.strip().splitlines()[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from driving import drive, end, start
+from driving import drive, end, start, wait_for_parts
 from independent import plan_rows, read_output
 from inputs import job_values, write_manifest
 
@@ -59,10 +58,7 @@ def test_a_killed_driver_loses_nothing_and_touches_nothing_that_is_done(tmp_path
     out = tmp_path / "out"
     job = job_values(write_manifest(tmp_path / "in", 200), out, rows_per_part=10)
     process = start(job, "slow")
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("data/*.parquet"))) < 4:
-        assert time.monotonic() < deadline, "no part in a minute"
-        time.sleep(0.05)
+    wait_for_parts(out, 4)
     end(process)
     done = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.glob("data/*.parquet")}
     assert 4 <= len(done) < 20

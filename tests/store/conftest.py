@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from ceph import ACCESS, SECRET, Gateway, missing
+from ceph import Gateway, missing
+from driving import point_to
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +42,4 @@ def bucket(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     point_to(monkeypatch, gateway.endpoint)
     fs = s3fs.S3FileSystem()
     fs.rm("tests", recursive=True)
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-def point_to(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    """This process and those that it starts talk to this endpoint."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     s3fs.S3FileSystem.clear_instance_cache()

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from ceph import SECRET, Gateway
-from conftest import point_to
-from driving import drive, ended, start
+from driving import drive, ended, point_to, start
 from faults import FaultProxy, Rates
 from independent import read_output
 from inputs import job_values, write_manifest
