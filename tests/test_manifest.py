@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,11 @@ def test_parquet_shards_come_in_order_and_only_the_wanted(tmp_path: Path) -> Non
         ("m.jsonl", b"[1]\n", "line 1"),
         ("m.csv", b"id,query\na,b,c\n", "3 cells"),
         ("m.csv", b"", "empty"),
+        ("m.csv", b'id,query\na,"b\n' + b"never closed, " * 2**21, "record 2"),
+        ("m.csv", b"id," + b"a" * 2**27, "begins at byte 0 is over 64 MiB"),
+        ("m.jsonl", b'{"id": 1}\n{"id": "' + b"a" * 2**27, "begins at byte 10 is over 64 MiB"),
+        ("m.jsonl", b'{"id": 1}\n' * 999_999 + b'{"id": 2\n', "line 1000000 is not JSON"),
+        ("m.jsonl", b'{"id": 1}\n' + b"[" * 100_000, "line 2"),
         ("m.parquet", b"PAR1 no", "Parquet"),
         ("m.xml", b"<a/>", "ends in one of"),
     ],
@@ -99,8 +105,22 @@ def test_parquet_shards_come_in_order_and_only_the_wanted(tmp_path: Path) -> Non
 def test_a_broken_file_is_named_with_its_place(tmp_path: Path, name: str, data: bytes, match: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ManifestError, match=match) as caught:
-        list(scan_text(open_file(str(tmp_path / name), STORAGE), STORAGE))
+        deque(scan_text(open_file(str(tmp_path / name), STORAGE), STORAGE), maxlen=0)
     assert name in str(caught.value)
+
+
+def test_a_damaged_page_is_told_with_its_file_and_row_group(tmp_path: Path) -> None:
+    path = tmp_path / "m.parquet"
+    table = pa.table({"id": [f"{n:04d}" for n in range(1000)], "prompt": [f"{n} words of it" * 9 for n in range(1000)]})
+    pq.write_table(table, path, row_group_size=500, compression="ZSTD")
+    data, column = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(1).column(1)
+    begin = column.data_page_offset + 40
+    data[begin : begin + 200] = bytes(200)
+    path.write_bytes(data)
+    file = open_file(str(path), STORAGE)
+    assert len(read_parquet(file, Shard(0, 0, 0, 500, 0), STORAGE)) == 500
+    with pytest.raises(ManifestError, match=r"m\.parquet: row group 1 cannot be read"):
+        read_parquet(file, Shard(1, 0, 0, 500, 1), STORAGE)
 
 
 def test_globs_folders_and_nothing_found(tmp_path: Path, s3: str) -> None:

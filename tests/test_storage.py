@@ -74,14 +74,46 @@ def test_one_put_whatever_the_size_and_a_lost_answer_is_ones_own_write(s3: str, 
     assert not [name for name in calls if "multipart" in name]
 
 
-def test_nothing_is_left_when_a_local_write_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("nameless", [True, False], ids=["nameless files", "none here"])
+@pytest.mark.parametrize("way", ["create", "replace"])
+def test_an_error_at_any_step_of_a_local_write_leaves_what_was_there(
+    way: str, nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call into the system fails in turn, with an error that no second try mends; the bytes go two by two."""
+    calls = ("open", "write", "fsync", "link", "replace", "chmod")
+    real = {name: getattr(os, name) for name in calls}
+    count, failing = 0, 0
 
-    monkeypatch.setattr(os, "write", full)
-    with pytest.raises(StorageError, match="No space left"):
-        STORAGE.create(str(tmp_path / "part"), b"data")
-    assert list(tmp_path.iterdir()) == []
+    def step(name: str) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real[name](args[0], args[1][:2]) if name == "write" else real[name](*args, **kwargs)
+
+        return called
+
+    for failing in range(1, 20):
+        count, folder = 0, tmp_path / str(failing)
+        folder.mkdir()
+        before = {} if way == "create" else {"part": b"old"}
+        for name, data in before.items():
+            (folder / name).write_bytes(data)
+        with monkeypatch.context() as patched:
+            for name in calls:
+                patched.setattr(os, name, step(name))
+            if not nameless:
+                patched.delattr(os, "O_TMPFILE")
+            try:
+                getattr(STORAGE, way)(str(folder / "part"), b"new!")
+                before = {"part": b"new!"}
+            except StorageError as error:
+                assert "No space left" in str(error)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        if count < failing:
+            break
+    assert 5 <= count < failing
 
 
 def test_without_nameless_files_creating_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,5 +155,6 @@ def _configure(job: GenerateJob) -> None:
     context = DataContext.get_current()
     context.target_max_block_size = None  # a shard's block is never split
     context.execution_no_progress_timeout_s = job.cluster.no_progress_timeout_s
+    context.raise_original_map_exception = True  # else the cause of a stage's error is lost on the way to the driver
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -8,9 +8,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +22,8 @@ from context_diffusion.storage import Storage
 Row = dict[str, Any]
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 GLOB = set("*?[")
+LINE_BYTES = 64 * 2**20  # of a JSON line, or of a line of a CSV cell: a file without line ends is not read whole
+CELL_CHARACTERS = 16 * 2**20  # of a CSV cell: a quote that is never closed
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row
             with storage.open(file.uri) as handle:
                 _last_group[key] = pq.ParquetFile(handle).read_row_group(shard.group)
         except (pa.ArrowInvalid, OSError) as error:
-            raise ManifestError(f"{file.uri}: cannot be read as Parquet: {error}") from error
+            raise ManifestError(f"{file.uri}: row group {shard.group} cannot be read as Parquet: {error}") from error
     rows = _last_group[key].slice(shard.first_row, shard.rows).to_pylist()
     if len(rows) != shard.rows:
         raise ManifestError(f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?")
@@ -134,33 +136,44 @@ def _batches(uri: str, handle: Any, columns: list[str] | None) -> Iterator[pa.Re
         raise ManifestError(f"{uri}: cannot be read as Parquet: {error}") from error
 
 
-def _json_rows(uri: str, handle: Iterable[bytes], first: int) -> Iterator[tuple[int, int, Row]]:
+def _lines(uri: str, handle: BinaryIO) -> Iterator[bytes]:
+    """Raises ManifestError for a line that is too long to be one."""
+    buffered, begin = io.BufferedReader(handle, 2**20), 0  # type: ignore[type-var]
+    while line := buffered.readline(LINE_BYTES + 1):
+        if len(line) > LINE_BYTES:
+            raise ManifestError(f"{uri}: the line that begins at byte {begin} is over {LINE_BYTES >> 20} MiB long: is a line a row?")
+        begin += len(line)
+        yield line
+
+
+def _json_rows(uri: str, handle: BinaryIO, first: int) -> Iterator[tuple[int, int, Row]]:
     end = 0
-    for number, line in enumerate(handle, first + 1):
+    for number, line in enumerate(_lines(uri, handle), first + 1):
         begin, end = end, end + len(line)
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ManifestError(f"{uri}: line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ManifestError(f"{uri}: line {number} is not a JSON object but {type(row).__name__}")
         yield begin, end, row
 
 
-def _csv_records(uri: str, handle: Iterable[bytes], first: int) -> Iterator[tuple[int, int, list[str]]]:
+def _csv_records(uri: str, handle: BinaryIO, first: int) -> Iterator[tuple[int, int, list[str]]]:
     """CSV records with their bytes; a quoted cell may hold line ends."""
     end = 0
 
     def lines() -> Iterator[str]:
         nonlocal end
-        for line in handle:
+        for line in _lines(uri, handle):
             text = line.decode("utf-8-sig" if end == 0 else "utf-8")
             end += len(line)
             yield text
 
     begin, number = 0, first
+    csv.field_size_limit(CELL_CHARACTERS)
     try:
         for record in csv.reader(lines(), strict=True):
             number += 1
