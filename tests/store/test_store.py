@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -80,18 +81,48 @@ def test_a_job_with_a_fifth_of_its_requests_broken_equals_one_without_faults(
     assert all(np.array_equal(calm[row], stormy[row]) for row in calm)
 
 
-def test_a_store_that_is_away_for_a_while_is_waited_for(gateway: Gateway, bucket: str, proxy: FaultProxy, tmp_path: Path) -> None:
-    write_manifest(tmp_path / "in", 200)
-    upload(gateway.endpoint, tmp_path / "in")
-    process = start(job_on(bucket, "out", rows_per_part=10), "slow")
+def half_done(gateway: Gateway, job: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    """A run of 200 rows whose first part stands."""
+    write_manifest(folder / "in", 200)
+    upload(gateway.endpoint, folder / "in")
+    process = start(job, "slow")
     while not client(gateway.endpoint).list_objects_v2(Bucket="tests", Prefix="out/data/").get("Contents"):
         assert process.poll() is None
         time.sleep(0.2)
+    return process
+
+
+def test_a_store_that_is_away_for_a_while_is_waited_for(gateway: Gateway, bucket: str, tmp_path: Path) -> None:
+    process = half_done(gateway, job_on(bucket, "out", rows_per_part=10), tmp_path)
     gateway.kill()
     time.sleep(20)
     gateway.resume()
     told = ended(process)
     assert (told.get("exit"), told.get("ok")) == (0, 200), told
+    assert len(pictures(download(gateway.endpoint, "out", tmp_path / "out"))) == 200
+
+
+@pytest.mark.parametrize("fault", ["away beyond the deadline", "keys revoked"])
+def test_a_store_that_is_lost_in_the_middle_ends_the_job_with_75_and_it_goes_on_later(
+    gateway: Gateway, bucket: str, tmp_path: Path, fault: str
+) -> None:
+    job = job_on(bucket, "out", rows_per_part=10)
+    process = half_done(gateway, job, tmp_path)
+    if fault == "keys revoked":
+        gateway.user("suspend")
+    else:
+        gateway.kill()
+    told = ended(process)
+    assert told["exit"] == 75, told
+    assert bucket in told["error"]
+    assert ("PermissionError" if fault == "keys revoked" else "Connect") in told["error"]
+    if fault == "keys revoked":
+        gateway.user("enable")
+    else:
+        gateway.resume()
+    told = drive(job)
+    assert (told.get("exit"), told.get("ok")) == (0, 200), told
+    assert told["skipped"] >= 10
     assert len(pictures(download(gateway.endpoint, "out", tmp_path / "out"))) == 200
 
 
