@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent / "benchmarks" / "bench_gpu.py"
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_in_small_on_a_cpu() -> None:
     told = subprocess.run(
         [sys.executable, str(SCRIPT), "--tiny", "--rows", "4", "--device", "cpu"],

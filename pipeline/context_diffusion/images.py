@@ -224,5 +224,7 @@ def _scale(image: Image.Image, size: Size, box: tuple[float, float, float, float
 
 def statistics(pixels: Pixels) -> tuple[list[float], list[float]]:
     """Mean and standard deviation (of the population) of each channel, for values in [0, 1]."""
-    flat = pixels.reshape(-1, 3)  # (H*W, 3)
-    return (flat.mean(axis=0) / 255).tolist(), (flat.std(axis=0) / 255).tolist()
+    counts = np.reshape(Image.fromarray(pixels).histogram(), (3, 256)) / (pixels.size // 3)  # numpy's own take 20 times as long
+    values = np.arange(256) / 255
+    mean = counts @ values
+    return mean.tolist(), np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1)).tolist()

@@ -141,7 +141,9 @@ def _lines(uri: str, handle: BinaryIO) -> Iterator[bytes]:
     buffered, begin = io.BufferedReader(handle, 2**20), 0  # type: ignore[type-var]
     while line := buffered.readline(LINE_BYTES + 1):
         if len(line) > LINE_BYTES:
-            raise ManifestError(f"{uri}: the line that begins at byte {begin} is over {LINE_BYTES >> 20} MiB long: is a line a row?")
+            raise ManifestError(
+                f"{uri}: the line that begins at byte {begin} is over {LINE_BYTES >> 20} MiB long: is a line a row?"
+            )
         begin += len(line)
         yield line
 

@@ -27,7 +27,7 @@ def check_whole(folder: Path, rows: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("cluster", [{"num_cpus": 1}, {"num_cpus": 2}, {"num_cpus": 2, "actors": 2}], ids=str)
+@pytest.mark.parametrize("cluster", [{"num_cpus": 1}, {"num_cpus": 2, "actors": 2}], ids=str)
 def test_200_rows_complete_on_any_cluster(tmp_path: Path, cluster: dict[str, Any]) -> None:
     job = job_values(write_manifest(tmp_path / "in", 200), tmp_path / "out", cluster=cluster)
     summary = drive(job)
@@ -48,6 +48,7 @@ def test_a_cluster_too_small_is_told_at_the_start(tmp_path: Path) -> None:
     assert "20 engine(s)" in summary["error"]
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_an_engine_that_cannot_start_ends_the_job_with_its_reason(tmp_path: Path) -> None:
     summary = drive(job_values(write_manifest(tmp_path / "in", 8), tmp_path / "out"), "cannot_start")
     assert summary["exit"] != 0
@@ -69,6 +70,7 @@ def test_a_killed_driver_loses_nothing_and_touches_nothing_that_is_done(tmp_path
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in done} == done
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_a_killed_engine_loses_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"
     summary = drive(job_values(write_manifest(tmp_path / "in", 200), out), "dies_once")
@@ -77,6 +79,7 @@ def test_a_killed_engine_loses_nothing(tmp_path: Path) -> None:
     check_whole(out, 200)
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_a_row_that_kills_its_engine_fails_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     summary = drive(job_values(write_manifest(tmp_path / "in", 60), out), "poisoned")
@@ -99,6 +102,7 @@ BAD: dict[int, tuple[dict[str, Any], str, str]] = {
 }
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_bad_rows_become_rows_and_the_others_are_made(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -121,6 +125,7 @@ def test_bad_rows_become_rows_and_the_others_are_made(tmp_path: Path) -> None:
     assert not (tmp_path / "limited" / "_SUCCESS").exists()
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_the_bundled_model_makes_the_same_pictures_however_the_job_is_cut(tmp_path: Path) -> None:
     """The real engine: other shards, two actors, a manifest turned round: equal pixels, row by row."""
     manifest = write_manifest(tmp_path / "in", 8)

@@ -42,10 +42,11 @@ def test_a_jsonl_manifest_in_an_object_store_with_its_own_column_names(tmp_path:
     assert {row["author"] for row in found} == {f"person {number}" for number in range(4)}
 
 
-FITS = {"keep": (96, 176), "crop": (128, 128), "pad": (128, 128), "stretch": (128, 128)}
+FITS = {"keep": (96, 176), "pad": (128, 128)}  # of the others test_images.py
 
 
 @pytest.mark.parametrize(("fit", "size"), FITS.items())
+@pytest.mark.usefixtures("shared_ray")
 def test_pictures_as_bytes_in_the_manifest_meet_the_size_as_the_job_says(tmp_path: Path, fit: str, size: tuple[int, int]) -> None:
     Image.fromarray(picture(1, 64, 128)).save(tmp_path / "wide.png")
     data = (tmp_path / "wide.png").read_bytes()
@@ -58,6 +59,7 @@ def test_pictures_as_bytes_in_the_manifest_meet_the_size_as_the_job_says(tmp_pat
     assert {(row["height"], row["width"]) for row in found} == {size}
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_what_failed_is_made_by_retry_failed_and_nothing_else_is(tmp_path: Path) -> None:
     changes = {3: {"query": "late.png"}, 4: {"scheduler": "magic"}}
     job = job_values(write_manifest(tmp_path / "in", 12, changes), tmp_path / "out", rows_per_part=4)
@@ -75,6 +77,7 @@ def test_what_failed_is_made_by_retry_failed_and_nothing_else_is(tmp_path: Path)
     assert (tmp_path / "out" / "data" / "part-00002.parquet").stat().st_mtime_ns == third
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_several_images_a_row_and_a_job_that_goes_on_with_a_higher_limit(tmp_path: Path) -> None:
     job = job_values(
         write_manifest(tmp_path / "in", 12, {n: {"query": "no.png"} for n in (0, 1, 2)}),
@@ -94,6 +97,7 @@ def test_several_images_a_row_and_a_job_that_goes_on_with_a_higher_limit(tmp_pat
     assert seeds == [seeds[0], seeds[0] + 1, seeds[0] + 2]
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_folders_that_datasets_wrote_are_manifests(tmp_path: Path) -> None:
     """Parquet shards with pictures in them, and an ImageFolder with its metadata."""
     from datasets import Dataset, Features, List, Value

@@ -16,6 +16,7 @@ from tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_a_manifest_by_stable_diffusion_with_two_controlnets_and_maps_of_its_own(tmp_path: Path) -> None:
     base = make_base(tmp_path)
     model = {"base": base, "controlnet": [make_controlnet(tmp_path, seed=seed) for seed in (1, 2)]}

@@ -36,6 +36,7 @@ def job(output: Path, **more: object) -> TrainJob:
 @pytest.mark.ray
 def test_two_workers_reach_one_workers_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffusion, "save_samples", lambda *_: None)
+    monkeypatch.setattr(diffusion, "VALIDATION_BATCHES", 4)  # as in the other processes
     one = run_training(job(tmp_path / "one"))
     two = in_a_process(job(tmp_path / "two", workers=2))
     assert one["steps"] == two["steps"] == 6
@@ -48,6 +49,7 @@ def test_two_workers_reach_one_workers_loss(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_error_of_a_worker_is_told_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "autoencoder.pt").write_bytes(b"torn")
     with pytest.raises(ModelError, match=r"autoencoder.pt: not a readable checkpoint"):
@@ -55,6 +57,7 @@ def test_an_error_of_a_worker_is_told_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_lost_worker_is_a_fault_from_outside_and_the_last_checkpoint_goes_on(tmp_path: Path) -> None:
     wanted = job(tmp_path, workers=2, max_steps=100_000, checkpoint_every=1)
     with subprocess.Popen(COMMAND, stdin=-1, stdout=-1, env=ENVIRONMENT, text=True, start_new_session=True) as process:

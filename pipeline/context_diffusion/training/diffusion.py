@@ -38,6 +38,7 @@ from context_diffusion.training.state import (
 from context_diffusion.training.styles import TEXTURES
 from context_diffusion.training.workers import Workers
 
+VALIDATION_BATCHES = 4
 TRAINED = ("unet", "controlnet", "image_encoder", "text_encoder", "fusion")
 
 
@@ -190,7 +191,7 @@ class Run:
     def validate(self, source: Source) -> float:
         """The loss on what is held out, always the same batches."""
         losses, rows = [], np.arange(32)
-        for number in range(4):
+        for number in range(VALIDATION_BATCHES):
             samples = source.samples(np.random.default_rng((7, number)), len(rows), 0.1, 0.5, rows)
             losses.append(self.loss(samples, rows, len(rows), torch.Generator().manual_seed(number)).item())
         return float(np.mean(losses))

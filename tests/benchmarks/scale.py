@@ -1,0 +1,129 @@
+"""The flow at size, the engine replaced at the test seam: rows a second, what is lost, the driver's memory and its cost of a
+shard, Ray's object store, and how long a run takes to find what is done.
+
+python tests/benchmarks/scale.py [--rows 100000] [--rows-per-part 128] [--cpus 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.output import Output
+from context_diffusion.plan import open_plan
+from context_diffusion.storage import Storage
+from inputs import job_values
+from tiny import picture
+
+PICTURES, TESTS = 20, Path(__file__).parents[1]
+
+
+def write_input(folder: Path, rows: int) -> str:
+    folder.mkdir(parents=True)
+    for number in range(PICTURES):
+        Image.fromarray(picture(number)).save(folder / f"{number}.png")
+    table = {
+        "id": [f"{n:08d}" for n in range(rows)],
+        "query": [f"{n % PICTURES}.png" for n in range(rows)],
+        "context": [[f"{(n + 1) % PICTURES}.png"] for n in range(rows)],
+    }
+    pq.write_table(pa.table(table), folder / "manifest.parquet", row_group_size=50_000)
+    return str(folder / "manifest.parquet")
+
+
+class Watch:
+    """Of a driver, twice a second: its memory as its parts come, its CPU seconds, the pages of Ray's object store."""
+
+    def __init__(self, pid: int, data: Path) -> None:
+        self.driver, self.data = psutil.Process(pid), data
+        self.memory: list[tuple[int, int]] = []  # parts, MiB
+        self.cpu, self.store = 0.0, 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                self.memory.append((len(os.listdir(self.data)) if self.data.exists() else 0, self.driver.memory_info().rss >> 20))
+                times = self.driver.cpu_times()
+                self.cpu = times.user + times.system
+                for child in self.driver.children(recursive=True):
+                    if child.name() == "raylet":
+                        self.store = max(self.store, child.memory_info().shared >> 20)
+            except psutil.Error:
+                if not self.driver.is_running():
+                    return
+            time.sleep(0.5)
+
+    def at(self, parts: int) -> int:
+        """MiB of the driver when so many parts stood."""
+        return next((memory for there, memory in self.memory if there >= parts), self.memory[-1][1])
+
+
+def drive(job: dict[str, Any]) -> tuple[dict[str, Any], Watch]:
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "RAY_worker_niceness": "0"}
+    process = subprocess.Popen(
+        [sys.executable, str(TESTS / "drive.py"), "quick"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+    )
+    watch = Watch(process.pid, Path(job["output"]) / "data")
+    text, _ = process.communicate(json.dumps(job))
+    return json.loads(text.strip().splitlines()[-1]), watch
+
+
+def main(folder: Path, rows: int, rows_per_part: int, cpus: int) -> None:
+    out = folder / "out"
+    values = job_values(write_input(folder / "in", rows), out, rows_per_part=rows_per_part, cluster={"num_cpus": cpus})
+    started = time.perf_counter()
+    told, watch = drive(values)
+    seconds = time.perf_counter() - started
+    assert told.get("exit") == 0, told
+    parts = sorted((out / "data").glob("*.parquet"))
+    ids = [row for part in parts for row in pq.read_table(part, columns=["id"])["id"].to_pylist()]
+    print(
+        f"{rows} rows in {len(parts)} parts on {cpus} CPUs: {seconds:.0f} s, {rows / seconds:.1f} rows/s with Ray's start; "
+        f"lost {rows - len(set(ids))}, doubled {len(ids) - len(set(ids))}; driver {watch.cpu / len(parts) * 1e3:.1f} ms of CPU "
+        f"a part, {watch.at(len(parts) // 10)} MiB at a tenth of the parts, {watch.at(len(parts))} MiB at the end; "
+        f"object store {watch.store} MiB at most",
+        flush=True,
+    )
+    (out / "_SUCCESS").unlink()
+    job, started = GenerateJob.model_validate(values), time.perf_counter()
+    output = Output(job.output, Storage())
+    open_plan(job, output, output.storage)
+    done, counts = output.finished(), output.count()
+    found = time.perf_counter() - started
+    assert (len(done), counts.rows) == (len(parts), rows)
+    started = time.perf_counter()
+    told, _ = drive(values)
+    assert told["exit"] == 0, told
+    print(f"resumed: {rows} done rows found in {found:.1f} s, closed again in {time.perf_counter() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--rows", type=int, default=100_000)
+    arguments.add_argument("--rows-per-part", type=int, default=128)
+    arguments.add_argument("--cpus", type=int, default=2)
+    given = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        main(Path(made), given.rows, given.rows_per_part, given.cpus)

@@ -1,0 +1,15 @@
+"""What the training tests leave out to be quick: a pool is made once, a validation looks at one batch."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from context_diffusion.training import diffusion, pools
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick() -> None:
+    pools.make_pool = cache(pools.make_pool)
+    diffusion.VALIDATION_BATCHES = 1
