@@ -26,7 +26,8 @@ def ray_session(num_cpus: int | None, address: str | None) -> Iterator[str]:
     target = address or os.environ.get("RAY_ADDRESS")
     local = {} if target else {"num_cpus": num_cpus, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
     try:
-        ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local)
+        # "local": not the cluster that someone else happens to run on this machine
+        ray.init(address=target or "local", log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise ClusterError(f"no Ray cluster at {target or 'this machine'}: {error}") from error
     try:
