@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,24 +103,32 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(gateway: Gateway, bucket
     assert len(pictures(download(gateway.endpoint, "out", tmp_path / "out"))) == 200
 
 
-@pytest.mark.parametrize("fault", ["away beyond the deadline", "keys revoked"])
-def test_a_store_that_is_lost_in_the_middle_ends_the_job_with_75_and_it_goes_on_later(
-    gateway: Gateway, bucket: str, tmp_path: Path, fault: str
-) -> None:
-    job = job_on(bucket, "out", rows_per_part=10)
-    process = half_done(gateway, job, tmp_path)
+@contextmanager
+def lost(gateway: Gateway, fault: str) -> Iterator[None]:
     if fault == "keys revoked":
         gateway.user("suspend")
     else:
         gateway.kill()
-    told = ended(process)
+    try:
+        yield
+    finally:
+        if fault == "keys revoked":
+            gateway.user("enable")
+        else:
+            gateway.resume()
+
+
+@pytest.mark.parametrize("fault", ["away beyond the deadline", "keys revoked"])
+def test_a_store_that_is_lost_in_the_middle_ends_the_job_with_75_and_it_goes_on_later(
+    gateway: Gateway, bucket: str, tmp_path: Path, fault: str
+) -> None:
+    job = job_on(bucket, "out", rows_per_part=10, cluster={"no_progress_timeout_s": 300})
+    process = half_done(gateway, job, tmp_path)
+    with lost(gateway, fault):
+        told = ended(process)
     assert told["exit"] == 75, told
     assert bucket in told["error"]
     assert ("PermissionError" if fault == "keys revoked" else "Connect") in told["error"]
-    if fault == "keys revoked":
-        gateway.user("enable")
-    else:
-        gateway.resume()
     told = drive(job)
     assert (told.get("exit"), told.get("ok")) == (0, 200), told
     assert told["skipped"] >= 10
