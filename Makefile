@@ -18,9 +18,9 @@ install: .venv/installed ## the package and what its demo and tests need, into .
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-packages: ## Debian packages that tests of the longer kind need: an S3 server (Ceph). As root, or with sudo
-	test -x "$$(command -v radosgw)" || ($(SUDO) apt-get update -qq && \
-		$(SUDO) apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd)
+packages: ## Debian packages that tests of the longer kind need: an S3 server (Ceph), Java for Spark. As root, or with sudo
+	test -x "$$(command -v radosgw)" -a -x "$$(command -v java)" || ($(SUDO) apt-get update -qq && \
+		$(SUDO) apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd default-jre-headless)
 
 demo: install ## runs jobs/demo.yaml on the bundled model; leaves build/demo with report.html
 	@$(BIN)/python jobs/demo_input.py build/demo-input
@@ -36,7 +36,11 @@ lint: install ## ruff and a strict type check
 test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
 	$(BIN)/pytest -m 'not slow and not gpu'
 
-test-full: install ## the longer tests: object store, kills, the rest, as far as 40 minutes reach; names what was left out
+.venv/full: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[full]'
+	touch $@
+
+test-full: .venv/full ## the longer tests: object store, kills, the rest, as far as 40 minutes reach; names what was left out
 	TEST_SECONDS=2400 $(BIN)/pytest -m slow -rs tests/store tests/flow tests
 
 chaos: install ## kills parts of running jobs N=20 times and compares with an undisturbed run

@@ -69,8 +69,9 @@ def test_each_format_stores_the_picture_and_how_to_make_it_again(tmp_path: Path,
     assert not np.array_equal(rows[0]["pixels"], rows[1]["pixels"])
 
 
-def test_pictures_in_the_parquet_alone_open_in_datasets_and_duckdb(tmp_path: Path) -> None:
+def test_pictures_in_the_parquet_alone_open_in_datasets_duckdb_and_pandas(tmp_path: Path) -> None:
     import duckdb
+    import pandas as pd
     from datasets import load_dataset
 
     make(tmp_path, image_format="none")
@@ -80,6 +81,9 @@ def test_pictures_in_the_parquet_alone_open_in_datasets_and_duckdb(tmp_path: Pat
     assert isinstance(loaded[0]["image"], Image.Image)
     assert loaded[0]["image"].size == (64, 64)
     assert duckdb.sql(f"select count(*), min(author) from '{files}' where status = 'ok'").fetchall() == [(6, "person 0")]
+    frame = pd.read_parquet(tmp_path / "out" / "data")
+    assert frame.loc[frame.status == "ok", "author"].value_counts()["person 0"] == 2
+    assert Image.open(io.BytesIO(frame.image[0]["bytes"])).size == (64, 64)
     row = pq.read_table(tmp_path / "out" / "data").to_pylist()[0]
     assert hashlib.sha256(row["image"]["bytes"]).hexdigest() == row["sha256"]
 
