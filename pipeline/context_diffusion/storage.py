@@ -77,7 +77,7 @@ class Storage:
     """options: fsspec's storage options by protocol. deadline_s: how long one operation is tried again."""
 
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    deadline_s: float = 60.0
+    deadline_s: float = 120.0
 
     def _fs(self, uri: str, **more: Any) -> tuple[Any, str]:
         scheme = protocol(uri)

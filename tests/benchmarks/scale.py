@@ -63,9 +63,9 @@ class Watch:
                 times = self.driver.cpu_times()
                 self.cpu = times.user + times.system
                 for child in self.driver.children(recursive=True):
-                    if child.name() == "raylet":
-                        self.store = max(self.store, child.memory_info().shared >> 20)
-            except psutil.Error:
+                    status = Path(f"/proc/{child.pid}/status").read_text()  # pages of shared memory are the object store's
+                    self.store = max(self.store, int(status.split("RssShmem:")[1].split()[0]) >> 10)
+            except (psutil.Error, OSError, IndexError):
                 if not self.driver.is_running():
                     return
             time.sleep(0.5)

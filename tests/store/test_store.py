@@ -57,7 +57,8 @@ def proxy(gateway: Gateway, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def job_on(bucket: str, name: str, **more: Any) -> dict[str, Any]:
-    return job_values(f"{bucket}/in/manifest.parquet", f"{bucket}/{name}", **more)
+    patient = {"no_progress_timeout_s": 600}  # more than the storage's own deadline
+    return job_values(f"{bucket}/in/manifest.parquet", f"{bucket}/{name}", cluster=patient, **more)
 
 
 def pictures(folder: Path) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def half_done(gateway: Gateway, job: dict[str, Any], folder: Path) -> subprocess
 def test_a_store_that_is_away_for_a_while_is_waited_for(gateway: Gateway, bucket: str, tmp_path: Path) -> None:
     process = half_done(gateway, job_on(bucket, "out", rows_per_part=10), tmp_path)
     gateway.kill()
-    time.sleep(20)
+    time.sleep(60)
     gateway.resume()
     told = ended(process)
     assert (told.get("exit"), told.get("ok")) == (0, 200), told
@@ -122,7 +123,7 @@ def lost(gateway: Gateway, fault: str) -> Iterator[None]:
 def test_a_store_that_is_lost_in_the_middle_ends_the_job_with_75_and_it_goes_on_later(
     gateway: Gateway, bucket: str, tmp_path: Path, fault: str
 ) -> None:
-    job = job_on(bucket, "out", rows_per_part=10, cluster={"no_progress_timeout_s": 300})
+    job = job_on(bucket, "out", rows_per_part=10)
     process = half_done(gateway, job, tmp_path)
     with lost(gateway, fault):
         told = ended(process)
