@@ -86,7 +86,7 @@ class Chaos:
 
     def _left(self, drivers: list[int]) -> list[int]:
         """Processes of the run that are still there after a while."""
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60  # Ray's agents look for their raylet now and then
         while (left := [pid for driver in drivers for pid in _members(driver)]) and time.monotonic() < until:
             time.sleep(0.2)
         return left
@@ -122,7 +122,7 @@ class Chaos:
 def _name(pid: int) -> str:
     """Its command line, as Ray sets it; empty where it is gone."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return ""
 

@@ -15,8 +15,9 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +27,7 @@ from context_diffusion.schema import Counts, part_name
 from context_diffusion.storage import Storage
 
 PART = re.compile(r"part-(\d{5,})\.parquet$")
+READERS, AHEAD = 16, 256  # threads that read parts, and how many parts at most wait to be looked at
 COUNTED = ["id", "index", "status", "error_code"]
 
 
@@ -73,16 +75,27 @@ class Output:
 
     def read_parts(self, columns: list[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
         """The parts in order, each with its shard's number. Raises StorageError with the part that cannot be read."""
-        for shard in sorted(self.finished()):
-            yield shard, self.read_part(shard, columns)
+        shards = sorted(self.finished())
+        if columns is None:  # with their pictures: one at a time
+            yield from ((shard, self.read_part(shard)) for shard in shards)
+            return
+        with ThreadPoolExecutor(READERS) as threads:
+            for begin in range(0, len(shards), AHEAD):
+                batch = shards[begin : begin + AHEAD]
+                yield from zip(batch, threads.map(lambda shard: self.read_part(shard, columns), batch), strict=True)
 
     def read_part(self, shard: int, columns: list[str] | None = None) -> pa.Table:
-        """Raises StorageError naming the part that cannot be read."""
-        data = self.storage.read(self.part(shard))
-        try:
-            return pq.read_table(io.BytesIO(data), columns=columns)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise StorageError(f"{self.part(shard)}: not a readable Parquet file: {error}") from error
+        """These columns alone are read, where some are named. Raises StorageError naming the part that cannot be read."""
+
+        def parse(file: BinaryIO) -> pa.Table:
+            try:
+                return pq.ParquetFile(file).read(columns)
+            except (pa.ArrowInvalid, OSError) as error:
+                if isinstance(error, OSError) and (error.errno or type(error) is not OSError):
+                    raise  # the store's fault, not the file's: pyarrow's own have no number
+                raise StorageError(f"{self.part(shard)}: not a readable Parquet file: {error}") from error
+
+        return self.storage.parse(self.part(shard), parse)
 
     def picture(self, row: dict[str, Any]) -> bytes:
         """A finished row's picture file: from the row itself, a tar, or a file of its own."""

@@ -142,6 +142,16 @@ class Storage:
                 raise RowError(ErrorCode.UNREADABLE_FILE, f"{uri} cannot be read: {cause}") from None
             raise
 
+    def parse(self, uri: str, parse: Callable[[BinaryIO], T]) -> T:
+        """What `parse` makes of a seekable file, of which it need not read all; tried again from the beginning."""
+        fs, path = self._fs(uri)
+
+        def opened() -> T:
+            with fs.open(path, "rb") as file:
+                return parse(file)
+
+        return self._try(uri, opened)
+
     def open(self, uri: str) -> BinaryIO:
         """A seekable file for reading."""
         fs, path = self._fs(uri)
