@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from driving import unavailable
 from test_writing import make
 
 pytestmark = pytest.mark.slow
@@ -16,8 +16,7 @@ pytestmark = pytest.mark.slow
 
 def test_spark_reads_rows_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("java") is None:
-        reason = "no java here: `make packages` installs Debian's default-jre-headless"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+        unavailable("no java here: `make packages` installs Debian's default-jre-headless")
     pyspark = pytest.importorskip("pyspark.sql", reason="pip install pyspark", exc_type=ImportError)
     monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
     make(tmp_path, 10, {3: {"query": "gone.png"}}, output_format="both", rows_per_part=4)

@@ -7,9 +7,7 @@ python tests/benchmarks/scale.py [--rows 100000] [--rows-per-part 128] [--cpus 2
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,10 +26,11 @@ from context_diffusion.config import GenerateJob
 from context_diffusion.output import Output
 from context_diffusion.plan import open_plan
 from context_diffusion.storage import Storage
+from driving import ended, start
 from inputs import job_values
 from tiny import picture
 
-PICTURES, TESTS = 20, Path(__file__).parents[1]
+PICTURES = 20
 
 
 def write_input(folder: Path, rows: int) -> str:
@@ -76,18 +75,9 @@ class Watch:
 
 
 def drive(job: dict[str, Any]) -> tuple[dict[str, Any], Watch]:
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "RAY_worker_niceness": "0"}
-    process = subprocess.Popen(
-        [sys.executable, str(TESTS / "drive.py"), "quick"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        text=True,
-    )
+    process = start(job, "quick")
     watch = Watch(process.pid, Path(job["output"]) / "data")
-    text, _ = process.communicate(json.dumps(job))
-    return json.loads(text.strip().splitlines()[-1]), watch
+    return ended(process), watch
 
 
 def main(folder: Path, rows: int, rows_per_part: int, cpus: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -10,6 +11,8 @@ from context_diffusion.training import diffusion, pools
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _quick() -> None:
-    pools.make_pool = cache(pools.make_pool)
-    diffusion.VALIDATION_BATCHES = 1
+def _quick() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pools, "make_pool", cache(pools.make_pool))
+        patched.setattr(diffusion, "VALIDATION_BATCHES", 1)
+        yield
