@@ -26,12 +26,13 @@ from context_diffusion.config import Settings
 from context_diffusion.control import controls_of
 from context_diffusion.engine.conditions import to_tensor
 from context_diffusion.engine.engine import Engine
-from context_diffusion.model.draft import colours_of, draft, tones_of
+from context_diffusion.model.draft import layout_of, look_of
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.source import model_folder
 from context_diffusion.pipeline import SHAPES
 from context_diffusion.schema import Request
+from context_diffusion.training.encoded import drafts as drafts_of
 
 BATCH = 8
 SIZES = (1, 2, 4, 8)
@@ -86,8 +87,10 @@ def batch(model: NativeModel, requests: list[Request]) -> None:
 
 def drafts(model: NativeModel, requests: list[Request], branches: int) -> torch.Tensor:
     """Of the branch that sees the contexts; without, none."""
-    colours = torch.stack([colours_of(torch.cat([to_tensor(c) for c in one.contexts])).sum(0) for one in requests])
-    made = draft(tones_of(torch.cat([to_tensor(one.controls[0].pixels) for one in requests])), colours)
+    shown = [torch.cat([to_tensor(c) for c in one.contexts]) for one in requests]
+    looks = look_of(torch.cat(shown), model.image_size)
+    layouts = layout_of(torch.cat([to_tensor(one.controls[0].pixels) for one in requests]))
+    made = drafts_of(layouts, looks, np.array([len(contexts) for contexts in shown]))
     return torch.cat([made * 0, made]) if branches == 2 else made
 
 

@@ -17,7 +17,7 @@ from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.samplers import SAMPLERS
 from context_diffusion.engine.service import EngineService
 from context_diffusion.errors import ErrorCode
-from context_diffusion.model.draft import colours_of, draft, tones_of
+from context_diffusion.model.draft import Look, draft, layout_of, look_of
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.schema import Control, Failure, Pixels, Request, Result
 from tiny import picture, request, tiny_model
@@ -121,7 +121,8 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
         conditions.append(model.fuse(*model.encode_text([prompt]), contexts, weights))
     latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3)) * model.noise_scale
     layout = model.encode_control(pixels[1:], ["gray"])
-    seen = draft(tones_of(pixels[1:]), colours_of(pixels[:1]))
+    look = Look(*(part[:, None] for part in look_of(pixels[:1], model.image_size)))
+    seen = draft(layout_of(pixels[1:]), look, torch.ones(1, 1))
     drafts = [seen * 0, seen, seen]
     for timestep in scheduler.timesteps:
         time = timestep[None].float()

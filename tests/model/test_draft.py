@@ -11,8 +11,8 @@ from torch import Tensor
 
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.guidance import branches_of
-from context_diffusion.model.draft import CHANNELS, colours_of, draft, tones_of
-from context_diffusion.model.native import draft_tones
+from context_diffusion.model.draft import CHANNELS, Look, draft, layout_of, look_of
+from context_diffusion.model.native import draft_layout
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.textures import ANGLES, PERIODS, SHARES, describe_textures
 from tiny import picture, request, tiny_model
@@ -22,6 +22,14 @@ def tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
 
 
+def drawn(query: np.ndarray, *contexts: np.ndarray, weights: tuple[float, ...] = ()) -> Tensor:
+    """(CHANNELS, H, W)"""
+    look = look_of(torch.cat([tensor(one) for one in contexts]), contexts[0].shape[0])
+    return draft(
+        layout_of(tensor(query)), Look(*(part[None] for part in look)), torch.tensor([weights or (1.0,) * len(contexts)])
+    )[0]
+
+
 def ramp(dark: tuple[int, int, int], light: tuple[int, int, int], side: int = 64) -> np.ndarray:
     share = np.linspace(0, 1, side)[None, :, None].repeat(side, 0)
     return (np.array(dark) * (1 - share) + np.array(light) * share).astype(np.uint8)
@@ -29,7 +37,7 @@ def ramp(dark: tuple[int, int, int], light: tuple[int, int, int], side: int = 64
 
 def test_dark_becomes_the_contexts_dark_and_light_its_light() -> None:
     context, query = ramp((40, 0, 0), (255, 200, 180)), ramp((90, 90, 90), (120, 120, 120))
-    for way in draft(tones_of(tensor(query[:, ::-1])), colours_of(tensor(context)))[0].chunk(2):
+    for way in drawn(query[:, ::-1], context)[:9].split(3):
         made = (way.permute(1, 2, 0).numpy() + 1) / 2 * 255
         assert np.abs(made - context[:, ::-1]).mean() < 6
 
@@ -38,23 +46,48 @@ def test_dark_becomes_the_contexts_dark_and_light_its_light() -> None:
 def test_the_querys_exposure_and_contrast_are_removed(change: object) -> None:
     query = ramp((10, 10, 10), (220, 220, 220))
     other = change(query.astype(float)).astype(np.uint8)  # type: ignore[operator]
-    colours = colours_of(tensor(picture(3)))
-    first, second = (draft(tones_of(tensor(one)), colours) for one in (query, other))
+    first, second = (drawn(one, picture(3)) for one in (query, other))
     assert (first - second).abs().mean() < 0.05
 
 
 def test_rows_are_treated_one_by_one_and_without_contexts_there_is_nothing() -> None:
     queries = torch.cat([tensor(picture(n)) for n in range(3)])
-    colours = torch.cat([colours_of(tensor(picture(9))), colours_of(tensor(picture(8))), torch.zeros(1, 2, 64, 4)])
-    made = draft(tones_of(queries), colours)
+    looks = look_of(torch.cat([tensor(picture(n)) for n in (9, 8, 7)]), 64)
+    made = draft(layout_of(queries), Look(*(part[:, None] for part in looks)), torch.tensor([[1.0], [1.0], [0.0]]))
     assert made.shape == (3, CHANNELS, 64, 64)
-    assert torch.allclose(made[:1], draft(tones_of(queries[:1]), colours[:1]), atol=1e-5)
+    assert torch.allclose(made[0], drawn(picture(0), picture(9)), atol=1e-5)
+    assert made[1].any()
     assert not made[2].any()
-    assert made[:2].abs().max() <= 1
+    assert made[:, :9].abs().max() <= 1
+
+
+def test_a_context_of_weight_zero_is_none_and_weights_are_relative() -> None:
+    queries, (a, b) = picture(0), (picture(1), picture(2))
+    assert torch.equal(drawn(queries, a, b, weights=(1.0, 0.0)), drawn(queries, a))
+    assert torch.allclose(drawn(queries, a, b, weights=(2.0, 2.0)), drawn(queries, a, b), atol=1e-5)
+    assert not torch.allclose(drawn(queries, a, b, weights=(2.0, 1.0)), drawn(queries, a, b), atol=1e-3)
+
+
+def test_the_contexts_stripes_are_drawn_over_the_query_and_its_own_are_told() -> None:
+    place = np.arange(64)[None] + np.zeros((64, 1))
+    stripes = np.repeat((128 + 60 * np.sin(2 * np.pi * place / 9))[..., None], 3, 2).astype(np.uint8)
+    flat = ramp((90, 90, 90), (120, 120, 120))
+    theirs, own = drawn(flat, stripes)[9:]
+    wave = torch.from_numpy(np.sin(2 * np.pi * place / 9))
+    assert torch.corrcoef(torch.stack([theirs.flatten(), wave.flatten().float()]))[0, 1] > 0.95
+    assert own.abs().mean() < 0.1 * theirs.abs().mean()
+    plain, textured = drawn(flat, stripes)[:3], drawn(flat, stripes)[6:9]
+    assert textured.diff(dim=2).abs().mean() > 3 * plain.diff(dim=2).abs().mean()
+    theirs, own = drawn(stripes, flat)[9:]
+    assert theirs.abs().mean() < 0.1 * own.abs().mean()
 
 
 def test_edge_maps_have_no_tones() -> None:
-    assert draft_tones(tensor(picture(1)).repeat(2, 1, 1, 1), ["gray", "canny"]).flatten(1).any(1).tolist() == [True, False]
+    layout = draft_layout(tensor(picture(1)).repeat(2, 1, 1, 1), ["gray", "canny"])
+    assert layout.tones.flatten(1).any(1).tolist() == [True, False]
+    assert not layout.waves[1].any()
+    looks = Look(*(part[None].expand(2, *([-1] * part.ndim)) for part in look_of(tensor(picture(2)), 64)))
+    assert draft(layout, looks, torch.ones(2, 1)).flatten(1).any(1).tolist() == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -110,17 +110,17 @@ def test_a_checkpoint_is_due_every_five_minutes_of_computing() -> None:
 def test_a_crop_is_the_same_place_of_picture_and_control_map_whichever_worker_cuts_it() -> None:
     grid = torch.arange(8 * 16 * 16).reshape(8, 1, 16, 16).float()
     fine = grid.repeat_interleave(4, 2).repeat_interleave(4, 3)  # a latent is 4 x 4 pixels
-    samples = Samples(grid, np.zeros((0, 8, 8, 3), np.uint8), np.zeros(8, np.int64), grid + 0.5, [""] * 8, fine, torch.zeros(0))
+    samples = Samples(grid, np.zeros((0, 8, 8, 3), np.uint8), np.zeros(8, np.int64), grid + 0.5, [""] * 8, fine)
 
     def cut(rows: list[int]) -> Samples:
-        mine = replace(samples, latents=grid[rows], controls=grid[rows] + 0.5, tones=fine[rows])
+        mine = replace(samples, latents=grid[rows], controls=grid[rows] + 0.5, drafts=fine[rows])
         return diffusion.cropped(mine, np.array(rows), 8, torch.Generator().manual_seed(3))
 
     whole, parts = cut(list(range(8))), [cut([0, 2, 5]), cut([1, 3, 4, 6, 7])]
     assert whole.latents.shape == (8, 1, 8, 8)
     assert torch.equal(whole.controls, whole.latents + 0.5)
-    assert torch.equal(whole.tones[:, :, ::4, ::4], whole.latents)
-    assert whole.tones.shape[-1] == 32
+    assert torch.equal(whole.drafts[:, :, ::4, ::4], whole.latents)
+    assert whole.drafts.shape[-1] == 32
     assert torch.equal(torch.cat([part.latents for part in parts]), whole.latents[[0, 2, 5, 1, 3, 4, 6, 7]])
     corners = {divmod(int(one[0, 0, 0]) % 256, 16) for one in whole.latents}
     assert len(corners) > 4

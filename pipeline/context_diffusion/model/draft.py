@@ -1,23 +1,60 @@
-"""A draft: the query's tones in the contexts' colours, dark for dark and light for light. The U-Net begins from it.
+"""A draft: the query's tones in the contexts' colours and under their texture, dark for dark and light for light. The
+U-Net begins from it.
 
 This is dynamic normalisation carried on: of the query its own statistics are removed, and the contexts' put in their place,
 as whole curves in place of mean and deviation. In two ways, since neither is always right: by rank (histogram matching,
-Gonzalez and Woods) and by distance from the mean in deviations (Reinhard et al. 2001).
+Gonzalez and Woods) and by distance from the mean in deviations (Reinhard et al. 2001). The contexts' waves (waves.py) are
+added to the tones; the query's own are shown beside them, for they may be its layout or a texture that is to go.
 
-Every function treats its pictures one by one. B rows  N pictures  H W pixels
+Every function treats its pictures one by one. B rows  M contexts of a row  N pictures  H W pixels
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from context_diffusion.model.normalization import LEVEL, LUMA
+from context_diffusion.model.waves import draw_waves, waves_of
 
 WAYS, STEPS = 2, 64  # by rank and by deviations; steps of a curve
-CHANNELS = 3 * WAYS
+CHANNELS = 3 * WAYS + 3 + 2  # plain in both ways, textured, the contexts' waves and the query's
 REACH = 2.5  # deviations from the mean that a curve covers
 FALL = 0.7  # steps: how fast a colour's say falls off; where a context has none, the next one speaks
+LOUD = 4.0  # waves are some .1 to .25 of all tones
+# What a difference of ranks is in deviations, of evenly spread tones.
+RATE = (1.0, math.sqrt(12) / (2 * REACH))
+
+
+class Layout(NamedTuple):
+    """Of queries, what drafts need of them. tones: (N, WAYS, H, W), 0 where the control map is no picture."""
+
+    tones: Tensor
+    waves: Tensor  # (N, K, 4)
+
+
+class Look(NamedTuple):
+    """Of contexts. colours: (N, WAYS, STEPS, 4), at each step of tone the sum of the colours in [0, 1] and their number,
+    as shares of the picture."""
+
+    colours: Tensor
+    waves: Tensor  # (N, K, 4)
+
+
+def layout_of(images: Tensor) -> Layout:
+    """uint8 (N, 3, H, W)."""
+    tones = tones_of(images)
+    return Layout(tones, waves_of(tones[:, 0]))
+
+
+def look_of(images: Tensor, side: int) -> Look:
+    """uint8 (N, 3, S, S); side: pixels of the pictures that are made, in which waves are measured."""
+    tones = tones_of(images)
+    return Look(_colours(images, tones), waves_of(F.adaptive_avg_pool2d(tones[:, 0], side)))
 
 
 def _lightness(images: Tensor) -> Tensor:
@@ -37,10 +74,8 @@ def tones_of(images: Tensor) -> Tensor:
     return torch.stack([rank, distance / (2 * REACH) + 0.5], 1).unflatten(2, images.shape[2:])
 
 
-def colours_of(images: Tensor) -> Tensor:
-    """uint8 (N, 3, S, S) -> (N, WAYS, STEPS, 4): at each step of tone the sum of the colours in [0, 1] and their number,
-    as shares of the picture."""
-    tones = tones_of(images).flatten(2)
+def _colours(images: Tensor, tones: Tensor) -> Tensor:
+    tones = tones.flatten(2)
     steps = (tones * STEPS).long().clamp(max=STEPS - 1)
     pixels = torch.cat([images.float() / 255, torch.ones_like(images[:, :1]).float()], 1).flatten(2) / tones.shape[2]
     sums = torch.zeros(len(images), WAYS, 4, STEPS, device=images.device)
@@ -49,16 +84,32 @@ def colours_of(images: Tensor) -> Tensor:
     return sums.transpose(2, 3)
 
 
-def draft(tones: Tensor, colours: Tensor) -> Tensor:
-    """tones (B, WAYS, H, W), colours (B, WAYS, STEPS, 4), of several contexts summed by weight -> (B, CHANNELS, H, W) in
-    [-1, 1]; 0 for a row without contexts."""
-    places = torch.arange(STEPS, device=tones.device, dtype=torch.float32)
+def draft(layouts: Layout, looks: Look, weights: Tensor) -> Tensor:
+    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0 -> (B, CHANNELS, H, W), about -1 to 1; 0
+    for a row without contexts or tones."""
+    tones, (height, width) = layouts.tones.float(), layouts.tones.shape[2:]
+    curves = _curves((looks.colours.float() * weights[..., None, None, None]).sum(1))
+    shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
+    waves = looks.waves.float() * torch.stack([torch.ones_like(shares)] * 2 + [shares] * 2, 2)[:, :, None]
+    theirs, own = draw_waves(waves.flatten(1, 2), height, width)[:, None], draw_waves(layouts.waves, height, width)[:, None]
+    textured = (tones + theirs * tones.new_tensor(RATE)[:, None, None]).clamp(0, 1)
+    parts = [*_dressed(tones, curves), torch.stack(_dressed(textured, curves)).mean(0), LOUD * theirs, LOUD * own]
+    told = (weights > 0).any(1) & tones.flatten(1).any(1)
+    return torch.cat(parts, 1) * told[:, None, None, None]
+
+
+def _curves(colours: Tensor) -> Tensor:
+    """(B, WAYS, STEPS, 4) -> (B, WAYS, STEPS, 3) in [-1, 1]: the colour of each step of tone."""
+    places = torch.arange(STEPS, device=colours.device, dtype=torch.float32)
     near = torch.exp(-(places[:, None] - places).abs() / FALL)
-    sums = torch.einsum("ij,bwjc->bwic", near, colours.float())
-    curves = sums[..., :3] / sums[..., 3:].clamp(min=1e-30)
-    curves = torch.where(colours.flatten(1).any(1)[:, None, None, None], 2 * curves - 1, 0.0)
-    at = (tones.float() * STEPS - 0.5).clamp(0, STEPS - 1).flatten(2)
+    sums = torch.einsum("ij,bwjc->bwic", near, colours)
+    return 2 * sums[..., :3] / sums[..., 3:].clamp(min=1e-30) - 1
+
+
+def _dressed(tones: Tensor, curves: Tensor) -> list[Tensor]:
+    """(B, WAYS, H, W) -> by each way, (B, 3, H, W)."""
+    at = (tones * STEPS - 0.5).clamp(0, STEPS - 1).flatten(2)
     low = at.floor().clamp(max=STEPS - 2)
     share, low = (at - low)[..., None], low.long()[..., None].expand(-1, -1, -1, 3)
     mixed = curves.gather(2, low) * (1 - share) + curves.gather(2, low + 1) * share
-    return mixed.transpose(2, 3).reshape(len(tones), CHANNELS, *tones.shape[2:])
+    return list(mixed.transpose(2, 3).unflatten(3, tones.shape[2:]).unbind(1))

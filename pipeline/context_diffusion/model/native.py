@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from context_diffusion.errors import ModelError
-from context_diffusion.model.draft import tones_of
+from context_diffusion.model.draft import Layout, layout_of
 from context_diffusion.model.encoders import load_vision_model, patch_tokens
 from context_diffusion.model.fusion import ContextFusion
 from context_diffusion.model.normalization import describe, normalise, restore
@@ -37,10 +37,11 @@ from context_diffusion.training.config import SMALL, Normalization
 PICTURE_KINDS = ("gray", "none")
 
 
-def draft_tones(control_maps: Tensor, kinds: list[str]) -> Tensor:
-    """uint8 (B, 3, H, W) -> (B, 2, H, W): the tones of maps that are pictures; edge maps have none, 0."""
+def draft_layout(control_maps: Tensor, kinds: list[str]) -> Layout:
+    """uint8 (B, 3, H, W), of which edge maps have no tones, 0."""
     picture = torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=control_maps.device)
-    return tones_of(control_maps) * picture[:, None, None, None]
+    tones, waves = layout_of(control_maps)
+    return Layout(tones * picture[:, None, None, None], waves * picture[:, None, None])
 
 
 diffusers.utils.logging.set_verbosity_error()

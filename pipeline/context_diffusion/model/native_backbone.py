@@ -14,9 +14,9 @@ from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.conditions import Context, content_key, control_scales, slots_of, to_tensor, weighted_contexts
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
-from context_diffusion.model.draft import CHANNELS, colours_of, draft
-from context_diffusion.model.native import PICTURE_KINDS, NativeModel, draft_tones
-from context_diffusion.schema import Request
+from context_diffusion.model.draft import CHANNELS, Layout, Look, draft, look_of
+from context_diffusion.model.native import PICTURE_KINDS, NativeModel, draft_layout
+from context_diffusion.schema import Control, Request
 
 
 class NativeBackbone:
@@ -43,7 +43,7 @@ class NativeBackbone:
         scale = request.settings.context_scale
         contexts, weights = slots_of(tokens, [one.weight * scale for one in shown], self.context_slots)
         lanes: list[Conditions] = []
-        drafts = self._drafts(request, shown) if model.drafts else {True: {}, False: {}}
+        drafts = self._drafts(request, shown, cache) if model.drafts else {True: {}, False: {}}
         for branch in wanted:
             prompt = (request.prompt if branch.prompt else request.negative_prompt) or ""
             text, mask = cache.get(f"text:{prompt}", partial(model.encode_text, [prompt]))
@@ -57,16 +57,25 @@ class NativeBackbone:
         truncated = any(model.truncates(prompt) for prompt in (request.prompt, request.negative_prompt))
         return Encoded(lanes, self._layout(request, cache), [""] * len(lanes), truncated)
 
-    def _drafts(self, request: Request, shown: list[Context]) -> dict[bool, Conditions]:
+    def _drafts(self, request: Request, shown: list[Context], cache: Cache) -> dict[bool, Conditions]:
         """For lanes that see the contexts, and for those that don't."""
-        height, width = request.query.shape[:2]
-        none = torch.zeros(1, CHANNELS, height, width, device=self.model.device)
+        model, (height, width) = self.model, request.query.shape[:2]
+        none = torch.zeros(1, CHANNELS, height, width, device=model.device)
         made, scale = none, min(request.settings.context_scale, 1.0)
         if request.controls and request.controls[0].kind in PICTURE_KINDS and any(one.weight for one in shown):
-            tones = draft_tones(to_tensor(request.controls[0].pixels).to(none.device), [request.controls[0].kind])
-            colours = [one.weight * colours_of(to_tensor(one.pixels).to(none.device)) for one in shown]
-            made = scale * draft(tones, torch.stack(colours).sum(0))
+            [control] = request.controls
+
+            layout = cache.get(f"tones:{control.kind}:{content_key(control.pixels)}", partial(self._tones, control))
+            looks = [cache.get(f"look:{one.key}", partial(self._look, one.pixels)) for one in shown]
+            weights = torch.tensor([[one.weight for one in shown]], device=model.device)
+            made = scale * draft(layout, Look(*(torch.stack(parts, 1) for parts in zip(*looks, strict=True))), weights)
         return {True: {"draft": made.to(self.model.dtype)}, False: {"draft": none.to(self.model.dtype)}}
+
+    def _tones(self, control: Control) -> Layout:
+        return draft_layout(to_tensor(control.pixels).to(self.model.device), [control.kind])
+
+    def _look(self, pixels: Any) -> Look:
+        return look_of(to_tensor(pixels).to(self.model.device), self.model.image_size)
 
     def _context(self, pixels: Any) -> Tensor:
         return self.model.encode_images(to_tensor(pixels).to(self.model.device))

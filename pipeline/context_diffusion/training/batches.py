@@ -39,8 +39,7 @@ class Samples:
     counts: NDArray[np.int64]  # (B,) how many each sample shows, 0 to CONTEXTS
     controls: Tensor  # float16 (B, C, h, w), of the control maps
     prompts: list[str]
-    tones: Tensor  # float16 (B, 2, H, W), of the control maps that are pictures, else 0: model/draft.py
-    colours: Tensor  # float16 (M, 2, steps, 4), of the contexts
+    drafts: Tensor  # (B, CHANNELS, H, W): model/draft.py
     hints: Hints | None = None
 
 

@@ -16,7 +16,6 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from context_diffusion.model.draft import draft
 from context_diffusion.model.native import NativeModel
 from context_diffusion.training.batches import CONTEXTS, Data, Samples, Source, Summaries
 from context_diffusion.training.config import SMALL, TrainingJob
@@ -178,7 +177,7 @@ class Run:
             text, mask = model.encode_text(list(samples.prompts))
             hidden, bias = model.fuse(text, mask, slots, shown.float())
             down, mid = model.control(noisy, timesteps, samples.controls.float())
-            output = model.predict(noisy, timesteps, hidden, bias, down, mid, draft_of(samples, shown))
+            output = model.predict(noisy, timesteps, hidden, bias, down, mid, samples.drafts)
         loss = v_loss(output, target, alphas, self.job.diffusion.min_snr)
         if (hints := samples.hints) is None or not self.job.diffusion.auxiliary:
             return loss
@@ -211,15 +210,7 @@ def cropped(samples: Samples, rows: NDArray[np.int64], size: int, generator: tor
         parts = zip(pictures, places, strict=True)
         return torch.stack([one[:, f * y : f * (y + side), f * x : f * (x + side)] for one, (y, x) in parts])
 
-    return replace(samples, latents=cut(samples.latents), controls=cut(samples.controls), tones=cut(samples.tones))
-
-
-def draft_of(samples: Samples, shown: Tensor) -> Tensor:
-    """shown: (B, CONTEXTS) bool. -> (B, CHANNELS, H, W), 0 for samples without contexts or whose map is no picture."""
-    colours = samples.colours.new_zeros(*shown.shape, *samples.colours.shape[1:])
-    colours[shown] = samples.colours
-    made = draft(samples.tones, colours.float().sum(1))
-    return made * samples.tones.flatten(1).any(1)[:, None, None, None]
+    return replace(samples, latents=cut(samples.latents), controls=cut(samples.controls), drafts=cut(samples.drafts))
 
 
 def context_tokens(model: NativeModel, contexts: NDArray[np.uint8] | Summaries) -> Tensor:

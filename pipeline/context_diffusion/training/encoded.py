@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from context_diffusion.images import resize
-from context_diffusion.model.draft import colours_of
-from context_diffusion.model.native import NativeModel, draft_tones
+from context_diffusion.model.draft import Layout, Look, draft, look_of
+from context_diffusion.model.native import NativeModel, draft_layout
 from context_diffusion.schema import Pixels
 from context_diffusion.training.batches import CONTEXTS, Hints, Samples, Summaries
 from context_diffusion.training.config import SMALL
@@ -24,6 +25,8 @@ from context_diffusion.training.layouts import Rng
 from context_diffusion.training.precision import mixed_precision
 from context_diffusion.training.styles import TEXTURES
 from context_diffusion.training.workers import Workers
+
+Seen = TypeVar("Seen", Layout, Look)
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Encoded:
     palettes: Tensor  # (S, 24), about unit deviation
     textures: Tensor  # (S,)
     summaries: Summaries | None  # of each target
-    tones: Tensor  # float16 (layouts · 2, 2, H, W), for the draft
-    colours: Tensor  # float16 (S·P, 2, steps, 4)
+    layouts: Layout  # float16, of the control maps
+    looks: Look  # float16, of the targets
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
         pool = self.pool
@@ -50,20 +53,22 @@ class Encoded:
             batch.counts,
             self.controls[batch.controls],
             batch.prompts,
-            self.tones[batch.controls],
-            self.colours[contexts],
+            drafts(picked(self.layouts, batch.controls), picked(self.looks, contexts), batch.counts),
             Hints(self.palettes[styles], self.textures[styles]),
         )
 
 
 def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
+    """Each worker encodes its share."""
+
     palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles]) * 4 - 2
     textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
-    controls, tones = _in_parts(
-        model,
-        len(pool.controls),
-        lambda part: encode_controls(model, pool.controls[part], [pool.control_kinds[i] for i in part]),
-    )
+
+    def see(part: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        controls, layouts = encode_controls(model, pool.controls[part], [pool.control_kinds[i] for i in part])
+        return controls, *layouts
+
+    controls, *layouts = _in_parts(model, len(pool.controls), see)
     return Encoded(
         pool,
         encode(model, pool.targets),
@@ -71,8 +76,8 @@ def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
         torch.from_numpy(palettes).to(model.device),
         textures.to(model.device),
         summarise(model, pool.targets),
-        tones,
-        colours(model, pool.targets),
+        Layout(*layouts),
+        looks(model, pool.targets),
     )
 
 
@@ -82,11 +87,12 @@ def encode(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
 
 
 @torch.no_grad()
-def encode_controls(model: NativeModel, maps: Sequence[Pixels] | Pixels, kinds: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """uint8 (H, W, 3) each -> float16 latents (N, C, h, w) and tones (N, 2, H, W) of this worker's own maps."""
+def encode_controls(model: NativeModel, maps: Sequence[Pixels] | Pixels, kinds: Sequence[str]) -> tuple[Tensor, Layout]:
+    """uint8 (H, W, 3) each -> float16 latents (N, C, h, w) and layouts of this worker's own maps."""
     images = as_images(model, maps)
+    layouts = draft_layout(images, list(kinds))
     with mixed_precision(model.device):
-        return model.encode_control(images, list(kinds)).half(), draft_tones(images, list(kinds)).half()
+        return model.encode_control(images, list(kinds)).half(), Layout(*(part.half() for part in layouts))
 
 
 def summarise(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Summaries | None:
@@ -102,9 +108,30 @@ def summarise(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Summar
     return tuple(_in_parts(model, len(pictures), see))
 
 
-def colours(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
-    """uint8 (H, W, 3) each -> float16 (N, 2, steps, 4), for the draft; each worker does its share."""
-    return _in_parts(model, len(pictures), lambda part: [colours_of(as_images(model, [pictures[i] for i in part]))])[0]
+def looks(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Look:
+    """uint8 (H, W, 3) each -> float16, for the drafts; each worker does its share."""
+
+    def see(part: NDArray[np.int64]) -> Look:
+        with torch.autocast(model.device.type, enabled=False):
+            return look_of(as_images(model, [pictures[i] for i in part]), model.image_size)
+
+    return Look(*_in_parts(model, len(pictures), see))
+
+
+def picked(parts: Seen, rows: NDArray[np.int64] | list[int]) -> Seen:
+    """Those of these rows."""
+    return type(parts)(*(part[rows] for part in parts))
+
+
+@torch.no_grad()
+def drafts(layouts: Layout, looks: Look, counts: NDArray[np.int64]) -> Tensor:
+    """Of B samples, each with so many of the looks, the first sample's first -> (B, CHANNELS, H, W)."""
+    shown = torch.arange(CONTEXTS) < torch.from_numpy(counts)[:, None]
+    shown = shown.to(layouts.tones.device)
+    slots = [part.new_zeros(*shown.shape, *part.shape[1:], dtype=torch.float32) for part in looks]
+    for slot, part in zip(slots, looks, strict=True):
+        slot[shown] = part.float()
+    return draft(layouts, Look(*slots), shown.float())
 
 
 def as_images(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:

@@ -21,7 +21,7 @@ from context_diffusion.schema import Pixels, Request
 from context_diffusion.training.batches import SAMPLE_SETTINGS, Source
 from context_diffusion.training.config import FinetuneJob
 from context_diffusion.training.diffusion import train_diffusion
-from context_diffusion.training.encoded import colours, encode, encode_controls, summarise
+from context_diffusion.training.encoded import encode, encode_controls, looks, summarise
 from context_diffusion.training.gallery import Gallery, Mixed
 from context_diffusion.training.generated import Generated
 from context_diffusion.training.pictures import Example, Pictures, read_pictures
@@ -75,7 +75,7 @@ class Own:
     def __init__(self, job: FinetuneJob, model: NativeModel, pictures: Pictures, pools: Pools) -> None:
         self.job, self.model, self.pictures = job, model, pictures
         self.generated, self.summaries = Generated(model, pools, job.pool_steps), summarise(model, pictures.pixels)
-        self.colours = colours(model, pictures.pixels)
+        self.looks = looks(model, pictures.pixels)
         self.training = self.gallery(pictures.training)
         self.held = self.gallery(pictures.validation) if pictures.validation else self.training
         self.origin = {"model": digest(model_folder(job.model)), "data": pictures.digest}
@@ -84,7 +84,7 @@ class Own:
         pixels = self.pictures.pixels
         latents = encode(self.model, [pixels[one.target] for one in examples])
         return Gallery(
-            pixels, examples, self.job.controls, latents, self.summaries, self.colours, partial(encode_controls, self.model)
+            pixels, examples, self.job.controls, latents, self.summaries, self.looks, partial(encode_controls, self.model)
         )
 
     def at(self, step: int) -> Source:

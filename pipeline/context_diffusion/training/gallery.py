@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from context_diffusion.control import control_map
+from context_diffusion.model.draft import Layout, Look
 from context_diffusion.schema import Pixels
 from context_diffusion.training.batches import CONTEXTS, Samples, Source, Summaries
 from context_diffusion.training.data import KIND_SHARES, KINDS, shift_exposure
+from context_diffusion.training.encoded import drafts, picked
 from context_diffusion.training.layouts import Rng
 from context_diffusion.training.pictures import Example
 from context_diffusion.training.styles import dress, make_style
@@ -24,16 +26,16 @@ class Gallery:
     """Examples of one's own pictures, as a source of batches. N pictures, E examples.
 
     pixels: uint8 (H, W, 3) each. latents: float16 (E, C, h, w) of the targets. summaries: of the pictures, where the
-    context encoder is frozen. colours: of the pictures. encode_controls: control maps and their kinds -> float16 latents
-    and tones."""
+    context encoder is frozen. looks: of the pictures. encode_controls: control maps and their kinds -> float16 latents and
+    layouts."""
 
     pixels: Sequence[Pixels]
     examples: Sequence[Example]
     kinds: Sequence[str]
     latents: Tensor
     summaries: Summaries | None
-    colours: Tensor
-    encode_controls: Callable[[Sequence[Pixels], Sequence[str]], tuple[Tensor, Tensor]]
+    looks: Look
+    encode_controls: Callable[[Sequence[Pixels], Sequence[str]], tuple[Tensor, Layout]]
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
         drawn, seeds = rng.integers(0, len(self.examples), size)[rows], rng.integers(0, 2**63, size)[rows]
@@ -48,9 +50,10 @@ class Gallery:
             prompts.append(example.prompt if own.random() >= prompt_dropout else "")
             kinds.append(self.draw_kind(own))
             maps.append(control_map(self.query(example, own), kinds[-1]))  # another one each time: not worth keeping
-        controls, tones = self.encode_controls(maps, kinds)
+        controls, layouts = self.encode_controls(maps, kinds)
         seen = self._seen(contexts)
-        return Samples(self.latents[drawn], seen, np.array(counts), controls, prompts, tones, self.colours[contexts])
+        drawn_over = drafts(layouts, picked(self.looks, contexts), np.array(counts))
+        return Samples(self.latents[drawn], seen, np.array(counts), controls, prompts, drawn_over)
 
     def _seen(self, contexts: list[int]) -> NDArray[np.uint8] | Summaries:
         if self.summaries is not None:
@@ -112,7 +115,6 @@ def join(first: Samples, *others: Samples) -> Samples:
             counts=np.concatenate([first.counts, other.counts]),
             controls=torch.cat([first.controls, other.controls]),
             prompts=[*first.prompts, *other.prompts],
-            tones=torch.cat([first.tones, other.tones]),
-            colours=torch.cat([first.colours, other.colours]),
+            drafts=torch.cat([first.drafts, other.drafts]),
         )
     return first
