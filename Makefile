@@ -34,7 +34,8 @@ lint: install ## ruff and a strict type check
 	$(BIN)/mypy
 
 test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
-	$(BIN)/pytest -m 'not slow and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not ray and not slow and not gpu'
+	$(BIN)/pytest -m 'ray and not slow and not gpu'
 
 .venv/full: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[full]'

@@ -39,8 +39,7 @@ LAYERS = [
 ]
 
 
-def modules() -> list[tuple[str, ast.Module]]:
-    return [(str(path.relative_to(PACKAGE)), ast.parse(path.read_text())) for path in sorted(PACKAGE.rglob("*.py"))]
+MODULES = [(str(path.relative_to(PACKAGE)), ast.parse(path.read_text())) for path in sorted(PACKAGE.rglob("*.py"))]
 
 
 def imports(tree: ast.Module, everywhere: bool) -> set[str]:
@@ -64,19 +63,19 @@ def layer(name: str) -> int:
 
 
 def test_ray_stays_at_its_edge() -> None:
-    users = {name for name, tree in modules() if any(m.split(".")[0] == "ray" for m in imports(tree, everywhere=True))}
+    users = {name for name, tree in MODULES if any(m.split(".")[0] == "ray" for m in imports(tree, everywhere=True))}
     assert users == RAY
 
 
 def test_torch_loads_only_where_it_is_the_matter() -> None:
     heavy = ("torch", "diffusers", "transformers")
-    users = {name for name, tree in modules() if any(m.split(".")[0] in heavy for m in imports(tree, everywhere=False))}
+    users = {name for name, tree in MODULES if any(m.split(".")[0] in heavy for m in imports(tree, everywhere=False))}
     assert all(name.startswith(TORCH) for name in users), users
 
 
 def test_imports_point_one_way() -> None:
     wrong = []
-    for name, tree in modules():
+    for name, tree in MODULES:
         if name == "__init__.py":
             continue
         own = name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")

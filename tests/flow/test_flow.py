@@ -27,7 +27,9 @@ def check_whole(folder: Path, rows: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("cluster", [{"num_cpus": 1}, {"num_cpus": 2, "actors": 2}], ids=str)
+@pytest.mark.parametrize(
+    "cluster", [pytest.param({"num_cpus": 1}, marks=pytest.mark.slow), {"num_cpus": 2, "actors": 2}], ids=str
+)
 def test_200_rows_complete_on_any_cluster(tmp_path: Path, cluster: dict[str, Any]) -> None:
     job = job_values(write_manifest(tmp_path / "in", 200), tmp_path / "out", cluster=cluster)
     summary = drive(job)

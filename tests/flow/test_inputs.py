@@ -18,6 +18,7 @@ from tiny import picture
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_a_jsonl_manifest_in_an_object_store_with_its_own_column_names(tmp_path: Path, s3: str) -> None:
     import s3fs
 

@@ -34,6 +34,7 @@ def job(output: Path, **more: object) -> TrainJob:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_workers_reach_one_workers_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffusion, "save_samples", lambda *_: None)
     monkeypatch.setattr(diffusion, "VALIDATION_BATCHES", 4)  # as in the other processes
