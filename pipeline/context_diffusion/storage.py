@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ import tenacity
 from fsspec.core import url_to_fs
 
 from context_diffusion.errors import ConfigError, ErrorCode, RowError, StorageError
+from context_diffusion.local_files import create_file, replace_file
 
 T = TypeVar("T")
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -27,6 +28,7 @@ ONE_PUT = 5 * 2**30  # a chunk size that keeps s3fs from cutting an object into 
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}  # the package's, by protocol
 # What no second try mends.
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+TOLD_S = 5.0  # that a store is waited for in silence
 FINAL_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EDQUOT}
 
 
@@ -72,6 +74,22 @@ def _passes(error: BaseException) -> bool:
     )
 
 
+class _Waiting:
+    """Says once that something is waited for: a wrong endpoint would look like a job that hangs."""
+
+    def __init__(self, uri: str, deadline_s: float) -> None:
+        self.uri, self.deadline_s, self.told = uri, deadline_s, False
+
+    def __call__(self, state: tenacity.RetryCallState) -> None:
+        waited = state.seconds_since_start or 0.0
+        if waited < TOLD_S or self.told or state.outcome is None:
+            return
+        self.told = True
+        error = state.outcome.exception()
+        told = f"{type(error).__name__}: {error}"
+        logging.getLogger(__name__).warning("%s: tried again for %.0f s more: %s", self.uri, self.deadline_s - waited, told)
+
+
 @dataclass(frozen=True)
 class Storage:
     """options: fsspec's storage options by protocol. deadline_s: how long one operation is tried again."""
@@ -94,6 +112,7 @@ class Storage:
             retry=tenacity.retry_if_exception(_passes),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
             stop=tenacity.stop_after_delay(self.deadline_s),
+            before_sleep=_Waiting(uri, self.deadline_s),
             reraise=True,
         )
         try:
@@ -197,7 +216,7 @@ class Storage:
     def create(self, uri: str, data: bytes) -> bool:
         """Creates an object, whole or not at all. False where it is there already: the first one stays."""
         if is_local(uri):
-            return self._try(uri, lambda: _create_local(Path(local_path(uri)), data))
+            return self._try(uri, lambda: create_file(Path(local_path(uri)), data))
         fs, path = self._fs(uri)
         if protocol(uri) in ("s3", "s3a"):
             return self._try(uri, lambda: self._create_s3(fs, path, data))
@@ -221,7 +240,7 @@ class Storage:
     def replace(self, uri: str, data: bytes) -> None:
         """Writes an object, over the one that may be there."""
         if is_local(uri):
-            self._try(uri, lambda: _replace_local(Path(local_path(uri)), data))
+            self._try(uri, lambda: replace_file(Path(local_path(uri)), data))
             return
         fs, path = self._fs(uri)
         self._try(
@@ -233,66 +252,3 @@ class Storage:
         fs, path = self._fs(uri)
         with contextlib.suppress(FileNotFoundError):
             self._try(uri, lambda: fs.rm_file(path))
-
-
-def _create_local(path: Path, data: bytes) -> bool:
-    """A file without a name is filled, then linked to its name: a kill at any moment leaves nothing behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            handle = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o644, dir_fd=folder)
-        except (OSError, AttributeError):  # a file system or a system that has no nameless files
-            return _create_by_temporary(path, data)
-        try:
-            _write_all(handle, data)
-            # src_dir_fd makes Python call linkat, which follows the link in /proc; plain link() does not.
-            os.link(f"/proc/self/fd/{handle}", path.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
-        except FileExistsError:
-            return False
-        finally:
-            os.close(handle)
-    finally:
-        os.close(folder)
-    return True
-
-
-def _create_by_temporary(path: Path, data: bytes) -> bool:
-    """Where there are no nameless files: a temporary one, linked; without hard links, the name is claimed first."""
-    handle, temporary = tempfile.mkstemp(prefix=".creating-", dir=path.parent)
-    try:
-        _write_all(handle, data)
-        os.chmod(temporary, 0o644)
-        try:
-            os.link(temporary, path)
-        except PermissionError:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-            os.replace(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        os.close(handle)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-    return True
-
-
-def _replace_local(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".replacing-", dir=path.parent)
-    try:
-        _write_all(handle, data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    finally:
-        os.close(handle)
-
-
-def _write_all(handle: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
-    os.fsync(handle)
