@@ -21,6 +21,7 @@ LAYERS = [
         "images",
         "encoding",
         "kept",
+        "parquet",
         "manifest",
         "sources",
         "rows",

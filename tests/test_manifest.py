@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ErrorCode, ManifestError
-from context_diffusion.manifest import expand, open_file, read_parquet, read_text, scan_text
+from context_diffusion.manifest import expand, open_file, read_parquet, read_text, scan_parquet, scan_text
 from context_diffusion.rows import read_table
 from context_diffusion.schema import PASSED, READ, Shard, derive_seed
 from context_diffusion.storage import Storage
@@ -202,3 +202,24 @@ def test_ids_that_stand_twice_are_named_whichever_bucket_they_fall_in(monkeypatc
         repeated = unique.duplicates()
     assert unique.count == 3003
     assert sorted(name_duplicates(repeated, iter(ids))) == ["row 17", "row 2999"]
+
+
+def test_a_store_that_fails_while_a_parquet_file_is_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec.implementations.local as local
+
+    uri = str(tmp_path / "m.parquet")
+    pq.write_table(pa.table({"id": ["a", "b"], "query": ["1", "2"]}), uri)
+    opened = local.LocalFileSystem._open
+    failures = iter([ConnectionResetError("reset"), None, TimeoutError("late"), None, ConnectionResetError("reset")])
+
+    def failing(self: Any, path: str, **more: Any) -> Any:
+        file = opened(self, path, **more)
+        if (failure := next(failures, None)) is not None:
+            monkeypatch.setattr(file, "read", lambda *_: (_ for _ in ()).throw(failure))
+        return file
+
+    monkeypatch.setattr(local.LocalFileSystem, "_open", failing)
+    file = open_file(uri, STORAGE)
+    assert [row["id"] for row in scan_parquet(file, STORAGE, ["id"])] == ["a", "b"]
+    assert [row["id"] for row in read_parquet(file, Shard(0, 0, 0, 2), STORAGE)] == ["a", "b"]
+    assert next(failures, "all met") == "all met"

@@ -8,17 +8,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from context_diffusion.errors import ManifestError
+from context_diffusion.parquet import NotParquetError, read_parquet_file
 from context_diffusion.schema import Shard
 from context_diffusion.storage import Storage
 
+T = TypeVar("T")
 Row = dict[str, Any]
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 GLOB = set("*?[")
@@ -59,14 +61,9 @@ def open_file(uri: str, storage: Storage) -> ManifestFile:
     if form is None:
         raise ManifestError(f"{uri}: the name of a manifest ends in one of {', '.join(FORMATS)}")
     if form == "parquet":
-        try:
-            with storage.open(uri) as file:
-                footer = pq.ParquetFile(file)
-                groups = [footer.metadata.row_group(g).num_rows for g in range(footer.num_row_groups)]
-                return ManifestFile(uri, form, footer.schema_arrow.names, groups)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ManifestError(f"{uri}: not a readable Parquet file: {error}") from error
-    columns: list[str] = []
+        columns, groups = _parquet(uri, storage, _names_and_groups, "not a readable Parquet file")
+        return ManifestFile(uri, form, columns, groups)
+    columns = []
     if form == "csv":
         with storage.open(uri) as file:
             columns = next(_csv_records(uri, file, 0))[2]
@@ -74,8 +71,7 @@ def open_file(uri: str, storage: Storage) -> ManifestFile:
 
 
 def parquet_schema(uri: str, storage: Storage) -> pa.Schema:
-    with storage.open(uri) as file:
-        return pq.read_schema(file)
+    return _parquet(uri, storage, lambda file: file.schema_arrow, "not a readable Parquet file")
 
 
 def scan_text(file: ManifestFile, storage: Storage) -> Iterator[tuple[int, int, Row]]:
@@ -91,8 +87,8 @@ def scan_text(file: ManifestFile, storage: Storage) -> Iterator[tuple[int, int, 
 
 def scan_parquet(file: ManifestFile, storage: Storage, columns: list[str] | None) -> Iterator[Row]:
     """All rows of a Parquet file, these columns of them (None: all)."""
-    with storage.open(file.uri) as handle:
-        for batch in _batches(file.uri, handle, columns):
+    for group in range(len(file.groups)):
+        for batch in _row_group(file, group, storage, columns).to_batches(4096):
             yield from batch.to_pylist()
 
 
@@ -115,11 +111,7 @@ def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row
     key = (file.uri, shard.group)
     if key not in _last_group or len(_last_group[key]) < shard.first_row + shard.rows:  # the file may have grown
         _last_group.clear()
-        try:
-            with storage.open(file.uri) as handle:
-                _last_group[key] = pq.ParquetFile(handle).read_row_group(shard.group)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ManifestError(f"{file.uri}: row group {shard.group} cannot be read as Parquet: {error}") from error
+        _last_group[key] = _row_group(file, shard.group, storage)
     rows = _last_group[key].slice(shard.first_row, shard.rows).to_pylist()
     if len(rows) != shard.rows:
         raise ManifestError(f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?")
@@ -129,11 +121,22 @@ def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row
 _last_group: dict[tuple[str, int], pa.Table] = {}
 
 
-def _batches(uri: str, handle: Any, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+def _row_group(file: ManifestFile, group: int, storage: Storage, columns: list[str] | None = None) -> pa.Table:
+    wrong = f"row group {group} cannot be read as Parquet"
+    return _parquet(file.uri, storage, lambda opened: opened.read_row_group(group, columns), wrong)
+
+
+def _parquet(uri: str, storage: Storage, read: Callable[[pq.ParquetFile], T], wrong: str) -> T:
+    """Raises ManifestError that says what is wrong."""
     try:
-        yield from pq.ParquetFile(handle).iter_batches(4096, columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ManifestError(f"{uri}: cannot be read as Parquet: {error}") from error
+        return read_parquet_file(storage, uri, read)
+    except NotParquetError as error:
+        raise ManifestError(f"{uri}: {wrong}: {error}") from error
+
+
+def _names_and_groups(file: pq.ParquetFile) -> tuple[list[str], list[int]]:
+    """Its columns, and the rows of each row group."""
+    return file.schema_arrow.names, [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
 
 
 def _lines(uri: str, handle: BinaryIO) -> Iterator[bytes]:

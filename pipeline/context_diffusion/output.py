@@ -17,12 +17,13 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from context_diffusion.errors import StorageError
+from context_diffusion.parquet import NotParquetError, read_parquet_file
 from context_diffusion.schema import Counts, part_name
 from context_diffusion.storage import Storage
 
@@ -86,16 +87,10 @@ class Output:
 
     def read_part(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """These columns alone are read, where some are named. Raises StorageError naming the part that cannot be read."""
-
-        def parse(file: BinaryIO) -> pa.Table:
-            try:
-                return pq.ParquetFile(file).read(columns)
-            except (pa.ArrowInvalid, OSError) as error:
-                if isinstance(error, OSError) and (error.errno or type(error) is not OSError):
-                    raise  # the store's fault, not the file's: pyarrow's own have no number
-                raise StorageError(f"{self.part(shard)}: not a readable Parquet file: {error}") from error
-
-        return self.storage.parse(self.part(shard), parse)
+        try:
+            return read_parquet_file(self.storage, self.part(shard), lambda file: file.read(columns))
+        except NotParquetError as error:
+            raise StorageError(f"{self.part(shard)}: not a readable Parquet file: {error}") from error
 
     def picture(self, row: dict[str, Any]) -> bytes:
         """A finished row's picture file: from the row itself, a tar, or a file of its own."""

@@ -22,8 +22,9 @@ from context_diffusion.evaluation.layout import boundary_f1, layout_score
 from context_diffusion.evaluation.style import chamfer, palette
 from context_diffusion.model.native import NativeModel
 from context_diffusion.schema import Pixels
+from context_diffusion.training.layouts import Tone
 from context_diffusion.training.samples import make
-from context_diffusion.training.styles import dress
+from context_diffusion.training.styles import Style, dress
 
 
 @torch.no_grad()
@@ -84,22 +85,48 @@ def contexts(model: NativeModel, rows: list[Row], settings: Settings) -> None:
 
 
 def swap(model: NativeModel, rows: list[Row], settings: Settings) -> None:
-    """Of pairs of rows: the output with only the contexts, only the query exchanged for the other row's. Same seed."""
+    """Of pairs of rows: the output with only the contexts, only the query exchanged for the other row's. Same seed.
+
+    A texture is edges too, so the true pictures' own ratio stands beside the model's, and a third change, of palette alone."""
     pairs = [(rows[i], rows[i + 1], i) for i in range(0, len(rows) - 1, 2)]
-    base, restyled, moved = (
-        make(model, [request_of(a, i, settings, **change(b)) for a, b, i in pairs])
-        for change in (
-            lambda b: {},
-            lambda b: {"contexts": tuple(b.contexts[: b.shown])},
-            lambda b: {"query": b.query},
-        )
+    repainted = [replace(a.style, palette=b.style.palette, lut=b.style.lut) for a, b, _ in pairs]
+    changes = (
+        [{} for _ in pairs],
+        [{"contexts": tuple(b.contexts[: b.shown])} for _, b, _ in pairs],
+        [
+            {"contexts": tuple(dressed(tone, style) for tone in a.context_tones[: a.shown])}
+            for (a, *_), style in zip(pairs, repainted, strict=True)
+        ],
+        [{"query": b.query} for _, b, _ in pairs],
     )
-    for what, change, small, large in (
-        ("edges, by contexts and by query", lambda a, b: 1 - layout_score(a, b), restyled, moved),
-        ("palette, by query and by contexts", lambda a, b: chamfer(palette([a]), palette([b])), moved, restyled),
-    ):
-        little, much = (np.mean([change(a, b) for a, b in zip(base, images, strict=True)]) for images in (small, large))
-        print(f"change of the {what}: {little:.3f}, {much:.3f}: {little / much:.3f}", flush=True)
+    made = [
+        make(model, [request_of(a, i, settings, **more) for (a, _, i), more in zip(pairs, each, strict=True)]) for each in changes
+    ]
+    true = [
+        [dressed(tone, style) for tone, style in each]
+        for each in (
+            [(a.tone, a.style) for a, *_ in pairs],
+            [(a.tone, b.style) for a, b, _ in pairs],
+            [(a.tone, style) for (a, *_), style in zip(pairs, repainted, strict=True)],
+            [(b.tone, a.style) for a, b, _ in pairs],
+        )
+    ]
+    for whose, (base, restyled, repainted_ones, moved) in (("the model", made), ("the truth", true)):
+        for what, change, small, large in (
+            ("edges, by contexts and by query", edge_change, restyled, moved),
+            ("edges, by their palette alone and by query", edge_change, repainted_ones, moved),
+            ("palette, by query and by contexts", lambda a, b: chamfer(palette([a]), palette([b])), moved, restyled),
+        ):
+            little, much = (np.mean([change(a, b) for a, b in zip(base, images, strict=True)]) for images in (small, large))
+            print(f"{whose}: change of the {what}: {little:.3f}, {much:.3f}: {little / much:.3f}", flush=True)
+
+
+def edge_change(first: Pixels, second: Pixels) -> float:
+    return 1 - layout_score(first, second)
+
+
+def dressed(tone: Tone, style: Style) -> Pixels:
+    return dress(tone, style, np.random.default_rng(1))
 
 
 if __name__ == "__main__":

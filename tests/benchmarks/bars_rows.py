@@ -40,6 +40,7 @@ class Row:
     query: Pixels
     truth: Pixels
     contexts: list[Pixels]
+    context_tones: list[Tone]
     shown: int
     family: str
 
@@ -58,8 +59,11 @@ def _row(rng: Rng, size: int, number: int, group: list[Row]) -> Row:
     while style.palette in taken:
         style = make_style(rng, held_out=number % 2 == 0)
     family, tone = make_layout(rng, size, held_out=True)
-    others = [dress(make_layout(rng, size, held_out=True)[1], style, rng) for _ in range(3)]
-    return Row(tone, style, make_query(rng, tone), dress(tone, style, rng), others, int(rng.integers(1, 4)), family)
+    tones, others = [], []
+    for _ in range(3):
+        tones.append(make_layout(rng, size, held_out=True)[1])
+        others.append(dress(tones[-1], style, rng))
+    return Row(tone, style, make_query(rng, tone), dress(tone, style, rng), others, tones, int(rng.integers(1, 4)), family)
 
 
 def gray_request(name: str, query: Pixels, contexts: Sequence[Pixels], settings: Settings, seed: int) -> Request:

@@ -207,7 +207,9 @@ class NativeModel:
         if draft is None:
             more = self.unet.config.in_channels - self.unet.config.out_channels
             return F.pad(latents, (0, 0, 0, 0, 0, more))
-        return torch.cat([latents, F.pixel_unshuffle(draft.to(self.dtype), draft.shape[-1] // latents.shape[-1])], 1)
+        shown = F.pixel_unshuffle(draft.to(self.dtype), draft.shape[-1] // latents.shape[-1])
+        more = self.unet.config.in_channels - self.unet.config.out_channels
+        return torch.cat([latents, shown[:, :more]], 1)  # a model from before the waves takes the first ones
 
     def pool(self, hidden: Tensor, bias: Tensor) -> Tensor:
         """Tokens (B, L, D) -> (B, 2·D): the weighted means of the text's and of the contexts' tokens. They modulate
