@@ -15,7 +15,8 @@ import typer
 from rich.console import Console
 
 from context_diffusion.config import GenerateJob
-from context_diffusion.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNEXPECTED, ContextDiffusionError, JobError
+from context_diffusion.errors import EXIT_EXTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_UNEXPECTED, ContextDiffusionError, JobError
+from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address, known_token
 from context_diffusion.strict import StrictModel
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 JobFile = Annotated[str, typer.Argument(metavar="JOB", help="a job file, YAML or JSON")]
 Folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="the output folder of a job")]
+Address = Annotated[str | None, typer.Option(help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS")]
+RetryFailed = Annotated[bool, typer.Option(help="make the rows that failed anew")]
+Extend = Annotated[bool, typer.Option(help="the manifest has grown at its end: make what is new")]
+AcceptChange = Annotated[bool, typer.Option(help="go on with other versions of torch or diffusers")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7")]
 
 
@@ -53,6 +58,10 @@ def _run() -> int:
         errors.print(f"error: {error}")
         _print({"exit": error.exit_code, "error": str(error)})
         return error.exit_code
+    except RayJobsError as error:
+        errors.print(f"error: {error}")
+        _print({"exit": EXIT_EXTERNAL, "error": str(error)})
+        return EXIT_EXTERNAL
     except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except Exception as error:
@@ -85,9 +94,9 @@ def run(
     job: JobFile,
     sets: Sets = None,
     address: Annotated[str | None, typer.Option(help="a Ray cluster; default: RAY_ADDRESS, else one started here")] = None,
-    retry_failed: Annotated[bool, typer.Option(help="make the rows that failed anew")] = False,
-    extend: Annotated[bool, typer.Option(help="the manifest has grown at its end: make what is new")] = False,
-    accept_change: Annotated[bool, typer.Option(help="go on with other versions of torch or diffusers")] = False,
+    retry_failed: RetryFailed = False,
+    extend: Extend = False,
+    accept_change: AcceptChange = False,
 ) -> None:
     """Runs a job, or what is missing of it.
 
@@ -150,17 +159,75 @@ def validate(
 
 
 @app.command()
-def status(output: Folder) -> None:
-    """How far OUTPUT is, from its parts alone. Example: context-diffusion status build/demo"""
-    opened = _open(output)
-    plan = opened.read_json(opened.plan)
-    counts = opened.count()
-    finished = opened.storage.exists(opened.success)
-    state = "finished" if finished else "not finished"
-    errors.print(f"{opened.root}: {state}, {counts.rows} of {plan['rows']} rows, {counts.failed} failed, {counts.images} images")
-    for code, count in sorted(counts.codes.items()):
-        errors.print(f"  {code}: {count}")
-    _print({"output": opened.root, "finished": finished, "of": plan["rows"], **vars(counts), "exit": EXIT_OK})
+def submit(
+    job: JobFile,
+    sets: Sets = None,
+    address: Address = None,
+    wait: Annotated[bool, typer.Option("--wait", help="follows its log and ends with its code")] = False,
+    wheel: Annotated[str | None, typer.Option(metavar="FILE|build", help="ships the package, where the image lacks it")] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="for the job's processes")] = None,
+    retry_failed: RetryFailed = False,
+    extend: Extend = False,
+    accept_change: AcceptChange = False,
+) -> None:
+    """Runs a job on a cluster, through Ray's Jobs API. Submitted again while it runs, it is joined; later, resumed.
+
+    Example: context-diffusion submit jobs/demo.yaml --address http://127.0.0.1:8265 --wait
+    """
+    from context_diffusion.submitting import local_paths, wheel_of
+    from context_diffusion.submitting import submit as submit_job
+
+    loaded, jobs = _load(job, sets), _jobs(address)
+    chosen = {"--retry-failed": retry_failed, "--extend": extend, "--accept-change": accept_change}
+    variables = dict(pair.split("=", 1) for pair in env or [] if "=" in pair)
+    if len(variables) < len(env or []):
+        raise JobError(f"--env {' '.join(env or [])}: write KEY=VALUE, each KEY once")
+    made = submit_job(loaded, jobs, [flag for flag, on in chosen.items() if on], wheel_of(wheel), variables)
+    for path in local_paths(made.values, jobs.address):
+        errors.print(f"warning: {path} is a path of this machine: every node of {jobs.address} must have it")
+    errors.print(f"{made.id} {'runs already' if made.attached else 'is submitted'}; context-diffusion status {made.id}")
+    code = jobs.follow(made.id, errors.print) if wait else EXIT_OK
+    _print({"submission_id": made.id, "attached": made.attached, "output": made.values["output"], "exit": code})
+    raise typer.Exit(code)
+
+
+@app.command()
+def stop(submission: Annotated[str, typer.Argument(metavar="SUBMISSION")], address: Address = None) -> None:
+    """Stops a submitted job so that it can be resumed. Example: context-diffusion stop demo-0a1b2c3d-4e5f60-1"""
+    stopped = _jobs(address).stop(submission)
+    errors.print(f"{submission} {'is told to stop' if stopped else 'does not run'}")
+    _print({"submission_id": submission, "stopped": stopped, "exit": EXIT_OK})
+
+
+def _jobs(address: str | None) -> RayJobs:
+    if not (found := address or known_address()):
+        raise JobError("no cluster: give --address http://HOST:8265, or set RAY_API_SERVER_ADDRESS")
+    return RayJobs(found, known_token())
+
+
+@app.command()
+def status(
+    output: Annotated[str, typer.Argument(metavar="OUTPUT|SUBMISSION", help="an output folder, or what `submit` named")],
+    address: Address = None,
+) -> None:
+    """How far a job is, from the parts of its OUTPUT, whatever became of its run.
+
+    Example: context-diffusion status build/demo
+    """
+    from context_diffusion.output import Output
+    from context_diffusion.storage import Storage, normal
+    from context_diffusion.watching import progress_of, submission_of
+
+    opened, job = Output(normal(output), Storage()), None
+    if not opened.storage.exists(opened.plan):
+        job = submission_of(output, _jobs(address) if address or known_address() else None)
+        opened = Output(job["output"], Storage())
+    told = progress_of(opened)
+    if job:
+        errors.print(f"{output}: {job['status']}{': ' + job['message'] if job['message'] else ''}")
+    for line in told.lines:
+        errors.print(line)
+    _print({**({"submission": job} if job else {}), **told.values, "exit": EXIT_OK})
 
 
 @app.command()

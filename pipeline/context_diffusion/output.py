@@ -17,6 +17,7 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +30,7 @@ from context_diffusion.storage import Storage
 
 PART = re.compile(r"part-(\d{5,})\.parquet$")
 READERS, AHEAD = 16, 256  # threads that read parts, and how many parts at most wait to be looked at
+PACE_S = 900.0
 COUNTED = ["id", "index", "status", "error_code"]
 
 
@@ -118,6 +120,24 @@ class Output:
                     total.codes[row["error_code"]] = total.codes.get(row["error_code"], 0) + 1
         total.ok = total.rows - total.failed
         return total
+
+
+def pace(output: Output) -> tuple[float, float] | None:
+    """Rows and images a second of the last PACE_S in which parts were written, and so also after the run is gone. None
+    where there are too few."""
+    made: list[tuple[datetime, int, int]] = []
+    for _, part in output.read_parts(["id", "status", "created_at"]):
+        rows, images = len(set(part["id"].to_pylist())), part["status"].to_pylist().count("ok")
+        made.append((part["created_at"][0].as_py(), rows, images))
+    last = max((at for at, *_ in made), default=None)
+    if last is None:
+        return None
+    recent = sorted(one for one in made if (last - one[0]).total_seconds() <= PACE_S)
+    seconds = (last - recent[0][0]).total_seconds()
+    if seconds <= 0:
+        return None
+    # What the first of them holds was made before its time.
+    return sum(rows for _, rows, _ in recent[1:]) / seconds, sum(images for *_, images in recent[1:]) / seconds
 
 
 def members(tar: bytes) -> Iterator[tuple[str, bytes]]:

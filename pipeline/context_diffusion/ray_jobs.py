@@ -1,0 +1,157 @@
+"""Ray's Jobs API over plain HTTP: submit, follow, stop. The standard library alone, so that an orchestrator needs this one
+file and neither Ray nor the package.
+
+    jobs = RayJobs("http://127.0.0.1:8265", token)
+    name = jobs.submit("context-diffusion-ab12-1", "context-diffusion run s3://bucket/job.yaml")
+    code = jobs.follow(name, print)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ACTIVE = ("PENDING", "RUNNING")
+EXIT_STOPPED, EXIT_LOST = 143, 75
+PATIENCE_S = 60.0  # a cluster may be away, or just starting, for so long
+EVERY_S = 2.0
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as `ray job submit` looks them up
+
+
+class RayJobsError(Exception):
+    """The cluster cannot be reached or refuses; the message says what to do."""
+
+
+def known_address() -> str | None:
+    """The dashboard that the environment names."""
+    return next((value for name in ADDRESSES if (value := os.environ.get(name, "")).startswith("http")), None)
+
+
+def known_token() -> str | None:
+    """As Ray looks it up: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    try:
+        return path.read_text().strip() or None
+    except OSError:
+        return None
+
+
+@dataclass(frozen=True)
+class RayJobs:
+    """address: of the dashboard, http://HOST:8265."""
+
+    address: str
+    token: str | None = None
+    patience_s: float = PATIENCE_S
+
+    def submit(
+        self,
+        submission_id: str,
+        entrypoint: str,
+        runtime_env: dict[str, Any] | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> bool:
+        """False where a job of that id is there already: Ray takes an id once. Raises RayJobsError."""
+        if self.get(submission_id):
+            return False
+        asked = {"entrypoint": entrypoint, "submission_id": submission_id, "runtime_env": runtime_env, "metadata": metadata}
+        try:
+            self._call("POST", "/api/jobs/", asked, again=("No available agent",))
+        except RayJobsError as error:
+            if "already exists" in str(error):  # ours, its answer lost, or one that came first
+                return False
+            raise
+        return True
+
+    def get(self, submission_id: str) -> dict[str, Any] | None:
+        """status (PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED), driver_exit_code, message, metadata, start_time, ..."""
+        try:
+            found: dict[str, Any] = self._call("GET", f"/api/jobs/{submission_id}")
+        except KeyError:
+            return None
+        return found
+
+    def list(self, prefix: str) -> list[dict[str, Any]]:
+        """The jobs whose submission_id begins so, the oldest first."""
+        found = [job for job in self._call("GET", "/api/jobs/") if str(job.get("submission_id") or "").startswith(prefix)]
+        return sorted(found, key=lambda job: job.get("start_time") or 0)
+
+    def logs(self, submission_id: str) -> str:
+        return str(self._call("GET", f"/api/jobs/{submission_id}/logs")["logs"] or "")
+
+    def stop(self, submission_id: str) -> bool:
+        """Asks for it: SIGTERM, and SIGKILL when RAY_JOB_STOP_WAIT_TIME_S are over. False where nothing runs."""
+        try:
+            return bool(self._call("POST", f"/api/jobs/{submission_id}/stop", {})["stopped"])
+        except KeyError:
+            raise RayJobsError(f"{self.address} knows no job {submission_id}") from None
+
+    def upload(self, name: str, data: bytes) -> str:
+        """A package for a runtime_env, kept by the cluster's head. -> its URI."""
+        try:
+            self._call("GET", f"/api/packages/gcs/{name}")
+        except KeyError:
+            self._call("PUT", f"/api/packages/gcs/{name}", data)
+        return f"gcs://{name}"
+
+    def follow(self, submission_id: str, tell: Callable[[str], object], every_s: float = EVERY_S) -> int:
+        """Tells each new line of the job's log until the job ends. -> the code that its entrypoint ended with."""
+        told = 0
+        while True:
+            job = self.get(submission_id)
+            if job is None:
+                raise RayJobsError(f"{self.address} knows no job {submission_id}: was the cluster started anew? Submit it again")
+            ended = job["status"] not in ACTIVE
+            if job["status"] != "PENDING":
+                text = self.logs(submission_id)
+                whole = len(text) if ended else text.rfind("\n") + 1
+                for line in text[told:whole].splitlines():
+                    tell(line)
+                told = max(told, whole)
+            if ended:
+                return exit_code(job)
+            time.sleep(every_s)
+
+    def _call(self, method: str, path: str, body: Any = None, again: tuple[str, ...] = ()) -> Any:
+        """The answer's JSON. Raises KeyError for 404, RayJobsError for all else; a cluster that does not answer, or says
+        one of `again`, is asked again for a while."""
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        request = urllib.request.Request(self.address.rstrip("/") + path, data, headers, method=method)
+        until = time.monotonic() + self.patience_s
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                text = error.read().decode(errors="replace")
+                if error.code == 404:
+                    raise KeyError(path) from None
+                if error.code in (401, 403):
+                    hint = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+                    raise RayJobsError(f"{self.address} refuses the token ({error.code}): {hint}") from None
+                passing = error.code in (502, 503, 504) or any(part in text for part in again)
+                wrong = f"{self.address}{path} answered {error.code}: {text.strip()[-500:]}"
+            except (urllib.error.URLError, OSError, ValueError) as error:
+                passing, wrong = not isinstance(error, ValueError), f"no Ray dashboard answers at {self.address}: {error}"
+            if not passing or time.monotonic() > until:
+                raise RayJobsError(wrong)
+            time.sleep(1)
+
+
+def exit_code(job: dict[str, Any]) -> int:
+    """Of a job that has ended: its entrypoint's, 143 where it was stopped, 75 where its node or cluster was lost."""
+    if job["status"] == "SUCCEEDED":
+        return 0
+    if job["status"] == "STOPPED":
+        return EXIT_STOPPED
+    return int(job["driver_exit_code"]) if job.get("driver_exit_code") else EXIT_LOST
