@@ -123,7 +123,7 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
     layout = model.encode_control(pixels[1:], ["gray"])
     look = Look(*(part[:, None] for part in look_of(pixels[:1], model.image_size)))
     seen = draft(layout_of(pixels[1:]), look, torch.ones(1, 1))
-    drafts = [seen * 0, seen, seen]
+    drafts = [model.draw(seen * 0), model.draw(seen), model.draw(seen)]
     for timestep in scheduler.timesteps:
         time = timestep[None].float()
         down, mid = model.control(latents, time, layout)

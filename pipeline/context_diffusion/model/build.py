@@ -92,7 +92,7 @@ def _attention(sizes: Architecture) -> dict[str, int]:
 def build_unet(sizes: Architecture) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=sizes.image_size // sizes.place,
-        in_channels=sizes.folded_channels + sizes.draft * CHANNELS * sizes.place**2,
+        in_channels=sizes.folded_channels + sizes.draft * (sizes.folded_channels + CHANNELS * sizes.place**2),
         out_channels=sizes.folded_channels,
         **_attention(sizes),
         block_out_channels=tuple(sizes.channels),

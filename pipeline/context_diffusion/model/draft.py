@@ -23,6 +23,7 @@ from context_diffusion.model.waves import draw_waves, waves_of
 
 WAYS, STEPS = 2, 64  # by rank and by deviations; steps of a curve
 CHANNELS = 3 * WAYS + 3 + 2  # plain in both ways, textured, the contexts' waves and the query's
+TEXTURED = slice(3 * WAYS, 3 * WAYS + 3)
 REACH = 2.5  # deviations from the mean that a curve covers
 FALL = 0.7  # steps: how fast a colour's say falls off; where a context has none, the next one speaks
 LOUD = 4.0  # waves are some .1 to .25 of all tones

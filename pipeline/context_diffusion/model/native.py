@@ -13,13 +13,14 @@ import copy
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderTiny, ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from context_diffusion.errors import ModelError
-from context_diffusion.model.draft import Layout, layout_of
+from context_diffusion.model.draft import TEXTURED, Layout, layout_of
 from context_diffusion.model.encoders import load_vision_model, patch_tokens
 from context_diffusion.model.fusion import ContextFusion
 from context_diffusion.model.normalization import describe, normalise, restore
@@ -47,6 +48,13 @@ def draft_layout(control_maps: Tensor, kinds: list[str]) -> Layout:
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+
+class Drawn(NamedTuple):
+    """Drafts as the U-Net takes them: model/draft.py."""
+
+    pixels: Tensor  # (B, CHANNELS, H, W), 0 where there is none
+    latents: Tensor  # (B, C, h, w)
 
 
 @dataclass
@@ -184,13 +192,13 @@ class NativeModel:
         bias: Tensor,
         down: list[Tensor] | None,
         mid: Tensor | None,
-        draft: Tensor | None = None,
+        drawn: Drawn | None = None,
     ) -> Tensor:
-        """draft: (B, CHANNELS, H, W), 0 where there is none."""
         # The U-Net takes a mask m and adds (1 - m) · -10000: solved for m.
         mask = 1 + bias[:, 0] / 10_000
-        return self.unet(
-            self.beside(latents, draft),
+        given, shift = self.beside(latents, timesteps, drawn)
+        output = self.unet(
+            given,
             timesteps,
             hidden.to(self.dtype),
             class_labels=self.pool(hidden, bias).to(self.dtype),
@@ -198,18 +206,40 @@ class NativeModel:
             down_block_additional_residuals=None if down is None else tuple(down),
             mid_block_additional_residual=mid,
         ).sample
+        return output - shift
 
-    def beside(self, latents: Tensor, draft: Tensor | None) -> Tensor:
-        """What the U-Net takes: the latents, and beside them the pixels of the draft that are in each place."""
+    def draw(self, drafts: Tensor) -> Drawn:
+        """(B, CHANNELS, H, W) -> with the latents of the textured one, 0 where there is none."""
+        told = drafts.flatten(1).any(1)[:, None, None, None]
+        return Drawn(drafts, self._encode(drafts[:, TEXTURED]) * told)
+
+    def beside(self, latents: Tensor, timesteps: Tensor, drawn: Drawn | None) -> tuple[Tensor, Tensor | float]:
+        """-> what the U-Net takes, and what is to be taken from its output.
+
+        The U-Net denoises what the draft lacks: of x = a·z + s·noise with z = draft + rest it is given a·rest + s·noise, and
+        its v = a·noise - s·rest becomes that of z with s·draft less. Beside it stand the draft's latents, and the pixels
+        that are in each place."""
         latents = latents.to(self.dtype)
         if not self.drafts:
-            return latents
-        if draft is None:
-            more = self.unet.config.in_channels - self.unet.config.out_channels
-            return F.pad(latents, (0, 0, 0, 0, 0, more))
-        shown = F.pixel_unshuffle(draft.to(self.dtype), draft.shape[-1] // latents.shape[-1])
-        more = self.unet.config.in_channels - self.unet.config.out_channels
-        return torch.cat([latents, shown[:, :more]], 1)  # a model from before the waves takes the first ones
+            return latents, 0.0
+        if drawn is None:
+            return F.pad(latents, (0, 0, 0, 0, 0, self.unet.config.in_channels - latents.shape[1])), 0.0
+        signal, sigma = (part.to(self.dtype) for part in self._levels(timesteps))
+        seen = drawn.latents.to(self.dtype)
+        pixels = F.pixel_unshuffle(drawn.pixels.to(self.dtype), drawn.pixels.shape[-1] // latents.shape[-1])
+        return torch.cat([latents - signal * seen, seen, pixels], 1), sigma * seen
+
+    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,), between two where a sampler asks for it -> a and s, (B, 1, 1, 1)."""
+        table = self._alphas.to(timesteps.device)
+        times = timesteps.float().clamp(0, len(table) - 1)
+        low = times.floor().long()
+        alphas = torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], times.frac())[:, None, None, None]
+        return alphas.sqrt(), (1 - alphas).sqrt()
+
+    @cached_property
+    def _alphas(self) -> Tensor:
+        return DDIMScheduler.from_config(self.scheduler_config).alphas_cumprod
 
     def pool(self, hidden: Tensor, bias: Tensor) -> Tensor:
         """Tokens (B, L, D) -> (B, 2·D): the weighted means of the text's and of the contexts' tokens. They modulate

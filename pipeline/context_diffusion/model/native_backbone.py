@@ -15,7 +15,7 @@ from context_diffusion.engine.conditions import Context, content_key, control_sc
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
 from context_diffusion.model.draft import CHANNELS, Layout, Look, draft, look_of
-from context_diffusion.model.native import PICTURE_KINDS, NativeModel, draft_layout
+from context_diffusion.model.native import PICTURE_KINDS, Drawn, NativeModel, draft_layout
 from context_diffusion.schema import Control, Request
 
 
@@ -68,8 +68,11 @@ class NativeBackbone:
             layout = cache.get(f"tones:{control.kind}:{content_key(control.pixels)}", partial(self._tones, control))
             looks = [cache.get(f"look:{one.key}", partial(self._look, one.pixels)) for one in shown]
             weights = torch.tensor([[one.weight for one in shown]], device=model.device)
-            made = scale * draft(layout, Look(*(torch.stack(parts, 1) for parts in zip(*looks, strict=True))), weights)
-        return {True: {"draft": made.to(self.model.dtype)}, False: {"draft": none.to(self.model.dtype)}}
+            made = draft(layout, Look(*(torch.stack(parts, 1) for parts in zip(*looks, strict=True))), weights)
+        return {
+            seen: {"draft": scale * drawn.pixels.to(model.dtype), "drawn": scale * drawn.latents}
+            for seen, drawn in ((True, model.draw(made)), (False, model.draw(none)))
+        }
 
     def _tones(self, control: Control) -> Layout:
         return draft_layout(to_tensor(control.pixels).to(self.model.device), [control.kind])
@@ -113,9 +116,10 @@ class NativeBackbone:
         down, mid, drawn = None, None, None
         if residuals is not None:
             *down, mid, scale = residuals
-            drawn = lanes["draft"] * scale if self.model.drafts else None
-        return self.unet(
-            self.model.beside(latents, drawn),
+            drawn = Drawn(lanes["draft"] * scale, lanes["drawn"] * scale) if self.model.drafts else None
+        given, shift = self.model.beside(latents, timesteps, drawn)
+        output = self.unet(
+            given,
             timesteps,
             encoder_hidden_states=None,
             class_labels=lanes["pooled"].to(self.model.dtype),
@@ -124,6 +128,7 @@ class NativeBackbone:
             mid_block_additional_residual=mid,
             return_dict=False,
         )[0]
+        return output - shift
 
     def decode(self, latents: Tensor, request: Request) -> Tensor:
         images = self.model.decode(latents).float()

@@ -170,6 +170,8 @@ class Run:
         noisy, target = noised(samples.latents.float(), noise, alphas)
         counts = torch.from_numpy(samples.counts).to(device)
         shown = torch.arange(CONTEXTS, device=device)[None] < counts[:, None]
+        with torch.no_grad(), mixed_precision(device):
+            drawn = model.draw(samples.drafts.to(device)) if model.drafts else None
         with mixed_precision(device):
             contexts = context_tokens(model, samples.contexts)
             slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
@@ -177,7 +179,7 @@ class Run:
             text, mask = model.encode_text(list(samples.prompts))
             hidden, bias = model.fuse(text, mask, slots, shown.float())
             down, mid = model.control(noisy, timesteps, samples.controls.float())
-            output = model.predict(noisy, timesteps, hidden, bias, down, mid, samples.drafts)
+            output = model.predict(noisy, timesteps, hidden, bias, down, mid, drawn)
         loss = v_loss(output, target, alphas, self.job.diffusion.min_snr)
         if (hints := samples.hints) is None or not self.job.diffusion.auxiliary:
             return loss
