@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from context_diffusion.engine.cache import Cache
@@ -133,3 +134,23 @@ def test_stripes_are_told_from_their_turned_copy_by_angle_and_from_coarser_ones_
     assert strongest(fine) == (1, 0)
     assert strongest(fine.T) == (1, ANGLES // 2)
     assert strongest(coarse) == (3, 0)
+
+
+@pytest.mark.parametrize("timestep", [0.0, 7.0, 500.0, 500.5, 999.0])
+def test_what_the_draft_lacks_is_denoised_and_v_is_the_pictures(timestep: float) -> None:
+    model = tiny_model()
+    alphas = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod
+    low, high = int(np.floor(timestep)), int(np.ceil(timestep))
+    a = ((alphas[low] + alphas[high]) / 2) ** 0.5
+    s = (1 - a * a) ** 0.5
+    generator = torch.Generator().manual_seed(0)
+    z, noise = (torch.randn(2, *model.latent_shape, generator=generator) for _ in range(2))
+    drafts = torch.zeros(2, CHANNELS, model.image_size, model.image_size)
+    drafts[0] = drawn(picture(0), picture(1))
+    found = model.draw(drafts)
+    assert found.latents[0].abs().mean() > 0.01
+    assert not found.latents[1].any(), "a row without a draft has none in its latents"
+    given, shift = model.beside(a * z + s * noise, torch.full((2,), timestep), found)
+    rest, channels = z - found.latents, z.shape[1]
+    torch.testing.assert_close(given[:, :channels], a * rest + s * noise, atol=1e-5, rtol=0)
+    torch.testing.assert_close((a * noise - s * rest) - shift, a * noise - s * z, atol=1e-5, rtol=0)
