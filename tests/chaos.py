@@ -34,7 +34,7 @@ VICTIMS = {
     "supervisor": ("", signal.SIGKILL),
     "supervisor, SIGTERM": ("", signal.SIGTERM),
     "supervisor, Ctrl-C": ("", signal.SIGINT),
-    "driver": ("context_diffusion.driver", signal.SIGKILL),
+    "driver": ("context_diffusion.child", signal.SIGKILL),
     "engine": ("MapBatches(Generate)", signal.SIGKILL),
     "load worker": ("MapBatches(LoadImages)|ray::IDLE", signal.SIGKILL),
     "write worker": ("MapBatches(WriteShard)|ray::IDLE", signal.SIGKILL),

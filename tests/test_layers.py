@@ -36,7 +36,7 @@ LAYERS = [
     {"stages", "placing", "writing", "ledger", "validate", "progress"},
     {"evaluation.pairs", "evaluation.controls", "evaluation.run"},
     {"dataflow", "ray_session", "ray_train"},
-    {"driver", "supervise"},
+    {"driver", "child", "supervise"},
     {"cli", "__main__"},
 ]
 

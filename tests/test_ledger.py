@@ -63,6 +63,17 @@ def test_an_innocent_neighbour_is_run_alone_but_never_charged() -> None:
     assert ledger.ask(3) == (False, [])
 
 
+def test_a_run_that_is_stopped_begins_no_shard_and_knows_what_is_under_way() -> None:
+    ledger = Ledger()
+    for shard in (1, 2):
+        assert ledger.ask(shard) == (False, [])
+        ledger.hold(shard)
+    ledger.release(1)
+    ledger.stop()
+    assert ledger.ask(3) is None
+    assert ledger.under_way() == ({2}, {1})
+
+
 def test_who_is_alone_is_alone() -> None:
     lock, inside, most = SharedOrAlone(), [0, 0], [0]
     barrier = threading.Barrier(6)

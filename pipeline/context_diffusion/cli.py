@@ -37,6 +37,7 @@ Address = Annotated[str | None, typer.Option(help="of the cluster's dashboard; d
 RetryFailed = Annotated[bool, typer.Option(help="make the rows that failed anew")]
 Extend = Annotated[bool, typer.Option(help="the manifest has grown at its end: make what is new")]
 AcceptChange = Annotated[bool, typer.Option(help="go on with other versions of torch or diffusers")]
+Grace = Annotated[float, typer.Option(min=0, help="seconds after SIGTERM in which the shards that were begun may end")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7")]
 
 
@@ -97,6 +98,7 @@ def run(
     retry_failed: RetryFailed = False,
     extend: Extend = False,
     accept_change: AcceptChange = False,
+    grace: Grace = 20.0,
 ) -> None:
     """Runs a job, or what is missing of it.
 
@@ -107,7 +109,7 @@ def run(
         from context_diffusion.supervise import supervise
 
         options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed, "extend": extend}
-        summary = supervise(loaded, options)
+        summary = supervise(loaded, options, grace)
     else:
         summary = _run_other(loaded, address)
     if "error" in summary:
@@ -169,6 +171,7 @@ def submit(
     retry_failed: RetryFailed = False,
     extend: Extend = False,
     accept_change: AcceptChange = False,
+    grace: Grace = 20.0,
 ) -> None:
     """Runs a job on a cluster, through Ray's Jobs API. Submitted again while it runs, it is joined; later, resumed.
 
@@ -182,7 +185,7 @@ def submit(
     variables = dict(pair.split("=", 1) for pair in env or [] if "=" in pair)
     if len(variables) < len(env or []):
         raise JobError(f"--env {' '.join(env or [])}: write KEY=VALUE, each KEY once")
-    made = submit_job(loaded, jobs, [flag for flag, on in chosen.items() if on], wheel_of(wheel), variables)
+    made = submit_job(loaded, jobs, [flag for flag, on in chosen.items() if on], wheel_of(wheel), variables, grace)
     for path in local_paths(made.values, jobs.address):
         errors.print(f"warning: {path} is a path of this machine: every node of {jobs.address} must have it")
     errors.print(f"{made.id} {'runs already' if made.attached else 'is submitted'}; context-diffusion status {made.id}")

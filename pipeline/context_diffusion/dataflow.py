@@ -108,13 +108,19 @@ def _end_process(error: BaseException) -> None:
 
 
 def run_flow(
-    job: GenerateJob, reads: list[ReadShard], load: LoadImages, write: WriteShard, make_engine: EngineFactory
+    job: GenerateJob,
+    reads: list[ReadShard],
+    load: LoadImages,
+    write: WriteShard,
+    make_engine: EngineFactory,
+    started: Callable[[Any], None],
 ) -> Iterator[dict[str, int]]:
-    """Runs the shards that are left; yields each written shard's counts. Ray is up already."""
+    """Runs the shards that are left; yields each written shard's counts. Ray is up already. started: given the ledger."""
     cluster = ray.cluster_resources()
     shares = share_out(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
     _configure(job)
     ledger = ray.remote(num_cpus=0, max_concurrency=64)(Ledger).remote()
+    started(_LedgerProxy(ledger))
     shards = ray.data.read_datasource(_Shards(reads), override_num_blocks=len(reads), num_cpus=TASK_CPUS)
     loaded = shards.map_batches(
         load,

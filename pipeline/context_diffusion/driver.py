@@ -1,31 +1,20 @@
-"""One run of a generate job: plan, flow, finish. The process that talks to Ray; supervise.py watches over it.
-
-python -m context_diffusion.driver RESULT_FD < options as JSON
-"""
+"""One run of a generate job: plan, flow, finish. It talks to Ray; child.py is its process, supervise.py watches over it."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rich.console import Console
-
-from context_diffusion import progress
 from context_diffusion.closing import close
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import (
     EXIT_OK,
     EXIT_ROWS_FAILED,
     ClusterError,
-    ContextDiffusionError,
     TooManyFailuresError,
-    classify,
 )
 from context_diffusion.output import Output
 from context_diffusion.plan import Plan, open_plan, read_shards
@@ -47,8 +36,14 @@ class Options:
     extend: bool = False
 
 
-def run_generate(job: GenerateJob, options: Options, make_engine: Callable[..., Any] | None = None) -> dict[str, Any]:
-    """Makes what is missing of OUTPUT and closes it. -> the summary, `exit` in it. make_engine: the test seam."""
+def run_generate(
+    job: GenerateJob,
+    options: Options,
+    make_engine: Callable[..., Any] | None = None,
+    on_start: Callable[[Any], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Makes what is missing of OUTPUT and closes it. -> the summary, `exit` in it. make_engine: the test seam; on_start:
+    given the flow's ledger."""
     started = time.perf_counter()
     storage = Storage(job.storage_options)
     output = Output(normal(job.output), storage)
@@ -57,7 +52,7 @@ def run_generate(job: GenerateJob, options: Options, make_engine: Callable[..., 
         storage.delete(output.success)
     before, efficiency = output.count(), NOTHING_RUN
     if not storage.exists(output.success):
-        efficiency = _make_missing(job, options, storage, output, plan, before, make_engine)
+        efficiency = _make_missing(job, options, storage, output, plan, before, make_engine, on_start)
         _check_failures(job, plan, after := output.count())
         if after.rows != plan.rows:
             raise ClusterError(f"{after.rows} rows in {output.root}, {plan.rows} in the manifest: run it again")
@@ -72,6 +67,7 @@ def _make_missing(
     plan: Plan,
     before: Counts,
     make_engine: Callable[..., Any] | None,
+    on_start: Callable[[Any], None],
 ) -> Efficiency:
     """-> that of this run's engines."""
     done = output.finished()
@@ -91,7 +87,7 @@ def _make_missing(
 
     with ray_session(job.cluster.num_cpus, options.address) as logs, Progress(plan.rows, before, logs) as shown:
         job = job.model_copy(update={"model": model.parts or job.model})  # the engines load what the plan found
-        for counts in dataflow.run_flow(job, reads, load, write, make_engine or _default_engine):
+        for counts in dataflow.run_flow(job, reads, load, write, make_engine or _default_engine, on_start):
             shown.add(counts)
             _check_failures(job, plan, shown.counts)
         return shown.efficiency
@@ -146,37 +142,3 @@ def _finish(output: Output, before: Counts, seconds: float, efficiency: Efficien
         write_report(output, summary)
         close(output)
     return summary
-
-
-def main() -> None:
-    """The child's entry: options on stdin, the result as one JSON line on the file descriptor that argv names."""
-    result = os.fdopen(int(sys.argv[1]), "w")
-    given = json.load(sys.stdin)
-    log = _redirect_noise()
-    try:
-        summary = run_generate(GenerateJob.model_validate(given["job"]), Options(**given["options"]))
-    except ContextDiffusionError as error:
-        summary = {"exit": error.exit_code, "error": str(error)}
-    except Exception as error:
-        summary = classify(error)
-        summary["error"] += f" (log: {log})"
-    result.write(json.dumps(summary) + "\n")
-    result.flush()
-    # Ray's own threads and exit hooks may hang once its cluster is gone.
-    os._exit(summary["exit"])
-
-
-def _redirect_noise() -> str:
-    """What Ray and its C++ print goes to a log file, which the progress names; progress keeps the real stderr."""
-    handle, path = tempfile.mkstemp(prefix="context-diffusion-", suffix=".log")
-    terminal = os.dup(2)
-    sys.stderr.flush()
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.environ["CONTEXT_DIFFUSION_LOG"] = path
-    progress.CONSOLE = Console(file=os.fdopen(terminal, "w", buffering=1))
-    return path
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ which the engine died DEATHS times alone is given up. Plain classes; dataflow.py
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -27,12 +28,24 @@ class Ledger:
         self._suspects: set[int] = set()
         self._row: dict[int, int] = {}
         self._deaths: dict[tuple[int, int], int] = {}
+        self._made: set[int] = set()
+        self._stopping = False
 
-    def ask(self, shard: int) -> tuple[bool, list[int]]:
-        """Before a shard begins: must it run alone, and which of its rows are given up?
+    def stop(self) -> None:
+        """No shard begins any more."""
+        self._stopping = True
+
+    def under_way(self) -> tuple[set[int], set[int]]:
+        """The shards that engines hold, and those that they have made, which may not be written yet."""
+        return set(self._held), set(self._made)
+
+    def ask(self, shard: int) -> tuple[bool, list[int]] | None:
+        """Before a shard begins: must it run alone, and which of its rows are given up? None: it must not begin.
 
         A shard that is still held has lost its engine: a task runs once at a time.
         """
+        if self._stopping:
+            return None
         if shard in self._held:
             self._held.discard(shard)
             if shard in self._row:
@@ -51,12 +64,13 @@ class Ledger:
     def release(self, shard: int) -> None:
         self._held.discard(shard)
         self._row.pop(shard, None)
+        self._made.add(shard)
 
 
 class LedgerClient(Protocol):
     """The Ledger as an engine's process sees it: each call returns when the ledger knows."""
 
-    def ask(self, shard: int) -> tuple[bool, list[int]]: ...
+    def ask(self, shard: int) -> tuple[bool, list[int]] | None: ...
     def hold(self, shard: int) -> None: ...
     def at_row(self, shard: int, row: int) -> None: ...
     def release(self, shard: int) -> None: ...
@@ -105,7 +119,9 @@ class GuardedEngine:
 
     def generate_shard(self, shard: int, rows: list[list[Request]]) -> list[Result | Failure]:
         """The outcomes of a shard's requests, given by row; in order."""
-        alone, given_up = self.ledger.ask(shard)
+        while (asked := self.ledger.ask(shard)) is None:
+            time.sleep(1)  # until the run's end takes this process along
+        alone, given_up = asked
         with self._lock.alone() if alone else self._lock.shared():
             self.ledger.hold(shard)
             if alone:

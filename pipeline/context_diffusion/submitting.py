@@ -43,7 +43,7 @@ def submit(
     flags: list[str] | None = None,
     wheel: Path | None = None,
     env: dict[str, str] | None = None,
-    grace_s: int = 20,
+    grace_s: float = 20.0,
 ) -> Submission:
     """flags: of `run`, as --retry-failed. wheel: the package, where the cluster's image lacks it.
 
@@ -59,7 +59,8 @@ def submit(
         attempts = [int(str(one["submission_id"]).rsplit("-", 1)[1]) for one in jobs.list(prefix)]
         name = f"{prefix}{max(attempts, default=0) + 1}"
         told = json.dumps(values, ensure_ascii=False)
-        command = shlex.join(["python", "-m", "context_diffusion", "run", "/dev/stdin", *(flags or [])])
+        grace = ["--grace", f"{grace_s:g}"] if values["kind"] == "generate" else []
+        command = shlex.join(["python", "-m", "context_diffusion", "run", "/dev/stdin", *(flags or []), *grace])
         entrypoint = f"printf %s {shlex.quote(told)} | {command}"
         new = jobs.submit(name, entrypoint, _runtime_env(jobs, wheel, env, grace_s), {"output": values["output"]})
     except RayJobsError as error:
@@ -79,8 +80,8 @@ def _running(jobs: RayJobs, output: str, prefix: str, where: str) -> str | None:
     return None
 
 
-def _runtime_env(jobs: RayJobs, wheel: Path | None, env: dict[str, str] | None, grace_s: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s + STOP_MARGIN_S), **(env or {})}}
+def _runtime_env(jobs: RayJobs, wheel: Path | None, env: dict[str, str] | None, grace_s: float) -> dict[str, Any]:
+    found: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_s) + STOP_MARGIN_S), **(env or {})}}
     if wheel:
         data = wheel.read_bytes()
         # A wheel is a zip with the package in it. As .whl Ray would have pip install it, and torch with it.

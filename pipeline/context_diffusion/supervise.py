@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -30,14 +31,15 @@ class _StopSignalError(Exception):
         self.exit = EXIT_TERMINATED if number == signal.SIGTERM else EXIT_INTERRUPTED
 
 
-def supervise(job: GenerateJob, options: dict[str, Any]) -> dict[str, Any]:
-    """Runs the driver; -> its summary, or what is known of OUTPUT where it could not give one. `exit` always in it."""
+def supervise(job: GenerateJob, options: dict[str, Any], grace_s: float = 20.0) -> dict[str, Any]:
+    """Runs the driver; -> its summary, or what is known of OUTPUT where it could not give one. `exit` always in it.
+    grace_s: after SIGTERM, for the shards that were begun."""
     started = time.monotonic()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     reading, writing = os.pipe()
     child = subprocess.Popen(
-        [sys.executable, "-m", "context_diffusion.driver", str(writing)],
+        [sys.executable, "-m", "context_diffusion.child", str(writing)],
         stdin=subprocess.PIPE,
         stdout=sys.stderr,  # whatever Ray prints; stdout is for the result
         pass_fds=[writing],
@@ -47,14 +49,16 @@ def supervise(job: GenerateJob, options: dict[str, Any]) -> dict[str, Any]:
     os.close(writing)
     try:
         assert child.stdin
-        child.stdin.write(json.dumps({"job": job.model_dump(mode="json"), "options": options}).encode())
-        child.stdin.close()
-        with os.fdopen(reading) as result:
-            text = result.readline()
+        child.stdin.write(json.dumps({"job": job.model_dump(mode="json"), "options": options}).encode() + b"\n")
+        child.stdin.flush()
+        text = _line(reading)
         child.wait()
     except _StopSignalError as stopped:
-        return _known(job, stopped.exit, "stopped; the same command goes on", started)
+        text = _last_word(child, reading, grace_s if stopped.exit == EXIT_TERMINATED else 0)
+        if '"rows"' not in text:  # it had not just finished
+            return _known(job, stopped.exit, "stopped; the same command goes on", started)
     finally:
+        os.close(reading)
         end_session(child.pid)
         child.wait()
     if text.strip():
@@ -68,6 +72,30 @@ def supervise(job: GenerateJob, options: dict[str, Any]) -> dict[str, Any]:
 
 def _stop(number: int, _frame: Any) -> None:
     raise _StopSignalError(number)
+
+
+def _line(reading: int, seconds: float | None = None) -> str:
+    """What the driver says at its end; nothing where it ends without, or not in that time."""
+    until, text = None if seconds is None else time.monotonic() + seconds, b""
+    while not text.endswith(b"\n"):
+        left = None if until is None else max(until - time.monotonic(), 0.0)
+        if not select.select([reading], [], [], left)[0] or not (more := os.read(reading, 65536)):
+            break
+        text += more
+    return text.decode()
+
+
+def _last_word(child: subprocess.Popen[bytes], reading: int, grace_s: float) -> str:
+    """Tells the driver to begin no more shards, and waits. A second signal ends the patience."""
+    if grace_s <= 0 or child.poll() is not None:
+        return ""
+    try:
+        assert child.stdin
+        child.stdin.write(b"stop\n")
+        child.stdin.flush()
+        return _line(reading, grace_s)
+    except (_StopSignalError, BrokenPipeError):
+        return ""
 
 
 def _end_with_parent() -> None:

@@ -81,7 +81,7 @@ def ours(manifest: Path, out: Path) -> None:
     reads = [ReadShard(job, plan.files[0], shard, plan.passed, storage) for shard in read_shards(output, 0)]
     load = LoadImages(job, [str(manifest.parent)], SIDE, CONTEXT, storage)
     with ray_session(2, None):
-        for _ in dataflow.run_flow(job, reads, load, WriteShard(job, output, "echo"), echo):  # type: ignore[arg-type]
+        for _ in dataflow.run_flow(job, reads, load, WriteShard(job, output, "echo"), echo, lambda _: None):  # type: ignore[arg-type]
             pass
 
 

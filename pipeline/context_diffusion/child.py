@@ -1,0 +1,99 @@
+"""The driver's process: options in, one line of result out; it stops when it is told to.
+
+python -m context_diffusion.child RESULT_FD         stdin: a line of options as JSON, later perhaps `stop`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from context_diffusion import progress
+from context_diffusion.config import GenerateJob
+from context_diffusion.driver import Options, run_generate
+from context_diffusion.errors import EXIT_TERMINATED, ContextDiffusionError, classify
+from context_diffusion.ledger import Ledger
+from context_diffusion.output import Output
+from context_diffusion.storage import Storage, normal
+
+LOOK_S = 0.3  # between two looks at what is written
+
+
+class Stopping(threading.Thread):
+    """Waits for the word `stop`: then no shard begins, and `end` is called when all that were begun are written."""
+
+    def __init__(self, output: Output, end: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self.output, self.end = output, end
+        self._ledger: queue.Queue[Ledger] = queue.Queue()
+
+    def started(self, ledger: Ledger) -> None:
+        """The flow runs."""
+        self._ledger.put(ledger)
+
+    def run(self) -> None:
+        if not any(line.strip() == "stop" for line in sys.stdin):
+            return  # nobody is left to say it
+        if not self._ledger.empty():
+            ledger = self._ledger.get()
+            ledger.stop()
+            progress.CONSOLE.print("stopping: the shards that were begun are finished first")
+            while self._unwritten(ledger):
+                time.sleep(LOOK_S)
+        self.end()
+
+    def _unwritten(self, ledger: Ledger) -> bool:
+        held, made = ledger.under_way()
+        return bool(held or made - self.output.finished())
+
+
+def main() -> None:
+    result = os.fdopen(int(sys.argv[1]), "w")
+    given = json.loads(sys.stdin.readline())
+    log = _redirect_noise()
+    job = GenerateJob.model_validate(given["job"])
+    ending = threading.Lock()  # a run may finish just when it is told to stop
+
+    def end(summary: dict[str, Any]) -> None:
+        ending.acquire()
+        result.write(json.dumps(summary) + "\n")
+        result.flush()
+        # Ray's own threads and exit hooks may hang once its cluster is gone.
+        os._exit(summary["exit"])
+
+    output = Output(normal(job.output), Storage(job.storage_options))
+    stopping = Stopping(output, lambda: end({"exit": EXIT_TERMINATED, "error": "stopped"}))
+    stopping.start()
+    try:
+        summary = run_generate(job, Options(**given["options"]), on_start=stopping.started)
+    except ContextDiffusionError as error:
+        summary = {"exit": error.exit_code, "error": str(error)}
+    except Exception as error:
+        summary = classify(error)
+        summary["error"] += f" (log: {log})"
+    end(summary)
+
+
+def _redirect_noise() -> str:
+    """What Ray and its C++ print goes to a log file, which the progress names; progress keeps the real stderr."""
+    handle, path = tempfile.mkstemp(prefix="context-diffusion-", suffix=".log")
+    terminal = os.dup(2)
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ["CONTEXT_DIFFUSION_LOG"] = path
+    progress.CONSOLE = Console(file=os.fdopen(terminal, "w", buffering=1))
+    return path
+
+
+if __name__ == "__main__":
+    main()
