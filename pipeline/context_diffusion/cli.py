@@ -15,8 +15,16 @@ import typer
 from rich.console import Console
 
 from context_diffusion.config import GenerateJob
-from context_diffusion.errors import EXIT_EXTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_UNEXPECTED, ContextDiffusionError, JobError
-from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address, known_token
+from context_diffusion.errors import (
+    EXIT_EXTERNAL,
+    EXIT_INTERRUPTED,
+    EXIT_JOB,
+    EXIT_OK,
+    EXIT_UNEXPECTED,
+    ContextDiffusionError,
+    JobError,
+)
+from context_diffusion.ray_jobs import AnotherJobError, RayJobs, RayJobsError, known_address, known_token
 from context_diffusion.strict import StrictModel
 
 if TYPE_CHECKING:
@@ -61,8 +69,9 @@ def _run() -> int:
         return error.exit_code
     except RayJobsError as error:
         errors.print(f"error: {error}")
-        _print({"exit": EXIT_EXTERNAL, "error": str(error)})
-        return EXIT_EXTERNAL
+        code = EXIT_JOB if isinstance(error, AnotherJobError) else EXIT_EXTERNAL
+        _print({"exit": code, "error": str(error)})
+        return code
     except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except Exception as error:
@@ -177,20 +186,21 @@ def submit(
 
     Example: context-diffusion submit jobs/demo.yaml --address http://127.0.0.1:8265 --wait
     """
-    from context_diffusion.submitting import local_paths, wheel_of
-    from context_diffusion.submitting import submit as submit_job
+    from context_diffusion import ray_jobs
+    from context_diffusion.submitting import absolute, local_paths, runtime_env, wheel_of
 
-    loaded, jobs = _load(job, sets), _jobs(address)
+    values, jobs = absolute(_load(job, sets)), _jobs(address)
     chosen = {"--retry-failed": retry_failed, "--extend": extend, "--accept-change": accept_change}
     variables = dict(pair.split("=", 1) for pair in env or [] if "=" in pair)
     if len(variables) < len(env or []):
         raise JobError(f"--env {' '.join(env or [])}: write KEY=VALUE, each KEY once")
-    made = submit_job(loaded, jobs, [flag for flag, on in chosen.items() if on], wheel_of(wheel), variables, grace)
-    for path in local_paths(made.values, jobs.address):
+    flags = tuple(flag for flag, on in chosen.items() if on)
+    made = ray_jobs.submit(jobs, values, flags, runtime_env(jobs, wheel_of(wheel), variables), grace)
+    for path in local_paths(values, jobs.address):
         errors.print(f"warning: {path} is a path of this machine: every node of {jobs.address} must have it")
     errors.print(f"{made.id} {'runs already' if made.attached else 'is submitted'}; context-diffusion status {made.id}")
     code = jobs.follow(made.id, errors.print) if wait else EXIT_OK
-    _print({"submission_id": made.id, "attached": made.attached, "output": made.values["output"], "exit": code})
+    _print({"submission_id": made.id, "attached": made.attached, "output": values["output"], "exit": code})
     raise typer.Exit(code)
 
 

@@ -2,14 +2,18 @@
 file and neither Ray nor the package.
 
     jobs = RayJobs("http://127.0.0.1:8265", token)
-    name = jobs.submit("context-diffusion-ab12-1", "context-diffusion run s3://bucket/job.yaml")
-    code = jobs.follow(name, print)
+    submission = submit(jobs, {"kind": "generate", "manifest": "s3://...", "output": "s3://..."})
+    code = jobs.follow(submission.id, print)
+    summary = last_line(jobs.logs(submission.id))
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import shlex
 import time
 import urllib.error
 import urllib.request
@@ -22,11 +26,24 @@ ACTIVE = ("PENDING", "RUNNING")
 EXIT_STOPPED, EXIT_LOST = 143, 75
 PATIENCE_S = 60.0  # a cluster may be away, or just starting, for so long
 EVERY_S = 2.0
+STOP_MARGIN_S = 15  # that a run has to end after its grace
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as `ray job submit` looks them up
 
 
 class RayJobsError(Exception):
     """The cluster cannot be reached or refuses; the message says what to do."""
+
+
+class AnotherJobError(RayJobsError):
+    """One is writing to the same OUTPUT."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """attached: it ran already."""
+
+    id: str
+    attached: bool
 
 
 def known_address() -> str | None:
@@ -146,6 +163,56 @@ class RayJobs:
             if not passing or time.monotonic() > until:
                 raise RayJobsError(wrong)
             time.sleep(1)
+
+
+def submit(
+    jobs: RayJobs,
+    job: dict[str, Any],
+    flags: tuple[str, ...] = (),
+    runtime_env: dict[str, Any] | None = None,
+    grace_s: float = 20,
+) -> Submission:
+    """A job file's values, its paths such as the cluster sees. flags: of `context-diffusion run`, as --retry-failed.
+
+    The id follows from job and OUTPUT: a job that runs is joined, one that has ended gets another attempt, which resumes.
+    Raises AnotherJobError, RayJobsError.
+    """
+    output = f"{_slug(job['output'])}-{_digest(job['output'], 8)}-"
+    prefix = f"{output}{_digest([job, flags], 6)}-"
+    for one in jobs.list(output):
+        name = str(one["submission_id"])
+        if one["status"] in ACTIVE and not name.startswith(prefix):
+            wrong = f"{job['output']}: another job, {name}, is writing there; wait for it, or `context-diffusion stop {name}`"
+            raise AnotherJobError(wrong)
+        if one["status"] in ACTIVE:
+            return Submission(name, True)
+    attempts = [int(str(one["submission_id"]).rsplit("-", 1)[1]) for one in jobs.list(prefix)]
+    name = f"{prefix}{max(attempts, default=0) + 1}"
+    grace = ["--grace", f"{grace_s:g}"] if job.get("kind") == "generate" else []
+    command = shlex.join(["python", "-m", "context_diffusion", "run", "/dev/stdin", *flags, *grace])
+    entrypoint = f"printf %s {shlex.quote(json.dumps(job, ensure_ascii=False))} | {command}"
+    environment = dict(runtime_env or {})
+    wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_s) + STOP_MARGIN_S)}
+    environment["env_vars"] = wait | environment.get("env_vars", {})
+    new = jobs.submit(name, entrypoint, environment, {"output": job["output"]})
+    return Submission(name, not new)
+
+
+def last_line(log: str) -> dict[str, Any]:
+    """What a command of ours said at its end; empty where it said nothing."""
+    for line in reversed(log.splitlines()):
+        if line.startswith("{"):
+            found: dict[str, Any] = json.loads(line)
+            return found
+    return {}
+
+
+def _slug(output: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", output.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-")[:24] or "job"
+
+
+def _digest(value: Any, length: int) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def exit_code(job: dict[str, Any]) -> int:
