@@ -70,11 +70,25 @@ class Settings(StrictModel):
         return self
 
 
+Actors = Annotated[int, Field(ge=1, le=10_000)]
+
+
 class Cluster(StrictModel):
     """How the stages share the cluster."""
 
-    actors: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
-        default=None, description="engines; left out: one a GPU, or one where there is none"
+    actors: Actors | Annotated[list[Actors], Field(min_length=2, max_length=2)] | None = Field(
+        default=None,
+        description="engines, or [least, most] where the cluster grows; left out: as many as its GPUs hold, or one without any",
+    )
+    gpus_per_actor: Annotated[float, Field(ge=0, le=16)] | None = Field(
+        default=None,
+        description="a fraction shares a GPU, 0 runs on CPUs; left out: 1 where there are GPUs. Said here, GPUs are waited for",
+    )
+    accelerator_type: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="of the engines' nodes, by Ray's name: H100, A100, L4"
+    )
+    cpus_per_load: Annotated[float, Field(gt=0, le=64)] | None = Field(
+        default=None, description="CPUs that a task which loads pictures reserves; left out: 1, less where CPUs are few"
     )
     num_cpus: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="CPUs of a Ray that is started here; left out: all"
@@ -86,6 +100,15 @@ class Cluster(StrictModel):
     no_progress_timeout_s: Annotated[int, Field(ge=10)] = Field(
         default=600, description="a flow that stands still for so long is ended with code 75"
     )
+
+    @model_validator(mode="after")
+    def _gpus_are_whole_or_shared(self) -> Self:
+        gpus = self.gpus_per_actor
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"gpus_per_actor ({gpus:g}) is a whole number, or less than 1 where engines share a GPU")
+        if isinstance(self.actors, list) and self.actors[0] > self.actors[1]:
+            raise ValueError(f"actors: the least ({self.actors[0]}) must not exceed the most ({self.actors[1]})")
+        return self
 
 
 class Limits(StrictModel):

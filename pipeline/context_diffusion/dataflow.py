@@ -29,11 +29,12 @@ TASK_CPUS = 0.1  # of a read or write task where CPUs are few: they wait for sto
 
 @dataclass(frozen=True)
 class Resources:
-    """What each engine and each load task reserves."""
+    """Engines, from least to most; what each of them and each load task reserves."""
 
-    actors: int
+    least: int
+    most: int
     engine_cpus: float
-    engine_gpus: int
+    engine_gpus: float
     load_cpus: float
     loads: int
 
@@ -41,21 +42,32 @@ class Resources:
 def share_out(job: GenerateJob, cpus: float, gpus: float) -> Resources:
     """Engines and tasks that fit into the cluster together. Raises ClusterError where they cannot.
 
-    Ray Data hangs in silence when they don't fit (its issue 44687), so this is settled before anything starts.
+    Ray Data hangs in silence when they don't fit (its issue 44687), so this is settled before anything starts. What a
+    cluster may still grow by is asked for by the pool: `actors: [least, most]`, or `gpus_per_actor` said outright.
     """
-    actors = job.cluster.actors or max(1, int(gpus))
-    if gpus and actors > gpus:
-        raise ClusterError(f"cluster.actors asks for {actors} engines of a GPU each, the cluster has {gpus:g} GPUs")
+    asked = job.cluster
+    each = asked.gpus_per_actor if asked.gpus_per_actor is not None else float(gpus > 0)
+    grows = asked.gpus_per_actor is not None or isinstance(asked.actors, list)
+    least, most = _actors(asked.actors, each, gpus)
+    if each and not grows and least * each > gpus:
+        raise ClusterError(f"cluster.actors asks for {least} engines of {each:g} GPU each, the cluster has {gpus:g} GPUs")
     few = cpus < 4
-    load_cpus = 2 * TASK_CPUS if few else 1.0
+    load_cpus = asked.cpus_per_load or (2 * TASK_CPUS if few else 1.0)
     left = cpus - 2 * TASK_CPUS - load_cpus
-    engine_cpus = 1.0 if gpus else round(min(left, cpus / 2 if few else cpus - 2) / actors, 3)
-    if engine_cpus < 0.05 or actors * engine_cpus > left + 1e-6:
+    engine_cpus = min(1.0, max(left, 0.05) / least) if each else round(min(left, cpus / 2 if few else cpus - 2) / least, 3)
+    if engine_cpus < 0.05 or (least * engine_cpus > left + 1e-6 and not grows):
         raise ClusterError(
-            f"{actors} engine(s) and the tasks that feed them do not fit into a cluster of {cpus:g} CPUs: "
+            f"{least} engine(s) and the tasks that feed them do not fit into a cluster of {cpus:g} CPUs: "
             "lower cluster.actors or add CPUs"
         )
-    return Resources(actors, engine_cpus, 1 if gpus else 0, load_cpus, max(1, int(cpus)))
+    return Resources(least, most, round(engine_cpus, 3), each, load_cpus, max(1, int(cpus)))
+
+
+def _actors(asked: int | list[int] | None, each: float, gpus: float) -> tuple[int, int]:
+    if isinstance(asked, list):
+        return asked[0], asked[1]
+    count = asked or (max(1, int(gpus / each + 1e-6)) if each else 1)
+    return count, count
 
 
 class _Shards(Datasource):
@@ -134,7 +146,8 @@ def run_flow(
         Generate,
         fn_constructor_args=(job, make_engine, ledger),
         compute=ActorPoolStrategy(
-            size=shares.actors,
+            min_size=shares.least,
+            max_size=shares.most,
             max_concurrent_calls_per_actor=job.cluster.shards_per_actor,
             max_tasks_in_flight_per_actor=job.cluster.shards_per_actor + 1,
             enable_true_multi_threading=True,
@@ -144,6 +157,7 @@ def run_flow(
         zero_copy_batch=True,
         num_cpus=shares.engine_cpus,
         num_gpus=shares.engine_gpus,
+        accelerator_type=job.cluster.accelerator_type,
     )
     written = made.map_batches(
         write,
