@@ -65,7 +65,7 @@ def test_what_is_given_out_fits_or_is_refused(cpus: int, gpus: int, actors: int 
         ({"actors": [3, 2]}, "least"),
         ({"gpus_per_actor": 1.5}, "whole number"),
         ({"actors": [1]}, "at least 2"),
-        ({"gpus": 1}, "gpus"),
+        ({"gpu_per_actor": 1}, "gpu_per_actor"),
     ],
 )
 def test_nonsense_is_refused(cluster: dict[str, Any], message: str) -> None:
