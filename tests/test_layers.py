@@ -21,6 +21,7 @@ LAYERS = [
         "images",
         "encoding",
         "kept",
+        "nightly",
         "ray_jobs",
         "parquet",
         "manifest",
