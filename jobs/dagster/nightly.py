@@ -6,8 +6,6 @@ RAY_API_SERVER_ADDRESS and RAY_AUTH_TOKEN name the cluster, CONTEXT_DIFFUSION_JO
 ../nightly.yaml). A retry resumes; a run that is terminated stops the Ray job. Dagster needs no Ray of its own for it.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,0 +1,130 @@
+"""The nightly job really run by each orchestrator, in an environment of its own without Ray, torch or this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.conftest import Cluster
+from cluster.test_submit import write_job
+from independent import read_output
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENTS = ROOT / ".venv" / "orchestrators"
+DAY = "2026-11-27"
+NEEDS = {
+    "airflow": ["apache-airflow-core>=3.3", "apache-airflow-task-sdk>=1.3", "apache-airflow-providers-standard", "pyyaml"],
+    "dagster": ["dagster>=1.13", "pyyaml"],
+    "prefect": ["prefect>=3.9", "pyyaml"],
+    "argo": ["hera[yaml]>=6"],
+}
+LOAD = "import runpy, sys\nfound = runpy.run_path(sys.argv[1], run_name='nightly')\n"
+RUNS = {
+    "airflow": (
+        "airflow/context_diffusion_nightly.py",
+        "import pendulum\n"
+        f"run = found['context_diffusion_nightly']().test(logical_date=pendulum.parse('{DAY}'))\n"
+        "sys.exit(0 if run.state == 'success' else 1)\n",
+    ),
+    "dagster": (
+        "dagster/nightly.py",
+        "import dagster as dg\n"
+        "both = [found['context_diffusion_images'], found['few_rows_failed']]\n"
+        f"run = dg.materialize(both, partition_key='{DAY}', raise_on_error=False)\n"
+        "checks = run.get_asset_check_evaluations()\n"
+        "sys.exit(0 if run.success and len(checks) == 1 and checks[0].passed else 1)\n",
+    ),
+    "prefect": (
+        "prefect/nightly.py",
+        f"state = found['context_diffusion_nightly'](day='{DAY}', return_state=True)\n"
+        "sys.exit(0 if state.is_completed() else 1)\n",
+    ),
+}
+
+
+def python_of(name: str) -> str:
+    """An environment with the orchestrator, made once."""
+    folder = ENVIRONMENTS / name
+    if not (folder / "made").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *NEEDS[name]]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (folder / "made").touch()
+    return str(folder / "bin" / "python")
+
+
+def environment(cluster: Cluster, folder: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "TZ") or name.startswith("PIP_")}
+    return kept | {
+        "HOME": str(folder),
+        "PYTHONPATH": str(ROOT / "pipeline"),  # for nightly.py and ray_jobs.py: nothing else of it can be imported there
+        "RAY_API_SERVER_ADDRESS": cluster.dashboard,
+        "RAY_AUTH_TOKEN": cluster.environment["RAY_AUTH_TOKEN"],
+        "CONTEXT_DIFFUSION_JOB": str(folder / "nightly.yaml"),
+        "AIRFLOW_HOME": str(folder / "airflow"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "DAGSTER_HOME": str(folder),
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def write_night(folder: Path, rows: int, bad: int) -> Path:
+    """A night's job whose first `bad` rows fail. -> its OUTPUT."""
+    write_job(folder / DAY, rows, {number: {"scheduler": "magic"} for number in range(bad)})
+    values = (folder / DAY / "job.yaml").read_text().replace(DAY, "{day}")
+    (folder / "nightly.yaml").write_text(values.replace("{day}/model", f"{DAY}/model"))
+    return folder / DAY / "out"
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("bad", "passes"), [(0, True), (2, False)])
+def test_a_night_by_each_orchestrator(name: str, bad: int, passes: bool, cluster: Cluster, tmp_path: Path) -> None:
+    python, (file, code) = python_of(name), RUNS[name]
+    out = write_night(tmp_path, 6, bad)
+    settings = environment(cluster, tmp_path)
+    if name == "airflow":
+        subprocess.run([python, "-m", "airflow", "db", "migrate"], env=settings, check=True, capture_output=True)
+    done = subprocess.run(
+        [python, "-c", LOAD + code, str(ROOT / "jobs" / file)], env=settings, cwd=tmp_path, capture_output=True, text=True
+    )
+    log = (done.stdout + done.stderr)[-5000:]
+    assert (done.returncode == 0) is passes, log
+    assert len(read_output(out)) == 6
+    assert (out / "_SUCCESS").exists(), "exit 3 is no failure; the threshold is"
+    if not passes:
+        assert "2 of 6 rows failed" in done.stdout + done.stderr, log
+
+
+def test_argos_steps_are_commands_that_work(cluster: Cluster, tmp_path: Path) -> None:
+    made = subprocess.run(
+        [python_of("argo"), str(ROOT / "jobs" / "argo" / "nightly.py")], check=True, capture_output=True, text=True
+    )
+    workflow = yaml.safe_load(made.stdout)
+    assert (workflow["kind"], workflow["apiVersion"]) == ("CronWorkflow", "argoproj.io/v1alpha1")
+    templates = {template["name"]: template for template in workflow["spec"]["workflowSpec"]["templates"]}
+    assert [step[0]["template"] for step in templates["night"]["steps"]] == ["manifest", "images"]
+    out = write_night(tmp_path, 6, 2)
+    job = tmp_path / DAY / "job.yaml"
+    settings = cluster.environment | {"RAY_API_SERVER_ADDRESS": cluster.dashboard}
+    settings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{settings['PATH']}"
+    for name in ("manifest", "images"):
+        container = templates[name]["container"]
+        command = [
+            part.replace("/etc/context-diffusion/job.yaml", str(job)) for part in (*container["command"], *container["args"])
+        ]
+        done = subprocess.run(command, env=settings, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.strip().splitlines()[-1])["exit"] in (0, 3)
+    assert len(read_output(out)) == 6
