@@ -13,7 +13,7 @@ from torch import Tensor
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.guidance import branches_of
 from context_diffusion.model.draft import CHANNELS, Look, draft, layout_of, look_of
-from context_diffusion.model.native import draft_layout
+from context_diffusion.model.native import REST, draft_layout
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.textures import ANGLES, PERIODS, SHARES, describe_textures
 from tiny import picture, request, tiny_model
@@ -137,7 +137,7 @@ def test_stripes_are_told_from_their_turned_copy_by_angle_and_from_coarser_ones_
 
 
 @pytest.mark.parametrize("timestep", [0.0, 7.0, 500.0, 500.5, 999.0])
-def test_what_the_draft_lacks_is_denoised_and_v_is_the_pictures(timestep: float) -> None:
+def test_what_the_draft_lacks_is_denoised_from_the_best_guess_without_learning(timestep: float) -> None:
     model = tiny_model()
     alphas = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod
     low, high = int(np.floor(timestep)), int(np.ceil(timestep))
@@ -150,7 +150,14 @@ def test_what_the_draft_lacks_is_denoised_and_v_is_the_pictures(timestep: float)
     found = model.draw(drafts)
     assert found.latents[0].abs().mean() > 0.01
     assert not found.latents[1].any(), "a row without a draft has none in its latents"
-    given, shift = model.beside(a * z + s * noise, torch.full((2,), timestep), found)
+    x = a * z + s * noise
+    given, gain, known = model.beside(x, torch.full((2,), timestep), found)
     rest, channels = z - found.latents, z.shape[1]
-    torch.testing.assert_close(given[:, :channels], a * rest + s * noise, atol=1e-5, rtol=0)
-    torch.testing.assert_close((a * noise - s * rest) - shift, a * noise - s * z, atol=1e-5, rtol=0)
+    variance = torch.tensor([REST, 1.0])[:, None, None, None]
+    total = a * a * variance + s * s
+    torch.testing.assert_close(given[:, :channels], (a * rest + s * noise) / total.sqrt(), atol=1e-5, rtol=1e-5)
+    # With nothing learned: the guess of a picture is the draft and a share of what differs from it; all of x without one.
+    guess = a * x - s * known
+    torch.testing.assert_close(guess, found.latents + a * variance / total * (a * rest + s * noise), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(gain.expand(2, 1, 1, 1), (variance / total).sqrt(), atol=1e-5, rtol=1e-5)
+    assert not known[1].abs().max() > 1e-5, "without a draft the U-Net's output is v"

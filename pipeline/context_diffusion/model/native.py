@@ -38,6 +38,9 @@ from context_diffusion.training.config import SMALL, Normalization
 PICTURE_KINDS = ("gray", "none")
 
 
+REST = 0.13  # variance of what a draft lacks of its picture's latents, which have about 1 (held-out rows)
+
+
 def draft_layout(control_maps: Tensor, kinds: list[str]) -> Layout:
     """uint8 (B, 3, H, W), of which edge maps have no tones, 0."""
     picture = torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=control_maps.device)
@@ -196,7 +199,7 @@ class NativeModel:
     ) -> Tensor:
         # The U-Net takes a mask m and adds (1 - m) · -10000: solved for m.
         mask = 1 + bias[:, 0] / 10_000
-        given, shift = self.beside(latents, timesteps, drawn)
+        given, gain, known = self.beside(latents, timesteps, drawn)
         output = self.unet(
             given,
             timesteps,
@@ -206,28 +209,33 @@ class NativeModel:
             down_block_additional_residuals=None if down is None else tuple(down),
             mid_block_additional_residual=mid,
         ).sample
-        return output - shift
+        return gain * output + known
 
     def draw(self, drafts: Tensor) -> Drawn:
         """(B, CHANNELS, H, W) -> with the latents of the textured one, 0 where there is none."""
         told = drafts.flatten(1).any(1)[:, None, None, None]
         return Drawn(drafts, self._encode(drafts[:, TEXTURED]) * told)
 
-    def beside(self, latents: Tensor, timesteps: Tensor, drawn: Drawn | None) -> tuple[Tensor, Tensor | float]:
-        """-> what the U-Net takes, and what is to be taken from its output.
+    def beside(self, latents: Tensor, timesteps: Tensor, drawn: Drawn | None) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """-> what the U-Net takes, and what its output is to be multiplied with and what added, to be v.
 
-        The U-Net denoises what the draft lacks: of x = a·z + s·noise with z = draft + rest it is given a·rest + s·noise, and
-        its v = a·noise - s·rest becomes that of z with s·draft less. Beside it stand the draft's latents, and the pixels
-        that are in each place."""
+        The U-Net denoises what the draft lacks. Of x = a·z + s·noise with z = draft + rest it is given a·rest + s·noise,
+        at unit deviation, and what it says is added to the best guess that knows no more than the rest's variance
+        (preconditioning after Karras et al. 2022, for v): so it begins from the draft, and without one as if none were.
+        Beside it stand the draft's latents, and the pixels that are in each place."""
         latents = latents.to(self.dtype)
         if not self.drafts:
-            return latents, 0.0
+            return latents, 1.0, 0.0
         if drawn is None:
-            return F.pad(latents, (0, 0, 0, 0, 0, self.unet.config.in_channels - latents.shape[1])), 0.0
-        signal, sigma = (part.to(self.dtype) for part in self._levels(timesteps))
-        seen = drawn.latents.to(self.dtype)
+            return F.pad(latents, (0, 0, 0, 0, 0, self.unet.config.in_channels - latents.shape[1])), 1.0, 0.0
+        seen, (a, s) = drawn.latents.to(self.dtype), self._levels(timesteps)
+        variance = torch.where(seen.flatten(1).any(1), REST, 1.0)[:, None, None, None]
+        total = a * a * variance + s * s
+        noisy = latents - a * seen
+        guess = a * s * (1 - variance) / total * noisy - s * seen
         pixels = F.pixel_unshuffle(drawn.pixels.to(self.dtype), drawn.pixels.shape[-1] // latents.shape[-1])
-        return torch.cat([latents - signal * seen, seen, pixels], 1), sigma * seen
+        given = torch.cat([(noisy / total.sqrt()).to(self.dtype), seen, pixels], 1)
+        return given, (variance / total).sqrt().to(self.dtype), guess.to(self.dtype)
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(B,), between two where a sampler asks for it -> a and s, (B, 1, 1, 1)."""

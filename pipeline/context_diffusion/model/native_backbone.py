@@ -117,7 +117,7 @@ class NativeBackbone:
         if residuals is not None:
             *down, mid, scale = residuals
             drawn = Drawn(lanes["draft"] * scale, lanes["drawn"] * scale) if self.model.drafts else None
-        given, shift = self.model.beside(latents, timesteps, drawn)
+        given, gain, known = self.model.beside(latents, timesteps, drawn)
         output = self.unet(
             given,
             timesteps,
@@ -128,7 +128,7 @@ class NativeBackbone:
             mid_block_additional_residual=mid,
             return_dict=False,
         )[0]
-        return output - shift
+        return gain * output + known
 
     def decode(self, latents: Tensor, request: Request) -> Tensor:
         images = self.model.decode(latents).float()
