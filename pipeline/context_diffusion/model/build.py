@@ -80,6 +80,7 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
         context_std=encoder.std,
         context_slots=sizes.context_slots,
         noise_scale=sizes.noise_scale,
+        rest_scale=sizes.rest_scale,
         normalization=normalization,
     )
 

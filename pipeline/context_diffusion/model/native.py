@@ -80,6 +80,7 @@ class NativeModel:
     context_std: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_STD))
     context_slots: int = 8
     noise_scale: float = 1.0
+    rest_scale: float = 1.0  # of what the U-Net adds to a draft: one that learned little blurs more than it mends
     normalization: Normalization = field(default_factory=lambda: Normalization(contexts="channel"))
 
     MODULES: ClassVar[dict[str, Any]] = {
@@ -216,11 +217,13 @@ class NativeModel:
         told = drafts.flatten(1).any(1)[:, None, None, None]
         return Drawn(drafts, self._encode(drafts[:, TEXTURED]) * told)
 
-    def beside(self, latents: Tensor, timesteps: Tensor, drawn: Drawn | None) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    def beside(
+        self, latents: Tensor, timesteps: Tensor, drawn: Drawn | None, rest_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """-> what the U-Net takes, and what its output is to be multiplied with and what added, to be v.
 
         The U-Net denoises what the draft lacks. Of x = a·z + s·noise with z = draft + rest it is given a·rest + s·noise,
-        at unit deviation, and what it says is added to the best guess that knows no more than the rest's variance
+        at unit deviation, and what it says is added, by `rest_scale`, to the best guess that knows no more than the rest's variance
         (preconditioning after Karras et al. 2022, for v): so it begins from the draft, and without one as if none were.
         Beside it stand the draft's latents, and the pixels that are in each place."""
         latents = latents.to(self.dtype)
@@ -235,7 +238,8 @@ class NativeModel:
         guess = a * s * (1 - variance) / total * noisy - s * seen
         pixels = F.pixel_unshuffle(drawn.pixels.to(self.dtype), drawn.pixels.shape[-1] // latents.shape[-1])
         given = torch.cat([(noisy / total.sqrt()).to(self.dtype), seen, pixels], 1)
-        return given, (variance / total).sqrt().to(self.dtype), guess.to(self.dtype)
+        gain = (variance / total).sqrt() * torch.where(variance < 1, rest_scale, 1.0)
+        return given, gain.to(self.dtype), guess.to(self.dtype)
 
     def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """(B,), between two where a sampler asks for it -> a and s, (B, 1, 1, 1)."""
@@ -293,6 +297,7 @@ class NativeModel:
             "context_std": self.context_std,
             "context_slots": self.context_slots,
             "noise_scale": self.noise_scale,
+            "rest_scale": self.rest_scale,
             "normalization": self.normalization.model_dump(),
         }
         (Path(folder) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -117,7 +117,7 @@ class NativeBackbone:
         if residuals is not None:
             *down, mid, scale = residuals
             drawn = Drawn(lanes["draft"] * scale, lanes["drawn"] * scale) if self.model.drafts else None
-        given, gain, known = self.model.beside(latents, timesteps, drawn)
+        given, gain, known = self.model.beside(latents, timesteps, drawn, self.model.rest_scale)
         output = self.unet(
             given,
             timesteps,
