@@ -223,8 +223,8 @@ class NativeModel:
         """-> what the U-Net takes, and what its output is to be multiplied with and what added, to be v.
 
         The U-Net denoises what the draft lacks. Of x = a·z + s·noise with z = draft + rest it is given a·rest + s·noise,
-        at unit deviation, and what it says is added, by `rest_scale`, to the best guess that knows no more than the rest's variance
-        (preconditioning after Karras et al. 2022, for v): so it begins from the draft, and without one as if none were.
+        at unit deviation, and what it says is added, by `rest_scale`, to the best guess that knows the rest's variance
+        alone (preconditioning after Karras et al. 2022, for v): it begins from the draft, and without one as if none were.
         Beside it stand the draft's latents, and the pixels that are in each place."""
         latents = latents.to(self.dtype)
         if not self.drafts:

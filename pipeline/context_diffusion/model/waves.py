@@ -115,10 +115,12 @@ def _alone(ratio: Tensor, radius: Tensor, fy: Tensor, fx: Tensor) -> Tensor:
 def _summit(strength: Tensor, row: Tensor, column: Tensor, dy: int, dx: int) -> Tensor:
     """(N,) where between two steps the peak is highest, -.5 to .5: a parabola through three logarithms."""
     rows, (last_y, last_x) = torch.arange(len(row), device=row.device), (size - 1 for size in strength.shape[1:])
-    before, here, after = (
-        strength[rows, (row + k * dy).abs().clamp(max=last_y), (column + k * dx).clamp(0, last_x)].clamp(min=1e-9).log()
-        for k in (-1, 0, 1)
-    )
+    levels = []
+    for k in (-1, 0, 1):
+        y, x = row + k * dy, column + k * dx
+        x = torch.where(y < 0, last_x - x, x)  # above the first row lies the mirror image of what is below it
+        levels.append(strength[rows, y.abs().clamp(max=last_y), x.clamp(0, last_x)].clamp(min=1e-9).log())
+    before, here, after = levels
     bend = before - 2 * here + after
     return torch.where(bend < -1e-9, 0.5 * (before - after) / bend, 0.0).clamp(-0.5, 0.5)
 
