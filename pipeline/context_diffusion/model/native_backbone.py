@@ -63,20 +63,22 @@ class NativeBackbone:
         latents = (1, self.latent_channels, height // self.latent_factor, width // self.latent_factor)
         none = made = Drawn(*(torch.zeros(size, device=model.device) for size in ((1, CHANNELS, height, width), latents)))
         if request.controls and request.controls[0].kind in PICTURE_KINDS and any(one.weight for one in shown):
-            key = f"{request.controls[0].kind}:{content_key(request.controls[0].pixels)}"
-            seen = ":".join(f"{one.key}*{one.weight}" for one in shown)
-            made = cache.get(f"draft:{key}:{seen}", partial(self._draw, request.controls[0], key, shown, cache))
+            [control] = request.controls
+            key = f"{control.kind}:{content_key(control.pixels)}"
+            layout = cache.get(f"tones:{key}", partial(self._tones, control))
+            looks = [cache.get(f"look:{one.key}", partial(self._look, one.pixels)) for one in shown]
+            weights = [one.weight for one in shown]
+            told = ":".join(f"{one.key}*{one.weight}" for one in shown)
+            made = cache.get(f"draft:{key}:{told}", partial(self._draw, layout, looks, weights))
         scale = min(request.settings.context_scale, 1.0)
         return {
             seen: {"draft": scale * drawn.pixels.to(model.dtype), "drawn": scale * drawn.latents.to(model.dtype)}
             for seen, drawn in ((True, made), (False, none))
         }
 
-    def _draw(self, control: Control, key: str, shown: list[Context], cache: Cache) -> Drawn:
-        layout = cache.get(f"tones:{key}", partial(self._tones, control))
-        looks = [cache.get(f"look:{one.key}", partial(self._look, one.pixels)) for one in shown]
-        weights = torch.tensor([[one.weight for one in shown]], device=self.model.device)
-        return self.model.draw(draft(layout, Look(*(torch.stack(parts, 1) for parts in zip(*looks, strict=True))), weights))
+    def _draw(self, layout: Layout, looks: list[Look], weights: list[float]) -> Drawn:
+        seen = Look(*(torch.stack(parts, 1) for parts in zip(*looks, strict=True)))
+        return self.model.draw(draft(layout, seen, torch.tensor([weights], device=self.model.device)))
 
     def _tones(self, control: Control) -> Layout:
         return draft_layout(to_tensor(control.pixels).to(self.model.device), [control.kind])
