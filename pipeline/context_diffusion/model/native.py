@@ -232,8 +232,10 @@ class NativeModel:
         if drawn is None:
             return F.pad(latents, (0, 0, 0, 0, 0, self.unet.config.in_channels - latents.shape[1])), 1.0, 0.0
         seen, (a, s) = drawn.latents.to(self.dtype), self._levels(timesteps)
-        variance = torch.where(seen.flatten(1).any(1), REST, 1.0)[:, None, None, None]
-        total = a * a * variance + s * s
+        told = seen.flatten(1).any(1)[:, None, None, None]
+        variance = torch.where(told, REST, 1.0)
+        # 1 to the bit without a draft: a row among others that have one is then what it is alone.
+        total = torch.where(told, a * a * variance + s * s, 1.0)
         noisy = latents - a * seen
         guess = a * s * (1 - variance) / total * noisy - s * seen
         pixels = F.pixel_unshuffle(drawn.pixels.to(self.dtype), drawn.pixels.shape[-1] // latents.shape[-1])
