@@ -42,7 +42,7 @@ def waves_of(tones: Tensor) -> Tensor:
     for _ in range(COUNT):
         strength = (to_y @ (rest * window).to(to_y.dtype) @ to_x.T).abs()
         if usual is None:
-            usual = _usual(strength, radius, usable).clamp(min=FAINT * float(window.sum()) / 2)
+            usual = _usual(strength, radius, usable).maximum(FAINT * window.sum() / 2)
         ratio = strength / usual
         peak, at = torch.where(usable & _alone(ratio, radius, fy, fx), ratio, 0.0).flatten(1).max(1)
         row, column = at // len(fx), at % len(fx)
@@ -87,6 +87,8 @@ def _turns(cycles: Tensor) -> Tensor:
 
 def _usual(strength: Tensor, radius: Tensor, usable: Tensor) -> Tensor:
     """The median strength at each radius, (N, h, w): between rings along a line."""
+    if strength.device.type == "meta":  # where shapes alone are asked for
+        return strength
     low, high = 1 / PERIODS[1], 1 / PERIODS[0]
     place = (radius - low) / (high - low) * RINGS
     ring = place.long().clamp(0, RINGS - 1)
