@@ -60,7 +60,6 @@ class Encoded:
 
 def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
     """Each worker encodes its share."""
-
     palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles]) * 4 - 2
     textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
 
