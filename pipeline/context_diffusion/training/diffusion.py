@@ -16,12 +16,12 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from context_diffusion.model.native import NativeModel
+from context_diffusion.model.native import REST, NativeModel
 from context_diffusion.training.batches import CONTEXTS, Data, Samples, Source, Summaries
 from context_diffusion.training.config import SMALL, TrainingJob
 from context_diffusion.training.curves import draw_curves
 from context_diffusion.training.encoded import as_images
-from context_diffusion.training.losses import AuxiliaryHeads, noised, spread_timesteps, update_ema, v_loss
+from context_diffusion.training.losses import AuxiliaryHeads, noised, rest_timesteps, spread_timesteps, update_ema, v_loss
 from context_diffusion.training.optimizer import Optimizer
 from context_diffusion.training.precision import mixed_precision
 from context_diffusion.training.samples import save_samples
@@ -164,7 +164,9 @@ class Run:
         model, device = self.model, self.model.device
         if crop:
             samples = cropped(samples, rows, size, generator)
-        timesteps = spread_timesteps(size, len(self.alphas), generator)[rows].to(device)
+        told = samples.drafts.flatten(1).any(1) & model.drafts
+        times = rest_timesteps(size, self.alphas.cpu(), REST, generator), spread_timesteps(size, len(self.alphas), generator)
+        timesteps = torch.where(told, times[0][rows], times[1][rows]).to(device)
         noise = torch.randn(size, *samples.latents.shape[1:], generator=generator)[rows].to(device)
         alphas = self.alphas[timesteps]
         noisy, target = noised(samples.latents.float(), noise, alphas)
@@ -180,7 +182,7 @@ class Run:
             hidden, bias = model.fuse(text, mask, slots, shown.float())
             down, mid = model.control(noisy, timesteps, samples.controls.float())
             output = model.predict(noisy, timesteps, hidden, bias, down, mid, drawn)
-        loss = v_loss(output, target, alphas, self.job.diffusion.min_snr)
+        loss = v_loss(output, target, alphas, self.job.diffusion.min_snr, told.to(device), REST)
         if (hints := samples.hints) is None or not self.job.diffusion.auxiliary:
             return loss
         # Each row counts alike, whatever the number of its contexts.

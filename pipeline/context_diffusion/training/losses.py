@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,17 +37,27 @@ def spread_timesteps(count: int, timesteps: int, generator: torch.Generator) -> 
     return (parts**0.7 * timesteps).long().clamp(max=timesteps - 1)
 
 
+def rest_timesteps(count: int, alphas: Tensor, rest: float, generator: torch.Generator) -> Tensor:
+    """Timesteps at which there is something to learn of a rest of that variance, (count,): the logarithm of noise over
+    signal is normal about half an e below the rest's deviation (Karras et al. 2022, whose figures, a little wider)."""
+    parts = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    wanted = torch.special.ndtri(parts.clamp(1e-4, 1 - 1e-4)) * 1.4 - 0.5 + 0.5 * math.log(rest)
+    return torch.searchsorted(((1 - alphas) / alphas).log() / 2, wanted).clamp(max=len(alphas) - 1)
+
+
 def noised(latents: Tensor, noise: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
     """-> (x_t, v) of v-prediction (Salimans and Ho 2022): x = a·x0 + s·noise, v = a·noise - s·x0. alphas: (B,)."""
     signal, sigma = (value.view(-1, 1, 1, 1) for value in (alphas.sqrt(), (1 - alphas).sqrt()))
     return signal * latents + sigma * noise, signal * noise - sigma * latents
 
 
-def v_loss(output: Tensor, target: Tensor, alphas: Tensor, min_snr: float) -> Tensor:
+def v_loss(output: Tensor, target: Tensor, alphas: Tensor, min_snr: float, drawn: Tensor, rest: float) -> Tensor:
     """Squared error of v, weighted by min(1, gamma / (SNR + 1)): min-SNR's (Hang et al. 2023) where there is little
-    noise, but 1 where there is much: there v is the picture itself, and the contexts decide it."""
+    noise, but 1 where there is much: there v is the picture itself, and the contexts decide it. Rows with a draft
+    (`drawn`, bool (B,)) by what makes the U-Net's own output count alike at each noise, the inverse of its gain squared
+    (NativeModel.beside): else it learns where there is nothing to learn, and blurs."""
     snr = alphas / (1 - alphas)
-    weight = (min_snr / (snr + 1)).clamp(max=1)
+    weight = torch.where(drawn, alphas + (1 - alphas) / rest, (min_snr / (snr + 1)).clamp(max=1))
     return (weight * (output.float() - target).square().mean((1, 2, 3))).mean()
 
 
