@@ -6,35 +6,25 @@ RAY_API_SERVER_ADDRESS and RAY_AUTH_TOKEN name the cluster, CONTEXT_DIFFUSION_JO
 ../nightly.yaml). A retry resumes; a run that is terminated stops the Ray job. Dagster needs no Ray of its own for it.
 """
 
-import os
 from pathlib import Path
 
 import dagster as dg
-import yaml
 
 from context_diffusion import nightly
-from context_diffusion.ray_jobs import RayJobs, known_address, known_token
+from context_diffusion.ray_jobs import RayJobs
 
 MAX_FAILED_SHARE = 0.01
+JOB = Path(__file__).parents[1] / "nightly.yaml"
 daily = dg.DailyPartitionsDefinition(start_date="2026-01-01")
-
-
-def jobs() -> RayJobs:
-    return RayJobs(known_address() or "http://127.0.0.1:8265", known_token())
-
-
-def job(day: str) -> nightly.Job:
-    path = Path(os.environ.get("CONTEXT_DIFFUSION_JOB") or Path(__file__).parents[1] / "nightly.yaml")
-    return nightly.of_day(yaml.safe_load(path.read_text()), day)
 
 
 @dg.asset(partitions_def=daily, retry_policy=dg.RetryPolicy(max_retries=5, delay=60))
 def context_diffusion_images(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     """The night's images: where they lie, and how many."""
-    night = job(context.partition_key)
+    night = nightly.job_of(context.partition_key, JOB)
     try:
-        nightly.check_ready(jobs(), night)
-        summary = nightly.run(jobs(), night, context.log.info)
+        nightly.check_ready(RayJobs.known(), night)
+        summary = nightly.run(RayJobs.known(), night, context.log.info)
     except nightly.NotReadyError as error:
         raise dg.RetryRequested(max_retries=72, seconds_to_wait=300) from error
     except nightly.WrongJobError as error:

@@ -8,24 +8,19 @@ RAY_API_SERVER_ADDRESS and RAY_AUTH_TOKEN name the cluster, CONTEXT_DIFFUSION_JO
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact
 from prefect.logging import get_run_logger
 
 from context_diffusion import nightly
-from context_diffusion.ray_jobs import RayJobs, known_address, known_token
+from context_diffusion.ray_jobs import RayJobs
 
 MAX_FAILED_SHARE = 0.01
-
-
-def jobs() -> RayJobs:
-    return RayJobs(known_address() or "http://127.0.0.1:8265", known_token())
+JOB = Path(__file__).parents[1] / "nightly.yaml"
 
 
 def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
@@ -34,12 +29,12 @@ def worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
 
 @task(retries=72, retry_delay_seconds=300, retry_condition_fn=worth_a_retry)
 def manifest(job: nightly.Job) -> dict[str, Any]:
-    return nightly.check_ready(jobs(), job)
+    return nightly.check_ready(RayJobs.known(), job)
 
 
 @task(retries=5, retry_delay_seconds=60, retry_condition_fn=worth_a_retry)
 def images(job: nightly.Job) -> dict[str, Any]:
-    return nightly.run(jobs(), job, get_run_logger().info)
+    return nightly.run(RayJobs.known(), job, get_run_logger().info)
 
 
 @task
@@ -52,8 +47,7 @@ def publish(summary: dict[str, Any]) -> str:
 @flow(name="context-diffusion-nightly")
 def context_diffusion_nightly(day: str | None = None) -> str:
     """day: YYYY-MM-DD, left out: today (UTC). -> where the images lie."""
-    path = Path(os.environ.get("CONTEXT_DIFFUSION_JOB") or Path(__file__).parents[1] / "nightly.yaml")
-    job = nightly.of_day(yaml.safe_load(path.read_text()), day or datetime.now(UTC).date().isoformat())
+    job = nightly.job_of(day or datetime.now(UTC).date().isoformat(), JOB)
     manifest(job)
     return publish(images(job))
 

@@ -1,4 +1,4 @@
-"""The driver's process: options in, one line of result out; it stops when it is told to.
+"""The driver's process: options in, one line of result out; it stops when it is told to, and ends with its parent.
 
 python -m context_diffusion.child RESULT_FD         stdin: a line of options as JSON, later perhaps `stop`
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import sys
 import tempfile
 import threading
@@ -24,12 +25,14 @@ from context_diffusion.errors import EXIT_TERMINATED, ContextDiffusionError, cla
 from context_diffusion.ledger import Ledger
 from context_diffusion.output import Output
 from context_diffusion.storage import Storage, normal
+from context_diffusion.supervise import end_session
 
 LOOK_S = 0.3  # between two looks at what is written
 
 
 class Stopping(threading.Thread):
-    """Waits for the word `stop`: then no shard begins, and `end` is called when all that were begun are written."""
+    """Waits for the word `stop`: then no shard begins, and `end` is called when all that were begun are written. Where
+    stdin ends without it the supervisor was killed, and nobody else is left to end this Ray: its agents outlive it."""
 
     def __init__(self, output: Output, end: Callable[[], None]) -> None:
         super().__init__(daemon=True)
@@ -42,7 +45,8 @@ class Stopping(threading.Thread):
 
     def run(self) -> None:
         if not any(line.strip() == "stop" for line in sys.stdin):
-            return  # nobody is left to say it
+            end_session(os.getpid(), spared=os.getpid())
+            os.kill(os.getpid(), signal.SIGKILL)
         if not self._ledger.empty():
             ledger = self._ledger.get()
             ledger.stop()

@@ -16,15 +16,13 @@ from rich.console import Console
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import (
-    EXIT_EXTERNAL,
     EXIT_INTERRUPTED,
-    EXIT_JOB,
     EXIT_OK,
     EXIT_UNEXPECTED,
     ContextDiffusionError,
     JobError,
 )
-from context_diffusion.ray_jobs import AnotherJobError, RayJobs, RayJobsError, known_address, known_token
+from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address
 from context_diffusion.strict import StrictModel
 
 if TYPE_CHECKING:
@@ -63,15 +61,10 @@ def _run() -> int:
     """Runs a command; errors that are meant become one message and their exit code."""
     try:
         return int(app(standalone_mode=False) or EXIT_OK)  # typer.Exit comes back as its code
-    except ContextDiffusionError as error:
+    except (ContextDiffusionError, RayJobsError) as error:
         errors.print(f"error: {error}")
         _print({"exit": error.exit_code, "error": str(error)})
         return error.exit_code
-    except RayJobsError as error:
-        errors.print(f"error: {error}")
-        code = EXIT_JOB if isinstance(error, AnotherJobError) else EXIT_EXTERNAL
-        _print({"exit": code, "error": str(error)})
-        return code
     except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except Exception as error:
@@ -189,7 +182,7 @@ def submit(
     from context_diffusion import ray_jobs
     from context_diffusion.submitting import absolute, local_paths, runtime_env, wheel_of
 
-    values, jobs = absolute(_load(job, sets)), _jobs(address)
+    values, jobs = absolute(_load(job, sets)), RayJobs.known(address)
     chosen = {"--retry-failed": retry_failed, "--extend": extend, "--accept-change": accept_change}
     variables = dict(pair.split("=", 1) for pair in env or [] if "=" in pair)
     if len(variables) < len(env or []):
@@ -207,15 +200,9 @@ def submit(
 @app.command()
 def stop(submission: Annotated[str, typer.Argument(metavar="SUBMISSION")], address: Address = None) -> None:
     """Stops a submitted job so that it can be resumed. Example: context-diffusion stop demo-0a1b2c3d-4e5f60-1"""
-    stopped = _jobs(address).stop(submission)
+    stopped = RayJobs.known(address).stop(submission)
     errors.print(f"{submission} {'is told to stop' if stopped else 'does not run'}")
     _print({"submission_id": submission, "stopped": stopped, "exit": EXIT_OK})
-
-
-def _jobs(address: str | None) -> RayJobs:
-    if not (found := address or known_address()):
-        raise JobError("no cluster: give --address http://HOST:8265, or set RAY_API_SERVER_ADDRESS")
-    return RayJobs(found, known_token())
 
 
 @app.command()
@@ -233,7 +220,7 @@ def status(
 
     opened, job = Output(normal(output), Storage()), None
     if not opened.storage.exists(opened.plan):
-        job = submission_of(output, _jobs(address) if address or known_address() else None)
+        job = submission_of(output, RayJobs.known(address) if address or known_address() else None)
         opened = Output(job["output"], Storage())
     told = progress_of(opened)
     if job:

@@ -1,14 +1,17 @@
 """A night's job step by step, as each orchestrator calls it: wait for the manifest, submit, follow, check.
 
-The standard library and ray_jobs.py alone: `pip install --no-deps context-diffusion`, or both files beside the DAG's.
+The standard library, PyYAML and ray_jobs.py alone: `pip install --no-deps context-diffusion`, or both files beside the
+DAG's.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, last_line, submit
@@ -34,6 +37,14 @@ def of_day(job: Job, day: str) -> Job:
     """The job file's values with {day} filled in, in all its strings."""
     filled: Job = json.loads(json.dumps(job).replace("{day}", day))
     return filled
+
+
+def job_of(day: str, default: Path) -> Job:
+    """The job file that CONTEXT_DIFFUSION_JOB names, of that day."""
+    import yaml
+
+    job: Job = yaml.safe_load(Path(os.environ.get("CONTEXT_DIFFUSION_JOB") or default).read_text())
+    return of_day(job, day)
 
 
 def check_ready(jobs: RayJobs, job: Job, sample: int = 8) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Ray's Jobs API over plain HTTP: submit, follow, stop. The standard library alone, so that an orchestrator needs this one
 file and neither Ray nor the package.
 
-    jobs = RayJobs("http://127.0.0.1:8265", token)
+    jobs = RayJobs.known()          # the cluster and the token that the environment names
     submission = submit(jobs, {"kind": "generate", "manifest": "s3://...", "output": "s3://..."})
     code = jobs.follow(submission.id, print)
     summary = last_line(jobs.logs(submission.id))
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ACTIVE = ("PENDING", "RUNNING")
-EXIT_STOPPED, EXIT_LOST = 143, 75
+EXIT_WRONG, EXIT_STOPPED, EXIT_LOST = 2, 143, 75
 PATIENCE_S = 60.0  # a cluster may be away, or just starting, for so long
 EVERY_S = 2.0
 STOP_MARGIN_S = 15  # that a run has to end after its grace
@@ -33,9 +33,19 @@ ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as `ray job submit` loo
 class RayJobsError(Exception):
     """The cluster cannot be reached or refuses; the message says what to do."""
 
+    exit_code = EXIT_LOST
+
+
+class NoClusterError(RayJobsError):
+    """Nothing says where it is."""
+
+    exit_code = EXIT_WRONG
+
 
 class AnotherJobError(RayJobsError):
     """One is writing to the same OUTPUT."""
+
+    exit_code = EXIT_WRONG
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,13 @@ class RayJobs:
     address: str
     token: str | None = None
     patience_s: float = PATIENCE_S
+
+    @classmethod
+    def known(cls, address: str | None = None) -> RayJobs:
+        """That cluster, or the one that the environment names. Raises NoClusterError."""
+        if not (found := address or known_address()):
+            raise NoClusterError("no cluster: give its address, http://HOST:8265, or set RAY_API_SERVER_ADDRESS")
+        return cls(found, known_token())
 
     def submit(
         self,

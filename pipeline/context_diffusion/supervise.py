@@ -6,7 +6,6 @@ signals, lost children and the last line of stdout are handled here, where no Ra
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import select
@@ -22,7 +21,6 @@ from context_diffusion.errors import EXIT_EXTERNAL, EXIT_INTERRUPTED, EXIT_TERMI
 from context_diffusion.output import Output
 from context_diffusion.storage import Storage, normal
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_SECONDS = 3.0
 
 
@@ -44,7 +42,6 @@ def supervise(job: GenerateJob, options: dict[str, Any], grace_s: float = 20.0) 
         stdout=sys.stderr,  # whatever Ray prints; stdout is for the result
         pass_fds=[writing],
         start_new_session=True,
-        preexec_fn=_end_with_parent,
     )
     os.close(writing)
     try:
@@ -98,15 +95,11 @@ def _last_word(child: subprocess.Popen[bytes], reading: int, grace_s: float) -> 
         return ""
 
 
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def end_session(session: int) -> None:
-    """Ends every process of a session: the driver and the Ray that it started. First politely."""
+def end_session(session: int, spared: int | None = None) -> None:
+    """Ends every process of a session but `spared`: the driver and the Ray that it started. First politely."""
     for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         until = time.monotonic() + patience
-        while (members := _members(session)) and time.monotonic() < until:
+        while (members := [pid for pid in _members(session) if pid != spared]) and time.monotonic() < until:
             for pid in members:
                 _kill(pid, number)
             time.sleep(0.1)

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = ROOT / ".venv" / "orchestrators"
-DAY = "2026-11-27"
+DAY = "2026-11-26"  # over: an orchestrator runs a day when it has ended
 NEEDS = {
     "airflow": ["apache-airflow-core>=3.3", "apache-airflow-task-sdk>=1.3", "apache-airflow-providers-standard", "pyyaml"],
     "dagster": ["dagster>=1.13", "pyyaml"],
@@ -72,6 +72,7 @@ def environment(cluster: Cluster, folder: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN": cluster.environment["RAY_AUTH_TOKEN"],
         "CONTEXT_DIFFUSION_JOB": str(folder / "nightly.yaml"),
         "AIRFLOW_HOME": str(folder / "airflow"),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(ROOT / "jobs" / "airflow"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
         "DAGSTER_HOME": str(folder),
         "PREFECT_HOME": str(folder / "prefect"),
