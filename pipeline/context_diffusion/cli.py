@@ -163,6 +163,27 @@ def validate(
 
 
 @app.command()
+def warm(
+    job: JobFile,
+    sets: Sets = None,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster; default: RAY_ADDRESS, else this machine")] = None,
+) -> None:
+    """Downloads a job's weights on each node that may have an engine, once a node or shared cache, and loads them once.
+
+    Example: context-diffusion warm jobs/generate_sd15.yaml; on a cluster: ray job submit -- context-diffusion warm JOB
+    """
+    from context_diffusion.warming import warm as fill
+
+    told = fill(_load_generate(job, sets), address)
+    for node in told["nodes"]:
+        errors.print(f"{node['address']}: {told['model']} is there ({node['seconds']} s)")
+    if "error" in told:
+        errors.print(f"error: {told['error']}")
+    _print(told)
+    raise typer.Exit(told["exit"])
+
+
+@app.command()
 def submit(
     job: JobFile,
     sets: Sets = None,

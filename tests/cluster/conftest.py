@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,18 +19,36 @@ TOKEN = "a-token-of-this-test-and-no-other-0123456789"
 
 @dataclass
 class Cluster:
-    """environment: of a client that may submit."""
+    """environment: of a client that may submit; nodes: ids, without the head's."""
 
+    address: str
     dashboard: str
+    nodes: list[str]
     process: subprocess.Popen[str]
     environment: dict[str, str]
 
-    def lose_a_node(self) -> None:
+    def add(self, **node: Any) -> str:
+        """-> its id."""
+        self.nodes.append(self._say(json.dumps(node | {"dashboard_agent_listen_port": free_port()})))
+        return self.nodes[-1]
+
+    def lose(self, node: str) -> None:
+        """As a machine that is switched off."""
+        self.nodes.remove(self._say(node))
+
+    def drain(self, node: str, seconds: int) -> None:
+        """What a spot machine's agent says when it is to be taken away."""
+        asked = ["--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        asked += ["--address", self.address, "--deadline-remaining-seconds", str(seconds)]
+        ray = str(Path(sys.executable).with_name("ray"))
+        subprocess.run([ray, "drain-node", *asked], env=self.environment, check=True, capture_output=True)
+
+    def _say(self, line: str) -> str:
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write("lose a node\n")
+        self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
-        self.process.stdout.readline()
+        return self.process.stdout.readline().strip()
 
 
 def free_port() -> int:
@@ -38,16 +57,16 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def start_cluster(python: str = sys.executable) -> Iterator[Cluster]:
+def start_cluster(python: str = sys.executable, nodes: int = 2) -> Iterator[Cluster]:
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0", "NO_COLOR": "1"}
     environment |= {"PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"}  # entrypoints say `python`
-    command = [python, str(Path(__file__).with_name("up.py")), *(str(free_port()) for _ in range(3))]
+    command = [python, str(Path(__file__).with_name("up.py")), *(str(free_port()) for _ in range(1 + nodes))]
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout
         line = next((text for text in process.stdout if text.startswith("{")), None)
         assert line, "the cluster did not start"
-        yield Cluster(json.loads(line)["dashboard"], process, environment)
+        yield Cluster(**json.loads(line), process=process, environment=environment)
     finally:
         assert process.stdin
         process.stdin.close()
