@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from context_diffusion.supervise import _members
 
 TOKEN = "a-token-of-this-test-and-no-other-0123456789"
 
@@ -43,6 +47,12 @@ class Cluster:
         ray = str(Path(sys.executable).with_name("ray"))
         subprocess.run([ray, "drain-node", *asked], env=self.environment, check=True, capture_output=True)
 
+    def die(self) -> None:
+        """All nodes at once."""
+        for pid in _members(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def _say(self, line: str) -> str:
         assert self.process.stdin
         assert self.process.stdout
@@ -61,7 +71,9 @@ def start_cluster(python: str = sys.executable, nodes: int = 2) -> Iterator[Clus
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0", "NO_COLOR": "1"}
     environment |= {"PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"}  # entrypoints say `python`
     command = [python, str(Path(__file__).with_name("up.py")), *(str(free_port()) for _ in range(1 + nodes))]
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         assert process.stdout
         line = next((text for text in process.stdout if text.startswith("{")), None)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 import urllib.request
@@ -79,7 +77,7 @@ def test_a_cluster_that_is_lost_ends_the_wait_with_75_and_its_name(cluster: Clus
     command = [*COMMAND, "submit", job, "--wait", "--address", cluster.dashboard]
     waiting = subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list((tmp_path / "out").glob("data/*")))
-    os.kill(cluster.process.pid, signal.SIGKILL)
+    cluster.die()
     out, log = waiting.communicate(timeout=300)
     assert waiting.returncode == json.loads(out.splitlines()[-1])["exit"] == 75
     assert cluster.dashboard in log.splitlines()[-1]
@@ -88,6 +86,7 @@ def test_a_cluster_that_is_lost_ends_the_wait_with_75_and_its_name(cluster: Clus
 
 
 def test_weights_are_fetched_once_for_two_nodes_and_then_by_no_engine(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.add()
     for name, made in (("base", make_base(tmp_path / "made")), ("net", make_controlnet(tmp_path / "made"))):
         shutil.copytree(made, tmp_path / "hub" / "someone" / name)
     values = job_values(write_manifest(tmp_path / "in", 3), tmp_path / "out")
