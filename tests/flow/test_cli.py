@@ -128,3 +128,27 @@ def test_a_stopped_run_says_so_leaves_no_process_and_goes_on(tmp_path: Path, num
     assert 0 < summary["rows"] < 60
     assert _members(driver) == [], "processes of the run are left"
     assert call("status", str(tmp_path / "out"))[1]["finished"] is False
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("grace", "least", "most"), [("60", 1, 3), ("0", 0, 1)])
+def test_after_sigterm_the_shards_that_were_begun_are_finished_in_their_grace_and_no_other_begins(
+    tmp_path: Path, grace: str, least: int, most: int
+) -> None:
+    job = write_job(tmp_path, 80, settings={"num_inference_steps": 30}, rows_per_part=8)
+    command = [*COMMAND, "run", job, "--grace", grace]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    data, deadline = tmp_path / "out" / "data", time.monotonic() + 120
+    while not data.exists() or not list(data.iterdir()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    before, told = len(list(data.iterdir())), time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    _, log = process.communicate(timeout=120)
+    print(f"grace {grace}: {time.monotonic() - told:.1f} s, {len(list(data.iterdir())) - before} shards")  # for the log
+    assert process.returncode == 143
+    assert least <= len(list(data.iterdir())) - before <= most
+    assert ("the shards that were begun are finished first" in log) is (grace != "0")
+    assert len({row["id"] for row in read_output(tmp_path / "out")}) == 8 * len(list(data.iterdir()))
