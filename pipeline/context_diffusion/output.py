@@ -14,10 +14,10 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +30,6 @@ from context_diffusion.storage import Storage
 
 PART = re.compile(r"part-(\d{5,})\.parquet$")
 READERS, AHEAD = 16, 256  # threads that read parts, and how many parts at most wait to be looked at
-PACE_S = 900.0
 COUNTED = ["id", "index", "status", "error_code"]
 
 
@@ -108,36 +107,15 @@ class Output:
 
     def count(self) -> Counts:
         """Counts rows (ids) and images over all finished parts."""
-        total = Counts()
-        for _, part in self.read_parts(COUNTED):
-            failed = {row["id"] for row in part.to_pylist() if row["status"] == "failed"}
-            total.rows += len(set(part["id"].to_pylist()))
-            total.failed += len(failed)
-            for row in part.to_pylist():
-                if row["status"] == "ok":
-                    total.images += 1
-                else:
-                    total.codes[row["error_code"]] = total.codes.get(row["error_code"], 0) + 1
-        total.ok = total.rows - total.failed
-        return total
+        return sum((counts_of(part) for _, part in self.read_parts(COUNTED)), Counts())
 
 
-def pace(output: Output) -> tuple[float, float] | None:
-    """Rows and images a second of the last PACE_S in which parts were written, and so also after the run is gone. None
-    where there are too few."""
-    made: list[tuple[datetime, int, int]] = []
-    for _, part in output.read_parts(["id", "status", "created_at"]):
-        rows, images = len(set(part["id"].to_pylist())), part["status"].to_pylist().count("ok")
-        made.append((part["created_at"][0].as_py(), rows, images))
-    last = max((at for at, *_ in made), default=None)
-    if last is None:
-        return None
-    recent = sorted(one for one in made if (last - one[0]).total_seconds() <= PACE_S)
-    seconds = (last - recent[0][0]).total_seconds()
-    if seconds <= 0:
-        return None
-    # What the first of them holds was made before its time.
-    return sum(rows for _, rows, _ in recent[1:]) / seconds, sum(images for *_, images in recent[1:]) / seconds
+def counts_of(part: pa.Table) -> Counts:
+    """Of a part's columns COUNTED."""
+    rows, ids = part.to_pylist(), part["id"].to_pylist()
+    failed = [row for row in rows if row["status"] == "failed"]
+    lost, codes = len({row["id"] for row in failed}), Counter(row["error_code"] for row in failed)
+    return Counts(total := len(set(ids)), total - lost, lost, len(rows) - len(failed), dict(codes))
 
 
 def members(tar: bytes) -> Iterator[tuple[str, bytes]]:

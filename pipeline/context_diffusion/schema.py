@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,3 +238,7 @@ class Counts:
     failed: int = 0
     images: int = 0
     codes: dict[str, int] = field(default_factory=dict)
+
+    def __add__(self, other: Counts) -> Counts:
+        sums = (self.rows + other.rows, self.ok + other.ok, self.failed + other.failed, self.images + other.images)
+        return Counts(*sums, dict(Counter(self.codes) + Counter(other.codes)))
