@@ -42,7 +42,7 @@ test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
 	touch $@
 
 test-full: .venv/full ## the longer tests: object store, kills, the rest, as far as 40 minutes reach; names what was left out
-	TEST_SECONDS=2400 $(BIN)/pytest -m slow -rs tests/store tests/flow tests
+	TEST_SECONDS=2400 $(BIN)/pytest -m slow -rs
 
 chaos: install ## kills parts of running jobs N=20 times and compares with an undisturbed run
 	PYTHONPATH=tests $(BIN)/python tests/chaos.py $(N)
