@@ -24,7 +24,7 @@ from context_diffusion.output import Output, members
 from context_diffusion.placing import safe_name, to_tar
 from context_diffusion.plan import open_plan, read_shards
 from context_diffusion.report import write_report
-from context_diffusion.schema import OUTPUT
+from context_diffusion.schema import FAILURES_TOLD, OUTPUT
 from context_diffusion.stages import LoadImages, ReadShard, generate
 from context_diffusion.storage import Storage
 from context_diffusion.writing import WriteShard
@@ -36,9 +36,14 @@ STORAGE = Storage(deadline_s=1)
 
 
 def make(
-    folder: Path, count: int = 6, changes: dict[int, dict[str, Any]] | None = None, **more: Any
+    folder: Path,
+    count: int = 6,
+    changes: dict[int, dict[str, Any]] | None = None,
+    written: list[dict[str, Any]] | None = None,
+    **more: Any,
 ) -> tuple[GenerateJob, Output]:
-    """The whole flow in this process, without Ray: what the graph of dataflow.py calls."""
+    """The whole flow in this process, without Ray: what the graph of dataflow.py calls. written: gets what the driver would
+    hear of each shard."""
     manifest = folder / "in" / "manifest.parquet"
     if not manifest.exists():
         write_manifest(folder / "in", count, changes)
@@ -50,7 +55,9 @@ def make(
     write = WriteShard(job, output, "fake@1")
     for shard in read_shards(output, 0):
         [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()
-        write(generate(load(table), engine, job))
+        told = write(generate(load(table), engine, job)).to_pylist()
+        if written is not None:
+            written += told
     return job, output
 
 
@@ -213,3 +220,44 @@ def test_columns_named_like_ours_are_kept_under_another_name(tmp_path: Path) -> 
     [shard] = read_shards(output, 0)
     [read] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()
     assert read["passed:manifest_sha256"].to_pylist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("form", ["files", "parquet", "both"])
+def test_the_driver_hears_what_a_shard_was(tmp_path: Path, form: str) -> None:
+    changes: dict[int, dict[str, Any]] = {1: {"scheduler": "magic"}, 2: {"query": "gone.png"}, 7: {"context": []}}
+    heard: list[dict[str, Any]] = []
+    make(tmp_path, 8, changes, heard, rows_per_part=4, settings={"num_images": 2}, output_format=form)
+    first, second = heard
+    assert [(one["shard"], one["rows"], one["failed"], one["images"]) for one in heard] == [(0, 4, 2, 4), (1, 4, 1, 6)]
+    assert [(one["rows_made"], one["images_made"]) for one in heard] == [(4, 4), (4, 6)]
+    assert dict(first["codes"]) == {"unknown_scheduler": 1, "missing_file": 1}
+    assert [(one["id"], one["code"]) for one in first["failures"]] == [
+        ("row-001", "unknown_scheduler"),
+        ("row-002", "missing_file"),
+    ]
+    assert "gone.png" in first["failures"][1]["message"]
+    on_disk = [path for folder in ("data", "images") for path in (tmp_path / "out").glob(f"{folder}/**/*.p*")]
+    assert first["bytes"] + second["bytes"] == sum(path.stat().st_size for path in on_disk if path.is_file())
+    load, made, wrote = (first[f"{stage}_span"] for stage in ("load", "generate", "write"))
+    assert load["began"] <= made["began"] <= wrote["began"]
+    assert all(span["seconds"] > 0 for span in (load, made, wrote))
+
+
+def test_of_rows_made_anew_the_driver_hears_them_alone_beside_the_whole_part(tmp_path: Path) -> None:
+    job, output = make(tmp_path, 4, {1: {"query": "later.png"}, 3: {"context": []}}, settings={"num_images": 2})
+    (tmp_path / "in" / "later.png").write_bytes((tmp_path / "in" / "picture-0.png").read_bytes())
+    plan = open_plan(job, output, STORAGE)
+    load, write = LoadImages(job, [str(tmp_path / "in")], 64, 64, STORAGE), WriteShard(job, output, "fake@1", redo=True)
+    [shard] = read_shards(output, 0)
+    [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE, output)()
+    [told] = write(generate(load(table), GuardedEngine(FakeEngine(), Ledger(), job), job)).to_pylist()
+    assert [told[name] for name in ("rows", "failed", "images")] == [4, 1, 6]
+    assert [told[name] for name in ("rows_made", "images_made")] == [2, 2]
+    assert [one["id"] for one in told["failures"]] == ["row-003"]
+
+
+def test_not_every_failed_row_of_a_rotten_shard_is_told(tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    make(tmp_path, 176, {number: {"context": []} for number in range(176)}, heard)
+    told = heard[0]
+    assert (told["failed"], dict(told["codes"]), len(told["failures"])) == (22, {"no_context": 22}, FAILURES_TOLD)

@@ -18,11 +18,11 @@ from typing import Any
 
 from rich.console import Console
 
-from context_diffusion import progress
 from context_diffusion.config import GenerateJob
 from context_diffusion.driver import Options, run_generate
 from context_diffusion.errors import EXIT_TERMINATED, ContextDiffusionError, classify
 from context_diffusion.ledger import Ledger
+from context_diffusion.log import LOG
 from context_diffusion.output import Output
 from context_diffusion.storage import Storage, normal
 from context_diffusion.supervise import end_session
@@ -50,7 +50,7 @@ class Stopping(threading.Thread):
         if not self._ledger.empty():
             ledger = self._ledger.get()
             ledger.stop()
-            progress.CONSOLE.print("stopping: the shards that were begun are finished first")
+            LOG.tell("stopping", "stopping: the shards that were begun are finished first")
             while self._unwritten(ledger):
                 time.sleep(LOOK_S)
         self.end()
@@ -75,6 +75,7 @@ def main() -> None:
         os._exit(summary["exit"])
 
     output = Output(normal(job.output), Storage(job.storage_options))
+    LOG.format, LOG.job = given["log_format"], output.root
     stopping = Stopping(output, lambda: end({"exit": EXIT_TERMINATED, "error": "stopped"}))
     stopping.start()
     try:
@@ -88,14 +89,14 @@ def main() -> None:
 
 
 def _redirect_noise() -> str:
-    """What Ray and its C++ print goes to a log file, which the progress names; progress keeps the real stderr."""
+    """What Ray and its C++ print goes to a log file, which the log names; the log keeps the real stderr."""
     handle, path = tempfile.mkstemp(prefix="context-diffusion-", suffix=".log")
     terminal = os.dup(2)
     sys.stderr.flush()
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ["CONTEXT_DIFFUSION_LOG"] = path
-    progress.CONSOLE = Console(file=os.fdopen(terminal, "w", buffering=1))
+    LOG.console = Console(file=os.fdopen(terminal, "w", buffering=1))
     return path
 
 

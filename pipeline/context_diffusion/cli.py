@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from context_diffusion.errors import (
     ContextDiffusionError,
     JobError,
 )
+from context_diffusion.log import LOG, LogFormat
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address
 from context_diffusion.strict import StrictModel
 
@@ -44,6 +46,7 @@ RetryFailed = Annotated[bool, typer.Option(help="make the rows that failed anew"
 Extend = Annotated[bool, typer.Option(help="the manifest has grown at its end: make what is new")]
 AcceptChange = Annotated[bool, typer.Option(help="go on with other versions of torch or diffusers")]
 Grace = Annotated[float, typer.Option(min=0, help="seconds after SIGTERM in which the shards that were begun may end")]
+LogFormats = Annotated[LogFormat, typer.Option(help="of stderr: lines for people, or a JSON object a line")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7")]
 
 
@@ -62,17 +65,24 @@ def _run() -> int:
     try:
         return int(app(standalone_mode=False) or EXIT_OK)  # typer.Exit comes back as its code
     except (ContextDiffusionError, RayJobsError) as error:
-        errors.print(f"error: {error}")
+        _tell_error(str(error))
         _print({"exit": error.exit_code, "error": str(error)})
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):  # a wrong option or argument
-            errors.print(f"error: {error.format_message() if hasattr(error, 'format_message') else error}")
+            _tell_error(error.format_message() if hasattr(error, "format_message") else str(error))
             return JobError.exit_code
-        errors.print_exception()
+        if LOG.format == LogFormat.JSON:
+            _tell_error("".join(traceback.format_exception(error)))
+        else:
+            errors.print_exception()
         return EXIT_UNEXPECTED
+
+
+def _tell_error(error: str) -> None:
+    LOG.tell("error", f"error: {error}", "error", error=error)
 
 
 def _print(summary: dict[str, Any]) -> None:
@@ -101,23 +111,34 @@ def run(
     extend: Extend = False,
     accept_change: AcceptChange = False,
     grace: Grace = 20.0,
+    log_format: LogFormats = LogFormat.TEXT,
 ) -> None:
     """Runs a job, or what is missing of it.
 
     Example: context-diffusion run jobs/demo.yaml --set settings.num_inference_steps=30
     """
+    LOG.format = log_format
     loaded = _load(job, sets)
+    LOG.job = _output_of(loaded)
     if isinstance(loaded, GenerateJob):
         from context_diffusion.supervise import supervise
 
         options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed, "extend": extend}
-        summary = supervise(loaded, options, grace)
+        summary = supervise(loaded, options, grace, log_format)
     else:
         summary = _run_other(loaded, address)
     if "error" in summary:
-        errors.print(f"error: {summary['error']}")
+        _tell_error(summary["error"])
+    else:
+        LOG.tell("finished", **summary)
     _print(summary)
     raise typer.Exit(summary["exit"])
+
+
+def _output_of(job: StrictModel) -> str:
+    from context_diffusion.storage import normal
+
+    return normal(job.model_dump(include={"output"})["output"])
 
 
 def _run_other(job: StrictModel, address: str | None) -> dict[str, Any]:
@@ -195,6 +216,7 @@ def submit(
     extend: Extend = False,
     accept_change: AcceptChange = False,
     grace: Grace = 20.0,
+    log_format: LogFormats = LogFormat.TEXT,
 ) -> None:
     """Runs a job on a cluster, through Ray's Jobs API. Submitted again while it runs, it is joined; later, resumed.
 
@@ -203,17 +225,21 @@ def submit(
     from context_diffusion import ray_jobs
     from context_diffusion.submitting import absolute, local_paths, runtime_env, wheel_of
 
+    LOG.format = log_format
     values, jobs = absolute(_load(job, sets)), RayJobs.known(address)
+    LOG.job = values["output"]
     chosen = {"--retry-failed": retry_failed, "--extend": extend, "--accept-change": accept_change}
     variables = dict(pair.split("=", 1) for pair in env or [] if "=" in pair)
     if len(variables) < len(env or []):
         raise JobError(f"--env {' '.join(env or [])}: write KEY=VALUE, each KEY once")
     flags = tuple(flag for flag, on in chosen.items() if on)
-    made = ray_jobs.submit(jobs, values, flags, runtime_env(jobs, wheel_of(wheel), variables), grace)
+    made = ray_jobs.submit(jobs, values, flags, runtime_env(jobs, wheel_of(wheel), variables), grace, log_format)
     for path in local_paths(values, jobs.address):
-        errors.print(f"warning: {path} is a path of this machine: every node of {jobs.address} must have it")
-    errors.print(f"{made.id} {'runs already' if made.attached else 'is submitted'}; context-diffusion status {made.id}")
-    code = jobs.follow(made.id, errors.print) if wait else EXIT_OK
+        message = f"{path} is a path of this machine: every node of {jobs.address} must have it"
+        LOG.tell("warning", f"warning: {message}", "warning", message=message)
+    text = f"{made.id} {'runs already' if made.attached else 'is submitted'}; context-diffusion status {made.id}"
+    LOG.tell("submitted", text, id=made.id, attached=made.attached)
+    code = jobs.follow(made.id, LOG.relay) if wait else EXIT_OK
     _print({"submission_id": made.id, "attached": made.attached, "output": values["output"], "exit": code})
     raise typer.Exit(code)
 

@@ -188,6 +188,7 @@ def submit(
     flags: tuple[str, ...] = (),
     runtime_env: dict[str, Any] | None = None,
     grace_s: float = 20,
+    log_format: str = "text",
 ) -> Submission:
     """A job file's values, its paths such as the cluster sees. flags: of `context-diffusion run`, as --retry-failed.
 
@@ -206,7 +207,8 @@ def submit(
     attempts = [int(str(one["submission_id"]).rsplit("-", 1)[1]) for one in jobs.list(prefix)]
     name = f"{prefix}{max(attempts, default=0) + 1}"
     grace = ["--grace", f"{grace_s:g}"] if job.get("kind") == "generate" else []
-    command = shlex.join(["python", "-m", "context_diffusion", "run", "/dev/stdin", *flags, *grace])
+    log = ["--log-format", log_format] if log_format != "text" else []
+    command = shlex.join(["python", "-m", "context_diffusion", "run", "/dev/stdin", *flags, *grace, *log])
     entrypoint = f"printf %s {shlex.quote(json.dumps(job, ensure_ascii=False))} | {command}"
     environment = dict(runtime_env or {})
     wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_s) + STOP_MARGIN_S)}
@@ -220,7 +222,8 @@ def last_line(log: str) -> dict[str, Any]:
     for line in reversed(log.splitlines()):
         if line.startswith("{"):
             found: dict[str, Any] = json.loads(line)
-            return found
+            if "event" not in found:  # of a log as JSON
+                return found
     return {}
 
 

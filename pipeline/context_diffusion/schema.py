@@ -71,6 +71,22 @@ MADE = pa.schema(
     ]
 )
 COUNTED = ("used_lane_steps", "paid_lane_steps", "flops", "reference_flops")  # summed over a run
+STAGES = ("load", "generate", "write")  # each leaves a column STAGE_span, the same in all rows of a shard
+SPAN = pa.struct([("began", pa.float64()), ("seconds", pa.float64())])  # began: since the epoch
+FAILURES_TOLD = 20  # of a shard, one by one
+WRITTEN = pa.schema(  # what the driver hears of a shard: one row
+    [
+        ("shard", pa.int64()),
+        *((name, pa.int64()) for name in ("rows", "failed", "images")),  # of its part
+        ("rows_made", pa.int64()),  # by this attempt, failed ones among them: with --retry-failed a part has others too
+        ("images_made", pa.int64()),
+        ("bytes", pa.int64()),  # of the part and its pictures
+        ("codes", pa.map_(pa.string(), pa.int64())),  # failed rows by code
+        ("failures", pa.list_(pa.struct([(name, pa.string()) for name in (ID, "code", "message")]))),
+        *((f"{stage}_span", SPAN) for stage in STAGES),
+        *((name, pa.float64()) for name in COUNTED),
+    ]
+)
 SETTING_TYPES: dict[str, pa.DataType] = {
     "seed": pa.int64(),
     "num_inference_steps": pa.int32(),

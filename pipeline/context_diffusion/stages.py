@@ -5,6 +5,7 @@ ReadShards -> load_images -> generate (around an engine) -> WriteShard (writing.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from context_diffusion.schema import (
     NEGATIVE_PROMPT,
     PROMPT,
     QUERY,
+    SPAN,
     Control,
     Failure,
     Pixels,
@@ -90,7 +92,7 @@ class LoadImages:
     storage: Storage
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        seen: Seen = {}
+        began, seen = time.time(), Seen()
         rows, codes, messages = [], [], []
         for row in table.to_pylist():
             loaded: dict[str, Any] = dict.fromkeys(LOADED.names)
@@ -109,7 +111,7 @@ class LoadImages:
             table = table.set_column(table.column_names.index(name), name, _without_bytes(values))
         for name in LOADED.names:
             table = table.append_column(name, pa.array([row[name] for row in rows], LOADED.field(name).type))
-        return table
+        return _with_span(table, "load", began)
 
     def _load(self, row: dict[str, Any], seen: Seen) -> dict[str, Any]:
         settings = Settings.model_validate_json(row["settings"])
@@ -167,6 +169,16 @@ def _without_bytes(column: pa.ChunkedArray) -> pa.Array:
     return pa.array(strip, column.type)
 
 
+def _with_span(table: pa.Table, stage: str, began: float) -> pa.Table:
+    """The shard's time in a stage that ends now."""
+    return table.append_column(f"{stage}_span", pa.array([span(began)] * len(table), SPAN))
+
+
+def span(began: float) -> dict[str, float]:
+    """From `began`, by time.time(), to now."""
+    return {"began": began, "seconds": max(time.time() - began, 0.0)}  # a clock may be set back
+
+
 def requests_of(table: pa.Table, job: GenerateJob) -> list[list[Request]]:
     """The images to make of each row: none for a failed one, num_images for the others."""
     wanted: list[list[Request]] = []
@@ -195,7 +207,7 @@ def requests_of(table: pa.Table, job: GenerateJob) -> list[list[Request]]:
 
 def generate(table: pa.Table, engine: ShardEngine, job: GenerateJob) -> pa.Table:
     """Hands a shard's rows to the engine and waits for them: a row for each image, and one for each failed row."""
-    wanted = requests_of(table, job)
+    began, wanted = time.time(), requests_of(table, job)
     outcomes = iter(engine.generate_shard(table["shard"][0].as_py(), wanted))
     rows: list[int] = []
     index: list[int] = []
@@ -211,7 +223,7 @@ def generate(table: pa.Table, engine: ShardEngine, job: GenerateJob) -> pa.Table
         rows += [number] * len(results)
         index += range(len(results))
         made += results
-    return _with_made(table.take(pa.array(rows, pa.int64())), index, made)
+    return _with_span(_with_made(table.take(pa.array(rows, pa.int64())), index, made), "generate", began)
 
 
 def _with_made(table: pa.Table, index: list[int], made: list[Result | Failure | None]) -> pa.Table:

@@ -18,6 +18,7 @@ from typing import Any
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import EXIT_EXTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED
+from context_diffusion.log import LogFormat
 from context_diffusion.output import Output
 from context_diffusion.storage import Storage, normal
 
@@ -29,7 +30,9 @@ class _StopSignalError(Exception):
         self.exit = EXIT_TERMINATED if number == signal.SIGTERM else EXIT_INTERRUPTED
 
 
-def supervise(job: GenerateJob, options: dict[str, Any], grace_s: float = 20.0) -> dict[str, Any]:
+def supervise(
+    job: GenerateJob, options: dict[str, Any], grace_s: float = 20.0, log_format: str = LogFormat.TEXT
+) -> dict[str, Any]:
     """Runs the driver; -> its summary, or what is known of OUTPUT where it could not give one. `exit` always in it.
     grace_s: after SIGTERM, for the shards that were begun."""
     started = time.monotonic()
@@ -46,7 +49,8 @@ def supervise(job: GenerateJob, options: dict[str, Any], grace_s: float = 20.0) 
     os.close(writing)
     try:
         assert child.stdin
-        child.stdin.write(json.dumps({"job": job.model_dump(mode="json"), "options": options}).encode() + b"\n")
+        given = {"job": job.model_dump(mode="json"), "options": options, "log_format": log_format}
+        child.stdin.write(json.dumps(given).encode() + b"\n")
         child.stdin.flush()
         text = _line(reading)
         child.wait()

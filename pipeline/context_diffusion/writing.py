@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -19,6 +21,7 @@ from context_diffusion.schema import (
     CONTEXT,
     CONTROL_IMAGE,
     COUNTED,
+    FAILURES_TOLD,
     HUGGING_FACE,
     ID,
     NEGATIVE_PROMPT,
@@ -27,10 +30,13 @@ from context_diffusion.schema import (
     PROMPT,
     QUERY,
     SETTING_TYPES,
+    STAGES,
+    WRITTEN,
     Pixels,
     from_image,
     required,
 )
+from context_diffusion.stages import span
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class WriteShard:
     redo: bool = False  # --retry-failed: the table holds rows that failed; the part is replaced, its other rows stay
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        shard = table["shard"][0].as_py()
+        began, shard = time.time(), table["shard"][0].as_py()
         made = [self._row(row) for row in table.to_pylist()]
         rows, pictures = [row for row, _ in made], [picture for _, picture in made]
         place(self.output, self.job, shard, rows, pictures)
@@ -51,8 +57,11 @@ class WriteShard:
         if self.redo:
             part = _over(self.output.read_part(shard), part)
         put = self.output.storage.replace if self.redo else self.output.storage.create
-        put(self.output.part(shard), to_parquet(part, ("image",)))
-        return _counts(shard, part, table)
+        data = to_parquet(part, ("image",))
+        put(self.output.part(shard), data)
+        apart = [] if self.job.pictures_in == "parquet" else [picture for picture in pictures if picture]
+        size = len(data) + sum(map(len, apart))
+        return pa.Table.from_pylist([_written(shard, part, table, size) | {"write_span": span(began)}], WRITTEN)
 
     def _part(self, table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
         columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in OUTPUT}
@@ -111,12 +120,23 @@ def _over(old: pa.Table, new: pa.Table) -> pa.Table:
     return both.take(pa.array(order, pa.int64()))
 
 
-def _counts(shard: int, part: pa.Table, table: pa.Table) -> pa.Table:
+def _written(shard: int, part: pa.Table, table: pa.Table, size: int) -> dict[str, Any]:
     failed = part.filter(pc.equal(part["status"], "failed"))
-    counts = {"shard": shard, "rows": len(part[ID].unique()), "failed": len(failed[ID].unique())}
-    counts |= {"images": len(part) - len(failed)}
-    counts |= {name: sum(filter(None, table[name].to_pylist())) for name in COUNTED}
-    return pa.table({name: [value] for name, value in counts.items()})
+    codes = Counter(failed["error_code"].to_pylist())
+    told = failed.select([ID, "error_code", "error_message"]).rename_columns([ID, "code", "message"])
+    return {
+        "shard": shard,
+        "rows": len(part[ID].unique()),
+        "failed": len(failed[ID].unique()),
+        "images": len(part) - len(failed),
+        "rows_made": len(table[ID].unique()),
+        "images_made": table["error_code"].null_count,
+        "bytes": size,
+        "codes": list(codes.items()),
+        "failures": told.slice(0, FAILURES_TOLD).to_pylist(),
+        **{f"{stage}_span": table[f"{stage}_span"][0].as_py() for stage in STAGES if stage != "write"},
+        **{name: sum(filter(None, table[name].to_pylist())) for name in COUNTED},
+    }
 
 
 def _label(source: dict[str, Any] | None) -> str | None:

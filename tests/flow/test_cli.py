@@ -54,6 +54,14 @@ def test_a_wrong_job_ends_with_2_before_ray_starts(tmp_path: Path, change: dict[
     assert not (tmp_path / "out" / "plan.json").exists()
 
 
+def test_as_json_an_error_is_an_event_too(tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    code, _, told = call("run", job, "--log-format", "json", "--set", "manifest=nowhere.parquet")
+    [event] = [json.loads(line) for line in told.splitlines()]
+    assert (code, event["event"], event["level"], event["job"]) == (2, "error", "error", str(tmp_path / "out"))
+    assert "nowhere.parquet" in event["error"]
+
+
 def test_the_help_and_a_wrong_option() -> None:
     assert subprocess.run([*COMMAND, "run", "--help"], capture_output=True, env=ENVIRONMENT).returncode == 0
     assert call("run", "job.yaml", "--sett", "x")[0] == 2
@@ -77,11 +85,15 @@ def test_a_run_from_validate_to_verify(tmp_path: Path) -> None:
     assert "magic" in told
     assert not (tmp_path / "out").exists()
 
-    code, summary, told = call("run", job, "--set", "settings.guidance_scale=1.0")
+    code, summary, told = call("run", job, "--set", "settings.guidance_scale=1.0", "--log-format", "json")
     assert code == summary["exit"] == 3
+    events = [json.loads(line) for line in told.splitlines()]
+    assert {one["event"] for one in events} == {"started", "shard", "row_failed", "progress", "finished"}
+    assert {one["job"] for one in events} == {str(tmp_path / "out")}
+    assert [one["id"] for one in events if one["event"] == "row_failed"] == ["row-003"]
+    assert sum(one["rows"] for one in events if one["event"] == "shard") == events[-1]["rows"] == 8
     assert {"output", "rows", "ok", "failed", "images", "skipped", "seconds", "images_per_second", "exit"} <= set(summary)
     assert (summary["rows"], summary["ok"], summary["failed"], summary["images"]) == (8, 7, 1, 7)
-    assert "Ray's logs" in told
     rows = read_output(tmp_path / "out")
     assert all(0 <= row["layout_score"] <= 1 and 0 <= row["style_score"] <= 1 for row in rows if row["status"] == "ok")
     assert {row["guidance_scale"] for row in rows if row["status"] == "ok"} == {1.0}
