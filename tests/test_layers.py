@@ -8,7 +8,7 @@ from pathlib import Path
 import context_diffusion
 
 PACKAGE = Path(context_diffusion.__file__).parent
-RAY = {"dataflow.py", "ray_session.py", "ray_train.py", "warming.py"}
+RAY = {"dataflow.py", "metrics.py", "ray_session.py", "ray_train.py", "warming.py"}
 TORCH = ("model/", "engine/", "training/", "evaluation/prompt.py", "evaluation/similarity.py", "pipeline.py", "tensors.py")
 # A layer may import itself and what stands before it. (model/source.py and the configuration of training are the
 # layers' faces to the driver: no torch in them. The job that reads and writes scores stands above the scores.)
@@ -34,9 +34,9 @@ LAYERS = [
     {"model.source", "model.hub", "model.presets"},
     {"output", "closing", "compact", "scan", "plan", "jobfile", "report", "tensors", "submitting", "watching"},
     {"model", "engine", "training", "pipeline", "evaluation.similarity"},
-    {"stages", "placing", "writing", "ledger", "validate", "progress"},
+    {"stages", "placing", "writing", "ledger", "validate", "progress", "trace"},
     {"evaluation.pairs", "evaluation.controls", "evaluation.run"},
-    {"dataflow", "ray_session", "ray_train", "warming"},
+    {"dataflow", "metrics", "ray_session", "ray_train", "warming"},
     {"driver", "child", "supervise"},
     {"cli", "__main__"},
 ]

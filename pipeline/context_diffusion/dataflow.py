@@ -20,7 +20,9 @@ from ray.data.datasource import ReadTask
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ClusterError
 from context_diffusion.ledger import GuardedEngine, Ledger
-from context_diffusion.stages import Engine, LoadImages, ReadShard, generate
+from context_diffusion.metrics import Metrics, watch_engine
+from context_diffusion.stages import Engine, LoadImages, ReadShard, Watched, generate
+from context_diffusion.storage import normal
 from context_diffusion.writing import WriteShard
 
 EngineFactory = Callable[[GenerateJob, Callable[[BaseException], None]], Engine]
@@ -90,6 +92,18 @@ def _metadata(read: ReadShard) -> BlockMetadata:
     return BlockMetadata(num_rows=read.shard.rows, size_bytes=None, input_files=None, exec_stats=None)
 
 
+class _CountedLedger(Ledger):
+    """The ledger's actor: what begins is counted when it does, for an engine that dies can tell no more."""
+
+    def __init__(self, output: str) -> None:
+        super().__init__()
+        self._metrics = Metrics("attempts", output=output)
+
+    def hold(self, shard: int) -> None:
+        self._metrics.count("attempts", attempt="again" if self.begun(shard) else "first")
+        super().hold(shard)
+
+
 class _LedgerProxy:
     """The ledger's actor with plain methods that wait for the answer."""
 
@@ -108,6 +122,8 @@ class Generate:
         self.job = job
         engine = make_engine(job, _end_process)
         self.guarded = GuardedEngine(engine, _LedgerProxy(ledger), job)
+        if isinstance(engine, Watched):
+            watch_engine(engine.stats, normal(job.output), ray.get_runtime_context().get_actor_id()[:8])
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return generate(table, self.guarded, self.job)
@@ -126,12 +142,13 @@ def run_flow(
     write: WriteShard,
     make_engine: EngineFactory,
     started: Callable[[Any], None],
-) -> Iterator[dict[str, int]]:
-    """Runs the shards that are left; yields each written shard's counts. Ray is up already. started: given the ledger."""
+) -> Iterator[dict[str, Any]]:
+    """Runs the shards that are left; yields each written one, as schema.WRITTEN. Ray is up already. started: given the
+    ledger."""
     cluster = ray.cluster_resources()
     shares = share_out(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
     _configure(job)
-    ledger = ray.remote(num_cpus=0, max_concurrency=64)(Ledger).remote()
+    ledger = ray.remote(num_cpus=0, max_concurrency=64)(_CountedLedger).remote(normal(job.output))
     started(_LedgerProxy(ledger))
     shards = ray.data.read_datasource(_Shards(reads), override_num_blocks=len(reads), num_cpus=TASK_CPUS)
     loaded = shards.map_batches(

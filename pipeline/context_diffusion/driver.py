@@ -23,6 +23,7 @@ from context_diffusion.report import write_report
 from context_diffusion.schema import Counts
 from context_diffusion.stages import LoadImages, ReadShard
 from context_diffusion.storage import Storage, normal, parent
+from context_diffusion.trace import Trace
 from context_diffusion.writing import WriteShard
 
 
@@ -83,12 +84,19 @@ def _make_missing(
     load = LoadImages(job, allow, model.image_size, model.context_size, storage)
     write = WriteShard(job, output, f"{model.name}@{model.revision}", redo=options.retry_failed)
     from context_diffusion import dataflow  # here, not above: a wrong job is refused before Ray is imported
+    from context_diffusion.metrics import RunMetrics
     from context_diffusion.ray_session import ray_session
 
-    with ray_session(job.cluster.num_cpus, options.address) as logs, Progress(plan.rows, before, logs) as shown:
+    with (
+        Trace(output.root) as trace,
+        ray_session(job.cluster.num_cpus, options.address) as logs,
+        Progress(plan.rows, before, logs) as shown,
+    ):
+        metrics = RunMetrics(output.root, sum(read.shard.rows for read in reads))
         job = job.model_copy(update={"model": model.parts or job.model})  # the engines load what the plan found
         for counts in dataflow.run_flow(job, reads, load, write, make_engine or _default_engine, on_start):
-            shown.add(counts)
+            for told in (shown, metrics, trace):
+                told.add(counts)
             _check_failures(job, plan, shown.counts)
         return shown.efficiency
 

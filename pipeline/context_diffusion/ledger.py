@@ -55,6 +55,10 @@ class Ledger:
         given_up = [row for (s, row), deaths in self._deaths.items() if s == shard and deaths >= DEATHS]
         return shard in self._suspects, sorted(given_up)
 
+    def begun(self, shard: int) -> bool:
+        """Has an engine begun it before?"""
+        return shard in self._suspects or shard in self._made
+
     def hold(self, shard: int) -> None:
         self._held.add(shard)
 

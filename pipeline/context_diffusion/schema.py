@@ -185,6 +185,16 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class EngineStats:
+    """What an engine tells of itself. hits, misses: of its caches, by kind, since it began."""
+
+    rows: int = 0  # in its lanes or waiting
+    hits: dict[str, int] = field(default_factory=dict)
+    misses: dict[str, int] = field(default_factory=dict)
+    gpu_bytes: int | None = None  # that torch has reserved; None without a GPU
+
+
+@dataclass(frozen=True)
 class Shard:
     """The unit of work, of retry and of resume: `rows` rows from `first_row` on of the manifest's file `file`.
 

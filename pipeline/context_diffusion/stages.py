@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,6 +31,7 @@ from context_diffusion.schema import (
     QUERY,
     SPAN,
     Control,
+    EngineStats,
     Failure,
     Pixels,
     Request,
@@ -50,6 +51,13 @@ class Engine(Protocol):
     """The seam: whoever makes pictures. `generate` may be called from several threads at once."""
 
     def generate(self, requests: list[Request]) -> list[Result | Failure]: ...
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """An engine that tells of itself."""
+
+    def stats(self) -> EngineStats: ...
 
 
 class ShardEngine(Protocol):

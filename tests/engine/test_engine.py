@@ -166,3 +166,19 @@ def test_the_service_answers_each_caller_in_its_order_and_breaks_loudly() -> Non
         for one, outcome in zip(batch, outcomes, strict=True):
             assert isinstance(outcome, Result)
             assert np.array_equal(outcome.image, alone(one))
+
+
+def test_an_engine_tells_of_its_rows_and_caches() -> None:
+    made = engine()
+    assert (made.stats().rows, made.stats().hits, made.stats().gpu_bytes) == (0, {}, None)
+    same = request(1, contexts=2, num_inference_steps=2)
+    for one in (same, dataclasses.replace(same, id="another")):
+        made.add(one)
+    made.step()
+    told = made.stats()
+    assert told.rows == 2
+    assert told.hits["context"] == 2
+    assert told.misses["context"] == 2
+    while not made.idle:
+        made.step()
+    assert made.stats().rows == 0

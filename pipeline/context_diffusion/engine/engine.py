@@ -26,7 +26,7 @@ from context_diffusion.engine.lanes import choose
 from context_diffusion.engine.operations import NotCounted, Operations
 from context_diffusion.engine.slots import Slot, advance, open_slot
 from context_diffusion.errors import ErrorCode, RowError
-from context_diffusion.schema import Failure, Pixels, Request, Result
+from context_diffusion.schema import EngineStats, Failure, Pixels, Request, Result
 
 Outcome = tuple[Request, Result | Failure]
 CACHE_BYTES = 2**30
@@ -88,6 +88,12 @@ class Engine:
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.slots and not self._decoding
+
+    def stats(self) -> EngineStats:
+        """May be called from any thread."""
+        rows = len(self.waiting) + len(self.slots) + len(self._decoding)
+        reserved = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else None
+        return EngineStats(rows, dict(self.cache.hits), dict(self.cache.misses), reserved)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """All requests, each as it finishes."""

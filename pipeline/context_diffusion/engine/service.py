@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from context_diffusion.engine.engine import Engine
-from context_diffusion.schema import Failure, Request, Result
+from context_diffusion.schema import EngineStats, Failure, Request, Result
 
 Done = Future[Result | Failure]
 
@@ -32,6 +32,9 @@ class EngineService:
         for request, future in zip(requests, futures, strict=True):
             self._inbox.put((request, future))
         return [future.result() for future in futures]
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
 
     def _loop(self) -> None:
         try:
