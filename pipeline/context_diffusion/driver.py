@@ -91,8 +91,8 @@ def _make_missing(
         Trace(output.root) as trace,
         ray_session(job.cluster.num_cpus, options.address) as logs,
         Progress(plan.rows, before, logs) as shown,
+        RunMetrics(output.root, sum(read.shard.rows for read in reads)) as metrics,
     ):
-        metrics = RunMetrics(output.root, sum(read.shard.rows for read in reads))
         job = job.model_copy(update={"model": model.parts or job.model})  # the engines load what the plan found
         for counts in dataflow.run_flow(job, reads, load, write, make_engine or _default_engine, on_start):
             for told in (shown, metrics, trace):

@@ -6,11 +6,11 @@ Every node's metrics port shows them to Prometheus, under the names that `export
 
 from __future__ import annotations
 
+import collections
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from ray.util.metrics import Counter, Gauge
 
@@ -70,19 +70,35 @@ class Metrics:
         self._known[name].set(value, labels)
 
 
+def _repeat(look: Callable[[], None], until: threading.Event) -> None:
+    """Every LOOK_S, from a thread of its own. Ray forgets a gauge that nobody sets for 20 s."""
+
+    def loop() -> None:
+        look()
+        while not until.wait(LOOK_S):
+            look()
+
+    threading.Thread(target=loop, name="metrics", daemon=True).start()
+
+
 class RunMetrics(Metrics):
-    """The driver's. left: rows to be written."""
+    """The driver's, while it is entered. left: rows to be written."""
 
     def __init__(self, output: str, left: int) -> None:
         counted = ("rows", "failed_rows", "images", "shards", "written_bytes", "stage_seconds")
         super().__init__(*counted, "used_lane_steps", "paid_lane_steps", "rows_left", output=output)
-        self.left = left
-        self.set("rows_left", left)
+        self.left, self._over = left, threading.Event()
+
+    def __enter__(self) -> Self:
+        _repeat(lambda: self.set("rows_left", self.left), self._over)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
 
     def add(self, counts: dict[str, Any]) -> None:
         """A written shard: a row of schema.WRITTEN."""
         self.left -= counts["rows"]
-        self.set("rows_left", self.left)
         self.count("rows", counts["rows_made"] - counts["failed"], status="ok")
         self.count("rows", counts["failed"], status="failed")
         for code, failed in counts["codes"]:
@@ -97,20 +113,18 @@ class RunMetrics(Metrics):
 
 
 def watch_engine(stats: Callable[[], EngineStats], output: str, engine: str) -> None:
-    """Looks at an engine now and then, from a thread of its own, as long as the process lives."""
+    """Looks at an engine as long as the process lives."""
     metrics = Metrics("engine_rows", "cache_hits", "cache_misses", "gpu_memory_bytes", output=output, engine=engine)
+    told = collections.Counter[tuple[str, str]]()
 
     def look() -> None:
-        before = EngineStats()
-        while True:
-            now = stats()
-            metrics.set("engine_rows", now.rows)
-            if now.gpu_bytes is not None:
-                metrics.set("gpu_memory_bytes", now.gpu_bytes)
-            for name, counted, earlier in (("cache_hits", now.hits, before.hits), ("cache_misses", now.misses, before.misses)):
-                for kind, count in counted.items():
-                    metrics.count(name, count - earlier.get(kind, 0), kind=kind)
-            before = now
-            time.sleep(LOOK_S)
+        now = stats()
+        metrics.set("engine_rows", now.rows)
+        if now.gpu_bytes is not None:
+            metrics.set("gpu_memory_bytes", now.gpu_bytes)
+        for name, counted in (("cache_hits", now.hits), ("cache_misses", now.misses)):
+            for kind, count in counted.items():
+                metrics.count(name, count - told[name, kind], kind=kind)
+                told[name, kind] = count
 
-    threading.Thread(target=look, name="metrics", daemon=True).start()
+    _repeat(look, threading.Event())

@@ -182,3 +182,11 @@ def test_an_engine_tells_of_its_rows_and_caches() -> None:
     while not made.idle:
         made.step()
     assert made.stats().rows == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_an_engine_on_a_gpu_tells_of_its_memory() -> None:
+    made = Engine(NativeBackbone(tiny_model().to(torch.device("cuda"))), torch.device("cuda"), Shape(2, 8))
+    list(made.run([request(1)]))
+    assert (made.stats().gpu_bytes or 0) > 0
