@@ -16,6 +16,7 @@ import context_diffusion
 from context_diffusion.config import Cluster, GenerateJob, Limits, Settings
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.jobfile import check_job, parse
+from context_diffusion.metrics import METRICS, exported
 from context_diffusion.strict import Parts
 from context_diffusion.training.config import (
     Architecture,
@@ -49,6 +50,11 @@ def table(models: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def metrics() -> str:
+    lines = ["| metric | what it is | labels |", "|---|---|---|"]
+    return "\n".join(lines + [f"| `{exported(name)}` | {one.what} | {', '.join(one.labels)} |" for name, one in METRICS.items()])
+
+
 TRAINING = {
     "": TrainJob,
     "architecture.": Architecture,
@@ -57,6 +63,7 @@ TRAINING = {
     "diffusion.": DiffusionSteps,
 }
 TABLES = {
+    "metrics": metrics(),
     "settings": table({"": Settings}),
     "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits}),
     "parts": table({"model.": Parts}),
