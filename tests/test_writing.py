@@ -36,7 +36,11 @@ STORAGE = Storage(deadline_s=1)
 
 
 def make(
-    folder: Path, count: int = 6, changes: dict[int, dict[str, Any]] | None = None, **more: Any
+    folder: Path,
+    count: int = 6,
+    changes: dict[int, dict[str, Any]] | None = None,
+    engine: FakeEngine | None = None,
+    **more: Any,
 ) -> tuple[GenerateJob, Output]:
     """The whole flow in this process, without Ray: what the graph of dataflow.py calls."""
     manifest = folder / "in" / "manifest.parquet"
@@ -46,11 +50,11 @@ def make(
     output = Output(job.output, STORAGE)
     plan = open_plan(job, output, STORAGE)
     load = LoadImages(job, [str(folder / "in")], 64, 64, STORAGE)
-    engine = GuardedEngine(FakeEngine(), Ledger(), job)
+    guarded = GuardedEngine(engine or FakeEngine(), Ledger(), job)
     write = WriteShard(job, output, "fake@1")
     for shard in read_shards(output, 0):
         [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()
-        write(generate(load(table), engine, job))
+        write(generate(load(table), guarded, job))
     return job, output
 
 

@@ -46,7 +46,7 @@ def supervise(job: GenerateJob, options: dict[str, Any], grace_s: float = 20.0) 
     os.close(writing)
     try:
         assert child.stdin
-        child.stdin.write(json.dumps({"job": job.model_dump(mode="json"), "options": options}).encode() + b"\n")
+        child.stdin.write(handed_over(job, options))
         child.stdin.flush()
         text = _line(reading)
         child.wait()
@@ -65,6 +65,11 @@ def supervise(job: GenerateJob, options: dict[str, Any], grace_s: float = 20.0) 
         return _known(job, summary["exit"], summary["error"], started)
     how = f"signal {-child.returncode}" if child.returncode < 0 else f"code {child.returncode}"
     return _known(job, EXIT_EXTERNAL, f"the Ray driver ended with {how} and no result; the same command goes on", started)
+
+
+def handed_over(job: GenerateJob, options: dict[str, Any]) -> bytes:
+    """The child's line. Keys that are not set stay so: what is left out of a model's parts is its preset's."""
+    return json.dumps({"job": job.model_dump(mode="json", exclude_unset=True), "options": options}).encode() + b"\n"
 
 
 def _stop(number: int, _frame: Any) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from context_diffusion.config import Fit, Limits
+from context_diffusion.config import Fit, Limits, columns_of
 from context_diffusion.errors import EXIT_OK, EXIT_ROWS_FAILED, OutputConflictError, RowError
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.evaluation.controls import SWAPPED, others
 from context_diffusion.evaluation.pairs import Pair, find_pairs, source_key
 from context_diffusion.evaluation.ranking import auc
-from context_diffusion.evaluation.scores import columns_of, measure
+from context_diffusion.evaluation.scores import measure
 from context_diffusion.images import resize
 from context_diffusion.output import Output, to_parquet
 from context_diffusion.schema import ID, SCORES, Pixels
