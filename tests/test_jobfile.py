@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ConfigError
 from context_diffusion.jobfile import check_job, load_job, parse
+from context_diffusion.model.presets import PRESETS, parts_of
+from context_diffusion.strict import Parts
+from context_diffusion.supervise import handed_over
 
 GOOD: dict[str, Any] = {"kind": "generate", "manifest": "m.parquet", "output": "out"}
 
@@ -103,6 +106,36 @@ def test_what_is_no_mapping_is_said(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=str(path)):
         load_job(str(path))
+
+
+def test_what_the_drivers_process_is_given_leaves_a_presets_parts_to_the_preset() -> None:
+    job = check_job(GOOD | {"model": {"base": "sd15", "vae": "mine/vae", "safety_checker": None}})
+    assert isinstance(job, GenerateJob)
+    given = GenerateJob.model_validate(json.loads(handed_over(job, {}))["job"])
+    assert given == job
+    assert isinstance(given.model, Parts)
+    assert parts_of(given.model) == PRESETS["sd15"].model_copy(update={"vae": "mine/vae", "safety_checker": None})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"keep": "best"}, "keep: best needs `score`"),
+        ({"keep": "first", "score": ["layout"]}, "keep: should be 'all' or 'best'"),
+        ({"thresholds": {"layout_score": 0.5}}, "no column 'layout_score', it has no `score`"),
+        (
+            {"thresholds": {"layout_leakage": 0.5}, "score": ["layout", "style"]},
+            "'layout_leakage', its `score` gives layout_score, style_score",
+        ),
+        (
+            {"thresholds": {"layout_score": 1.5}, "score": ["layout"]},
+            "thresholds.layout_score: should be less than or equal to 1",
+        ),
+    ],
+)
+def test_what_is_kept_and_flagged_needs_its_scores(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_job(GOOD | change)
 
 
 @given(st.integers(1, 10_000), st.integers(0, 100))

@@ -35,7 +35,7 @@ LAYERS = [
     {"output", "closing", "compact", "scan", "plan", "jobfile", "report", "tensors", "submitting", "watching"},
     {"model", "engine", "training", "pipeline", "evaluation.similarity"},
     {"stages", "placing", "writing", "ledger", "validate", "progress", "trace"},
-    {"evaluation.pairs", "evaluation.controls", "evaluation.run"},
+    {"evaluation.pairs", "evaluation.controls", "evaluation.reference", "evaluation.compare", "evaluation.run"},
     {"dataflow", "metrics", "ray_session", "ray_train", "warming"},
     {"driver", "child", "supervise"},
     {"cli", "__main__"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -21,7 +22,12 @@ NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 def write_part(folder: Path, shard: int, at: datetime) -> None:
     """Three rows: one of two images, one of one, one that failed."""
-    rows = [("a", 0, "ok", None), ("a", 1, "ok", None), ("b", 0, "ok", None), ("c", 0, "failed", "missing_file")]
+    rows: list[tuple[Any, ...]] = [
+        ("a", 0, "ok", None, True, False),
+        ("a", 1, "ok", None, None, True),
+        ("b", 0, "ok", None, True, None),
+        ("c", 0, "failed", "missing_file", None, None),
+    ]
     names = [field.name for field in SCHEMA]
     table = pa.Table.from_pylist([dict(zip(names, (f"{row[0]}{shard}", *row[1:], at), strict=True)) for row in rows], SCHEMA)
     (folder / "data").mkdir(exist_ok=True)
@@ -37,9 +43,12 @@ def test_the_pace_is_that_of_the_last_quarter_of_an_hour_in_which_parts_were_wri
     for shard, minutes in ((1, 60), (2, 70), (3, 65)):  # after a night's rest, and not in order
         write_part(tmp_path, shard, NOON + timedelta(minutes=minutes))
     told = progress_of(output)
-    assert {key: told.values[key] for key in ("rows", "ok", "failed", "images", "codes", "of", "finished")} == {
-        "rows": 12, "ok": 8, "failed": 4, "images": 12, "codes": {"missing_file": 4}, "of": 60, "finished": False,
+    keys = ("rows", "ok", "failed", "images", "codes", "flagged", "unsafe", "of", "finished")
+    assert {key: told.values[key] for key in keys} == {
+        "rows": 12, "ok": 8, "failed": 4, "images": 12, "codes": {"missing_file": 4}, "flagged": 8,
+        "unsafe": 4, "of": 60, "finished": False,
     }  # fmt: skip
+    assert told.lines[1:4] == ["  missing_file: 4", "  flagged: 8", "  unsafe: 4"]
     assert told.values["images_per_second"] == pytest.approx(6 / 600, abs=1e-3)
     assert told.values["seconds_left"] == 48 / (6 / 600)
     (tmp_path / "_SUCCESS").touch()

@@ -40,6 +40,7 @@ def make(
     count: int = 6,
     changes: dict[int, dict[str, Any]] | None = None,
     written: list[dict[str, Any]] | None = None,
+    engine: FakeEngine | None = None,
     **more: Any,
 ) -> tuple[GenerateJob, Output]:
     """The whole flow in this process, without Ray: what the graph of dataflow.py calls. written: gets what the driver would
@@ -51,11 +52,11 @@ def make(
     output = Output(job.output, STORAGE)
     plan = open_plan(job, output, STORAGE)
     load = LoadImages(job, [str(folder / "in")], 64, 64, STORAGE)
-    engine = GuardedEngine(FakeEngine(), Ledger(), job)
+    guarded = GuardedEngine(engine or FakeEngine(), Ledger(), job)
     write = WriteShard(job, output, "fake@1")
     for shard in read_shards(output, 0):
         [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()
-        told = write(generate(load(table), engine, job)).to_pylist()
+        told = write(generate(load(table), guarded, job)).to_pylist()
         if written is not None:
             written += told
     return job, output

@@ -1,5 +1,5 @@
 """Small Stable Diffusion components of the real classes with random weights, saved in the public formats: a base, ControlNets,
-an image encoder, IP-Adapters, a LoRA."""
+an image encoder, IP-Adapters, a safety checker."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -27,6 +31,8 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+
+from context_diffusion.schema import Pixels
 
 SIDE, WIDTH, VISION = 64, 32, 64  # pixels, text, image encoder
 
@@ -140,6 +146,24 @@ def make_image_encoder(folder: Path) -> str:
     )
     CLIPVisionModelWithProjection(config).eval().save_pretrained(folder / "image_encoder", safe_serialization=True)
     return str(folder / "image_encoder")
+
+
+def make_safety_checker(folder: Path, pictures: list[Pixels]) -> str:
+    """Of random weights, in diffusers' format; its threshold lies so that it calls half of these pictures unsafe."""
+    torch.manual_seed(4)
+    vision = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 8}
+    config = CLIPConfig(projection_dim=16, vision_config=vision, text_config={"hidden_size": WIDTH, "num_hidden_layers": 1})
+    checker = _loud(StableDiffusionSafetyChecker(config).eval(), 3.0)
+    values = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})(
+        [Image.fromarray(one) for one in pictures], return_tensors="pt"
+    )["pixel_values"]
+    with torch.no_grad():
+        torch.nn.init.normal_(checker.concept_embeds)
+        embeds = nn.functional.normalize(checker.visual_projection(checker.vision_model(values)[1]))
+        checker.concept_embeds_weights[0] = (embeds @ nn.functional.normalize(checker.concept_embeds[:1]).T).median() + 1e-5
+    checker.save_pretrained(folder / "safety_checker", safe_serialization=True)
+    return str(folder / "safety_checker")
 
 
 def make_ip_adapter(folder: Path, base: str, plus: bool = False, xl: bool = False) -> dict[str, str]:

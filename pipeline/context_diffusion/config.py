@@ -21,6 +21,13 @@ Fit = Literal["crop", "pad", "stretch", "keep"]
 ImageFormat = Literal["png", "webp", "jpeg", "none"]
 OutputFormat = Literal["files", "parquet", "both", "webdataset"]
 ScoreName = Literal["layout", "style", "similarity", "prompt", "leakage"]
+COLUMNS_BY_SCORE: dict[ScoreName, tuple[str, ...]] = {
+    "layout": ("layout_score",),
+    "style": ("style_score",),
+    "similarity": ("style_similarity",),
+    "prompt": ("prompt_score",),
+    "leakage": ("layout_leakage", "colour_leakage"),
+}
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -120,6 +127,11 @@ class Limits(StrictModel):
     max_prompt_characters: Annotated[int, Field(ge=1)] = Field(default=10_000, description="characters of a prompt")
 
 
+def columns_of(wanted: Sequence[ScoreName]) -> list[str]:
+    """The columns of these scores."""
+    return [column for name in COLUMNS_BY_SCORE if name in wanted for column in COLUMNS_BY_SCORE[name]]
+
+
 def control_kinds(control: str | Sequence[str]) -> list[str]:
     """What a job's `control` says, as a list: none where no ControlNet runs."""
     kinds = [control] if isinstance(control, str) else list(control)
@@ -186,6 +198,10 @@ class GenerateJob(StrictModel):
     fit: Fit = Field(default="crop", description="how a query meets the output's size; keep: its own aspect ratio")
     seed: int = Field(default=0, ge=0, lt=2**63, description="the rows' seeds are derived from it and their ids")
     score: list[ScoreName] = Field(default=[], description="scores of each image: layout, style, similarity, prompt, leakage")
+    keep: Literal["all", "best"] = Field(default="all", description="which of a row's images; best: the one, by its `score`")
+    thresholds: dict[str, Fraction] = Field(
+        default={}, description="score column -> its least value, a leakage's greatest; beyond it a picture is `flagged`"
+    )
     cluster: Cluster = Field(default=Cluster(), description="engines, CPUs, threads")
     limits: Limits = Field(default=Limits(), description="what a row may ask for")
     max_failed: Annotated[int, Field(ge=0)] | str | None = Field(
@@ -206,6 +222,17 @@ class GenerateJob(StrictModel):
                 f"image_format: none means pictures in the Parquet only; for output_format: {self.output_format} choose png, "
                 "webp or jpeg"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _scores_are_there(self) -> Self:
+        columns = columns_of(self.score)
+        if self.keep == "best" and not columns:
+            raise ValueError(f"keep: best needs `score`, what is best: a list of {', '.join(COLUMNS_BY_SCORE)}")
+        for column in self.thresholds:
+            if column not in columns:
+                there = f"its `score` gives {', '.join(columns)}" if columns else "it has no `score`"
+                raise ValueError(f"thresholds: the job has no column {column!r}, {there}")
         return self
 
     @property
@@ -246,6 +273,9 @@ class GenerateJob(StrictModel):
             "output_format",
             "fit",
             "seed",
+            "keep",
         }
         chosen = self.model_dump(mode="json", include=keys | {"limits", "allow"})
+        if self.keep == "best":
+            chosen["score"] = sorted(self.score)
         return chosen | {"cpu_threads": self.cluster.cpu_threads}

@@ -30,7 +30,7 @@ from context_diffusion.storage import Storage
 
 PART = re.compile(r"part-(\d{5,})\.parquet$")
 READERS, AHEAD = 16, 256  # threads that read parts, and how many parts at most wait to be looked at
-COUNTED = ["id", "index", "status", "error_code"]
+COUNTED = ["id", "index", "status", "error_code", "flagged", "unsafe"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def counts_of(part: pa.Table) -> Counts:
     rows, ids = part.to_pylist(), part["id"].to_pylist()
     failed = [row for row in rows if row["status"] == "failed"]
     lost, codes = len({row["id"] for row in failed}), Counter(row["error_code"] for row in failed)
-    return Counts(total := len(set(ids)), total - lost, lost, len(rows) - len(failed), dict(codes))
+    marked = {name: sum(row.get(name) is True for row in rows) for name in ("flagged", "unsafe")}
+    return Counts(total := len(set(ids)), total - lost, lost, len(rows) - len(failed), dict(codes), **marked)
 
 
 def members(tar: bytes) -> Iterator[tuple[str, bytes]]:

@@ -22,7 +22,7 @@ from context_diffusion.images import Size, output_size
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.source import find_model
-from context_diffusion.schema import Failure, Request, Result, derive_seed
+from context_diffusion.schema import Failure, Pixels, Request, Result, derive_seed
 from context_diffusion.strict import Parts
 from context_diffusion.tensors import to_resized
 
@@ -46,9 +46,16 @@ class ContextDiffusion:
     image = model(query, context, "a misty forest")
     """
 
-    def __init__(self, backbone: Backbone, kind: str, device: torch.device, cpu_threads: int = CPU_THREADS) -> None:
-        """kind: of SHAPES."""
-        self.backbone, self.device, self.shape = backbone, device, SHAPES[kind, device.type]
+    def __init__(
+        self,
+        backbone: Backbone,
+        kind: str,
+        device: torch.device,
+        cpu_threads: int = CPU_THREADS,
+        unsafe: Callable[[Pixels], bool] | None = None,
+    ) -> None:
+        """kind: of SHAPES; unsafe: a safety checker."""
+        self.backbone, self.device, self.shape, self.unsafe = backbone, device, SHAPES[kind, device.type], unsafe
         if device.type == "cpu":
             torch.set_num_threads(cpu_threads)  # more or fewer threads change the last bits
 
@@ -73,10 +80,10 @@ class ContextDiffusion:
 
         assert source.parts
         loaded = load(source.parts, where)
-        return cls(StableBackbone(loaded), "sdxl" if loaded.xl else "sd", where, cpu_threads)
+        return cls(StableBackbone(loaded), "sdxl" if loaded.xl else "sd", where, cpu_threads, loaded.unsafe)
 
     def engine(self, operations: Operations | None = None) -> Engine:
-        return Engine(self.backbone, self.device, self.shape, operations=operations or NotCounted())
+        return Engine(self.backbone, self.device, self.shape, unsafe=self.unsafe, operations=operations or NotCounted())
 
     def __call__(
         self,
@@ -93,8 +100,8 @@ class ContextDiffusion:
         """query and each context: a tensor of load_image_as_tensor, PIL image, array, path, URI or bytes.
 
         settings: the row settings, num_inference_steps, guidance_scale, seed, ...; callback: told of each step, with a
-        preview. -> a PIL image, or a list of them where num_images is over 1. Raises ValueError for a wrong setting,
-        RowError where the row cannot be made.
+        preview. -> a PIL image, or a list of them where num_images is over 1; a safety checker's verdict is its
+        info["unsafe"]. Raises ValueError for a wrong setting, RowError where the row cannot be made.
         """
         requests = self.requests(query, context, prompt, negative_prompt, control, fit, settings)
         made: dict[int, Image.Image] = {}
@@ -102,6 +109,8 @@ class ContextDiffusion:
             if isinstance(outcome, Failure):
                 raise ValueError(f"{outcome.code}: {outcome.message}")
             made[request.index] = Image.fromarray(outcome.image)
+            if outcome.unsafe is not None:
+                made[request.index].info["unsafe"] = outcome.unsafe
         images = [made[index] for index in range(len(requests))]
         return images[0] if len(images) == 1 else images
 

@@ -34,12 +34,26 @@ def place(output: Output, job: GenerateJob, shard: int, rows: Rows, pictures: li
                 row["image"] = {"bytes": picture, "path": row.get("file_name")}
 
 
+def picture_name(job: GenerateJob, row: dict[str, Any]) -> str:
+    """Of a row's picture, in its folder or tar."""
+    key = tar_key(row[ID]) if job.pictures_in == "webdataset" else safe_name(row[ID])
+    return f"{key}-{row['index']}.{job.picture_format}"
+
+
+def standing(output: Output, job: GenerateJob, shard: int) -> set[str]:
+    """The names of the pictures that an earlier attempt at the shard left."""
+    if job.pictures_in == "webdataset":
+        tar = f"{output.root}/webdataset/{part_name(shard)}.tar"
+        return {name for name, _ in members(output.storage.read(tar))} if output.storage.exists(tar) else set()
+    return set(output.storage.list(f"{output.root}/images/{part_name(shard)}"))
+
+
 def _files(output: Output, job: GenerateJob, shard: int, rows: Rows, pictures: list[bytes | None]) -> None:
     folder = f"images/{part_name(shard)}"
     for number, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
         if picture is None:
             continue
-        row["file_name"] = f"{folder}/{safe_name(row[ID])}-{row['index']}.{job.picture_format}"
+        row["file_name"] = f"{folder}/{picture_name(job, row)}"
         uri = f"{output.root}/{row['file_name']}"
         if not output.storage.create(uri, picture):
             # An earlier attempt's picture stands there (made on another kind of device, perhaps): the row is its.
@@ -52,11 +66,11 @@ def _tar(output: Output, job: GenerateJob, shard: int, rows: Rows, pictures: lis
     uri, wanted = f"{output.root}/{name}", dict[str, bytes]()
     for row, picture in zip(rows, pictures, strict=True):
         if picture is not None:
-            key = f"{tar_key(row[ID])}-{row['index']}"
-            row["file_name"] = f"{name}/{key}.{job.picture_format}"
+            member = picture_name(job, row)
+            row["file_name"] = f"{name}/{member}"
             row["sha256"] = hashlib.sha256(picture).hexdigest()
             told = {column: row.get(column) for column in OUTPUT.names if column not in (*TIMES, "image", "file_name")}
-            wanted |= {f"{key}.{job.picture_format}": picture, f"{key}.json": json.dumps(told, sort_keys=True).encode()}
+            wanted |= {member: picture, f"{member.split('.')[0]}.json": json.dumps(told, sort_keys=True).encode()}
     if not wanted or output.storage.create(uri, to_tar(wanted)):
         return
     earlier = dict(members(output.storage.read(uri)))

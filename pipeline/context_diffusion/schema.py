@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from context_diffusion.config import Settings
+from context_diffusion.config import COLUMNS_BY_SCORE, Settings
 from context_diffusion.errors import ErrorCode
 
 Pixels = NDArray[np.uint8]
@@ -64,6 +64,7 @@ MADE = pa.schema(
         ("lanes", pa.int32()),
         ("device", pa.string()),
         ("prompt_truncated", pa.bool_()),
+        ("unsafe", pa.bool_()),
         ("used_lane_steps", pa.int64()),
         ("paid_lane_steps", pa.float64()),
         ("flops", pa.float64()),
@@ -101,7 +102,7 @@ SETTING_TYPES: dict[str, pa.DataType] = {
     "strength": pa.float32(),
     "num_images": pa.int32(),
 }
-SCORE_COLUMNS = ("layout_score", "style_score", "style_similarity", "prompt_score", "layout_leakage", "colour_leakage")
+SCORE_COLUMNS = tuple(column for columns in COLUMNS_BY_SCORE.values() for column in columns)
 OUTPUT = pa.schema(
     [
         (ID, pa.string()),
@@ -126,6 +127,8 @@ OUTPUT = pa.schema(
         ("query_mean", pa.list_(pa.float32())),
         ("query_std", pa.list_(pa.float32())),
         *((name, pa.float32()) for name in SCORE_COLUMNS),
+        ("flagged", pa.bool_()),  # a score is beyond its threshold; null: none could be looked at
+        ("unsafe", pa.bool_()),  # by the model's safety checker; null: none ran
         ("seconds", pa.float32()),
         ("device", pa.string()),
         ("lanes", pa.int32()),
@@ -174,6 +177,7 @@ class Result:
     paid_lane_steps: float = 0.0  # and its share of what the calls had room for
     flops: float = 0.0  # executed, and those that diffusers would have run: engine/operations.py
     reference_flops: float = 0.0
+    unsafe: bool | None = None  # by the model's safety checker; None: none ran
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,9 @@ class Counts:
     failed: int = 0
     images: int = 0
     codes: dict[str, int] = field(default_factory=dict)
+    flagged: int = 0  # of the images
+    unsafe: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        sums = (self.rows + other.rows, self.ok + other.ok, self.failed + other.failed, self.images + other.images)
-        return Counts(*sums, dict(Counter(self.codes) + Counter(other.codes)))
+        sums = {name: number + getattr(other, name) for name, number in vars(self).items() if name != "codes"}
+        return Counts(**sums, codes=dict(Counter(self.codes) + Counter(other.codes)))

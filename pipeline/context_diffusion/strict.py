@@ -27,6 +27,9 @@ class Parts(StrictModel):
     ip_adapter_weight_name: str | None = Field(default=None, description="a .safetensors file in ip_adapter")
     image_encoder: str | None = Field(default=None, description="the CLIP vision model that the IP-Adapter was made with")
     vae: str | None = Field(default=None, description="in place of base's")
+    safety_checker: str | None = Field(
+        default=None, description="diffusers' StableDiffusionSafetyChecker, its verdict is the column `unsafe`; sd15 has its own"
+    )
     lora: str | list[str] | None = Field(default=None, description="LoRA files, FOLDER/NAME.safetensors, fused into base")
     lora_scale: float | list[float] = Field(default=1.0, description="of each LoRA")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -51,8 +54,8 @@ class Parts(StrictModel):
     @property
     def all(self) -> list[str]:
         """The parts that files are read of."""
-        named = [self.base, *self.controlnets, self.ip_adapter, self.image_encoder, self.vae, *(name for name, _ in self.loras)]
-        return [part for part in named if part]
+        single = [self.ip_adapter, self.image_encoder, self.vae, self.safety_checker]
+        return [part for part in (self.base, *self.controlnets, *single, *(name for name, _ in self.loras)) if part]
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

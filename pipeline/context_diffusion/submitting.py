@@ -19,7 +19,7 @@ from context_diffusion.storage import normal
 from context_diffusion.strict import StrictModel
 
 ROOT = Path(__file__).parents[2]  # of a checkout
-URIS, NAMES = ("manifest", "images", "output", "data", "allow"), ("model", "judge", "encoder")
+URIS, NAMES = ("manifest", "images", "compare", "reference", "output", "data", "allow"), ("model", "judge", "encoder")
 LOOPBACK = ("localhost", "127.0.0.1", "::1", None)
 
 

@@ -49,8 +49,7 @@ def supervise(
     os.close(writing)
     try:
         assert child.stdin
-        given = {"job": job.model_dump(mode="json"), "options": options, "log_format": log_format}
-        child.stdin.write(json.dumps(given).encode() + b"\n")
+        child.stdin.write(handed_over(job, options, log_format))
         child.stdin.flush()
         text = _line(reading)
         child.wait()
@@ -69,6 +68,12 @@ def supervise(
         return _known(job, summary["exit"], summary["error"], started)
     how = f"signal {-child.returncode}" if child.returncode < 0 else f"code {child.returncode}"
     return _known(job, EXIT_EXTERNAL, f"the Ray driver ended with {how} and no result; the same command goes on", started)
+
+
+def handed_over(job: GenerateJob, options: dict[str, Any], log_format: str = LogFormat.TEXT) -> bytes:
+    """The child's line. Keys that are not set stay so: what is left out of a model's parts is its preset's."""
+    given = {"job": job.model_dump(mode="json", exclude_unset=True), "options": options, "log_format": log_format}
+    return json.dumps(given).encode() + b"\n"
 
 
 def _stop(number: int, _frame: Any) -> None:

@@ -32,6 +32,7 @@ def progress_of(output: Output) -> Told:
     state = "finished" if finished else "not finished"
     lines = [f"{output.root}: {state}, {counts.rows} of {rows} rows, {counts.failed} failed, {counts.images} images"]
     lines += [f"  {code}: {count}" for code, count in sorted(counts.codes.items())]
+    lines += [f"  {name}: {count}" for name in ("flagged", "unsafe") if (count := getattr(counts, name))]
     values = {"output": output.root, "finished": finished, "of": rows, **vars(counts)}
     if not finished and (rates := pace(made)):
         left = (rows - counts.rows) / rates[0]

@@ -7,16 +7,17 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from context_diffusion.config import GenerateJob, Settings
+from context_diffusion.config import GenerateJob, Settings, columns_of
 from context_diffusion.encoding import encode_image
-from context_diffusion.evaluation.scores import columns_of, measure
+from context_diffusion.evaluation.scores import best_of, is_flagged, measure
 from context_diffusion.output import Output, to_parquet
-from context_diffusion.placing import place
+from context_diffusion.placing import picture_name, place, standing
 from context_diffusion.schema import (
     CONTEXT,
     CONTROL_IMAGE,
@@ -32,7 +33,6 @@ from context_diffusion.schema import (
     SETTING_TYPES,
     STAGES,
     WRITTEN,
-    Pixels,
     from_image,
     required,
 )
@@ -50,10 +50,12 @@ class WriteShard:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         began, shard = time.time(), table["shard"][0].as_py()
-        made = [self._row(row) for row in table.to_pylist()]
+        flow = [row | self._scores(row) for row in table.to_pylist()]
+        kept = self._kept(shard, flow)
+        made = [self._row(flow[number]) for number in kept]
         rows, pictures = [row for row, _ in made], [picture for _, picture in made]
         place(self.output, self.job, shard, rows, pictures)
-        part = self._part(table, rows)
+        part = self._part(table, kept, rows)
         if self.redo:
             part = _over(self.output.read_part(shard), part)
         put = self.output.storage.replace if self.redo else self.output.storage.create
@@ -63,11 +65,26 @@ class WriteShard:
         size = len(data) + sum(map(len, apart))
         return pa.Table.from_pylist([_written(shard, part, table, size) | {"write_span": span(began)}], WRITTEN)
 
-    def _part(self, table: pa.Table, rows: list[dict[str, Any]]) -> pa.Table:
+    def _kept(self, shard: int, rows: list[dict[str, Any]]) -> list[int]:
+        """The numbers of the rows of the flow that are written: all, or of each row's images the best. What an earlier
+        attempt left is kept, and one that is unsafe only where all are."""
+        if self.job.keep == "all":
+            return list(range(len(rows)))
+        columns, earlier = columns_of(self.job.score), standing(self.output, self.job, shard)
+        kept = []
+        for _, group in groupby(range(len(rows)), key=lambda number: rows[number][ID]):
+            images = list(group)
+            left = [number for number in images if picture_name(self.job, rows[number]) in earlier]
+            safe = [number for number in images if not rows[number]["unsafe"]]
+            among = left or safe or images
+            kept.append(among[best_of([rows[number] for number in among], columns)])
+        return kept
+
+    def _part(self, table: pa.Table, kept: list[int], rows: list[dict[str, Any]]) -> pa.Table:
         columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in OUTPUT}
         for name in table.column_names:
             if name.startswith(PASSED):
-                columns[name.removeprefix(PASSED)] = table[name].combine_chunks()
+                columns[name.removeprefix(PASSED)] = table[name].combine_chunks().take(pa.array(kept, pa.int64()))
         part = pa.table(columns)
         if self.job.pictures_in in ("parquet", "both"):
             return part.replace_schema_metadata(HUGGING_FACE)
@@ -96,7 +113,7 @@ class WriteShard:
         }
         if (image := from_image(row["made_image"])) is None:
             return written, None
-        written |= {"height": image.shape[0], "width": image.shape[1]} | self._scores(row, image)
+        written |= {"height": image.shape[0], "width": image.shape[1]}
         return written, encode_image(image, self.job.picture_format, self._metadata(written))
 
     def _metadata(self, written: dict[str, Any]) -> dict[str, str]:
@@ -105,10 +122,15 @@ class WriteShard:
         told = {key: written.get(key) for key in keys if written.get(key) is not None}
         return {"context_diffusion": json.dumps(told, sort_keys=True), "Software": "context-diffusion"}
 
-    def _scores(self, row: dict[str, Any], image: Pixels) -> dict[str, Any]:
+    def _scores(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The score columns of a row of the flow, and whether it is flagged; none of a failed row."""
+        columns = columns_of(self.job.score)
+        if not columns or (image := from_image(row["made_image"])) is None:
+            return dict.fromkeys(columns)
         contexts = [required(context) for context in row["context_images"]]
         query, prompt = required(row["query_image"]), row[PROMPT]
-        return {column: measure(column, image, query, contexts, prompt) for column in columns_of(self.job.score)}
+        scores = {column: measure(column, image, query, contexts, prompt) for column in columns}
+        return scores | {"flagged": is_flagged(scores, self.job.thresholds)}
 
 
 def _over(old: pa.Table, new: pa.Table) -> pa.Table:

@@ -11,19 +11,22 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from test_diffusers import SIDE, row
+from transformers import CLIPImageProcessor
 
 from context_diffusion.engine.calls import Shape
 from context_diffusion.errors import ErrorCode, ModelError
+from context_diffusion.evaluation.prompt import BUNDLED
 from context_diffusion.model.source import find_model
 from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.schema import Failure, Pixels, Request, Result
 from context_diffusion.strict import Parts
-from tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
+from tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter, make_safety_checker
 
 Model = dict[str, Any]
 
@@ -135,6 +138,33 @@ def test_clip_skip_and_a_lora_are_what_diffusers_makes_of_them(model: Model, tmp
     assert np.abs(ours.astype(int) - image(load({"base": model["base"]}), one)).max() > 20
 
 
+def test_the_safety_checkers_verdict_is_diffusers_and_changes_no_pixel(
+    model: Model, pipeline: ContextDiffusion, tmp_path: Path
+) -> None:
+    rows = [row(number, num_inference_steps=1 + number % 3) for number in range(8)]
+    plain = {one.id: outcome for one, outcome in pipeline.generate(rows)}
+    pictures = [outcome.image for outcome in plain.values() if isinstance(outcome, Result)]
+    checker = make_safety_checker(tmp_path, pictures)
+    checked = {one.id: outcome for one, outcome in load(model | {"safety_checker": checker}).generate(rows)}
+    side = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    theirs = StableDiffusionPipeline.from_pretrained(
+        model["base"],
+        safety_checker=StableDiffusionSafetyChecker.from_pretrained(checker),
+        feature_extractor=CLIPImageProcessor(**side),
+    )
+    verdicts = []
+    for one in rows:
+        ours, before = checked[one.id], plain[one.id]
+        assert isinstance(ours, Result)
+        assert isinstance(before, Result)
+        assert before.unsafe is None
+        assert np.array_equal(ours.image, before.image)
+        _, [verdict] = theirs.run_safety_checker(ours.image[None] / np.float32(255), torch.device("cpu"), torch.float32)
+        assert ours.unsafe is verdict
+        verdicts.append(verdict)
+    assert set(verdicts) == {True, False}
+
+
 def test_a_row_with_too_few_maps_fails_alone(pipeline: ContextDiffusion) -> None:
     outcomes = {one.id: outcome for one, outcome in pipeline.generate([row(1), row(2, control=["gray"])])}
     assert isinstance(outcomes["row-1"], Result)
@@ -152,6 +182,7 @@ def test_a_row_with_too_few_maps_fails_alone(pipeline: ContextDiffusion) -> None
         ({"image_encoder": None}, "ip_adapter needs image_encoder"),
         ({"ip_adapter_weight_name": "other.safetensors"}, "other.safetensors"),
         ({"lora": "{base}/none.safetensors"}, "none.safetensors"),
+        ({"safety_checker": str(BUNDLED)}, "safety_checker .*judge is none: it lacks .* concept_embeds"),
     ],
 )
 def test_a_wrong_part_is_named(model: Model, change: Model, told: str) -> None:

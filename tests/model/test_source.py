@@ -108,6 +108,8 @@ def test_every_part_of_a_preset_has_a_commit_and_is_replaceable() -> None:
     own = parts_of(Parts(base="sd15", controlnet="mine/net", revision={"mine/net": COMMIT}))
     assert own.controlnet == "mine/net"
     assert own.ip_adapter == PRESETS["sd15"].ip_adapter
+    assert own.safety_checker == "stable-diffusion-v1-5/stable-diffusion-v1-5/safety_checker"
+    assert parts_of(Parts(base="sd15", safety_checker=None)).safety_checker is None
     assert own.revision["mine/net"] == COMMIT
     assert own.revision["h94/IP-Adapter"] == PRESETS["sd15"].revision["h94/IP-Adapter"]
 

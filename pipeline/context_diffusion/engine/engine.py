@@ -56,12 +56,13 @@ class Occupancy:
 
 @dataclass
 class Engine:
-    """backbone on its device. callback: told of each step of each row."""
+    """backbone on its device. callback: told of each step of each row; unsafe: asked of each finished picture."""
 
     backbone: Backbone
     device: torch.device
     shape: Shape
     callback: Callable[[Progress], None] | None = None
+    unsafe: Callable[[Pixels], bool] | None = None
     waiting: deque[Request] = field(default_factory=deque)
     slots: list[Slot] = field(default_factory=list)
     occupancy: Occupancy = field(default_factory=Occupancy)
@@ -173,8 +174,11 @@ class Engine:
             self._stream.synchronize()
         if not is_finite(slot.latents):
             return Failure(ErrorCode.ENGINE_ERROR, "the latents are not finite: try a smaller guidance_scale")
+        started, pixels = perf_counter(), image.cpu().numpy()
+        unsafe = self.unsafe(pixels) if self.unsafe else None
+        slot.seconds += perf_counter() - started
         cost = slot.used, slot.paid, slot.flops, slot.reference
-        return Result(image.cpu().numpy(), slot.seconds, slot.lanes, self.device.type, slot.encoded.truncated, *cost)
+        return Result(pixels, slot.seconds, slot.lanes, self.device.type, slot.encoded.truncated, *cost, unsafe=unsafe)
 
     def _preview(self, slot: Slot) -> Pixels:
         assert slot.x0 is not None

@@ -30,7 +30,8 @@ READ_COLUMNS = (ID, "index", "error_code", "error_message", "file_name", "image"
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and what it was made from. error: (code, message) of a row that cannot be scored."""
+    """A picture and what it was made from. error: (code, message) of a row that cannot be scored; reference: the picture
+    that the manifest's column of that name says."""
 
     id: str
     index: int
@@ -40,6 +41,7 @@ class Pair:
     prompt: str | None
     fit: Fit
     error: tuple[str, str] | None = None
+    reference: Source | None = None
 
 
 def source_key(source: Source) -> str:
@@ -60,7 +62,7 @@ def find_pairs(job: EvaluateJob, storage: Storage) -> tuple[list[Pair], list[str
             f"images: {job.images} has no plan.json, so it is no OUTPUT of a generate job; "
             "name in `manifest:` what its pictures were made from"
         )
-    made = list(_of_output(folder)) if ours else []
+    made = list(of_output(folder)) if ours else []
     if job.manifest:
         files = expand(job.manifests, storage)
         pairs = list(_joined(job, storage, files, _by_id(made) if ours else _Folder(folder.root, storage)))
@@ -68,7 +70,8 @@ def find_pairs(job: EvaluateJob, storage: Storage) -> tuple[list[Pair], list[str
     return [_told_inline(pair) for pair in made], job.allow or _allowed(folder)
 
 
-def _of_output(output: Output) -> Iterator[Pair]:
+def of_output(output: Output) -> Iterator[Pair]:
+    """What an OUTPUT's rows say, failed ones too."""
     for _, part in output.read_parts():
         for row in part.select([name for name in READ_COLUMNS if name in part.column_names]).to_pylist():
             lies_alone = row["file_name"] and ".tar/" not in row["file_name"]
@@ -151,4 +154,5 @@ def _of_manifest(job: EvaluateJob, storage: Storage, uri: str) -> Iterator[tuple
         plain = {name: raw.get(names[name]) for name in (QUERY, CONTEXT, PROMPT)} | {ID: row_id(raw, names)}
         [row] = read_table([plain], 0, rules, parent(uri), pa.schema([])).to_pylist()
         error = (row["error_code"], row["error_message"]) if row["error_code"] else None
-        yield raw, Pair(row[ID], 0, None, row[QUERY] or NOWHERE, row[CONTEXT] or [], row[PROMPT], job.fit, error)
+        reference = as_source(raw.get(job.columns.get("reference", "")), parent(uri))
+        yield raw, Pair(row[ID], 0, None, row[QUERY] or NOWHERE, row[CONTEXT] or [], row[PROMPT], job.fit, error, reference)

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from context_diffusion.config import Fit, Limits
-from context_diffusion.errors import EXIT_OK, EXIT_ROWS_FAILED, OutputConflictError, RowError
+from context_diffusion.config import Fit, Limits, columns_of
+from context_diffusion.errors import EXIT_OK, EXIT_ROWS_FAILED, JobError, OutputConflictError, RowError
+from context_diffusion.evaluation.compare import compared, page
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.evaluation.controls import SWAPPED, others
 from context_diffusion.evaluation.pairs import Pair, find_pairs, source_key
 from context_diffusion.evaluation.ranking import auc
-from context_diffusion.evaluation.scores import columns_of, measure
+from context_diffusion.evaluation.reference import References, reference_sources
+from context_diffusion.evaluation.scores import measure
 from context_diffusion.images import resize
 from context_diffusion.output import Output, to_parquet
 from context_diffusion.schema import ID, SCORES, Pixels
@@ -30,7 +32,8 @@ KEPT = 64  # decoded queries and contexts
 
 
 def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
-    """Writes scores.parquet and summary.json. -> the summary, `exit` in it. Raises JobError for a wrong job."""
+    """Writes scores.parquet, summary.json and what `compare` asks for. -> the summary, `exit` in it. Raises JobError for a
+    wrong job."""
     started, storage = time.perf_counter(), Storage(job.storage_options)
     output = Output(normal(job.output), storage)
     if storage.exists(output.plan):
@@ -39,12 +42,18 @@ def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
         from context_diffusion.evaluation.prompt import load_judge  # torch
 
         load_judge(job.judge)
-    if "similarity" in job.score:
+    references = "reference" in job.columns or job.reference
+    if "similarity" in job.score or references:
         from context_diffusion.evaluation.similarity import load_embedding  # torch
 
         load_embedding(job.encoder)
     pairs, allow = find_pairs(job, storage)
-    loader = _Loader(job.limits, [*allow, normal(job.images)], storage)
+    other, others_allow = find_pairs(job.model_copy(update={"images": job.compare}), storage) if job.compare else ([], [])
+    if job.compare and not {pair.id for pair in pairs} & {pair.id for pair in other if pair.picture and not pair.error}:
+        raise JobError(f"compare: {job.compare} has none of the rows of {job.images}, such as {pairs[0].id!r}")
+    folders = [normal(folder) for folder in (job.images, job.compare, job.reference) if folder]
+    loader = _Loader(job.limits, [*allow, *others_allow, *folders], storage)
+    measured = References(job, reference_sources(job, pairs, storage), loader.pixels) if references else None
     rows, controls = [], []
     for pair, another in zip(pairs, others(pairs), strict=True):
         row, control = _score(pair, another, loader, job)
@@ -52,11 +61,36 @@ def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
         controls.append(control)
     storage.replace(f"{output.root}/scores.parquet", to_parquet(pa.Table.from_pylist(rows, SCORES)))
     summary = {"output": output.root, **_counts(rows), "scores": _statistics(rows, controls, columns_of(job.score))}
+    if measured:
+        summary["distances"] = measured.distances(pairs)
+    if job.compare:
+        summary["compare"] = _compare(job, output, pairs, rows, other, loader, measured)
     seconds = time.perf_counter() - started
     summary |= {"skipped": 0, "seconds": round(seconds, 2), "images_per_second": round(summary["images"] / seconds, 3)}
-    summary["exit"] = EXIT_ROWS_FAILED if summary["failed"] else EXIT_OK
+    failed = summary["failed"] or summary.get("compare", summary)["failed"]
+    summary["exit"] = EXIT_ROWS_FAILED if failed else EXIT_OK
     storage.replace(output.summary, json.dumps(summary | {"of": job.images}, indent=2).encode())
     return summary
+
+
+def _compare(
+    job: EvaluateJob,
+    output: Output,
+    pairs: list[Pair],
+    rows: list[Row],
+    other: list[Pair],
+    loader: _Loader,
+    measured: References | None,
+) -> Row:
+    """Writes the other system's compare.parquet, and compare.html. -> what summary.json says of both."""
+    theirs = [_score(pair, {}, loader, job)[0] for pair in other]
+    output.storage.replace(f"{output.root}/compare.parquet", to_parquet(pa.Table.from_pylist(theirs, SCORES)))
+    table = compared(rows, theirs, columns_of(job.score))
+    first, second = (list(zip(of, scored, strict=True)) for of, scored in ((pairs, rows), (other, theirs)))
+    html = page((job.images, str(job.compare)), table, first, second, loader.pixels)
+    output.storage.replace(f"{output.root}/compare.html", html.encode())
+    found = {"of": job.compare, **_counts(theirs), "scores": table}
+    return found | {"distances": measured.distances(other)} if measured else found
 
 
 @dataclass
@@ -92,7 +126,7 @@ class _Loader:
 
 
 def _score(pair: Pair, another: dict[str, Pair | None], loader: _Loader, job: EvaluateJob) -> tuple[Row, Row]:
-    """-> the row of scores.parquet, and the control's scores."""
+    """-> the row of scores.parquet, and the control's scores, where there is one."""
     row: Row = {ID: pair.id, "index": pair.index}
     if pair.error:
         return row | dict(zip(("error_code", "error_message"), pair.error, strict=True)), {}
@@ -104,6 +138,8 @@ def _score(pair: Pair, another: dict[str, Pair | None], loader: _Loader, job: Ev
         return row | {"error_code": str(error.code), "error_message": error.message}, {}
     columns = columns_of(job.score)
     row |= {column: measure(column, image, **own, judge=job.judge, encoder=job.encoder) for column in columns}
+    if not another:
+        return row, {}
     try:
         shuffled = loader.sides(image, *(another[side] or pair for side in ("query", "contexts", "prompt")))
     except RowError:  # the other row tells it

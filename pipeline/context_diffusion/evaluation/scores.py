@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from context_diffusion.config import ScoreName
 from context_diffusion.evaluation.layout import layout_score
 from context_diffusion.evaluation.leakage import colour_leakage, layout_leakage
 from context_diffusion.evaluation.style import style_score
 from context_diffusion.schema import Pixels
 
-COLUMNS: dict[ScoreName, tuple[str, ...]] = {
-    "layout": ("layout_score",),
-    "style": ("style_score",),
-    "similarity": ("style_similarity",),
-    "prompt": ("prompt_score",),
-    "leakage": ("layout_leakage", "colour_leakage"),
-}
-
-
-def columns_of(wanted: Sequence[ScoreName]) -> list[str]:
-    return [column for name in COLUMNS if name in wanted for column in COLUMNS[name]]
+Scores = Mapping[str, Any]  # column -> value, None where it could not be told
 
 
 def measure(
@@ -51,3 +41,22 @@ def measure(
     from context_diffusion.evaluation.prompt import prompt_score  # torch
 
     return prompt_score(image, prompt, judge)
+
+
+def worth(column: str, value: float) -> float:
+    """A score, 0 to 1, so that more is better: of a leakage the rest."""
+    return 1 - value if column.endswith("_leakage") else value
+
+
+def best_of(images: Sequence[Scores], columns: Sequence[str]) -> int:
+    """Which of a row's images `keep: best` keeps: that with the highest mean of its scores, each 0 to 1, a leakage as
+    1 - leakage. A score that one of them lacks counts for none of them; of equal images the first is kept."""
+    told = [column for column in columns if all(image[column] is not None for image in images)]
+    sums = [sum(worth(column, image[column]) for column in told) for image in images]
+    return sums.index(max(sums))
+
+
+def is_flagged(image: Scores, thresholds: Mapping[str, float]) -> bool | None:
+    """Whether a score is worse than its threshold; None where no score with a threshold could be told."""
+    told = [(column, least) for column, least in thresholds.items() if image[column] is not None]
+    return any(worth(column, image[column]) < worth(column, least) for column, least in told) if told else None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,6 +44,12 @@ def load_embedding(name: str = "bundled") -> Embed:
 def _pixels(images: list[Pixels], size: int) -> Tensor:
     """uint8 (N, 3, size, size)."""
     return torch.from_numpy(np.stack([resize(image, size, size, "crop") for image in images])).permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def embedded(images: list[Pixels], encoder: str = "bundled") -> NDArray[np.float64]:
+    """Pictures as features (N, D)."""
+    return load_embedding(encoder)(images).double().numpy()
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ PRESETS: dict[str, Parts] = {
         ip_adapter="h94/IP-Adapter/models",
         ip_adapter_weight_name="ip-adapter-plus_sd15.safetensors",
         image_encoder="h94/IP-Adapter/models/image_encoder",
+        safety_checker="stable-diffusion-v1-5/stable-diffusion-v1-5/safety_checker",
         variant="fp16",
         revision=IP_ADAPTER
         | {

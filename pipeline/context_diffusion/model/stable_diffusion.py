@@ -12,10 +12,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import nn
 
 from context_diffusion.errors import ModelError
 from context_diffusion.model.hub import fetch, split
+from context_diffusion.model.safety import SafetyChecker
 from context_diffusion.model.source import read_json
 from context_diffusion.strict import Parts
 
@@ -31,6 +33,7 @@ class StableDiffusion:
     controlnets: list[Any]
     parts: Parts
     xl: bool
+    unsafe: SafetyChecker | None = None
 
 
 def load(parts: Parts, device: torch.device) -> StableDiffusion:
@@ -41,6 +44,7 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
     loader = _Loader(parts, dtype, variant)
     xl = "StableDiffusionXL" in fetch(parts.base, "model_index.json", parts.revision).read_text()
     kind_of_pipe = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
+    # The checker is a part of its own: the pipeline is never called, and XL's has no place for one.
     own: dict[str, Any] = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
     if parts.image_encoder:
         own["image_encoder"] = loader(transformers.CLIPVisionModelWithProjection, parts.image_encoder, dtype_name="dtype")
@@ -55,10 +59,11 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
     if parts.ip_adapter and parts.ip_adapter_weight_name:
         _load_ip_adapter(pipe, parts, fetch(parts.ip_adapter, parts.ip_adapter_weight_name, parts.revision))
     pipe.set_progress_bar_config(disable=True)
-    for module in [*pipe.components.values(), *controlnets]:
+    checker = _load_safety_checker(loader, parts.safety_checker) if parts.safety_checker else None
+    for module in [*pipe.components.values(), *controlnets, checker]:
         if isinstance(module, nn.Module):
             module.to(device).eval().requires_grad_(False)
-    return StableDiffusion(pipe, controlnets, parts, xl)
+    return StableDiffusion(pipe, controlnets, parts, xl, SafetyChecker(checker) if checker else None)
 
 
 @dataclass
@@ -87,6 +92,14 @@ class _Loader:
             except Exception as error:  # whatever a folder's files lead the loaders to
                 problems.append(error)
         raise ModelError(f"model: {part} cannot be loaded as {kind.__name__}: {problems[-1]}") from problems[-1]
+
+
+def _load_safety_checker(loader: _Loader, part: str) -> Any:
+    checker, info = loader(StableDiffusionSafetyChecker, part, dtype_name="dtype", output_loading_info=True)
+    if info["missing_keys"]:  # transformers would go on with random ones
+        missing = sorted(info["missing_keys"])
+        raise ModelError(f"model: safety_checker {part} is none: it lacks {len(missing)} weights, {', '.join(missing[:3])}")
+    return checker
 
 
 def _fuse_loras(pipe: Any, parts: Parts) -> None:
