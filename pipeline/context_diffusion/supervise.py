@@ -32,9 +32,16 @@ class _StopSignalError(Exception):
 def supervise(job: GenerateJob, options: dict[str, Any], grace_s: float = 20.0) -> dict[str, Any]:
     """Runs the driver; -> its summary, or what is known of OUTPUT where it could not give one. `exit` always in it.
     grace_s: after SIGTERM, for the shards that were begun."""
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return _supervise(job, options, grace_s)
+    finally:
+        for number, handler in before.items():  # the file's next job may not know ours
+            signal.signal(number, handler)
+
+
+def _supervise(job: GenerateJob, options: dict[str, Any], grace_s: float) -> dict[str, Any]:
     started = time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
     reading, writing = os.pipe()
     child = subprocess.Popen(
         [sys.executable, "-m", "context_diffusion.child", str(writing)],
