@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ConfigError
-from context_diffusion.jobfile import check_job, load_job, parse
+from context_diffusion.jobfile import absolute, check_job, load_job, load_jobs, parse
 from context_diffusion.model.presets import PRESETS, parts_of
 from context_diffusion.strict import Parts
 from context_diffusion.supervise import handed_over
@@ -136,6 +136,72 @@ def test_what_the_drivers_process_is_given_leaves_a_presets_parts_to_the_preset(
 def test_what_is_kept_and_flagged_needs_its_scores(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_job(GOOD | change)
+
+
+TWO = """# two stages
+kind: generate
+manifest: m.parquet
+output: out
+---
+kind: evaluate
+images: out
+output: scores
+"""
+
+
+def test_a_file_holds_several_jobs_as_yaml_documents_or_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(TWO)
+    jobs = load_jobs(str(path), ["1.seed=7", "settings.seed=3", "2.score=[layout]", "manifest=[a.csv,b.parquet]"])
+    generate, evaluate = (job.model_dump(exclude_unset=True) for job in jobs)
+    assert generate == {**GOOD, "manifest": ["a.csv", "b.parquet"], "seed": 7, "settings": {"seed": 3}}
+    assert evaluate == {"kind": "evaluate", "images": "out", "output": "scores", "score": ["layout"]}
+    path.write_text(json.dumps([generate, evaluate]))
+    assert load_jobs(str(path)) == jobs
+    with pytest.raises(ConfigError, match="holds 2 jobs, one is wanted"):
+        load_job(str(path))
+    path.write_text("---\n" + TWO.split("---")[0])
+    assert load_jobs(str(path)) == [load_job(str(path))]
+
+
+@pytest.mark.parametrize(
+    ("change", "sets", "words"),
+    [
+        (("out\n---", "out\ncontrol: cany\n---"), [], ["job.yaml: job 1: ", "control: should be"]),
+        (("images: out", "image: out"), ["modle=x"], ["job 1: ", "did you mean 'model'", "job 2: ", "did you mean 'images'"]),
+        (("output: scores", "output: ./out/"), [], ["job 2: output: ./out/ is job 1's too"]),
+        (("kind: evaluate", "kind: evaluat"), [], ["job 2: kind: 'evaluat'", "did you mean 'evaluate'"]),
+        (("scores\n", "scores\n---\n"), [], ["job 3: a job is a mapping", "got NoneType"]),
+        (("", ""), ["3.seed=7"], ["--set 3.seed=7: there is no job 3", "holds 2"]),
+        (("", ""), ["0.seed=7"], ["there is no job 0"]),
+        (("", ""), ["2.seed"], ["key=value"]),
+    ],
+)
+def test_what_is_wrong_in_any_of_several_jobs_is_told_with_its_number(
+    tmp_path: Path, change: tuple[str, str], sets: list[str], words: list[str]
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(TWO.replace(*change) if change[0] else TWO)
+    with pytest.raises(ConfigError) as caught:
+        load_jobs(str(path), sets)
+    for word in words:
+        assert word in str(caught.value), caught.value
+
+
+def test_a_job_for_another_working_directory_has_absolute_paths_and_the_names_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine", "bundled"):
+        (tmp_path / folder).mkdir()
+    values = GOOD | {"manifest": ["m.csv", "s3://b/m.csv"], "model": {"base": "sd15", "vae": "mine", "controlnet": "o/name"}}
+    told = absolute(check_job(values))
+    assert told["manifest"] == [f"{tmp_path}/m.csv", "s3://b/m.csv"]
+    assert told["model"] == {"base": "sd15", "vae": f"{tmp_path}/mine", "controlnet": "o/name"}
+    assert told["output"] == f"{tmp_path}/out"
+    assert told.keys() == values.keys()
+    tuned = absolute(check_job({"kind": "finetune", "data": "pictures", "output": "tuned", "model": "bundled"}))
+    assert (tuned["data"], tuned["output"], tuned["model"]) == (f"{tmp_path}/pictures", f"{tmp_path}/tuned", "bundled")
 
 
 @given(st.integers(1, 10_000), st.integers(0, 100))

@@ -52,12 +52,13 @@ def read_all(planned: GenerateJob, output: Output) -> list[dict[str, Any]]:
     return found
 
 
-@given(st.integers(1, 10**7), st.integers(1, 5000))
-def test_the_rule_of_small_manifests(count: int, asked: int) -> None:
+@given(st.integers(1, 10**7), st.integers(1, 5000), st.integers(1, 256))
+def test_the_rule_of_small_manifests(count: int, asked: int, images: int) -> None:
     size = part_rows(count, asked)
     assert 1 <= size <= asked
     assert size == asked or size >= 4
     assert -(-count // size) <= max(8, -(-count // asked))
+    assert part_rows(count, asked, images) == max(1, size // images), "a matrix's shard holds as many pictures as another's"
 
 
 def test_every_format_gives_the_same_rows_in_order(tmp_path: Path) -> None:

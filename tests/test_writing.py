@@ -25,7 +25,7 @@ from context_diffusion.placing import safe_name, to_tar
 from context_diffusion.plan import open_plan, read_shards
 from context_diffusion.report import write_report
 from context_diffusion.schema import FAILURES_TOLD, OUTPUT
-from context_diffusion.stages import LoadImages, ReadShard, generate
+from context_diffusion.stages import Engine, LoadImages, ReadShard, generate
 from context_diffusion.storage import Storage
 from context_diffusion.writing import WriteShard
 from fakes import FakeEngine
@@ -36,18 +36,24 @@ STORAGE = Storage(deadline_s=1)
 
 
 def make(
-    folder: Path,
-    count: int = 6,
-    changes: dict[int, dict[str, Any]] | None = None,
-    written: list[dict[str, Any]] | None = None,
-    engine: FakeEngine | None = None,
-    **more: Any,
+    folder: Path, count: int = 6, changes: dict[int, dict[str, Any]] | None = None, **more: Any
 ) -> tuple[GenerateJob, Output]:
-    """The whole flow in this process, without Ray: what the graph of dataflow.py calls. written: gets what the driver would
-    hear of each shard."""
+    """A small manifest's way through the flow; changes: as write_manifest has them; more: as `flow` has it."""
     manifest = folder / "in" / "manifest.parquet"
     if not manifest.exists():
         write_manifest(folder / "in", count, changes)
+    return flow(folder, manifest, **more)
+
+
+def flow(
+    folder: Path,
+    manifest: Path,
+    engine: Engine | None = None,
+    written: list[dict[str, Any]] | None = None,
+    **more: Any,
+) -> tuple[GenerateJob, Output]:
+    """The whole flow in this process, without Ray: what the graph of dataflow.py calls. written: gets what the driver would
+    hear of each shard. more: the job's keys."""
     job = GenerateJob.model_validate(job_values(str(manifest), folder / "out", **more))
     output = Output(job.output, STORAGE)
     plan = open_plan(job, output, STORAGE)

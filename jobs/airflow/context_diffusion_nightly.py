@@ -1,6 +1,8 @@
 """Airflow 3: wait for the night's manifest, run the job on a Ray cluster, check what failed, publish where it lies.
 
-A DAG file for the dags folder. Variables of the environment: RAY_API_SERVER_ADDRESS, RAY_AUTH_TOKEN, and
+    cp jobs/airflow/context_diffusion_nightly.py DAGS        # the dags folder
+
+Variables of the environment: RAY_API_SERVER_ADDRESS, RAY_AUTH_TOKEN, and
 CONTEXT_DIFFUSION_JOB, a job file with {day} in it (default: ../nightly.yaml). A retry resumes; clearing the task too.
 """
 

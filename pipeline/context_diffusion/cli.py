@@ -19,9 +19,11 @@ from context_diffusion.config import GenerateJob
 from context_diffusion.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
+    EXIT_ROWS_FAILED,
     EXIT_UNEXPECTED,
     ContextDiffusionError,
     JobError,
+    classify,
 )
 from context_diffusion.log import LOG, LogFormat
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address
@@ -36,10 +38,12 @@ Logs and progress go to stderr; the last line of stdout is one JSON object. Exit
 rows failed, 2 the job is wrong, 4 too many rows failed, 75, 143, 130 and 1: stopped or broken off, run it again.
 """
 
+FINISHED = (EXIT_OK, EXIT_ROWS_FAILED)
+
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-JobFile = Annotated[str, typer.Argument(metavar="JOB", help="a job file, YAML or JSON")]
+JobFile = Annotated[str, typer.Argument(metavar="JOB", help="a file of one job or several, YAML or JSON")]
 Folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="the output folder of a job")]
 Address = Annotated[str | None, typer.Option(help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS")]
 RetryFailed = Annotated[bool, typer.Option(help="make the rows that failed anew")]
@@ -47,7 +51,10 @@ Extend = Annotated[bool, typer.Option(help="the manifest has grown at its end: m
 AcceptChange = Annotated[bool, typer.Option(help="go on with other versions of torch or diffusers")]
 Grace = Annotated[float, typer.Option(min=0, help="seconds after SIGTERM in which the shards that were begun may end")]
 LogFormats = Annotated[LogFormat, typer.Option(help="of stderr: lines for people, or a JSON object a line")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7; 2.seed=7 in the second job"),
+]
 
 
 def main() -> None:
@@ -89,17 +96,18 @@ def _print(summary: dict[str, Any]) -> None:
     print(json.dumps(summary), flush=True)
 
 
-def _load(job: str, sets: list[str] | None) -> StrictModel:
-    from context_diffusion.jobfile import load_job
+def _load(job: str, sets: list[str] | None) -> list[StrictModel]:
+    from context_diffusion.jobfile import load_jobs
 
-    return load_job(job, sets)
+    return load_jobs(job, sets)
 
 
-def _load_generate(job: str, sets: list[str] | None) -> GenerateJob:
-    loaded = _load(job, sets)
-    if not isinstance(loaded, GenerateJob):
+def _load_generate(job: str, sets: list[str] | None) -> list[GenerateJob]:
+    """The file's jobs of that kind."""
+    jobs = [one for one in _load(job, sets) if isinstance(one, GenerateJob)]
+    if not jobs:
         raise JobError(f"{job}: this command takes a job of kind generate")
-    return loaded
+    return jobs
 
 
 @app.command()
@@ -113,26 +121,44 @@ def run(
     grace: Grace = 20.0,
     log_format: LogFormats = LogFormat.TEXT,
 ) -> None:
-    """Runs a job, or what is missing of it.
+    """Runs a job, or what is missing of it; of a file with several one after another, as long as they finish.
 
     Example: context-diffusion run jobs/demo.yaml --set settings.num_inference_steps=30
     """
     LOG.format = log_format
-    loaded = _load(job, sets)
-    LOG.job = _output_of(loaded)
-    if isinstance(loaded, GenerateJob):
+    jobs, summaries = _load(job, sets), list[dict[str, Any]]()
+    options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed, "extend": extend}
+    for number, one in enumerate(jobs, 1):
+        LOG.job = _output_of(one)
+        if len(jobs) > 1:
+            LOG.tell("job", f"job {number} of {len(jobs)}: {_named(one)}", number=number, of=len(jobs))
+        summaries.append(_run_job(one, options, grace, log_format))
+        if "error" in summaries[-1]:
+            _tell_error(summaries[-1]["error"])
+        else:
+            LOG.tell("finished", **summaries[-1])
+        if summaries[-1]["exit"] not in FINISHED:
+            break
+    code = max(summary["exit"] for summary in summaries) if summaries[-1]["exit"] in FINISHED else summaries[-1]["exit"]
+    _print({**summaries[-1], **({"jobs": summaries} if len(jobs) > 1 else {}), "exit": code})
+    raise typer.Exit(code)
+
+
+def _named(job: StrictModel) -> str:
+    told = job.model_dump(include={"kind", "output"})
+    return f"{told['kind']}, {told['output']}"
+
+
+def _run_job(job: StrictModel, options: dict[str, Any], grace: float, log_format: LogFormat) -> dict[str, Any]:
+    """-> the summary, `exit` in it."""
+    if isinstance(job, GenerateJob):
         from context_diffusion.supervise import supervise
 
-        options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed, "extend": extend}
-        summary = supervise(loaded, options, grace, log_format)
-    else:
-        summary = _run_other(loaded, address)
-    if "error" in summary:
-        _tell_error(summary["error"])
-    else:
-        LOG.tell("finished", **summary)
-    _print(summary)
-    raise typer.Exit(summary["exit"])
+        return supervise(job, options, grace, log_format)
+    try:
+        return _run_other(job, options["address"])
+    except Exception as error:
+        return {**job.model_dump(include={"output"}), **classify(error)}
 
 
 def _output_of(job: StrictModel) -> str:
@@ -170,17 +196,22 @@ def validate(
     sets: Sets = None,
     sample: Annotated[int, typer.Option(min=0, help="rows whose pictures are loaded")] = 8,
 ) -> None:
-    """Checks job, model, manifest and storage; loads the pictures of some rows. Starts no Ray and writes nothing.
+    """Checks job, model, manifest and storage; loads the pictures of some rows. Starts no Ray and writes nothing. Of a file
+    with several jobs each that generates.
 
     Example: context-diffusion validate jobs/demo.yaml --sample 20
     """
     from context_diffusion.validate import validate_job
 
-    found = validate_job(_load_generate(job, sets), sample)
-    for problem in found["problems"]:
-        errors.print(f"row {problem['id']}: {problem['error_code']}: {problem['error_message']}")
-    errors.print(f"{found['rows']} rows in {found['shards']} shards; {len(found['problems'])} of those looked at would fail")
-    _print({**found, "exit": EXIT_OK})
+    jobs, told = _load_generate(job, sets), []
+    for one in jobs:
+        if len(jobs) > 1:
+            errors.print(_named(one))
+        told.append(found := validate_job(one, sample))
+        for problem in found["problems"]:
+            errors.print(f"row {problem['id']}: {problem['error_code']}: {problem['error_message']}")
+        errors.print(f"{found['rows']} rows in {found['shards']} shards; {len(found['problems'])} of those looked at would fail")
+    _print({**told[-1], **({"jobs": told} if len(jobs) > 1 else {}), "exit": EXIT_OK})
 
 
 @app.command()
@@ -195,11 +226,11 @@ def warm(
     """
     from context_diffusion.warming import warm as fill
 
-    told = fill(_load_generate(job, sets), address)
+    told = fill(list({str(one.model): one for one in _load_generate(job, sets)}.values()), address)
     for node in told["nodes"]:
-        errors.print(f"{node['address']}: {told['model']} is there ({node['seconds']} s)")
+        errors.print(f"{node['address']}: {node['model']} is there ({node['seconds']} s)")
     if "error" in told:
-        errors.print(f"error: {told['error']}")
+        _tell_error(told["error"])
     _print(told)
     raise typer.Exit(told["exit"])
 
@@ -223,24 +254,25 @@ def submit(
     Example: context-diffusion submit jobs/demo.yaml --address http://127.0.0.1:8265 --wait
     """
     from context_diffusion import ray_jobs
-    from context_diffusion.submitting import absolute, local_paths, runtime_env, wheel_of
+    from context_diffusion.jobfile import absolute
+    from context_diffusion.submitting import local_paths, runtime_env, wheel_of
 
     LOG.format = log_format
-    values, jobs = absolute(_load(job, sets)), RayJobs.known(address)
-    LOG.job = values["output"]
+    values, jobs = [absolute(one) for one in _load(job, sets)], RayJobs.known(address)
     chosen = {"--retry-failed": retry_failed, "--extend": extend, "--accept-change": accept_change}
     variables = dict(pair.split("=", 1) for pair in env or [] if "=" in pair)
     if len(variables) < len(env or []):
         raise JobError(f"--env {' '.join(env or [])}: write KEY=VALUE, each KEY once")
     flags = tuple(flag for flag, on in chosen.items() if on)
     made = ray_jobs.submit(jobs, values, flags, runtime_env(jobs, wheel_of(wheel), variables), grace, log_format)
-    for path in local_paths(values, jobs.address):
+    LOG.job = made.output
+    for path in dict.fromkeys(path for one in values for path in local_paths(one, jobs.address)):
         message = f"{path} is a path of this machine: every node of {jobs.address} must have it"
         LOG.tell("warning", f"warning: {message}", "warning", message=message)
     text = f"{made.id} {'runs already' if made.attached else 'is submitted'}; context-diffusion status {made.id}"
     LOG.tell("submitted", text, id=made.id, attached=made.attached)
     code = jobs.follow(made.id, LOG.relay) if wait else EXIT_OK
-    _print({"submission_id": made.id, "attached": made.attached, "output": values["output"], "exit": code})
+    _print({"submission_id": made.id, "attached": made.attached, "output": made.output, "exit": code})
     raise typer.Exit(code)
 
 

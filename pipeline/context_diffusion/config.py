@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from context_diffusion.matrix import Matrix, checked_matrix, combined
 from context_diffusion.strict import Parts, StrictModel
 
 SchedulerName = Literal[
@@ -184,7 +185,10 @@ class GenerateJob(StrictModel):
         dict[str, str], known_columns("id", "query", "context", "prompt", "negative_prompt", *Settings.model_fields)
     ] = Field(default={}, description="our column name -> the manifest's")
     settings: Settings = Field(default=Settings(), description="defaults of the row settings")
-    rows_per_part: int = Field(default=64, ge=1, le=100_000, description="rows of a shard; small manifests take fewer")
+    matrix: Matrix = Field(default={}, description="row setting -> values: an image of each row for every combination")
+    rows_per_part: int = Field(
+        default=64, ge=1, le=100_000, description="rows of a shard; small manifests and a matrix take fewer"
+    )
     allow: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[], description="URI prefixes that rows may read; left out: the manifest's own folder or bucket"
     )
@@ -214,6 +218,16 @@ class GenerateJob(StrictModel):
         if isinstance(value, str) and not re.fullmatch(r"(100|\d{1,2})(\.\d+)?%", value):
             raise ValueError(f"max_failed is a number of rows or a share such as 5%, not {value!r}")
         return value
+
+    @field_validator("matrix")
+    @classmethod
+    def _axes_are_settings(cls, value: Matrix) -> Matrix:
+        return checked_matrix(value, Settings)
+
+    @model_validator(mode="after")
+    def _combinations_go_together(self) -> Self:
+        combined(self.settings, self.matrix)
+        return self
 
     @model_validator(mode="after")
     def _no_pictures_in_two_minds(self) -> Self:
@@ -278,4 +292,5 @@ class GenerateJob(StrictModel):
         chosen = self.model_dump(mode="json", include=keys | {"limits", "allow"})
         if self.keep == "best":
             chosen["score"] = sorted(self.score)
-        return chosen | {"cpu_threads": self.cluster.cpu_threads}
+        axes = [[name, values] for name, values in self.matrix.items()]  # a list, for their order gives the index
+        return chosen | {"matrix": axes, "cpu_threads": self.cluster.cpu_threads}

@@ -1,4 +1,4 @@
-"""Reads a job file: YAML or JSON text -> a checked job, with every error of it in one go.
+"""Reads a job file: YAML or JSON text -> checked jobs, one or several, with every error of them in one go.
 
 YAML is read by YAML 1.2's rules where PyYAML's 1.1 surprises: 1e-5 is a number, `no` is a word, 012 is 12.
 """
@@ -19,6 +19,8 @@ from pydantic import BaseModel, ValidationError
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ConfigError
 from context_diffusion.evaluation.config import EvaluateJob
+from context_diffusion.model.presets import PRESETS
+from context_diffusion.storage import normal
 from context_diffusion.strict import StrictModel
 from context_diffusion.training.config import FinetuneJob, TrainJob
 
@@ -28,6 +30,13 @@ KINDS: dict[str, type[StrictModel]] = {
     "finetune": FinetuneJob,
     "evaluate": EvaluateJob,
 }
+
+
+URIS, NAMES = (
+    ("manifest", "images", "compare", "reference", "output", "data", "allow"),
+    ("model", "judge", "encoder"),
+)  # keys that hold them
+BUILT_IN = ("bundled", *PRESETS)
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,10 +78,40 @@ def parse(text: str) -> Any:
 
 
 def load_job(path: str, overrides: list[str] | None = None) -> StrictModel:
-    """Reads, overrides (`key.key=value`) and checks a job file.
+    """Reads, overrides (`key.key=value`) and checks a file of one job.
 
     Raises ConfigError with all that is wrong, one line each.
     """
+    jobs = load_jobs(path, overrides)
+    if len(jobs) > 1:
+        raise ConfigError(f"{path}: holds {len(jobs)} jobs, one is wanted here")
+    return jobs[0]
+
+
+def load_jobs(path: str, overrides: list[str] | None = None) -> list[StrictModel]:
+    """The same of a file with several jobs: YAML documents, or a list. `2.key=value` overrides in the second of them.
+
+    Raises ConfigError with all that is wrong in any of them.
+    """
+    documents = _documents(path)
+    for override in overrides or []:
+        number, key = re.fullmatch(r"(?:(\d+)\.)?(.*)", override, flags=re.DOTALL).groups()  # type: ignore[union-attr]
+        if number and not 0 < int(number) <= len(documents):
+            raise ConfigError(f"--set {override}: there is no job {number}, {path} holds {len(documents)}")
+        _override(documents[int(number or 1) - 1], key)
+    jobs, wrong = [], []
+    for number, values in enumerate(documents, 1):
+        try:
+            jobs.append(check_job(values, path if len(documents) == 1 else f"{path}: job {number}"))
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong := wrong or _same_outputs(path, documents):
+        raise ConfigError("\n".join(wrong))
+    return jobs
+
+
+def _documents(path: str) -> list[dict[str, Any]]:
+    """The jobs of a file, unchecked."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -80,14 +119,28 @@ def load_job(path: str, overrides: list[str] | None = None) -> StrictModel:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: the job file is not UTF-8 text: {error}") from error
     try:
-        values = parse(text)
+        documents = list(yaml.load_all(text, Loader=_Loader))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML or JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a job file is a mapping of keys to values, got {type(values).__name__}")
-    for override in overrides or []:
-        _override(values, override)
-    return check_job(values, path)
+    if len(documents) == 1 and isinstance(documents[0], list):
+        documents = documents[0]
+    if not documents:
+        raise ConfigError(f"{path}: holds no job")
+    for number, values in enumerate(documents, 1):
+        if not isinstance(values, dict):
+            where = path if len(documents) == 1 else f"{path}: job {number}"
+            raise ConfigError(f"{where}: a job is a mapping of keys to values, got {type(values).__name__}")
+    return documents
+
+
+def _same_outputs(path: str, documents: list[dict[str, Any]]) -> list[str]:
+    """The jobs that would write to the `output:` of one before them."""
+    first: dict[str, int] = {}
+    wrong = []
+    for number, values in enumerate(documents, 1):
+        if (before := first.setdefault(normal(values["output"]), number)) < number:
+            wrong.append(f"{path}: job {number}: output: {values['output']} is job {before}'s too; choose another")
+    return wrong
 
 
 def check_job(values: dict[str, Any], where: str = "job") -> StrictModel:
@@ -103,6 +156,23 @@ def check_job(values: dict[str, Any], where: str = "job") -> StrictModel:
         lines = [_explain(KINDS[kind], item) for item in error.errors()]
         unique = list(dict.fromkeys(lines))
         raise ConfigError("\n".join([f"{where}: {len(unique)} thing(s) wrong:", *(f"  {line}" for line in unique)])) from None
+
+
+def absolute(job: StrictModel) -> dict[str, Any]:
+    """The job's own values, for a process with another working directory."""
+    values = job.model_dump(mode="json", exclude_unset=True)
+
+    def moved(value: Any, known: bool) -> Any:
+        """known: it is a path or URI; else only where such a path exists, for it may be a hub id."""
+        if not known and value in BUILT_IN:
+            return value
+        if isinstance(value, list):
+            return [moved(one, known) for one in value]
+        if isinstance(value, dict):
+            return {key: moved(one, known) for key, one in value.items()}
+        return normal(value) if isinstance(value, str) and (known or Path(value).exists()) else value
+
+    return {key: moved(value, key in URIS) if key in URIS + NAMES else value for key, value in values.items()}
 
 
 def _override(values: dict[str, Any], override: str) -> None:

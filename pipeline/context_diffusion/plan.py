@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import OutputConflictError
 from context_diffusion.manifest import ManifestFile, expand, open_file
+from context_diffusion.matrix import combinations
 from context_diffusion.model.source import Source, find_model
 from context_diffusion.output import Output, to_parquet
 from context_diffusion.scan import Scan
@@ -46,9 +47,10 @@ class Plan:
         return sum(self.shards_of)
 
 
-def part_rows(rows: int, rows_per_part: int) -> int:
-    """Rows of a shard: as asked, but small manifests are cut into about eight, of four rows at least."""
-    return min(rows_per_part, max(4, -(-rows // 8)))
+def part_rows(rows: int, rows_per_part: int, images: int = 1) -> int:
+    """Rows of a shard: as asked, but small manifests are cut into about eight, of four rows at least. images: that a matrix
+    makes of each, which leave fewer rows, so that a shard stays as much work and memory."""
+    return max(1, min(rows_per_part, max(4, -(-rows // 8))) // images)
 
 
 def versions() -> dict[str, str]:
@@ -89,7 +91,7 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
     model = find_model(job.model)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scanned = Scan(job, files, storage)
-    size, first, records = part_rows(scanned.rows, job.rows_per_part), 0, []
+    size, first, records = part_rows(scanned.rows, job.rows_per_part, len(combinations(job.matrix))), 0, []
     for number in range(len(files)):
         shards = list(scanned.cut(number, size, first))
         first += len(shards)

@@ -27,6 +27,7 @@ EXIT_WRONG, EXIT_STOPPED, EXIT_LOST = 2, 143, 75
 PATIENCE_S = 60.0  # a cluster may be away, or just starting, for so long
 EVERY_S = 2.0
 STOP_MARGIN_S = 15  # that a run has to end after its grace
+Job = dict[str, Any]
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as `ray job submit` looks them up
 
 
@@ -50,10 +51,11 @@ class AnotherJobError(RayJobsError):
 
 @dataclass(frozen=True)
 class Submission:
-    """attached: it ran already."""
+    """attached: it ran already. output: the OUTPUT that `status` tells of."""
 
     id: str
     attached: bool
+    output: str
 
 
 def known_address() -> str | None:
@@ -184,37 +186,42 @@ class RayJobs:
 
 def submit(
     jobs: RayJobs,
-    job: dict[str, Any],
+    job: Job | list[Job],
     flags: tuple[str, ...] = (),
     runtime_env: dict[str, Any] | None = None,
     grace_s: float = 20,
     log_format: str = "text",
 ) -> Submission:
-    """A job file's values, its paths such as the cluster sees. flags: of `context-diffusion run`, as --retry-failed.
+    """A job file's values, or those of its several jobs, paths such as the cluster sees. flags: of `context-diffusion run`,
+    as --retry-failed.
 
-    The id follows from job and OUTPUT: a job that runs is joined, one that has ended gets another attempt, which resumes.
-    Raises AnotherJobError, RayJobsError.
+    The id follows from job and OUTPUT, of several jobs the first generate job's (else the last's): a job that runs is
+    joined, one that has ended gets another attempt, which resumes. Raises AnotherJobError, RayJobsError.
     """
-    output = f"{_slug(job['output'])}-{_digest(job['output'], 8)}-"
-    prefix = f"{output}{_digest([job, flags], 6)}-"
-    for one in jobs.list(output):
+    listed = job if isinstance(job, list) else [job]
+    generating = [one for one in listed if one.get("kind") == "generate"]
+    output = str((generating or listed[-1:])[0]["output"])
+    begin = f"{_slug(output)}-{_digest(output, 8)}-"
+    value = listed[0] if len(listed) == 1 else listed
+    prefix = f"{begin}{_digest([value, flags], 6)}-"
+    for one in jobs.list(begin):
         name = str(one["submission_id"])
         if one["status"] in ACTIVE and not name.startswith(prefix):
-            wrong = f"{job['output']}: another job, {name}, is writing there; wait for it, or `context-diffusion stop {name}`"
+            wrong = f"{output}: another job, {name}, is writing there; wait for it, or `context-diffusion stop {name}`"
             raise AnotherJobError(wrong)
         if one["status"] in ACTIVE:
-            return Submission(name, True)
+            return Submission(name, True, output)
     attempts = [int(str(one["submission_id"]).rsplit("-", 1)[1]) for one in jobs.list(prefix)]
     name = f"{prefix}{max(attempts, default=0) + 1}"
-    grace = ["--grace", f"{grace_s:g}"] if job.get("kind") == "generate" else []
+    grace = ["--grace", f"{grace_s:g}"] if generating else []
     log = ["--log-format", log_format] if log_format != "text" else []
     command = shlex.join(["python", "-m", "context_diffusion", "run", "/dev/stdin", *flags, *grace, *log])
-    entrypoint = f"printf %s {shlex.quote(json.dumps(job, ensure_ascii=False))} | {command}"
+    entrypoint = f"printf %s {shlex.quote(json.dumps(value, ensure_ascii=False))} | {command}"
     environment = dict(runtime_env or {})
     wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_s) + STOP_MARGIN_S)}
     environment["env_vars"] = wait | environment.get("env_vars", {})
-    new = jobs.submit(name, entrypoint, environment, {"output": job["output"]})
-    return Submission(name, not new)
+    new = jobs.submit(name, entrypoint, environment, {"output": output})
+    return Submission(name, not new, output)
 
 
 def last_line(log: str) -> dict[str, Any]:
@@ -232,7 +239,8 @@ def _slug(output: str) -> str:
 
 
 def _digest(value: Any, length: int) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+    """The order of keys counts: a matrix's gives the index of its images."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:length]
 
 
 def exit_code(job: dict[str, Any]) -> int:

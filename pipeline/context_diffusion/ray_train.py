@@ -13,7 +13,7 @@ from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from context_diffusion.errors import EXIT_EXTERNAL, ConfigError, classify
-from context_diffusion.jobfile import check_job
+from context_diffusion.jobfile import absolute, check_job
 from context_diffusion.ray_session import ray_session
 from context_diffusion.training.config import TrainingJob
 
@@ -29,7 +29,7 @@ def train_on_ray(job: TrainingJob, address: str | None = None) -> dict[str, Any]
         device = _device(job, int(ray.cluster_resources().get("GPU", 0)))
         trainer = TorchTrainer(
             _train,
-            train_loop_config={"job": job.absolute().model_dump(mode="json") | {"device": device}},
+            train_loop_config={"job": absolute(job) | {"device": device}},
             torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=job.workers, use_gpu=device == "cuda", resources_per_worker={"CPU": job.cpu_threads}

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from context_diffusion.config import GenerateJob, Settings
 from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.manifest import Row
+from context_diffusion.matrix import combined
 from context_diffusion.schema import (
     CONTEXT,
     CONTROL_IMAGE,
@@ -117,6 +118,10 @@ def _settings(row: Row, names: dict[str, str], job: GenerateJob, row_name: str) 
         message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
         code = ErrorCode.UNKNOWN_SCHEDULER if where == "scheduler" else ErrorCode.INVALID_SETTING
         raise RowError(code, f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
+    try:
+        combined(settings, job.matrix)
+    except ValueError as error:
+        raise RowError(ErrorCode.INVALID_SETTING, str(error)) from None
     if settings.seed is None:
         settings = settings.model_copy(update={"seed": derive_seed(job.seed, row_name)})
     return settings

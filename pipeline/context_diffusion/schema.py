@@ -42,7 +42,7 @@ READ = pa.schema(
         (CONTROL_IMAGE, pa.list_(FILE)),
         (PROMPT, pa.string()),
         (NEGATIVE_PROMPT, pa.string()),
-        ("settings", pa.string()),  # JSON of the row's own settings over the job's, seed filled in
+        ("settings", pa.string()),  # JSON of the row's own settings over the job's, seed filled in; once made, the image's
         ("error_code", pa.string()),
         ("error_message", pa.string()),
     ]

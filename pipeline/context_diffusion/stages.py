@@ -18,6 +18,7 @@ from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.images import Size, decode_resized, output_size, statistics
 from context_diffusion.kept import Kept
 from context_diffusion.manifest import ManifestFile, read_parquet, read_text
+from context_diffusion.matrix import images_of
 from context_diffusion.output import Output
 from context_diffusion.rows import read_table
 from context_diffusion.schema import (
@@ -45,6 +46,7 @@ from context_diffusion.storage import Storage, parent
 
 KEPT = Kept(64 * 2**20)  # pictures of this process, whatever shards it loads
 Seen = dict[tuple[str, Fit, int | None, int | None], Pixels]
+Made = tuple[Request | None, Result | Failure | None]  # None: the row failed before it came to the engine
 
 
 class Engine(Protocol):
@@ -188,7 +190,7 @@ def span(began: float) -> dict[str, float]:
 
 
 def requests_of(table: pa.Table, job: GenerateJob) -> list[list[Request]]:
-    """The images to make of each row: none for a failed one, num_images for the others."""
+    """The images to make of each row: none for a failed one, num_images at each combination of the matrix for the others."""
     wanted: list[list[Request]] = []
     for row in table.to_pylist():
         wanted.append([])
@@ -196,8 +198,7 @@ def requests_of(table: pa.Table, job: GenerateJob) -> list[list[Request]]:
             continue
         settings = Settings.model_validate_json(row["settings"])
         contexts = tuple(required(context) for context in row["context_images"])
-        for index in range(settings.num_images):
-            assert settings.seed is not None
+        for index, own in enumerate(images_of(settings, job.matrix)):
             wanted[-1].append(
                 Request(
                     row[ID],
@@ -207,7 +208,7 @@ def requests_of(table: pa.Table, job: GenerateJob) -> list[list[Request]]:
                     contexts,
                     row[PROMPT],
                     row[NEGATIVE_PROMPT],
-                    settings.model_copy(update={"seed": settings.seed + index}),
+                    own,
                 )
             )
     return wanted
@@ -219,27 +220,28 @@ def generate(table: pa.Table, engine: ShardEngine, job: GenerateJob) -> pa.Table
     outcomes = iter(engine.generate_shard(table["shard"][0].as_py(), wanted))
     rows: list[int] = []
     index: list[int] = []
-    made: list[Result | Failure | None] = []
+    made: list[Made] = []
     for number, requests in enumerate(wanted):
-        results = [next(outcomes) for _ in requests]
-        failure = next((result for result in results if isinstance(result, Failure)), None)
-        if failure or not results:
-            rows.append(number)
-            index.append(0)
-            made.append(failure)
-            continue
-        rows += [number] * len(results)
-        index += range(len(results))
-        made += results
+        results: list[Made] = [(request, next(outcomes)) for request in requests]
+        failed = [(request, result) for request, result in results if isinstance(result, Failure)]
+        kept = failed[:1] or results or [(None, None)]  # a row that failed once is one failed row
+        rows += [number] * len(kept)
+        index += range(len(kept))
+        made += kept
     return _with_span(_with_made(table.take(pa.array(rows, pa.int64())), index, made), "generate", began)
 
 
-def _with_made(table: pa.Table, index: list[int], made: list[Result | Failure | None]) -> pa.Table:
-    for name, attribute in (("error_code", "code"), ("error_message", "message")):
-        old = table[name].to_pylist()
-        new = [str(getattr(m, attribute)) if isinstance(m, Failure) else o for m, o in zip(made, old, strict=True)]
-        table = table.set_column(table.column_names.index(name), name, pa.array(new, pa.string()))
-    results = [m if isinstance(m, Result) else None for m in made]
+def _with_made(table: pa.Table, index: list[int], made: list[Made]) -> pa.Table:
+    outcomes = [outcome for _, outcome in made]
+    changed = {
+        "settings": [request and request.settings.model_dump_json() for request, _ in made],  # the image's own
+        "error_code": [str(o.code) if isinstance(o, Failure) else None for o in outcomes],
+        "error_message": [o.message if isinstance(o, Failure) else None for o in outcomes],
+    }
+    for name, values in changed.items():
+        new = pc.coalesce(pa.array(values, pa.string()), table[name])
+        table = table.set_column(table.column_names.index(name), name, new)
+    results = [o if isinstance(o, Result) else None for o in outcomes]
     columns = {"index": index, "made_image": [to_image(r.image) if r else None for r in results]}
     for name in set(MADE.names) - set(columns):
         columns[name] = [getattr(r, name) if r else None for r in results]

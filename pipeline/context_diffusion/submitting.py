@@ -1,4 +1,4 @@
-"""A job for another machine: absolute paths, the package along with it where it lacks it.
+"""A job for another machine: what it will not find there, the package along with it where it lacks it.
 
 Knows Ray's Jobs API (ray_jobs.py), not Ray.
 """
@@ -14,12 +14,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from context_diffusion.errors import ConfigError
+from context_diffusion.jobfile import NAMES, URIS
 from context_diffusion.ray_jobs import RayJobs
-from context_diffusion.storage import normal
-from context_diffusion.strict import StrictModel
 
 ROOT = Path(__file__).parents[2]  # of a checkout
-URIS, NAMES = ("manifest", "images", "compare", "reference", "output", "data", "allow"), ("model", "judge", "encoder")
 LOOPBACK = ("localhost", "127.0.0.1", "::1", None)
 
 
@@ -47,21 +45,6 @@ def wheel_of(wanted: str | None) -> Path | None:
     if done.returncode:
         raise ConfigError(f"--wheel build: {done.stderr.strip()[-500:]}")
     return next(Path(folder).glob("*.whl"))
-
-
-def absolute(job: StrictModel) -> dict[str, Any]:
-    """The job's own values, for another working directory."""
-    values = job.model_dump(mode="json", exclude_unset=True)
-
-    def moved(value: Any, known: bool) -> Any:
-        """known: it is a path or URI; else only where such a path exists, for it may be a name."""
-        if isinstance(value, list):
-            return [moved(one, known) for one in value]
-        if isinstance(value, dict):
-            return {key: moved(one, known) for key, one in value.items()}
-        return normal(value) if isinstance(value, str) and (known or Path(value).exists()) else value
-
-    return {key: moved(value, key in URIS) if key in URIS + NAMES else value for key, value in values.items()}
 
 
 def local_paths(values: dict[str, Any], address: str) -> list[str]:

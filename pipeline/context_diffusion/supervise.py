@@ -35,9 +35,16 @@ def supervise(
 ) -> dict[str, Any]:
     """Runs the driver; -> its summary, or what is known of OUTPUT where it could not give one. `exit` always in it.
     grace_s: after SIGTERM, for the shards that were begun."""
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return _supervise(handed_over(job, options, log_format), job, grace_s)
+    finally:
+        for number, handler in before.items():  # the file's next job may not know ours
+            signal.signal(number, handler)
+
+
+def _supervise(given: bytes, job: GenerateJob, grace_s: float) -> dict[str, Any]:
     started = time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
     reading, writing = os.pipe()
     child = subprocess.Popen(
         [sys.executable, "-m", "context_diffusion.child", str(writing)],
@@ -49,7 +56,7 @@ def supervise(
     os.close(writing)
     try:
         assert child.stdin
-        child.stdin.write(handed_over(job, options, log_format))
+        child.stdin.write(given)
         child.stdin.flush()
         text = _line(reading)
         child.wait()

@@ -6,6 +6,7 @@ from typing import Any
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.manifest import expand, open_file
+from context_diffusion.matrix import combinations
 from context_diffusion.model.source import find_model
 from context_diffusion.output import Output
 from context_diffusion.plan import part_rows
@@ -24,7 +25,7 @@ def validate_job(job: GenerateJob, sample: int) -> dict[str, Any]:
     model = find_model(job.model)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scan = Scan(job, files, storage)
-    size = part_rows(scan.rows, job.rows_per_part)
+    size = part_rows(scan.rows, job.rows_per_part, len(combinations(job.matrix)))
     shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
     load = LoadImages(job, job.allow or [parent(file.uri) for file in files], model.image_size, model.context_size, storage)
     looked, problems = 0, []

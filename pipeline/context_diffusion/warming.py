@@ -14,23 +14,23 @@ from context_diffusion.model.source import Source, find_model
 from context_diffusion.ray_session import ray_session
 
 
-def warm(job: GenerateJob, address: str | None) -> dict[str, Any]:
-    """Loads the model once on each node that may have an engine, so that its files are there and known to be whole.
+def warm(jobs: list[GenerateJob], address: str | None) -> dict[str, Any]:
+    """Loads each job's model once on each node that may have an engine, so that its files are there and known to be whole.
     -> the nodes with the seconds that each took, `exit` in it. Raises ModelError."""
-    found = find_model(job.model)
-    with ray_session(job.cluster.num_cpus, address):
+    models, told = [find_model(job.model) for job in jobs], list[dict[str, Any]]()
+    with ray_session(jobs[0].cluster.num_cpus, address):
         nodes = [node for node in ray.nodes() if node["Alive"]]
         graphic = [node for node in nodes if node["Resources"].get("GPU")]
-        tasks = [_start(node, found, bool(graphic)) for node in graphic or nodes]
-        told: dict[str, Any] = {"model": found.name, "revision": found.revision, "nodes": []}
-        for node, task in zip(graphic or nodes, tasks, strict=True):
-            name = node["NodeManagerAddress"]
+        pairs = [(node, found) for found in models for node in graphic or nodes]
+        tasks = [_start(node, found, bool(graphic)) for node, found in pairs]
+        for (node, found), task in zip(pairs, tasks, strict=True):
+            named = {"node": node["NodeID"], "address": node["NodeManagerAddress"], "model": found.name}
             try:
-                told["nodes"].append({"node": node["NodeID"], "address": name, "seconds": ray.get(task)})
+                told.append({**named, "revision": found.revision, "seconds": ray.get(task)})
             except Exception as error:
                 wrong = classify(error)
-                return {**told, **wrong, "error": f"node {name}: {wrong['error']}"}
-    return {**told, "exit": EXIT_OK}
+                return {"nodes": told, **wrong, "error": f"node {named['address']}: {wrong['error']}"}
+    return {"nodes": told, "exit": EXIT_OK}
 
 
 def _start(node: dict[str, Any], found: Source, graphic: bool) -> Any:

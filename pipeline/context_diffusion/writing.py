@@ -94,8 +94,6 @@ class WriteShard:
         """A row of the flow -> a row of the part and its picture's file."""
         settings = Settings.model_validate_json(row["settings"]) if row["settings"] else None
         used = settings.model_dump(include=set(SETTING_TYPES)) if settings else {}
-        if settings and settings.seed is not None:
-            used["seed"] = settings.seed + row["index"]
         if settings and not isinstance(settings.controlnet_conditioning_scale, list):
             used["controlnet_conditioning_scale"] = [settings.controlnet_conditioning_scale]
         if settings and settings.context_guidance_scale is None:

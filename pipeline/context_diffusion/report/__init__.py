@@ -16,6 +16,7 @@ from context_diffusion.config import Limits
 from context_diffusion.errors import ContextDiffusionError
 from context_diffusion.images import decode_image
 from context_diffusion.output import Output
+from context_diffusion.report.sheet import contact_sheets
 from context_diffusion.schema import CONTEXT, ID, PROMPT, QUERY
 
 SHOWN, THUMBNAIL = 120, 160  # rows on the page; pixels
@@ -44,7 +45,10 @@ def write_report(output: Output, summary: dict[str, Any]) -> None:
     made = [_card(row, thumbnails, output) for row in rows if row["status"] == "ok"]
     failed = [row for row in rows if row["status"] == "failed"]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("context_diffusion.report", "."), autoescape=True)
-    page = environment.get_template("report.html.j2").render(summary=summary, made=made, failed=failed, shown=SHOWN)
+    sheets = contact_sheets(output, lambda row: thumbnails.of_bytes(output.picture(row)), thumbnails.of_file)
+    page = environment.get_template("report.html.j2").render(
+        summary=summary, sheets=sheets, made=made, failed=failed, shown=SHOWN
+    )
     output.storage.replace(output.report, page.encode())
 
 

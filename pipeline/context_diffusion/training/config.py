@@ -3,14 +3,12 @@ here."""
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from context_diffusion.config import KIND, StorageOptions, known_columns
 from context_diffusion.schema import CONTEXT, PROMPT, QUERY, TARGET
-from context_diffusion.storage import normal
 from context_diffusion.strict import NormalizationKind, StrictModel
 
 SMALL = "small"  # the context encoder of our own
@@ -142,10 +140,6 @@ class TrainingJob(StrictModel):
     def smallest_batch(self) -> int:
         return self.diffusion.batch_size
 
-    def absolute(self) -> Self:
-        """The same job for a process with another working directory."""
-        return self.model_copy(update={"output": os.path.abspath(self.output)})
-
     @model_validator(mode="after")
     def _every_worker_has_a_row(self) -> Self:
         smallest = self.smallest_batch
@@ -196,7 +190,3 @@ class FinetuneJob(TrainingJob):
         description=REPORTS,
     )
     diffusion: FinetuneSteps = FinetuneSteps()
-
-    def absolute(self) -> Self:
-        model = self.model if self.model == "bundled" else os.path.abspath(self.model)
-        return super().absolute().model_copy(update={"data": normal(self.data), "model": model})

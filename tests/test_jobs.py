@@ -1,0 +1,101 @@
+"""Everything in jobs/ says in two lines what it is and how it is run; every job file is one; several run in turn."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from context_diffusion.cli import app
+from context_diffusion.closing import close
+from context_diffusion.config import GenerateJob
+from context_diffusion.errors import ConfigError
+from context_diffusion.evaluation.config import EvaluateJob
+from context_diffusion.jobfile import load_jobs
+from test_writing import make
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(str(path.relative_to(ROOT)) for ending in ("yaml", "py") for path in (ROOT / "jobs").rglob(f"*.{ending}"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_job_says_what_it_is_and_how_it_is_run(name: str) -> None:
+    text = (ROOT / name).read_text()
+    if name.endswith(".py"):
+        lines = [line.strip() for line in (ast.get_docstring(ast.parse(text)) or "").splitlines() if line.strip()]
+    else:
+        lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
+        assert text.startswith(f"# {lines[0]}\n# {lines[1]}\nkind: "), "two lines, then the job"
+    what, how = lines[:2]
+    assert what[0].isupper()
+    assert name in how
+
+
+def test_every_job_file_is_one() -> None:
+    kinds = {name: [job.model_dump()["kind"] for job in load_jobs(str(ROOT / name))] for name in FILES if name.endswith(".yaml")}
+    assert kinds.pop("jobs/generate_and_evaluate.yaml") == ["generate", "evaluate"]
+    assert all(len(found) == 1 for found in kinds.values())
+    generate, evaluate = load_jobs(str(ROOT / "jobs" / "generate_and_evaluate.yaml"))
+    assert isinstance(generate, GenerateJob)
+    assert isinstance(evaluate, EvaluateJob)
+    assert evaluate.images == generate.output
+    [sweep] = load_jobs(str(ROOT / "jobs" / "sweep.yaml"))
+    assert isinstance(sweep, GenerateJob)
+    assert [len(values) for values in sweep.matrix.values()] == [3, 4]
+
+
+def run(folder: Path, jobs: list[dict[str, Any]]) -> tuple[int, dict[str, Any], str]:
+    """-> exit code, the JSON of stdout's last line, stderr."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = CliRunner().invoke(app, ["run", str(folder / "jobs.json")])
+    return done.exit_code, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def evaluations(folder: Path, *images: Path) -> list[dict[str, Any]]:
+    return [
+        {"kind": "evaluate", "images": str(path), "output": str(folder / f"scores-{number}"), "score": ["layout"]}
+        for number, path in enumerate(images, 1)
+    ]
+
+
+def test_jobs_run_in_turn_and_the_code_is_the_worst_of_those_that_finished(tmp_path: Path) -> None:
+    _, whole = make(tmp_path / "a", 4)
+    _, failed = make(tmp_path / "b", 4, {1: {"query": "gone.png"}})
+    close(whole)
+    close(failed)
+    jobs = evaluations(tmp_path, tmp_path / "b" / "out", tmp_path / "a" / "out")
+    code, told, log = run(tmp_path, jobs)
+    assert code == told["exit"] == 3
+    assert [job["exit"] for job in told["jobs"]] == [3, 0]
+    assert [job["output"] for job in told["jobs"]] == [job["output"] for job in jobs]
+    assert {key: told[key] for key in ("output", "rows", "failed")} == {"output": jobs[1]["output"], "rows": 4, "failed": 0}
+    assert "job 2 of 2: evaluate" in log
+    code, told, _ = run(tmp_path, jobs[:1])
+    assert (code, "jobs" in told) == (3, False)
+
+
+def test_the_first_job_that_does_not_finish_ends_them_with_its_code(tmp_path: Path) -> None:
+    _, whole = make(tmp_path / "a", 4)
+    close(whole)
+    jobs = evaluations(tmp_path, tmp_path / "a" / "out", tmp_path / "nowhere", tmp_path / "a" / "out")
+    code, told, log = run(tmp_path, jobs)
+    assert code == told["exit"] == 2
+    assert [job["exit"] for job in told["jobs"]] == [0, 2]
+    assert told["error"] == told["jobs"][1]["error"]
+    assert f"error: images: {tmp_path / 'nowhere'} is no folder" in log
+    assert not (tmp_path / "scores-3").exists()
+
+
+def test_nothing_starts_where_one_of_them_is_wrong(tmp_path: Path) -> None:
+    _, whole = make(tmp_path / "a", 4)
+    close(whole)
+    jobs = evaluations(tmp_path, tmp_path / "a" / "out", tmp_path / "a" / "out")
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "jobs.json"), "--set", "2.score=[beauty]"])
+    assert isinstance(done.exception, ConfigError)
+    assert "job 2: " in str(done.exception)
+    assert not (tmp_path / "scores-1").exists()
