@@ -5,15 +5,14 @@ Logs and progress go to stderr; the last line of stdout is one JSON object; exit
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from context_diffusion import cli_pictures
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import (
     EXIT_INTERRUPTED,
@@ -24,6 +23,10 @@ from context_diffusion.errors import (
 )
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address
 from context_diffusion.strict import StrictModel
+from context_diffusion.terminal import JobFile, Sets, errors
+from context_diffusion.terminal import load_any as _load
+from context_diffusion.terminal import load_generate as _load_generate
+from context_diffusion.terminal import print_summary as _print
 
 if TYPE_CHECKING:
     from context_diffusion.training.config import TrainingJob
@@ -35,16 +38,13 @@ rows failed, 2 the job is wrong, 4 too many rows failed, 75, 143, 130 and 1: sto
 """
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
-errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-JobFile = Annotated[str, typer.Argument(metavar="JOB", help="a job file, YAML or JSON")]
 Folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="the output folder of a job")]
 Address = Annotated[str | None, typer.Option(help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS")]
 RetryFailed = Annotated[bool, typer.Option(help="make the rows that failed anew")]
 Extend = Annotated[bool, typer.Option(help="the manifest has grown at its end: make what is new")]
 AcceptChange = Annotated[bool, typer.Option(help="go on with other versions of torch or diffusers")]
 Grace = Annotated[float, typer.Option(min=0, help="seconds after SIGTERM in which the shards that were begun may end")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7")]
 
 
 def main() -> None:
@@ -73,23 +73,6 @@ def _run() -> int:
             return JobError.exit_code
         errors.print_exception()
         return EXIT_UNEXPECTED
-
-
-def _print(summary: dict[str, Any]) -> None:
-    print(json.dumps(summary), flush=True)
-
-
-def _load(job: str, sets: list[str] | None) -> StrictModel:
-    from context_diffusion.jobfile import load_job
-
-    return load_job(job, sets)
-
-
-def _load_generate(job: str, sets: list[str] | None) -> GenerateJob:
-    loaded = _load(job, sets)
-    if not isinstance(loaded, GenerateJob):
-        raise JobError(f"{job}: this command takes a job of kind generate")
-    return loaded
 
 
 @app.command()
@@ -148,17 +131,26 @@ def validate(
     job: JobFile,
     sets: Sets = None,
     sample: Annotated[int, typer.Option(min=0, help="rows whose pictures are loaded")] = 8,
+    pictures: Annotated[str | None, typer.Option(metavar="FILE.png", help="makes their images, and tells time and cost")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="of an engine's machine, in your currency")] = None,
 ) -> None:
-    """Checks job, model, manifest and storage; loads the pictures of some rows. Starts no Ray and writes nothing.
+    """Checks job, model, manifest and storage; loads the pictures of some rows. Starts no Ray and leaves OUTPUT as it is.
 
-    Example: context-diffusion validate jobs/demo.yaml --sample 20
+    Example: context-diffusion validate jobs/demo.yaml --sample 4 --pictures sample.png --price-per-hour 2.5
     """
+    from context_diffusion.making import png_uri
+    from context_diffusion.trial import estimate_lines
     from context_diffusion.validate import validate_job
 
-    found = validate_job(_load_generate(job, sets), sample)
+    if price_per_hour is not None and not pictures:
+        raise JobError("--price-per-hour needs --pictures FILE.png: the time is measured by making the sample's images")
+    sheet = png_uri("--pictures", pictures) if pictures else None
+    found = validate_job(_load_generate(job, sets), sample, sheet, price_per_hour)
     for problem in found["problems"]:
         errors.print(f"row {problem['id']}: {problem['error_code']}: {problem['error_message']}")
     errors.print(f"{found['rows']} rows in {found['shards']} shards; {len(found['problems'])} of those looked at would fail")
+    for line in estimate_lines(found) if sheet else []:
+        errors.print(line)
     _print({**found, "exit": EXIT_OK})
 
 
@@ -284,6 +276,10 @@ def _open(root: str) -> Any:
     if not output.storage.exists(output.plan):
         raise JobError(f"{root}: no plan.json there; is it the `output:` of a job that was run?")
     return output
+
+
+for command in (cli_pictures.preview, cli_pictures.reproduce):
+    app.command()(command)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,10 @@ class GenerateJob(StrictModel):
     output_format: OutputFormat = Field(
         default="files", description="where pictures lie: files, the Parquet's own column, both, or a WebDataset tar a part"
     )
+    metadata: bool = Field(
+        default=True,
+        description="pictures carry id, prompt, settings, sources, model, and that a model made them; false: nothing but pixels",
+    )
     fit: Fit = Field(default="crop", description="how a query meets the output's size; keep: its own aspect ratio")
     seed: int = Field(default=0, ge=0, lt=2**63, description="the rows' seeds are derived from it and their ids")
     score: list[ScoreName] = Field(default=[], description="scores of each image: layout, style, similarity, prompt, leakage")

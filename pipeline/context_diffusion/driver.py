@@ -79,6 +79,7 @@ def _make_missing(
     if not reads:
         return NOTHING_RUN
     model = plan.model
+    job = job.model_copy(update={"model": model.parts or job.model})  # what the plan found: engines load it, pictures tell it
     allow = job.allow or [parent(file.uri) for file in plan.files]
     load = LoadImages(job, allow, model.image_size, model.context_size, storage)
     write = WriteShard(job, output, f"{model.name}@{model.revision}", redo=options.retry_failed)
@@ -86,7 +87,6 @@ def _make_missing(
     from context_diffusion.ray_session import ray_session
 
     with ray_session(job.cluster.num_cpus, options.address) as logs, Progress(plan.rows, before, logs) as shown:
-        job = job.model_copy(update={"model": model.parts or job.model})  # the engines load what the plan found
         for counts in dataflow.run_flow(job, reads, load, write, make_engine or _default_engine, on_start):
             shown.add(counts)
             _check_failures(job, plan, shown.counts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -15,13 +14,13 @@ from context_diffusion.encoding import encode_image
 from context_diffusion.evaluation.scores import columns_of, measure
 from context_diffusion.output import Output, to_parquet
 from context_diffusion.placing import place
+from context_diffusion.recipe import metadata_of
 from context_diffusion.schema import (
     CONTEXT,
     CONTROL_IMAGE,
     COUNTED,
     HUGGING_FACE,
     ID,
-    NEGATIVE_PROMPT,
     OUTPUT,
     PASSED,
     PROMPT,
@@ -88,13 +87,7 @@ class WriteShard:
         if (image := from_image(row["made_image"])) is None:
             return written, None
         written |= {"height": image.shape[0], "width": image.shape[1]} | self._scores(row, image)
-        return written, encode_image(image, self.job.picture_format, self._metadata(written))
-
-    def _metadata(self, written: dict[str, Any]) -> dict[str, str]:
-        """What is needed to make the picture again; no time stands in it, so equal rows have equal bytes."""
-        keys = (ID, "index", *SETTING_TYPES, QUERY, CONTEXT, CONTROL_IMAGE, PROMPT, NEGATIVE_PROMPT, "control", "fit", "model")
-        told = {key: written.get(key) for key in keys if written.get(key) is not None}
-        return {"context_diffusion": json.dumps(told, sort_keys=True), "Software": "context-diffusion"}
+        return written, encode_image(image, self.job.picture_format, metadata_of(written, row, self.job))
 
     def _scores(self, row: dict[str, Any], image: Pixels) -> dict[str, Any]:
         contexts = [required(context) for context in row["context_images"]]
