@@ -92,7 +92,8 @@ def retold(path: Path, **changes: Any) -> bytes:
 
 
 def test_each_picture_of_an_output_is_made_again_bit_for_bit(made: Path, tmp_path: Path) -> None:
-    assert len(paths := pictures(made)) == 4
+    paths = pictures(made)
+    assert len(paths) == 4
     for number, path in enumerate(paths):
         found = again(path)
         assert (found.identical, found.differs) == (True, [])
@@ -106,7 +107,7 @@ def test_a_picture_alone_says_enough_where_the_user_lets_it_read(made: Path, tmp
     alone.write_bytes(pictures(made)[2].read_bytes())
     with pytest.raises(JobError, match="--model"):
         again(alone)
-    with pytest.raises(JobError, match="forbidden_uri.*--allow"):
+    with pytest.raises(JobError, match=r"forbidden_uri.*--allow"):
         again(alone, model=base)
     assert again(alone, [str(made / "in")], base).identical
 

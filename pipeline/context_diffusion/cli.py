@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from context_diffusion import cli_pictures
+from context_diffusion import cli_pictures, cli_setup
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import (
     EXIT_INTERRUPTED,
@@ -278,7 +278,7 @@ def _open(root: str) -> Any:
     return output
 
 
-for command in (cli_pictures.preview, cli_pictures.reproduce):
+for command in (cli_setup.manifest, cli_setup.doctor, cli_pictures.preview, cli_pictures.reproduce):
     app.command()(command)
 
 

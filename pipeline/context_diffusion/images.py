@@ -23,6 +23,7 @@ from context_diffusion.schema import Pixels
 
 Size = tuple[int, int]
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", *(["AVIF"] if features.check("avif") else [])]
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")  # of their files' names
 BAND_PIXELS = 2**20
 MAX_SCANS = 100  # of a JPEG: each goes over all pixels again; programs that write progressive ones make about ten
 MIN_SIDE, MAX_SIDE = 64, 2048  # what Settings allows

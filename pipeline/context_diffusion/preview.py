@@ -13,8 +13,8 @@ from context_diffusion.config import GenerateJob
 from context_diffusion.contact import Cell
 from context_diffusion.errors import ConfigError, JobError, ManifestError
 from context_diffusion.jobfile import parse
-from context_diffusion.manifest import Row, expand, open_file, scan_parquet, scan_text
 from context_diffusion.making import Maker, inputs_of
+from context_diffusion.manifest import Row, expand, open_file, scan_parquet, scan_text
 from context_diffusion.model.source import find_model
 from context_diffusion.rows import column_names, read_table, row_id
 from context_diffusion.schema import ID, SETTINGS, Failure, Pixels, Request, Result
@@ -22,6 +22,7 @@ from context_diffusion.stages import LoadImages, requests_of
 from context_diffusion.storage import Storage, parent
 
 MOST = 144  # pictures of a grid
+VARIED = tuple(name for name in SETTINGS if name != "num_images")  # a cell is one picture
 Axis = tuple[str, list[Any]]  # a row setting and its values
 
 
@@ -32,12 +33,10 @@ def axes_of(texts: list[str]) -> list[Axis]:
         name, equals, listed = text.partition("=")
         if not equals or not listed:
             raise ConfigError(f"--grid {text}: write setting=value,value: guidance_scale=1,3,5")
-        if name not in SETTINGS or name == "num_images":
-            close = difflib.get_close_matches(name, SETTINGS, 1)
-            hint = "a grid makes one image a cell" if name == "num_images" else f"known: {', '.join(SETTINGS)}"
-            raise ConfigError(
-                f"--grid {text}: {name!r} is no row setting; " + (f"did you mean {close[0]!r}? " if close else hint)
-            )
+        if name not in VARIED:
+            close = difflib.get_close_matches(name, VARIED, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(VARIED)}"
+            raise ConfigError(f"--grid {text}: {name!r} is no setting that a grid can vary; {hint}")
         if name in dict(axes):
             raise ConfigError(f"--grid {text}: {name} stands twice")
         try:

@@ -17,7 +17,6 @@ from context_diffusion.model.source import Source
 from context_diffusion.schema import Failure, Request
 from context_diffusion.stages import requests_of
 
-
 SHOWN = 4  # pictures of one row
 
 
