@@ -39,7 +39,7 @@ def readable(url: str, storage: Storage) -> Check:
             return Check("storage", True, f"{url}: {len(storage.list(uri))} entries", {"url": url})
         storage.read_range(uri, 0, 1)
     except (OSError, ContextDiffusionError) as error:
-        return Check("storage", False, f"{url} cannot be read: {_plain(error)}", {"url": url})
+        return Check("storage", False, f"cannot be read: {_plain(error)}", {"url": url})
     return Check("storage", True, f"{url}: can be read", {"url": url})
 
 
@@ -70,7 +70,7 @@ def cluster(address: str | None) -> Check:
 
 def weights(model: str) -> Check:
     """Those of a folder are there or not; those of the hub are kept here or will be downloaded."""
-    if Path(model).exists() or model not in PRESETS and ("/" not in model or model.startswith((".", "/", "~"))):
+    if Path(model).exists() or (model not in PRESETS and ("/" not in model or model.startswith((".", "/", "~")))):
         try:
             found = find_model(model)
         except ContextDiffusionError as error:
