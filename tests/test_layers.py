@@ -50,7 +50,7 @@ LAYERS = [
         "doctor",
     },
     {"model", "engine", "training", "pipeline", "evaluation.similarity"},
-    {"stages", "placing", "writing", "ledger", "making", "reproduce", "preview", "trial", "validate", "progress"},
+    {"stages", "placing", "writing", "ledger", "making", "provenance", "reproduce", "preview", "trial", "validate", "progress"},
     {"evaluation.pairs", "evaluation.controls", "evaluation.run"},
     {"dataflow", "ray_session", "ray_train"},
     {"driver", "child", "supervise"},

@@ -25,7 +25,8 @@ from context_diffusion.manifest import _last_group
 from context_diffusion.output import Output
 from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.plan import open_plan, read_shards
-from context_diffusion.reproduce import Again, find, make_again, writer
+from context_diffusion.provenance import find
+from context_diffusion.reproduce import Again, make_again, writer
 from context_diffusion.stages import LoadImages, ReadShard, generate
 from context_diffusion.storage import Storage
 from context_diffusion.writing import WriteShard

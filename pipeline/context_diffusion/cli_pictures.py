@@ -24,7 +24,8 @@ def reproduce(
 
     Example: context-diffusion reproduce build/demo/images/part-00000/demo-00-0.png
     """
-    from context_diffusion.reproduce import find, make_again, writer
+    from context_diffusion.provenance import find
+    from context_diffusion.reproduce import make_again, writer
 
     write = writer(output)
     found = find(file)

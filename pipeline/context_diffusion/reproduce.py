@@ -1,53 +1,29 @@
 """A picture once more, from what it or its OUTPUT says, in this process; and what differs. No Ray.
 
-Sources come through the job's own stage (LoadImages) and its `allow:`. A picture that lies in no OUTPUT is trusted with
-nothing: what it may read, and which model it may load of those that have no name of ours, the user says.
+Sources come through the job's own stage (LoadImages) and its `allow:`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 
 from context_diffusion.config import GenerateJob, Limits
 from context_diffusion.encoding import encode_image
-from context_diffusion.errors import ErrorCode, JobError, RowError
+from context_diffusion.errors import ErrorCode, JobError
 from context_diffusion.images import decode_image, format_of
 from context_diffusion.making import Maker
-from context_diffusion.manifest import ManifestFile
-from context_diffusion.model.presets import PRESETS
 from context_diffusion.model.source import Source as Model
-from context_diffusion.model.source import find_model
-from context_diffusion.output import Output
-from context_diffusion.plan import read_shards
-from context_diffusion.recipe import Told, differing, job_of, metadata_of, parts_of, settings_of, sources_of, told_by, told_in
-from context_diffusion.schema import ID, NEGATIVE_PROMPT, PROMPT, READ, Failure, Pixels, Result
-from context_diffusion.stages import LoadImages, ReadShard, requests_of
-from context_diffusion.storage import Storage, normal, parent
+from context_diffusion.provenance import Found, allowed, model_of, read_again
+from context_diffusion.recipe import differing, job_of, metadata_of
+from context_diffusion.schema import READ, Failure, Pixels, Result
+from context_diffusion.stages import LoadImages, requests_of
+from context_diffusion.storage import Storage, normal
 
 ENDINGS: dict[str, Literal["png", "webp", "jpeg"]] = {"png": "png", "webp": "webp", "jpg": "jpeg", "jpeg": "jpeg"}
-
-
-@dataclass(frozen=True)
-class Found:
-    """A picture's file and what it says of itself. output, record: the OUTPUT that it lies in, and its plan.json."""
-
-    uri: str
-    data: bytes
-    told: Told
-    output: Output | None = None
-    record: Any = None
-
-    @property
-    def planned(self) -> GenerateJob | None:
-        return GenerateJob.model_validate(self.record["job"]) if self.record else None
-
-    @property
-    def shard(self) -> int:
-        return int(parent(self.uri).rsplit("-", 1)[1])
 
 
 @dataclass(frozen=True)
@@ -61,44 +37,13 @@ class Again:
     differs: list[str]
 
 
-def find(file: str) -> Found:
-    """Raises JobError where nothing says what made it, StorageError."""
-    uri, storage = normal(file), Storage()
-    try:
-        data = storage.read_input(uri, Limits().max_bytes)
-    except RowError as error:
-        raise JobError(error.message) from error
-    told, folder = told_in(data, file), parent(parent(uri))
-    output = Output(parent(folder), storage)
-    if not folder.endswith("/images") or not storage.exists(output.plan):
-        if told:
-            return Found(uri, data, told)
-        hint = "a picture that was made with `metadata: false` is known where it lies in its OUTPUT, images/part-N/"
-        raise JobError(f"{file}: nothing in it says how it was made; {hint}")
-    found = Found(uri, data, told, output, output.read_json(output.plan))
-    row = _row(found)
-    if told and row[ID] != told[ID]:
-        raise JobError(f"{file}: it says that it is row {told[ID]!r}, OUTPUT has row {row[ID]!r} there: which is right?")
-    return Found(uri, data, told_by(row, found.record) | told, output, found.record)
-
-
-def _row(found: Found) -> dict[str, Any]:
-    """Its row of OUTPUT. Raises JobError."""
-    assert found.output
-    name = found.uri.removeprefix(f"{found.output.root}/")
-    for row in found.output.read_part(found.shard).to_pylist():
-        if row["file_name"] == name:
-            return row
-    raise JobError(f"{found.uri}: {found.output.part(found.shard)} has no row of it")
-
-
 def make_again(found: Found, allow: list[str], model: str | None) -> Again:
     """allow, model: the user's word, in place of that of OUTPUT's job. Raises JobError where it cannot be made."""
-    told, source = found.told, _model(found, model)
+    told, source = found.told, model_of(found, model)
     job = job_of(told, found.uri, source.parts or str(source.folder), found.planned)
     storage = Storage(job.storage_options)
-    load = LoadImages(job, allow or _allowed(found), source.image_size, source.context_size, storage)
-    table = load(pa.Table.from_pylist([_read(found, job, storage)], READ))
+    load = LoadImages(job, allow or allowed(found), source.image_size, source.context_size, storage)
+    table = load(pa.Table.from_pylist([read_again(found, storage)], READ))
     [loaded] = table.to_pylist()
     if loaded["error_code"]:
         hint = "; --allow PREFIX permits it" if loaded["error_code"] == ErrorCode.FORBIDDEN_URI else ""
@@ -111,61 +56,6 @@ def make_again(found: Found, allow: list[str], model: str | None) -> Again:
     differs = [*differing(told, metadata), *pixels]
     kept = metadata if not found.planned or found.planned.metadata else {}
     return Again(result.image, kept, result.device, not pixels, differs)
-
-
-def _model(found: Found, given: str | None) -> Model:
-    """Raises JobError, ModelError."""
-    name = str(found.told.get("model", "")).rpartition("@")[0]
-    if given and given != name:
-        return find_model(given)
-    if found.planned:
-        return find_model(found.planned.model, found.record["model"]["commits"])
-    if name in ("bundled", *PRESETS):
-        return find_model(name)
-    if given:
-        return find_model(parts_of(found.told, found.uri) or name)
-    raise JobError(f"{found.uri} names the model {name!r}: if you trust it, --model {name!r} loads it; or name another place")
-
-
-def _allowed(found: Found) -> list[str]:
-    """What the job let its rows read; of a picture alone, its own folder."""
-    if not found.planned:
-        return [parent(found.uri)]
-    return found.planned.allow or [parent(file["uri"]) for file in found.record["manifest"]]
-
-
-def _read(found: Found, job: GenerateJob, storage: Storage) -> dict[str, Any]:
-    """The one image as a row of the table that LoadImages takes. Raises JobError."""
-    told = found.told
-    row = dict.fromkeys(READ.names) | {"shard": 0, ID: told[ID], **sources_of(told)}
-    row |= {name: told.get(name) for name in (PROMPT, NEGATIVE_PROMPT)}
-    row["settings"] = settings_of(told, found.uri).model_dump_json()
-    inline = [name for name, value in sources_of(told).items() if _inline(value)]
-    if inline:
-        planned = _of_manifest(found, storage)
-        row |= {name: planned[name] for name in inline}
-    return row
-
-
-def _inline(value: Any) -> bool:
-    """Was a source of these bytes in its manifest?"""
-    return any(source["path"] == "inline" for source in (value if isinstance(value, list) else [value]) if source)
-
-
-def _of_manifest(found: Found, storage: Storage) -> dict[str, Any]:
-    """Its row as the job read it: where pictures lie in the manifest. Raises JobError."""
-    if found.output is None or found.planned is None:
-        raise JobError(f"{found.uri}: its sources were bytes in the manifest; it can be made where it lies in its OUTPUT")
-    for number, file in enumerate(found.record["manifest"]):
-        for shard in read_shards(found.output, number):
-            if shard.number == found.shard:
-                manifest = ManifestFile(file["uri"], file["format"], file["columns"], file["groups"])
-                [table] = ReadShard(found.planned, manifest, shard, pa.schema([]), storage)()
-                for row in table.to_pylist():
-                    if row[ID] == found.told[ID]:
-                        return row
-                raise JobError(f"{file['uri']} has no row {found.told[ID]!r} any more, and its sources lay in it")
-    raise JobError(f"{found.output.root}: no shard {found.shard} is planned")
 
 
 def _generate(table: pa.Table, job: GenerateJob, model: Model, device: str | None) -> Result:
