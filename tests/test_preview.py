@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -18,7 +19,7 @@ from context_diffusion.config import GenerateJob
 from context_diffusion.contact import GAP, SIDE, contact_sheet
 from context_diffusion.errors import ContextDiffusionError, StorageError
 from context_diffusion.preview import axes_of, setting_grid
-from context_diffusion.schema import derive_seed
+from context_diffusion.schema import derive_id, derive_seed
 from context_diffusion.validate import validate_job
 from inputs import job_values, write_manifest
 from own import write_base
@@ -57,6 +58,17 @@ def test_each_cell_is_the_row_s_picture_with_those_settings(tmp_path: Path, base
             scales = {"guidance_scale": guidance_scale, "context_scale": context_scale}
             assert np.array_equal(made, np.asarray(model(paths[0], paths[1:], "ocean", **own, **scales)))
     assert len({made.tobytes() for line in lines[1:] for _, made in line}) == 6
+
+
+def test_a_row_without_an_id_keeps_the_seed_that_follows_from_all_of_it(tmp_path: Path, base: str) -> None:
+    job = make_job(tmp_path, base)
+    manifest = tmp_path / "in" / "manifest.parquet"
+    pq.write_table(pq.read_table(manifest).drop_columns(["id"]), manifest)
+    row, [_, [(_, made)]] = setting_grid(job, axes_of(["guidance_scale=1"]), None)
+    model, inputs = ContextDiffusion.from_pretrained(base, "cpu"), tmp_path / "in"
+    own = {"num_inference_steps": 1, "guidance_scale": 1, "seed": derive_seed(0, row)}
+    assert row == derive_id(pq.read_table(manifest).to_pylist()[0])
+    assert np.array_equal(made, np.asarray(model(str(inputs / "picture-0.png"), [str(inputs / "picture-1.png")], None, **own)))
 
 
 @pytest.mark.parametrize(
