@@ -5,7 +5,11 @@ python tests/test_readme.py      writes the tables anew
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +121,26 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     scope: dict[str, Any] = {}
     exec(code, scope)
     assert scope["image"].size == (128, 128)
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path: Path) -> None:
+    from driving import ENVIRONMENT
+    from inputs import write_pictures
+
+    write_pictures(tmp_path / "photos", 2)
+    write_pictures(tmp_path / "paintings", 2)
+    [commands] = re.findall(r"```sh\n(.*?)```", README.read_text(), flags=re.S)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-e"], input=commands, cwd=tmp_path, env=ENVIRONMENT | {"PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["exit"] for one in told] == [0, 0, 0]
+    assert [told[0]["rows"], told[1]["images"], told[2]["images"]] == [4, 4, 4]
+    assert (tmp_path / "grid.png").exists()
+    assert (tmp_path / "sample.png").exists()
 
 
 if __name__ == "__main__":

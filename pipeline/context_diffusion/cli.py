@@ -5,7 +5,6 @@ Logs and progress go to stderr; the last line of stdout is one JSON object; exit
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -13,8 +12,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from context_diffusion import cli_pictures, cli_setup
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import (
     EXIT_INTERRUPTED,
@@ -28,6 +27,7 @@ from context_diffusion.errors import (
 from context_diffusion.log import LOG, LogFormat
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address
 from context_diffusion.strict import StrictModel
+from context_diffusion.terminal import JobFile, Sets, errors, load_all, load_generating, print_summary, tell_error
 
 if TYPE_CHECKING:
     from context_diffusion.training.config import TrainingJob
@@ -41,9 +41,7 @@ rows failed, 2 the job is wrong, 4 too many rows failed, 75, 143, 130 and 1: sto
 FINISHED = (EXIT_OK, EXIT_ROWS_FAILED)
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
-errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-JobFile = Annotated[str, typer.Argument(metavar="JOB", help="a file of one job or several, YAML or JSON")]
 Folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="the output folder of a job")]
 Address = Annotated[str | None, typer.Option(help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS")]
 RetryFailed = Annotated[bool, typer.Option(help="make the rows that failed anew")]
@@ -51,10 +49,6 @@ Extend = Annotated[bool, typer.Option(help="the manifest has grown at its end: m
 AcceptChange = Annotated[bool, typer.Option(help="go on with other versions of torch or diffusers")]
 Grace = Annotated[float, typer.Option(min=0, help="seconds after SIGTERM in which the shards that were begun may end")]
 LogFormats = Annotated[LogFormat, typer.Option(help="of stderr: lines for people, or a JSON object a line")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7; 2.seed=7 in the second job"),
-]
 
 
 def main() -> None:
@@ -72,42 +66,20 @@ def _run() -> int:
     try:
         return int(app(standalone_mode=False) or EXIT_OK)  # typer.Exit comes back as its code
     except (ContextDiffusionError, RayJobsError) as error:
-        _tell_error(str(error))
-        _print({"exit": error.exit_code, "error": str(error)})
+        tell_error(str(error))
+        print_summary({"exit": error.exit_code, "error": str(error)})
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):  # a wrong option or argument
-            _tell_error(error.format_message() if hasattr(error, "format_message") else str(error))
+            tell_error(error.format_message() if hasattr(error, "format_message") else str(error))
             return JobError.exit_code
         if LOG.format == LogFormat.JSON:
-            _tell_error("".join(traceback.format_exception(error)))
+            tell_error("".join(traceback.format_exception(error)))
         else:
             errors.print_exception()
         return EXIT_UNEXPECTED
-
-
-def _tell_error(error: str) -> None:
-    LOG.tell("error", f"error: {error}", "error", error=error)
-
-
-def _print(summary: dict[str, Any]) -> None:
-    print(json.dumps(summary), flush=True)
-
-
-def _load(job: str, sets: list[str] | None) -> list[StrictModel]:
-    from context_diffusion.jobfile import load_jobs
-
-    return load_jobs(job, sets)
-
-
-def _load_generate(job: str, sets: list[str] | None) -> list[GenerateJob]:
-    """The file's jobs of that kind."""
-    jobs = [one for one in _load(job, sets) if isinstance(one, GenerateJob)]
-    if not jobs:
-        raise JobError(f"{job}: this command takes a job of kind generate")
-    return jobs
 
 
 @app.command()
@@ -126,7 +98,7 @@ def run(
     Example: context-diffusion run jobs/demo.yaml --set settings.num_inference_steps=30
     """
     LOG.format = log_format
-    jobs, summaries = _load(job, sets), list[dict[str, Any]]()
+    jobs, summaries = load_all(job, sets), list[dict[str, Any]]()
     options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed, "extend": extend}
     for number, one in enumerate(jobs, 1):
         LOG.job = _output_of(one)
@@ -134,13 +106,13 @@ def run(
             LOG.tell("job", f"job {number} of {len(jobs)}: {_named(one)}", number=number, of=len(jobs))
         summaries.append(_run_job(one, options, grace, log_format))
         if "error" in summaries[-1]:
-            _tell_error(summaries[-1]["error"])
+            tell_error(summaries[-1]["error"])
         else:
             LOG.tell("finished", **summaries[-1])
         if summaries[-1]["exit"] not in FINISHED:
             break
     code = max(summary["exit"] for summary in summaries) if summaries[-1]["exit"] in FINISHED else summaries[-1]["exit"]
-    _print({**summaries[-1], **({"jobs": summaries} if len(jobs) > 1 else {}), "exit": code})
+    print_summary({**summaries[-1], **({"jobs": summaries} if len(jobs) > 1 else {}), "exit": code})
     raise typer.Exit(code)
 
 
@@ -195,23 +167,34 @@ def validate(
     job: JobFile,
     sets: Sets = None,
     sample: Annotated[int, typer.Option(min=0, help="rows whose pictures are loaded")] = 8,
+    pictures: Annotated[str | None, typer.Option(metavar="FILE.png", help="makes their images, and tells time and cost")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="of an engine's machine, in your currency")] = None,
 ) -> None:
-    """Checks job, model, manifest and storage; loads the pictures of some rows. Starts no Ray and writes nothing. Of a file
-    with several jobs each that generates.
+    """Checks job, model, manifest and storage; loads the pictures of some rows. Starts no Ray and leaves OUTPUT as it is. Of a
+    file with several jobs each that generates.
 
-    Example: context-diffusion validate jobs/demo.yaml --sample 20
+    Example: context-diffusion validate jobs/demo.yaml --sample 4 --pictures sample.png --price-per-hour 2.5
     """
+    from context_diffusion.making import png_uri
+    from context_diffusion.trial import estimate_lines
     from context_diffusion.validate import validate_job
 
-    jobs, told = _load_generate(job, sets), []
+    if price_per_hour is not None and not pictures:
+        raise JobError("--price-per-hour needs --pictures FILE.png: the time is measured by making the sample's images")
+    sheet = png_uri("--pictures", pictures) if pictures else None
+    jobs, told = load_generating(job, sets), []
+    if sheet and len(jobs) > 1:
+        raise JobError(f"{job} has {len(jobs)} jobs that generate: --pictures takes a file of one")
     for one in jobs:
         if len(jobs) > 1:
             errors.print(_named(one))
-        told.append(found := validate_job(one, sample))
+        told.append(found := validate_job(one, sample, sheet, price_per_hour))
         for problem in found["problems"]:
             errors.print(f"row {problem['id']}: {problem['error_code']}: {problem['error_message']}")
         errors.print(f"{found['rows']} rows in {found['shards']} shards; {len(found['problems'])} of those looked at would fail")
-    _print({**told[-1], **({"jobs": told} if len(jobs) > 1 else {}), "exit": EXIT_OK})
+        for line in estimate_lines(found) if sheet else []:
+            errors.print(line)
+    print_summary({**told[-1], **({"jobs": told} if len(jobs) > 1 else {}), "exit": EXIT_OK})
 
 
 @app.command()
@@ -226,12 +209,12 @@ def warm(
     """
     from context_diffusion.warming import warm as fill
 
-    told = fill(list({str(one.model): one for one in _load_generate(job, sets)}.values()), address)
+    told = fill(list({str(one.model): one for one in load_generating(job, sets)}.values()), address)
     for node in told["nodes"]:
         errors.print(f"{node['address']}: {node['model']} is there ({node['seconds']} s)")
     if "error" in told:
-        _tell_error(told["error"])
-    _print(told)
+        tell_error(told["error"])
+    print_summary(told)
     raise typer.Exit(told["exit"])
 
 
@@ -258,7 +241,7 @@ def submit(
     from context_diffusion.submitting import local_paths, runtime_env, wheel_of
 
     LOG.format = log_format
-    values, jobs = [absolute(one) for one in _load(job, sets)], RayJobs.known(address)
+    values, jobs = [absolute(one) for one in load_all(job, sets)], RayJobs.known(address)
     chosen = {"--retry-failed": retry_failed, "--extend": extend, "--accept-change": accept_change}
     variables = dict(pair.split("=", 1) for pair in env or [] if "=" in pair)
     if len(variables) < len(env or []):
@@ -272,7 +255,7 @@ def submit(
     text = f"{made.id} {'runs already' if made.attached else 'is submitted'}; context-diffusion status {made.id}"
     LOG.tell("submitted", text, id=made.id, attached=made.attached)
     code = jobs.follow(made.id, LOG.relay) if wait else EXIT_OK
-    _print({"submission_id": made.id, "attached": made.attached, "output": made.output, "exit": code})
+    print_summary({"submission_id": made.id, "attached": made.attached, "output": made.output, "exit": code})
     raise typer.Exit(code)
 
 
@@ -281,7 +264,7 @@ def stop(submission: Annotated[str, typer.Argument(metavar="SUBMISSION")], addre
     """Stops a submitted job so that it can be resumed. Example: context-diffusion stop demo-0a1b2c3d-4e5f60-1"""
     stopped = RayJobs.known(address).stop(submission)
     errors.print(f"{submission} {'is told to stop' if stopped else 'does not run'}")
-    _print({"submission_id": submission, "stopped": stopped, "exit": EXIT_OK})
+    print_summary({"submission_id": submission, "stopped": stopped, "exit": EXIT_OK})
 
 
 @app.command()
@@ -306,7 +289,7 @@ def status(
         errors.print(f"{output}: {job['status']}{': ' + job['message'] if job['message'] else ''}")
     for line in told.lines:
         errors.print(line)
-    _print({**({"submission": job} if job else {}), **told.values, "exit": EXIT_OK})
+    print_summary({**({"submission": job} if job else {}), **told.values, "exit": EXIT_OK})
 
 
 @app.command()
@@ -317,7 +300,7 @@ def report(output: Folder) -> None:
     opened = _open(output)
     summary = rebuild(opened)
     errors.print(f"{opened.report}")
-    _print({**summary, "exit": EXIT_OK})
+    print_summary({**summary, "exit": EXIT_OK})
 
 
 @app.command()
@@ -330,7 +313,7 @@ def verify(output: Folder) -> None:
     for line in wrong:
         errors.print(line)
     code = EXIT_UNEXPECTED if wrong else EXIT_OK
-    _print({"output": opened.root, "wrong": len(wrong), "exit": code})
+    print_summary({"output": opened.root, "wrong": len(wrong), "exit": code})
     raise typer.Exit(code)
 
 
@@ -352,7 +335,7 @@ def compact(
     opened = _open(output)
     told = merge(opened, Output(normal(to), opened.storage), rows, partition_by)
     errors.print(f"{told['rows']} rows in {told['files']} files: {told['output']}")
-    _print({**told, "exit": EXIT_OK})
+    print_summary({**told, "exit": EXIT_OK})
 
 
 def _open(root: str) -> Any:
@@ -363,6 +346,10 @@ def _open(root: str) -> Any:
     if not output.storage.exists(output.plan):
         raise JobError(f"{root}: no plan.json there; is it the `output:` of a job that was run?")
     return output
+
+
+for command in (cli_setup.manifest, cli_setup.doctor, cli_pictures.preview, cli_pictures.reproduce):
+    app.command()(command)
 
 
 if __name__ == "__main__":

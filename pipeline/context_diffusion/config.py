@@ -199,6 +199,10 @@ class GenerateJob(StrictModel):
     output_format: OutputFormat = Field(
         default="files", description="where pictures lie: files, the Parquet's own column, both, or a WebDataset tar a part"
     )
+    metadata: bool = Field(
+        default=True,
+        description="pictures carry id, prompt, settings, sources, model, and that a model made them; false: nothing but pixels",
+    )
     fit: Fit = Field(default="crop", description="how a query meets the output's size; keep: its own aspect ratio")
     seed: int = Field(default=0, ge=0, lt=2**63, description="the rows' seeds are derived from it and their ids")
     score: list[ScoreName] = Field(default=[], description="scores of each image: layout, style, similarity, prompt, leakage")
@@ -293,4 +297,4 @@ class GenerateJob(StrictModel):
         if self.keep == "best":
             chosen["score"] = sorted(self.score)
         axes = [[name, values] for name, values in self.matrix.items()]  # a list, for their order gives the index
-        return chosen | {"matrix": axes, "cpu_threads": self.cluster.cpu_threads}
+        return chosen | {"matrix": axes}

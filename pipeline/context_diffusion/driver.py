@@ -80,6 +80,7 @@ def _make_missing(
     if not reads:
         return NOTHING_RUN
     model = plan.model
+    job = job.model_copy(update={"model": model.parts or job.model})  # what the plan found: engines load it, pictures tell it
     allow = job.allow or [parent(file.uri) for file in plan.files]
     load = LoadImages(job, allow, model.image_size, model.context_size, storage)
     write = WriteShard(job, output, f"{model.name}@{model.revision}", redo=options.retry_failed)
@@ -93,7 +94,6 @@ def _make_missing(
         Progress(plan.rows, before, logs) as shown,
         RunMetrics(output.root, sum(read.shard.rows for read in reads)) as metrics,
     ):
-        job = job.model_copy(update={"model": model.parts or job.model})  # the engines load what the plan found
         for counts in dataflow.run_flow(job, reads, load, write, make_engine or _default_engine, on_start):
             for told in (shown, metrics, trace):
                 told.add(counts)

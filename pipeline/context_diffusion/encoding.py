@@ -32,25 +32,27 @@ def encode_image(pixels: Pixels, image_format: Literal["png", "webp", "jpeg"], m
     """The bytes of a picture file, equal for equal arguments; `read_metadata` reads the metadata back.
 
     PNG holds a text chunk for each entry. WebP (lossless) and JPEG (quality 95, 4:4:4) hold all of them as JSON in
-    EXIF's UserComment, in JPEG with long texts cut if the block would be too large. All say in XMP that a model made
-    them.
+    EXIF's UserComment, in JPEG with long texts cut if the block would be too large. With metadata they say in XMP, too,
+    that a model made them, in IPTC's words; without, they are nothing but pixels.
     """
     metadata = {key: text.encode("utf-8", "replace").decode() for key, text in metadata.items()}  # no lone surrogates
     if image_format == "png":
         chunks = PngImagePlugin.PngInfo()
-        chunks.add_itxt(XMP_KEY, XMP.decode())
+        if metadata:
+            chunks.add_itxt(XMP_KEY, XMP.decode())
         for key, text in metadata.items():
             chunks.add_text(key, text.replace("\0", "\ufffd"))  # iTXt by itself where Latin-1 does not do
         return _png(pixels, [(kind, data) for kind, data, *_ in chunks.chunks])
     image, sink = Image.fromarray(pixels), io.BytesIO()
+    xmp = XMP if metadata else b""
     if image_format == "webp":
-        image.save(sink, "WEBP", lossless=True, quality=20, method=0, exif=_exif(_comment(metadata)), xmp=XMP)
+        image.save(sink, "WEBP", lossless=True, quality=20, method=0, exif=_exif(_comment(metadata)), xmp=xmp)
     else:
         comment, longest = _comment(metadata), max(map(len, metadata.values()), default=0)
         while len(comment) > EXIF_BYTES and longest:  # the row in data/ has them whole
             longest //= 2
             comment = _comment({key: text[:longest] for key, text in metadata.items()})
-        image.save(sink, "JPEG", quality=95, subsampling=0, exif=_exif(comment), xmp=XMP)
+        image.save(sink, "JPEG", quality=95, subsampling=0, exif=_exif(comment), xmp=xmp)
     return sink.getvalue()
 
 
@@ -76,10 +78,12 @@ def _chunk(named: tuple[bytes, bytes]) -> bytes:
 
 
 def _comment(metadata: dict[str, str]) -> bytes:
-    return UNICODE + json.dumps(metadata, ensure_ascii=False).encode("utf-16-be")
+    return UNICODE + json.dumps(metadata, ensure_ascii=False).encode("utf-16-be") if metadata else b""
 
 
 def _exif(comment: bytes) -> bytes:
+    if not comment:
+        return b""
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     return exif.tobytes()

@@ -12,6 +12,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, features
@@ -22,6 +23,7 @@ from context_diffusion.schema import Pixels
 
 Size = tuple[int, int]
 FORMATS = ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", *(["AVIF"] if features.check("avif") else [])]
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")  # of their files' names
 BAND_PIXELS = 2**20
 MAX_SCANS = 100  # of a JPEG: each goes over all pixels again; programs that write progressive ones make about ten
 MIN_SIDE, MAX_SIDE = 64, 2048  # what Settings allows
@@ -88,6 +90,12 @@ def open_image(data: bytes, limits: Limits, name: str) -> Image.Image:
     if image.format == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise RowError(ErrorCode.NOT_AN_IMAGE, f"{name}: a JPEG of {scans} scans, read are up to {MAX_SCANS}")
     return image
+
+
+def format_of(data: bytes) -> Literal["png", "webp", "jpeg"]:
+    """Of a picture file as encode_image makes them; png for all others. Raises RowError as open_image does."""
+    named = open_image(data, Limits(), "image").format
+    return "webp" if named == "WEBP" else "jpeg" if named == "JPEG" else "png"
 
 
 def _read_header(data: bytes) -> Image.Image:

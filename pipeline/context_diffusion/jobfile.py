@@ -32,10 +32,9 @@ KINDS: dict[str, type[StrictModel]] = {
 }
 
 
-URIS, NAMES = (
-    ("manifest", "images", "compare", "reference", "output", "data", "allow"),
-    ("model", "judge", "encoder"),
-)  # keys that hold them
+# Keys that hold paths and URIs, and those that hold one or a name.
+URIS = ("manifest", "images", "compare", "reference", "output", "data", "allow")
+NAMES = ("model", "judge", "encoder")
 BUILT_IN = ("bundled", *PRESETS)
 
 

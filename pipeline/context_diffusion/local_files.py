@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -64,6 +65,18 @@ def replace_file(path: Path, data: bytes) -> None:
         raise
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def removed_again(folder: Path) -> Iterator[None]:
+    """Folders that come to be on the way to this one are removed at the end, where they are empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in new:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _write_all(handle: int, data: bytes) -> None:

@@ -6,7 +6,6 @@ plan.json is written last of the plan: it exists = the plan stands, and every la
 from __future__ import annotations
 
 import base64
-import importlib.metadata
 import io
 import json
 from collections.abc import Iterator
@@ -23,11 +22,11 @@ from context_diffusion.manifest import ManifestFile, expand, open_file
 from context_diffusion.matrix import combinations
 from context_diffusion.model.source import Source, find_model
 from context_diffusion.output import Output, to_parquet
+from context_diffusion.recipe import versions
 from context_diffusion.scan import Scan
 from context_diffusion.schema import Shard
 from context_diffusion.storage import Storage, normal
 
-VERSIONED = ("context-diffusion", "torch", "diffusers", "transformers")
 SHARD_COLUMNS = ("number", "file", "first_row", "rows", "group", "offset", "size")
 
 
@@ -51,10 +50,6 @@ def part_rows(rows: int, rows_per_part: int, images: int = 1) -> int:
     """Rows of a shard: as asked, but small manifests are cut into about eight, of four rows at least. images: that a matrix
     makes of each, which leave fewer rows, so that a shard stays as much work and memory."""
     return max(1, min(rows_per_part, max(4, -(-rows // 8))) // images)
-
-
-def versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
 def open_plan(job: GenerateJob, output: Output, storage: Storage, accept_change: bool = False, extend: bool = False) -> Plan:

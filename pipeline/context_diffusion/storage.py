@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import re
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import tenacity
 from fsspec.core import url_to_fs
 
 from context_diffusion.errors import ConfigError, ErrorCode, RowError, StorageError
-from context_diffusion.local_files import create_file, replace_file
+from context_diffusion.local_files import create_file, removed_again, replace_file
 
 T = TypeVar("T")
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -247,6 +248,19 @@ class Storage:
             uri,
             lambda: fs.pipe_file(path, data, chunksize=ONE_PUT) if protocol(uri) == "s3" else fs.pipe_file(path, data),
         )
+
+    def try_writing(self, folder: str) -> bool:
+        """Creates an object in a folder as a run does, and takes it away again. -> does the store refuse to create one twice?
+        Raises StorageError where it cannot be written."""
+        uri = f"{folder}/.probe-{uuid.uuid4().hex}"
+        try:
+            with removed_again(Path(local_path(folder))) if is_local(folder) else contextlib.nullcontext():
+                try:
+                    return self.create(uri, b"first") and not self.create(uri, b"second")
+                finally:
+                    self.delete(uri)
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be written: {type(error).__name__}: {error}") from error
 
     def delete(self, uri: str) -> None:
         fs, path = self._fs(uri)

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+
 from context_diffusion.config import GenerateJob
-from context_diffusion.manifest import expand, open_file
+from context_diffusion.making import write_sheet
+from context_diffusion.manifest import ManifestFile, expand, open_file
 from context_diffusion.matrix import combinations
 from context_diffusion.model.source import find_model
 from context_diffusion.output import Output
 from context_diffusion.plan import part_rows
 from context_diffusion.scan import Scan
-from context_diffusion.schema import ID
+from context_diffusion.schema import ID, Shard
 from context_diffusion.stages import LoadImages, ReadShard
 from context_diffusion.storage import Storage, normal, parent
+from context_diffusion.trial import try_rows
 
 
-def validate_job(job: GenerateJob, sample: int) -> dict[str, Any]:
-    """Scans the whole manifest, loads `sample` rows spread over it. -> rows, shards, problems of the sampled rows.
+def validate_job(job: GenerateJob, sample: int, pictures: str | None = None, price: float | None = None) -> dict[str, Any]:
+    """Scans the whole manifest, loads `sample` rows spread over it, writes a probe to OUTPUT and takes it away. -> rows,
+    shards, problems of the sampled rows. pictures: where a sheet of their images goes; with it, and the price of an
+    engine's machine and hour, what the job will take.
 
-    Raises JobError for what stops the job; bad rows are only told, for a run turns them into failed rows.
+    Raises JobError for what stops the job, StorageError where OUTPUT cannot be written; bad rows are only told, for a run
+    turns them into failed rows.
     """
     storage = Storage(job.storage_options)
     model = find_model(job.model)
@@ -28,19 +37,21 @@ def validate_job(job: GenerateJob, sample: int) -> dict[str, Any]:
     size = part_rows(scan.rows, job.rows_per_part, len(combinations(job.matrix)))
     shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
     load = LoadImages(job, job.allow or [parent(file.uri) for file in files], model.image_size, model.context_size, storage)
-    looked, problems = 0, []
-    chosen = shards[:: max(1, len(shards) // max(sample, 1))] if sample else []
-    for shard in chosen:
-        left = sample - looked
-        if left <= 0:
-            break
-        read = ReadShard(job, files[shard.file], shard, scan.passed(), storage)
-        table = load(read()[0].slice(0, max(1, min(left, -(-sample // len(chosen))))))
-        looked += len(table)
-        told = table.select([ID, "error_code", "error_message"]).to_pylist()
+    looked, problems, kept = 0, [], []
+    for table in _sample(job, files, scan, shards, sample, storage):
+        loaded = load(table)
+        looked += len(loaded)
+        told = loaded.select([ID, "error_code", "error_message"]).to_pylist()
         problems += [row for row in told if row["error_code"] is not None]
+        kept += [loaded] if pictures else []
     output = Output(normal(job.output), storage)
     begun = storage.exists(output.plan)
+    once = storage.try_writing(output.root)
+    figures: dict[str, Any] = {}
+    if pictures:
+        lines, figures = try_rows(job, model, kept, scan.rows, price)
+        write_sheet(pictures, lines)
+        figures |= {"pictures": pictures}
     return {
         "output": output.root,
         "begun": begun,
@@ -49,4 +60,20 @@ def validate_job(job: GenerateJob, sample: int) -> dict[str, Any]:
         "sampled": looked,
         "problems": problems,
         "model_revision": model.revision,
+        "creates_once": once,
+        **figures,
     }
+
+
+def _sample(
+    job: GenerateJob, files: list[ManifestFile], scan: Scan, shards: list[Shard], count: int, storage: Storage
+) -> Iterator[pa.Table]:
+    """So many rows, or all, spread evenly over the manifest, a table for each shard that has one of them."""
+    count, first = min(count, scan.rows), 0
+    wanted = [number * scan.rows // count for number in range(count)]
+    for shard in shards:
+        here = wanted[bisect_left(wanted, first) : bisect_left(wanted, first + shard.rows)]
+        if here:
+            [table] = ReadShard(job, files[shard.file], shard, scan.passed(), storage)()
+            yield table.take([row - first for row in here])
+        first += shard.rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from context_diffusion.encoding import encode_image
 from context_diffusion.evaluation.scores import best_of, is_flagged, measure
 from context_diffusion.output import Output, to_parquet
 from context_diffusion.placing import picture_name, place, standing
+from context_diffusion.recipe import metadata_of
 from context_diffusion.schema import (
     CONTEXT,
     CONTROL_IMAGE,
@@ -25,7 +25,6 @@ from context_diffusion.schema import (
     FAILURES_TOLD,
     HUGGING_FACE,
     ID,
-    NEGATIVE_PROMPT,
     OUTPUT,
     PASSED,
     PROMPT,
@@ -112,13 +111,7 @@ class WriteShard:
         if (image := from_image(row["made_image"])) is None:
             return written, None
         written |= {"height": image.shape[0], "width": image.shape[1]}
-        return written, encode_image(image, self.job.picture_format, self._metadata(written))
-
-    def _metadata(self, written: dict[str, Any]) -> dict[str, str]:
-        """What is needed to make the picture again; no time stands in it, so equal rows have equal bytes."""
-        keys = (ID, "index", *SETTING_TYPES, QUERY, CONTEXT, CONTROL_IMAGE, PROMPT, NEGATIVE_PROMPT, "control", "fit", "model")
-        told = {key: written.get(key) for key in keys if written.get(key) is not None}
-        return {"context_diffusion": json.dumps(told, sort_keys=True), "Software": "context-diffusion"}
+        return written, encode_image(image, self.job.picture_format, metadata_of(written, row, self.job))
 
     def _scores(self, row: dict[str, Any]) -> dict[str, Any]:
         """The score columns of a row of the flow, and whether it is flagged; none of a failed row."""

@@ -15,6 +15,7 @@ import pyarrow as pa
 from context_diffusion.config import Fit, GenerateJob
 from context_diffusion.errors import ErrorCode, JobError, ManifestError
 from context_diffusion.evaluation.config import EvaluateJob
+from context_diffusion.images import ENDINGS
 from context_diffusion.manifest import Row, expand, open_file, scan_parquet, scan_text
 from context_diffusion.output import Output
 from context_diffusion.rows import read_table, row_id
@@ -22,7 +23,6 @@ from context_diffusion.schema import CONTEXT, ID, PROMPT, QUERY
 from context_diffusion.sources import Source, as_source
 from context_diffusion.storage import Storage, normal, parent
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif")
 NOWHERE: Source = {"bytes": None, "path": None}  # of a row that tells why
 INLINE = "inline"  # how OUTPUT names a source that was bytes in its manifest
 READ_COLUMNS = (ID, "index", "error_code", "error_message", "file_name", "image", QUERY, CONTEXT, PROMPT, "fit")
@@ -110,7 +110,7 @@ class _Folder:
 
     def __init__(self, root: str, storage: Storage) -> None:
         self.root = root
-        names = [name for name in storage.list(root) if name.lower().endswith(PICTURES)]
+        names = [name for name in storage.list(root) if name.lower().endswith(ENDINGS)]
         self.names = {name.rsplit(".", 1)[0]: name for name in sorted(names, reverse=True)}
 
     def find(self, row: str, named: object) -> Source | None:

@@ -1,0 +1,67 @@
+"""The pictures of a sample of a job's rows, made in this process, and what the whole job will take by them. No Ray."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.contact import Cell
+from context_diffusion.errors import JobError
+from context_diffusion.making import Maker, Outcome, engines_of, inputs_of
+from context_diffusion.model.source import Source
+from context_diffusion.schema import Failure, Request
+from context_diffusion.stages import requests_of
+
+SHOWN = 4  # pictures of one row
+
+
+def try_rows(
+    job: GenerateJob, model: Source, tables: list[pa.Table], rows: int, price: float | None
+) -> tuple[list[list[Cell]], dict[str, Any]]:
+    """tables: loaded rows; rows: of the whole manifest; price: of an engine's machine, an hour. -> a sheet's lines, one a
+    row, and the figures. Raises JobError where no row of the sample can be made."""
+    wanted = [row for table in tables for row in requests_of(table, job) if row]
+    if not wanted:
+        raise JobError("no row of the sample can be loaded, so there are no pictures to make; --sample N looks at more")
+    requests = [request for row in wanted for request in row]
+    maker = Maker(job, model)
+    once = requests[0].settings.model_copy(update={"num_inference_steps": 1, "control_guidance_end": 1.0})
+    maker.make([replace(requests[0], settings=once)])  # what an engine does once in its life does not count
+    started = time.perf_counter()
+    outcomes = iter(maker.make(requests))
+    seconds = (time.perf_counter() - started) / len(requests)
+    lines = [[*inputs_of(row[0]), *[_cell(request, next(outcomes)) for request in row][:SHOWN]] for row in wanted]
+    images = round(rows * len(requests) / sum(map(len, tables)))
+    return lines, _figures(images, seconds, engines_of(job), price) | maker.device()
+
+
+def _cell(request: Request, outcome: Outcome) -> Cell:
+    if isinstance(outcome, Failure):
+        return f"{request.id} {outcome.code}: {outcome.message}", np.full_like(request.query, 230)
+    return f"{request.id} {request.settings.num_inference_steps} steps {request.settings.scheduler}", outcome.image
+
+
+def _figures(images: int, seconds: float, engines: int, price: float | None) -> dict[str, Any]:
+    """images: of the whole job; seconds: of one here."""
+    hours = images * seconds / 3600  # of all engines together
+    told = {"images": images, "seconds_per_image": round(seconds, 3), "engines": engines}
+    told |= {"estimated_seconds": round(hours * 3600 / engines)}
+    return told if price is None else told | {"estimated_cost": round(hours * price, 2)}
+
+
+def estimate_lines(told: dict[str, Any]) -> list[str]:
+    """The figures for people."""
+    minutes, seconds = divmod(told["estimated_seconds"], 60)
+    engines = f"{told['engines']} engine{'s' if told['engines'] > 1 else ''}"
+    lines = [f"{told['images']} images, {told['seconds_per_image']} s each on {told.get('gpu', told['device'])}"]
+    lines[0] += f": about {minutes // 60} h {minutes % 60} min {seconds} s on {engines} like this one"
+    if "gpu" in told:
+        lines.append(f"GPU memory: {told['gpu_used_gib']} of {told['gpu_memory_gib']} GiB")
+    if "estimated_cost" in told:
+        lines.append(f"cost: about {told['estimated_cost']:.2f}")
+    return [*lines, f"pictures: {told['pictures']}"]

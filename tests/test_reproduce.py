@@ -1,0 +1,233 @@
+"""A picture made again: identical bit for bit, or what differs, or why it cannot be made. Real flow, tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, PngImagePlugin
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.encoding import encode_image, read_metadata
+from context_diffusion.engine.service import EngineService
+from context_diffusion.errors import JobError, ModelError
+from context_diffusion.images import decode_image
+from context_diffusion.ledger import GuardedEngine, Ledger
+from context_diffusion.manifest import _last_group
+from context_diffusion.output import Output
+from context_diffusion.pipeline import ContextDiffusion
+from context_diffusion.plan import open_plan, read_shards
+from context_diffusion.provenance import find
+from context_diffusion.reproduce import Again, make_again, writer
+from context_diffusion.stages import LoadImages, ReadShard, generate
+from context_diffusion.storage import Storage
+from context_diffusion.writing import WriteShard
+from inputs import job_values, write_manifest
+from own import write_base
+from tiny import picture
+
+STORAGE = Storage(deadline_s=1)
+SETTINGS = {"num_inference_steps": 2, "guidance_scale": 1.1, "num_images": 2}
+
+
+def run(folder: Path, model: str, count: int = 2, **more: Any) -> list[Path]:
+    """The flow in this process, by a real engine. -> the pictures."""
+    manifest = folder / "in" / "manifest.parquet"
+    if not manifest.exists():
+        write_manifest(folder / "in", count)
+    values = job_values(str(manifest), folder / "out", model=model, settings=SETTINGS, **more)
+    job = GenerateJob.model_validate(values)
+    output = Output(job.output, STORAGE)
+    plan = open_plan(job, output, STORAGE)
+    service = EngineService(ContextDiffusion.from_pretrained(model, "cpu").engine())
+    engine = GuardedEngine(service, Ledger(), job)
+    load = LoadImages(job, [str(folder / "in")], plan.model.image_size, plan.model.context_size, STORAGE)
+    write = WriteShard(job, output, f"{plan.model.name}@{plan.model.revision}")
+    for shard in read_shards(output, 0):
+        [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()
+        write(generate(load(table), engine, job))
+    return sorted((folder / "out" / "images").rglob("*.*"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_base(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def _made(tmp_path_factory: pytest.TempPathFactory, base: str) -> Path:
+    return run(tmp_path_factory.mktemp("made"), base)[0].parents[3]
+
+
+@pytest.fixture
+def made(_made: Path, tmp_path: Path) -> Iterator[Path]:
+    """OUTPUT and its inputs, as they were made; what a test changes is put back."""
+    before = {path: path.read_bytes() for path in _made.rglob("*") if path.is_file()}
+    yield _made
+    for path, data in before.items():
+        path.write_bytes(data)
+
+
+def pictures(made: Path) -> list[Path]:
+    return sorted((made / "out" / "images").rglob("*.png"))
+
+
+def again(path: Path, allow: list[str] | None = None, model: str | None = None) -> Again:
+    return make_again(find(str(path)), allow or [], model)
+
+
+def retold(path: Path, **changes: Any) -> bytes:
+    """The picture with other metadata."""
+    data = path.read_bytes()
+    told = json.loads(read_metadata(data)["context_diffusion"]) | changes
+    told = {key: value for key, value in told.items() if value is not None}
+    return encode_image(np.asarray(Image.open(io.BytesIO(data))), "png", {"context_diffusion": json.dumps(told)})
+
+
+def test_each_picture_of_an_output_is_made_again_bit_for_bit(made: Path, tmp_path: Path) -> None:
+    paths = pictures(made)
+    assert len(paths) == 4
+    for number, path in enumerate(paths):
+        found = again(path)
+        assert (found.identical, found.differs) == (True, [])
+        writer(str(tmp_path / f"{number}.png"))(found)
+        assert (tmp_path / f"{number}.png").read_bytes() == path.read_bytes()
+    assert paths[0].read_bytes() != paths[1].read_bytes()
+
+
+def test_a_picture_alone_says_enough_where_the_user_lets_it_read(made: Path, tmp_path: Path, base: str) -> None:
+    alone = tmp_path / "copy.png"
+    alone.write_bytes(pictures(made)[2].read_bytes())
+    with pytest.raises(JobError, match="--model"):
+        again(alone)
+    with pytest.raises(JobError, match=r"forbidden_uri.*--allow"):
+        again(alone, model=base)
+    assert again(alone, [str(made / "in")], base).identical
+
+
+@pytest.mark.parametrize("form", ["webp", "jpeg"])
+def test_other_formats_are_made_again_too(tmp_path: Path, base: str, form: str) -> None:
+    path = run(tmp_path, base, 1, image_format=form)[1]
+    assert path.suffix == f".{form}"
+    assert again(path).identical
+
+
+def test_without_metadata_the_row_of_output_says_it(tmp_path: Path, base: str) -> None:
+    path = run(tmp_path, base, 1, metadata=False)[1]
+    assert read_metadata(path.read_bytes()) == {}
+    assert b"trainedAlgorithmicMedia" not in path.read_bytes()
+    found = again(path)  # 1.1, which the Parquet row holds as float32
+    assert (found.identical, found.metadata) == (True, {})
+    (alone := tmp_path / "copy.png").write_bytes(path.read_bytes())
+    with pytest.raises(JobError, match="metadata: false"):
+        find(str(alone))
+
+
+def test_pictures_that_lie_in_the_manifest_are_read_there(tmp_path: Path, base: str) -> None:
+    manifest = Path(write_manifest(tmp_path / "in", 2))
+    rows = pq.read_table(manifest).to_pylist()
+    for row in rows:
+        row["query"] = {"bytes": (tmp_path / "in" / row["query"]).read_bytes(), "path": None}
+    pq.write_table(pa.Table.from_pylist(rows), manifest)
+    path = run(tmp_path, base)[2]
+    assert json.loads(read_metadata(path.read_bytes())["context_diffusion"])["query"] == "inline"
+    assert again(path).identical
+    pq.write_table(pa.Table.from_pylist([{**row, "id": f"new-{row['id']}"} for row in rows]), manifest)
+    _last_group.clear()  # of this process
+    with pytest.raises(JobError, match="has no row 'row-001' any more"):
+        again(path)
+
+
+def test_a_changed_source_is_named(made: Path) -> None:
+    path = pictures(made)[0]
+    source = Path(find(str(path)).told["context"][0])
+    Image.fromarray(picture(99)).save(source)
+    found = again(path)
+    assert not found.identical
+    assert found.differs[0] == f"context: other pixels than then: {source}"
+    assert found.differs[1].startswith("pixels: ")
+    source.unlink()
+    with pytest.raises(JobError, match=f"missing_file: {source} does not exist"):
+        again(path)
+
+
+def test_other_versions_device_and_pixels_are_told(made: Path) -> None:
+    path = pictures(made)[0]
+    path.write_bytes(retold(path, versions={"torch": "1.0"}, device="cuda"))
+    found = again(path)
+    assert found.identical
+    assert found.differs[0] == "device: cuda then, cpu now"
+    assert found.differs[1].startswith("torch: 1.0 then, ")
+    pixels = decode_image(path.read_bytes(), find(str(path)).planned.limits).copy()  # type: ignore[union-attr]
+    pixels[0, 0, 0] ^= 3
+    path.write_bytes(encode_image(pixels, "png", read_metadata(path.read_bytes())))
+    found = again(path)
+    assert not found.identical
+    assert found.differs[-1].startswith("pixels: 0.02% of them, by ")
+
+
+def test_other_weights_are_told(tmp_path: Path, base: str) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(base, copy)
+    path = run(tmp_path, str(copy), 1)[0]
+    index = copy / "model_index.json"
+    index.write_text(index.read_text() + "\n")  # other bytes, another revision; the same pictures
+    found = again(path)
+    assert found.identical
+    assert found.differs[0].startswith(f"model: {copy}@")
+    shutil.rmtree(copy)
+    with pytest.raises(ModelError, match="is no folder that is here"):
+        again(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": None}, "has no seed"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0, got '-1'"),
+        ({"control": "magic"}, "control"),
+        ({"query": 7}, "query: Input should be a valid string, got '7'"),
+        ({"context": "picture-1.png"}, "context: Input should be a valid list"),
+        ({"versions": ["torch"]}, "versions"),
+        ({"cpu_threads": 10**9}, "cpu_threads"),
+        ({"model": "../../elsewhere@0"}, "--model '../../elsewhere'"),
+        ({"query": "/etc/hostname"}, "forbidden_uri"),
+        ({"query": "http://169.254.169.254/latest"}, "forbidden_uri"),
+    ],
+)
+def test_what_a_strange_picture_says_is_not_trusted(
+    made: Path, tmp_path: Path, base: str, changes: dict[str, Any], words: str
+) -> None:
+    strange = tmp_path / "strange.png"
+    strange.write_bytes(retold(pictures(made)[0], **changes))
+    with pytest.raises(JobError, match=words):
+        again(strange, [str(made / "in")], None if "model" in changes else base)
+
+
+def test_what_is_no_picture_of_ours_is_refused(tmp_path: Path, made: Path) -> None:
+    with pytest.raises(JobError, match="does not exist"):
+        find(str(tmp_path / "none.png"))
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(JobError, match="not one of JPEG, PNG"):
+        find(str(tmp_path / "text.png"))
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("context_diffusion", "{")
+    for name, texts in {"plain.png": None, "broken.png": chunks}.items():
+        Image.fromarray(picture(1)).save(tmp_path / name, pnginfo=texts)
+        with pytest.raises(JobError, match="nothing in it says how it was made"):
+            find(str(tmp_path / name))
+    path = pictures(made)[0]
+    path.write_bytes(pictures(made)[3].read_bytes())
+    with pytest.raises(JobError, match="which is right"):
+        find(str(path))
+    for output, words in ((path, "there already"), (tmp_path / "picture.gif", "ends in one of .png, .webp")):
+        with pytest.raises(JobError, match=words):
+            writer(str(output))
