@@ -47,10 +47,8 @@ class ContextDiffusion:
     """
 
     def __init__(self, backbone: Backbone, kind: str, device: torch.device, cpu_threads: int = CPU_THREADS) -> None:
-        """kind: of SHAPES."""
-        self.backbone, self.device, self.shape = backbone, device, SHAPES[kind, device.type]
-        if device.type == "cpu":
-            torch.set_num_threads(cpu_threads)  # more or fewer threads change the last bits
+        """kind: of SHAPES; cpu_threads: calls of the model at once, on a CPU."""
+        self.backbone, self.device, self.shape, self.threads = backbone, device, SHAPES[kind, device.type], cpu_threads
 
     @classmethod
     def from_pretrained(
@@ -76,7 +74,7 @@ class ContextDiffusion:
         return cls(StableBackbone(loaded), "sdxl" if loaded.xl else "sd", where, cpu_threads)
 
     def engine(self, operations: Operations | None = None) -> Engine:
-        return Engine(self.backbone, self.device, self.shape, operations=operations or NotCounted())
+        return Engine(self.backbone, self.device, self.shape, operations=operations or NotCounted(), threads=self.threads)
 
     def __call__(
         self,
