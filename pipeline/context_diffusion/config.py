@@ -102,7 +102,7 @@ class Cluster(StrictModel):
         default=None, description="CPUs of a Ray that is started here; left out: all"
     )
     cpu_threads: Annotated[int, Field(ge=1, le=256)] = Field(
-        default=2, description="torch threads of a CPU engine; part of what fixes the pixels"
+        default=2, description="calls of the model at once, in a CPU engine; pixels don't depend on it"
     )
     shards_per_actor: Annotated[int, Field(ge=1, le=64)] = Field(default=2, description="shards that feed one engine at once")
     no_progress_timeout_s: Annotated[int, Field(ge=10)] = Field(

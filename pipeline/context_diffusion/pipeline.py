@@ -54,10 +54,9 @@ class ContextDiffusion:
         cpu_threads: int = CPU_THREADS,
         unsafe: Callable[[Pixels], bool] | None = None,
     ) -> None:
-        """kind: of SHAPES; unsafe: a safety checker."""
+        """kind: of SHAPES; cpu_threads: calls of the model at once, on a CPU; unsafe: a safety checker."""
         self.backbone, self.device, self.shape, self.unsafe = backbone, device, SHAPES[kind, device.type], unsafe
-        if device.type == "cpu":
-            torch.set_num_threads(cpu_threads)  # more or fewer threads change the last bits
+        self.threads = cpu_threads
 
     @classmethod
     def from_pretrained(
@@ -83,7 +82,8 @@ class ContextDiffusion:
         return cls(StableBackbone(loaded), "sdxl" if loaded.xl else "sd", where, cpu_threads, loaded.unsafe)
 
     def engine(self, operations: Operations | None = None) -> Engine:
-        return Engine(self.backbone, self.device, self.shape, unsafe=self.unsafe, operations=operations or NotCounted())
+        counted = operations or NotCounted()
+        return Engine(self.backbone, self.device, self.shape, unsafe=self.unsafe, operations=counted, threads=self.threads)
 
     def __call__(
         self,

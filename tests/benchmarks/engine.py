@@ -118,7 +118,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def compare(model: NativeModel, name: str, requests: list[Request], repeats: int) -> None:
-    engine = Engine(NativeBackbone(model), torch.device("cpu"), SHAPES["native", "cpu"])
+    engine = Engine(NativeBackbone(model), torch.device("cpu"), SHAPES["native", "cpu"], threads=torch.get_num_threads())
     sides: dict[str, Callable[[], object]] = {
         "engine": lambda: list(engine.run(requests)),
         "in order": lambda: [batch(model, some) for some in batched(requests, BATCH)],

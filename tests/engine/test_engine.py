@@ -23,9 +23,8 @@ from context_diffusion.schema import Control, Failure, Pixels, Request, Result
 from tiny import picture, request, tiny_model
 
 
-def engine(lanes: int = 8) -> Engine:
-    torch.set_num_threads(1)
-    return Engine(NativeBackbone(tiny_model()), torch.device("cpu"), Shape(2, lanes))
+def engine(lanes: int = 8, threads: int = 1) -> Engine:
+    return Engine(NativeBackbone(tiny_model()), torch.device("cpu"), Shape(2, lanes), threads=threads)
 
 
 def alone(one: Request) -> Pixels:
@@ -54,10 +53,14 @@ rows = st.builds(
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.lists(rows, min_size=2, max_size=6), st.integers(3, 9))
-def test_a_row_is_the_same_alone_and_among_any_neighbours(batch: list[Request], lanes: int) -> None:
+@given(st.lists(rows, min_size=2, max_size=6), st.integers(3, 9), st.integers(1, 3), st.integers(1, 3))
+def test_a_row_is_the_same_alone_and_among_any_neighbours(batch: list[Request], lanes: int, calls: int, threads: int) -> None:
+    """However many calls run at once, and whatever torch's own number of threads."""
     batch = [dataclasses.replace(one, id=str(number)) for number, one in enumerate(batch)]
-    together = {one.id: outcome for one, outcome in engine(lanes).run(batch)}
+    torch.set_num_threads(threads)
+    together = {one.id: outcome for one, outcome in engine(lanes, calls).run(batch)}
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
     assert set(together) == {one.id for one in batch}
     for one in batch[:3]:
         outcome = together[one.id]

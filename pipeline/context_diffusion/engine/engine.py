@@ -19,7 +19,7 @@ from torch import Tensor
 
 from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.calls import Calls, Shape
+from context_diffusion.engine.calls import Calls, Shape, one_thread
 from context_diffusion.engine.conditions import is_finite
 from context_diffusion.engine.guidance import branches_of
 from context_diffusion.engine.lanes import choose
@@ -56,7 +56,8 @@ class Occupancy:
 
 @dataclass
 class Engine:
-    """backbone on its device. callback: told of each step of each row; unsafe: asked of each finished picture."""
+    """backbone on its device. callback: told of each step of each row; unsafe: asked of each finished picture; threads: calls
+    of the model at once, on a CPU."""
 
     backbone: Backbone
     device: torch.device
@@ -68,9 +69,10 @@ class Engine:
     occupancy: Occupancy = field(default_factory=Occupancy)
     cache: Cache = field(default_factory=lambda: Cache(CACHE_BYTES))
     operations: Operations = field(default_factory=NotCounted)
+    threads: int = 1
 
     def __post_init__(self) -> None:
-        self.calls = Calls(self.backbone, self.device, self.shape, self.operations)
+        self.calls = Calls(self.backbone, self.device, self.shape, self.operations, self.threads)
         self.cache.operations = self.operations
         # Of the rows that go on in a step, and of those at hand; fewer where memory is short.
         self.lanes, self.room = self.shape.lanes, self.shape.lanes + self.shape.chunk
@@ -106,6 +108,10 @@ class Engine:
     def step(self) -> list[Outcome]:
         """Admits waiting rows and moves as many on by one step as fill the chunks; returns the rows that ended. What ended
         in the step before is decoded beside this one."""
+        with one_thread() if self.device.type == "cpu" else nullcontext():
+            return self._step()
+
+    def _step(self) -> list[Outcome]:
         failed, decoding = self._admit(), self._decoding
         self._decoding = []
         try:

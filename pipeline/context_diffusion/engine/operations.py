@@ -6,6 +6,7 @@ under the counter torch takes calls apart, and the bits of a row must not depend
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -21,10 +22,12 @@ class Operations:
     def __init__(self) -> None:
         self.done, self.wanted = 0.0, 0.0
         self._costs: dict[tuple[Any, ...], float] = {}
+        self._lock = threading.Lock()  # calls may run at once
 
     def call(self, key: tuple[Any, ...], function: Callable[[], Value]) -> Value:
         """Runs it and adds its cost. key: calls with equal keys cost the same."""
-        self.done += self.cost(key, function)
+        with self._lock:
+            self.done += self.cost(key, function)
         return function()
 
     def cost(self, key: tuple[Any, ...], function: Callable[[], Any]) -> float:
