@@ -19,7 +19,9 @@ from context_diffusion.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_UNEXPECTED,
+    REMEDIES,
     ContextDiffusionError,
+    ErrorCode,
     JobError,
 )
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address
@@ -158,6 +160,8 @@ def validate(
     found = validate_job(_load_generate(job, sets), sample)
     for problem in found["problems"]:
         errors.print(f"row {problem['id']}: {problem['error_code']}: {problem['error_message']}")
+    for code in dict.fromkeys(problem["error_code"] for problem in found["problems"]):
+        errors.print(f"{code}: {REMEDIES[ErrorCode(code)]}")
     errors.print(f"{found['rows']} rows in {found['shards']} shards; {len(found['problems'])} of those looked at would fail")
     _print({**found, "exit": EXIT_OK})
 

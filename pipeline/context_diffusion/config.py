@@ -22,7 +22,6 @@ ImageFormat = Literal["png", "webp", "jpeg", "none"]
 OutputFormat = Literal["files", "parquet", "both", "webdataset"]
 ScoreName = Literal["layout", "style", "similarity", "prompt", "leakage"]
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 ControlScale = Annotated[float, Field(ge=0, le=10)]
