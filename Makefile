@@ -28,10 +28,11 @@ demo: install ## runs jobs/demo.yaml on the bundled model; leaves build/demo wit
 	@$(BIN)/context-diffusion run jobs/demo.yaml
 	@echo "report: build/demo/report.html"
 
-lint: install ## ruff and a strict type check
+lint: install ## ruff, a strict type check, no dead code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vulture
 
 test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not ray and not slow and not gpu'
