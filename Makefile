@@ -6,7 +6,7 @@ N ?= 20
 BIN := .venv/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
-.PHONY: help install packages demo test test-full chaos lint train bench bench-gpu clean
+.PHONY: help install packages demo test test-full lock chaos lint train bench bench-gpu clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -28,10 +28,11 @@ demo: install ## runs jobs/demo.yaml on the bundled model; leaves build/demo wit
 	@$(BIN)/context-diffusion run jobs/demo.yaml
 	@echo "report: build/demo/report.html"
 
-lint: install ## ruff and a strict type check
+lint: install ## ruff, a strict type check, no dead code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vulture
 
 test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not ray and not slow and not gpu'
@@ -43,6 +44,13 @@ test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
 
 test-full: .venv/full ## the longer tests: object store, kills, the rest, as far as 40 minutes reach; names what was left out
 	TEST_SECONDS=2400 $(BIN)/pytest -m slow -rs
+
+lock: .venv/full ## requirements.lock anew: the newest versions that the oldest Python takes, without CUDA's own
+	mkdir -p build
+	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --only-binary :all: --no-annotate --no-header \
+		--extra lora --extra train --extra gcs --extra azure --output-file build/resolved.txt pyproject.toml
+	(head -1 requirements.lock; grep -vE '^(nvidia|cuda|triton)' build/resolved.txt | sed 's/+cpu$$//') > build/requirements.lock
+	mv build/requirements.lock requirements.lock
 
 chaos: install ## kills parts of running jobs N=20 times and compares with an undisturbed run
 	PYTHONPATH=tests $(BIN)/python tests/chaos.py $(N)

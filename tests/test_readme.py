@@ -1,10 +1,11 @@
 """The README is true: its tables are the models', its map is the tree, its job file and its example work.
 
-python tests/test_readme.py      writes the tables anew
+python tests/test_readme.py      writes the tables anew, those of jobs/ and tests/benchmarks/ too
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -17,7 +18,9 @@ import pytest
 from pydantic.fields import FieldInfo
 
 import context_diffusion
+from context_diffusion import errors
 from context_diffusion.config import Cluster, GenerateJob, Limits, Settings
+from context_diffusion.errors import EXITS, REMEDIES, ErrorCode
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.jobfile import check_job, parse
 from context_diffusion.metrics import METRICS, exported
@@ -54,9 +57,22 @@ def table(models: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def metrics() -> str:
-    lines = ["| metric | what it is | labels |", "|---|---|---|"]
-    return "\n".join(lines + [f"| `{exported(name)}` | {one.what} | {', '.join(one.labels)} |" for name, one in METRICS.items()])
+def listed(head: str, lines: dict[Any, str]) -> str:
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *(f"| {key} | {text} |" for key, text in lines.items())])
+
+
+def heads(folder: str, *patterns: str) -> str:
+    """A line for each file of a folder: the first sentence of its head."""
+    paths = sorted(path for pattern in patterns for path in (ROOT / folder).glob(pattern) if path.suffix != ".png")
+    return listed("| file | what it is |", {f"`{path.relative_to(ROOT / folder)}`": head(path) for path in paths})
+
+
+def head(path: Path) -> str:
+    text = path.read_text()
+    block = ast.get_docstring(ast.parse(text)) if path.suffix == ".py" else re.match(r"(?:#.*\n)+", text)
+    assert block, f"{path} has no head that says what it is"
+    plain = re.sub(r"^# ?", "", block if isinstance(block, str) else block[0], flags=re.M)
+    return re.split(r"(?<=[.?])\s|\n\n", plain)[0].replace("\n", " ")
 
 
 TRAINING = {
@@ -67,28 +83,48 @@ TRAINING = {
     "diffusion.": DiffusionSteps,
 }
 TABLES = {
-    "metrics": metrics(),
+    "metrics": listed(
+        "| metric | what it is | labels |",
+        {f"`{exported(name)}`": f"{one.what} | {', '.join(one.labels)}" for name, one in METRICS.items()},
+    ),
     "settings": table({"": Settings}),
     "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits}),
     "parts": table({"model.": Parts}),
     "train": table(TRAINING),
     "evaluate": table({"": EvaluateJob, "limits.": Limits}),
     "finetune": table({"": FinetuneJob, "diffusion.": FinetuneSteps}),
+    "exits": listed(
+        "| exit code | what it says of OUTPUT | what to do |", {code: " | ".join(told) for code, told in EXITS.items()}
+    ),
+    "codes": listed("| error code | what to do |", {f"`{code}`": REMEDIES.get(code, "") for code in ErrorCode}),
+}
+
+PAGES = {
+    README: TABLES,
+    ROOT / "jobs/README.md": {"files": heads("jobs", "*.yaml", "*.py", "*/*.py")},
+    ROOT / "tests/benchmarks/README.md": {"files": heads("tests/benchmarks", "*.py")},
 }
 
 
-def with_tables(text: str) -> str:
-    for name, rows in TABLES.items():
+def with_tables(page: Path) -> str:
+    text = page.read_text()
+    for name, rows in PAGES[page].items():
         text = re.sub(
             f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda found, r=rows: f"{found[1]}{r}\n{found[2]}", text, flags=re.S
         )
     return text
 
 
-def test_the_tables_are_the_models() -> None:
-    text = README.read_text()
-    assert with_tables(text) == text, "run: python tests/test_readme.py"
-    assert all(f"<!-- {name} -->" in text for name in TABLES)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_tables_are_the_models_and_the_files(page: Path) -> None:
+    text = page.read_text()
+    assert with_tables(page) == text, "run: python tests/test_readme.py"
+    assert all(f"<!-- {name} -->" in text for name in PAGES[page])
+
+
+def test_every_code_has_its_remedy() -> None:
+    assert list(REMEDIES) == list(ErrorCode)
+    assert set(EXITS) == {code for name, code in vars(errors).items() if name.startswith("EXIT_")}
 
 
 def test_the_map_names_every_module_and_nothing_that_is_not() -> None:
@@ -107,20 +143,24 @@ def test_the_job_file_is_a_job() -> None:
         check_job(parse(block), "README")
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import matplotlib
+    import torch
 
     matplotlib.use("Agg")
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # two that wait for each other crawl beside other tests
     from inputs import write_pictures
 
     write_pictures(tmp_path, 3)
     for number, name in enumerate(("query.jpg", "one.jpg", "two.jpg")):
         (tmp_path / name).write_bytes((tmp_path / f"picture-{number}.png").read_bytes())
     monkeypatch.chdir(tmp_path)
-    [code] = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
     scope: dict[str, Any] = {}
-    exec(code, scope)
-    assert scope["image"].size == (128, 128)
+    for code in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S):
+        scope["image"] = None
+        exec(code, scope)
+        assert scope["image"].size == (128, 128)
+    assert sorted(line[0] for line in capsys.readouterr().out.splitlines()) == ["0", "1"], "one line for each of num_images"
 
 
 @pytest.mark.slow
@@ -144,4 +184,5 @@ def test_the_commands_run(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for page in PAGES:
+        page.write_text(with_tables(page))

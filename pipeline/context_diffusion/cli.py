@@ -20,7 +20,9 @@ from context_diffusion.errors import (
     EXIT_OK,
     EXIT_ROWS_FAILED,
     EXIT_UNEXPECTED,
+    REMEDIES,
     ContextDiffusionError,
+    ErrorCode,
     JobError,
     classify,
 )
@@ -191,6 +193,8 @@ def validate(
         told.append(found := validate_job(one, sample, sheet, price_per_hour))
         for problem in found["problems"]:
             errors.print(f"row {problem['id']}: {problem['error_code']}: {problem['error_message']}")
+        for code in dict.fromkeys(problem["error_code"] for problem in found["problems"]):
+            errors.print(f"{code}: {REMEDIES[ErrorCode(code)]}")
         errors.print(f"{found['rows']} rows in {found['shards']} shards; {len(found['problems'])} of those looked at would fail")
         for line in estimate_lines(found) if sheet else []:
             errors.print(line)

@@ -30,7 +30,6 @@ COLUMNS_BY_SCORE: dict[ScoreName, tuple[str, ...]] = {
     "leakage": ("layout_leakage", "colour_leakage"),
 }
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 ControlScale = Annotated[float, Field(ge=0, le=10)]

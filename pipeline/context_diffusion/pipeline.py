@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -84,6 +84,14 @@ class ContextDiffusion:
     def engine(self, operations: Operations | None = None) -> Engine:
         counted = operations or NotCounted()
         return Engine(self.backbone, self.device, self.shape, unsafe=self.unsafe, operations=counted, threads=self.threads)
+
+    @overload
+    def __call__(
+        self, query: Any, context: list[Any], prompt: str | None = None, *, num_images: int, **settings: Any
+    ) -> Any: ...  # an image, or a list of them
+
+    @overload
+    def __call__(self, query: Any, context: list[Any], prompt: str | None = None, **settings: Any) -> Image.Image: ...
 
     def __call__(
         self,

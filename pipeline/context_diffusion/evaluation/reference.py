@@ -14,7 +14,8 @@ import numpy as np
 from context_diffusion.errors import JobError, RowError
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.evaluation.distances import Features, frechet_distance, kernel_distance
-from context_diffusion.evaluation.pairs import PICTURES, Pair, of_output, source_key
+from context_diffusion.evaluation.pairs import Pair, of_output, source_key
+from context_diffusion.images import ENDINGS
 from context_diffusion.output import Output
 from context_diffusion.schema import Pixels
 from context_diffusion.sources import Source
@@ -34,7 +35,7 @@ def reference_sources(job: EvaluateJob, pairs: Sequence[Pair], storage: Storage)
         if storage.exists(folder.plan):
             named = [pair.picture for pair in of_output(folder) if pair.picture and not pair.error]
         else:
-            names = [name for name in storage.files(folder.root) if name.lower().endswith(PICTURES)]
+            names = [name for name in storage.files(folder.root) if name.lower().endswith(ENDINGS)]
             named = [{"bytes": None, "path": name} for name in names]
     found = list({source_key(source): source for source in named}.values())
     if len(found) < LEAST:

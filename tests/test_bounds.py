@@ -1,0 +1,110 @@
+"""pyproject.toml's lower bounds hold: each can be had for every Python that is promised, and the tests pass on them.
+
+The upper end is what `make install` takes, so what all other tests run on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+
+from driving import unavailable
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = ("lora", "train", "gcs", "azure")
+FIRST, LAST = map(int, re.findall(r"3\.(\d+)", PROJECT["requires-python"]))
+PYTHONS = [f"3.{minor}" for minor in range(FIRST, LAST)]
+HEAVY = {"torch", "ray", "pytorch-optimizer", "peft"}  # gigabytes, or they need torch
+QUICK = ["jobfile", "manifest", "plan", "storage", "writing", "images", "output", "ledger", "sources", "compact", "tensors"]
+
+
+def resolved(python: str, resolution: str) -> dict[str, str]:
+    """Package: version, from wheels alone."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--only-binary", ":all:", "--python-version", python]
+    command += ["--resolution", resolution, "--no-annotate", "--no-header", "pyproject.toml"]
+    for extra in EXTRAS:
+        command += ["--extra", extra]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if re.search(r"dns|connect|timed out", done.stderr):
+        unavailable(f"no package index: {done.stderr[-300:]}")
+    assert done.returncode == 0, done.stderr
+    return dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", done.stdout, flags=re.M))
+
+
+def bounds() -> dict[str, str]:
+    """Package: its lower bound."""
+    wanted = [*PROJECT["dependencies"], *(line for extra in EXTRAS for line in PROJECT["optional-dependencies"][extra])]
+    return dict(re.match(r"([a-z0-9-]+)(?:\[[a-z,]+\])?>=([0-9.]+)", line).groups() for line in wanted)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_there_are_wheels_of_the_oldest_and_of_the_newest_for_each_python(python: str) -> None:
+    for resolution in ("lowest-direct", "highest"):
+        assert bounds().keys() <= resolved(python, resolution).keys()
+
+
+def test_no_bound_is_lower_than_what_can_ever_be_installed() -> None:
+    found = resolved(PYTHONS[0], "lowest-direct")
+    too_low = {n: f"{low} stands there, {found[n]} is the oldest" for n, low in bounds().items() if not is_of(found[n], low)}
+    assert not too_low
+
+
+def is_of(version: str, bound: str) -> bool:
+    """4.11.0.86 is of 4.11, 6.0 of 6, and 2.60.0 of 2.60."""
+    width = max(version.count("."), bound.count(".")) + 1
+    padded = [(text.split(".") + ["0"] * width)[:width] for text in (version, bound)]
+    return padded[0] == padded[1] or f"{version}.".startswith(f"{bound}.")
+
+
+def test_no_python_that_has_wheels_is_left_out() -> None:
+    with pytest.raises(AssertionError, match="ray"):
+        resolved(f"3.{LAST}", "highest")
+
+
+def test_the_quick_tests_pass_on_the_oldest_of_what_is_light(tmp_path: Path) -> None:
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    oldest = resolved(here, "lowest-direct")
+    chosen = [f"{name}=={oldest[name]}" for name in bounds() if name not in HEAVY]
+    (tmp_path / "all.txt").write_text("\n".join(f"{name}=={version}" for name, version in oldest.items()))
+    venv.create(tmp_path / "env", symlinks=True)
+    python = str(tmp_path / "env" / "bin" / "python")
+    install = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        python,
+        "--constraint",
+        str(tmp_path / "all.txt"),
+    ]
+    subprocess.run([*install, *chosen], check=True)
+    packages = Path(subprocess.run([python, "-c", PURELIB], capture_output=True, text=True, check=True).stdout.strip())
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    told = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout.split()
+    assert told == [oldest[name] for name in ("numpy", "pyarrow", "pydantic")], "the linked ones are not in front"
+    quick = [f"tests/test_{name}.py" for name in QUICK]
+    done = subprocess.run(
+        [python, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not ray and not slow and not gpu", *quick],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "pipeline"), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
+VERSIONS = "import numpy, pyarrow, pydantic; print(numpy.__version__, pyarrow.__version__, pydantic.VERSION)"
