@@ -56,7 +56,7 @@ def write_report(output: Output, summary: dict[str, Any]) -> None:
         rows = [row for some in threads.map(lambda shard: _rows(output, pictures, *shard), shards) for row in some]
         cards = [card(row, _beside(row)) for row in rows]
         data = {"served": False, "of": found.rows, "histograms": found.histograms, "codes": summary["codes"], "rows": cards}
-        room = PAGE_BYTES - len(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+        room = PAGE_BYTES - len(render(summary, data))
         data["pictures"] = _add_thumbnails(rows, cards, lambda uris: threads.map(pictures.source_thumbnail, uris), room)
     output.storage.replace(output.report, render(summary, data))
 

@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from context_diffusion.errors import ContextDiffusionError, JobError, RowError
 from context_diffusion.output import Output
-from context_diffusion.report.cards import card
+from context_diffusion.report.cards import CONTEXTS, card
 from context_diffusion.report.index import Index, Question
 from context_diffusion.report.page import render
 from context_diffusion.report.shelf import Shelf
@@ -84,18 +84,22 @@ class Viewer:
         place, name = (asked["part"], asked["number"]), asked["name"]
         if not self.index.holds(place):
             raise HTTPException(404, "no such row")
-        try:
+        data, kind = None, ""
+        with suppress(RowError):  # it is gone, or no picture any more
             data, kind = self._picture(place, name)
-        except RowError:  # it is gone, or no picture any more
-            data, kind = None, ""
-        return Response(data, 200 if data else 204, HEADERS, kind or None)  # 204: the page shows that there is none
+        if data is None:
+            return Response(status_code=204, headers=HEADERS)  # no error: the page shows that there is none
+        return Response(data, headers=HEADERS, media_type=kind)
 
     def _picture(self, place: Place, name: str) -> tuple[bytes | None, str]:
         if name == "whole":
             return self.shelf.made(place)
         if name == "made":
             return self.shelf.made_thumbnail(place), "image/webp"
-        return self.shelf.source_thumbnail(place, int(name) if name.isdecimal() and len(name) < 4 else None), "image/webp"
+        if name == "query":
+            return self.shelf.source_thumbnail(place, None), "image/webp"
+        number = int(name) if name.isdecimal() and len(name) < 4 else CONTEXTS
+        return self.shelf.source_thumbnail(place, number) if number < CONTEXTS else None, "image/webp"
 
 
 def _json(value: Any) -> Response:
