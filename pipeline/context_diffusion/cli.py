@@ -297,14 +297,33 @@ def status(
 
 
 @app.command()
-def report(output: Folder) -> None:
-    """(Re)builds summary.json and report.html. Example: context-diffusion report build/demo"""
+def report(
+    output: Folder,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="of all the run's machines: gives cost_per_image")] = None,
+) -> None:
+    """(Re)builds summary.json and report.html. Example: context-diffusion report build/demo --price-per-hour 2.5"""
     from context_diffusion.report import rebuild
 
     opened = _open(output)
-    summary = rebuild(opened)
+    summary = rebuild(opened, price_per_hour)
     errors.print(f"{opened.report}")
     print_summary({**summary, "exit": EXIT_OK})
+
+
+@app.command()
+def view(
+    output: Folder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="on 127.0.0.1; 0: any that is free")] = 8000,
+) -> None:
+    """Shows all rows of an OUTPUT in the browser, local or in an object store. Example: context-diffusion view build/demo"""
+    try:
+        from context_diffusion.report.serving import serve
+    except ModuleNotFoundError as error:
+        raise JobError(f"view needs {error.name}: pip install 'context-diffusion[view]'") from None
+
+    opened = _open(output)
+    url = serve(opened, port, errors.print)
+    _print({"output": opened.root, "url": url, "exit": EXIT_OK})
 
 
 @app.command()

@@ -19,7 +19,7 @@ from context_diffusion.errors import (
 from context_diffusion.output import Output
 from context_diffusion.plan import Plan, open_plan, read_shards
 from context_diffusion.progress import NOTHING_RUN, Efficiency, Progress
-from context_diffusion.report import write_report
+from context_diffusion.report import cost, write_report
 from context_diffusion.schema import Counts
 from context_diffusion.stages import LoadImages, ReadShard
 from context_diffusion.storage import Storage, normal, parent
@@ -57,7 +57,7 @@ def run_generate(
         _check_failures(job, plan, after := output.count())
         if after.rows != plan.rows:
             raise ClusterError(f"{after.rows} rows in {output.root}, {plan.rows} in the manifest: run it again")
-    return _finish(output, before, time.perf_counter() - started, efficiency)
+    return _finish(job, output, before, time.perf_counter() - started, efficiency)
 
 
 def _make_missing(
@@ -131,7 +131,7 @@ def _check_failures(job: GenerateJob, plan: Plan, counts: Counts) -> None:
         )
 
 
-def _finish(output: Output, before: Counts, seconds: float, efficiency: Efficiency) -> dict[str, Any]:
+def _finish(job: GenerateJob, output: Output, before: Counts, seconds: float, efficiency: Efficiency) -> dict[str, Any]:
     """summary.json, report.html, checksums.parquet, and _SUCCESS last of all; a finished OUTPUT is left as it is."""
     finished = output.storage.exists(output.success)
     counts = output.count()
@@ -143,6 +143,7 @@ def _finish(output: Output, before: Counts, seconds: float, efficiency: Efficien
         "seconds": round(seconds, 2),
         "images_per_second": round(made / seconds, 3),
         **efficiency,
+        **cost(job.cluster.price_per_hour, made / seconds),
         "exit": EXIT_ROWS_FAILED if counts.failed else EXIT_OK,
     }
     if not finished:

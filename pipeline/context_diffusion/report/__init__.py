@@ -1,36 +1,40 @@
-"""summary.json and report.html: the figures, the pictures beside their queries and contexts, the failures."""
+"""summary.json and report.html: the figures, the pictures beside their queries and contexts, the failures.
+
+survey.py    which rows stand on the page              index.py     all rows, in DuckDB
+cards.py     a row as the script shows it              serving.py   `context-diffusion view`: the same page over them
+pictures.py  pictures and thumbnails
+page.py      report.html.j2 and its script and style in one file      sheet.py      a matrix as grids
+"""
 
 from __future__ import annotations
 
 import base64
-import io
 import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import Any
 
-import jinja2
-import pyarrow as pa
-from PIL import Image
-
 from context_diffusion.closing import close
-from context_diffusion.config import Limits
-from context_diffusion.errors import ContextDiffusionError
-from context_diffusion.images import decode_image
 from context_diffusion.output import Output
+from context_diffusion.report.cards import COLUMNS, card, relative_url
+from context_diffusion.report.page import render
+from context_diffusion.report.pictures import OURS, Pictures
 from context_diffusion.report.sheet import contact_sheets
-from context_diffusion.schema import CONTEXT, ID, PROMPT, QUERY
+from context_diffusion.report.survey import survey
+from context_diffusion.schema import CONTEXT, QUERY
 
-SHOWN, THUMBNAIL = 120, 160  # rows on the page; pixels
-COLUMNS = [
-    ID, "index", "status", "error_code", "error_message", "file_name", QUERY, CONTEXT, PROMPT, "seed", "scheduler",
-    "num_inference_steps", "guidance_scale", "context_guidance_scale", "layout_score", "style_score", "seconds",
-]  # fmt: skip
+PAGE_BYTES = 9 * 2**20  # rows first, then thumbnails while there is room: made pictures, queries, contexts
 
 
-def rebuild(output: Output) -> dict[str, Any]:
-    """Counts again and writes summary.json and report.html; what only the run knew is kept."""
+def rebuild(output: Output, price_per_hour: float | None = None) -> dict[str, Any]:
+    """Counts again and writes summary.json and report.html; what only the run knew is kept. price_per_hour: of all the
+    machines that the run had."""
     counts = output.count()
     summary = output.read_json(output.summary) if output.storage.exists(output.summary) else {}
     summary |= {"output": output.root, **vars(counts)}
+    if price_per_hour is not None:
+        summary |= cost(price_per_hour, summary.get("images_per_second"))
     output.storage.replace(output.summary, json.dumps(summary, indent=2).encode())
     write_report(output, summary)
     if output.storage.exists(output.success):
@@ -38,59 +42,74 @@ def rebuild(output: Output) -> dict[str, Any]:
     return summary
 
 
+def cost(price_per_hour: float | None, images_per_second: float | None) -> dict[str, float]:
+    """cost_per_image, in the price's currency; nothing where no price is set or no image was made."""
+    if price_per_hour is None or not images_per_second:
+        return {}
+    return {"cost_per_image": float(f"{price_per_hour / 3600 / images_per_second:.4g}")}
+
+
 def write_report(output: Output, summary: dict[str, Any]) -> None:
     """One file that opens from disk without a network: thumbnails lie in it, everything is escaped."""
-    rows = _even_sample(output, summary["images"] + sum(summary["codes"].values()))
-    thumbnails = _Thumbnails(output)
-    made = [_card(row, thumbnails, output) for row in rows if row["status"] == "ok"]
-    failed = [row for row in rows if row["status"] == "failed"]
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("context_diffusion.report", "."), autoescape=True)
-    sheets = contact_sheets(output, lambda row: thumbnails.of_bytes(output.picture(row)), thumbnails.of_file)
-    page = environment.get_template("report.html.j2").render(
-        summary=summary, sheets=sheets, made=made, failed=failed, shown=SHOWN
-    )
-    output.storage.replace(output.report, page.encode())
+    found, pictures = survey(output, summary["images"]), Pictures(output)
+    with ThreadPoolExecutor(pictures.threads) as threads:
+        shards = [(shard, [row for _, row in some]) for shard, some in groupby(found.places, lambda place: place[0])]
+        rows = [row for some in threads.map(lambda shard: _rows(output, pictures, *shard), shards) for row in some]
+        cards = [card(row, _beside(row)) for row in rows]
+        data = {"served": False, "of": found.rows, "histograms": found.histograms, "codes": summary["codes"], "rows": cards}
+        sheets = contact_sheets(
+            output, lambda row: _data_url(pictures.made_thumbnail(row)), lambda uri: _data_url(pictures.source_thumbnail(uri))
+        )
+        room = PAGE_BYTES - len(render(summary, data, sheets))
+        data["pictures"] = _add_thumbnails(rows, cards, lambda uris: threads.map(pictures.source_thumbnail, uris), room)
+    output.storage.replace(output.report, render(summary, data, sheets))
 
 
-def _even_sample(output: Output, total: int) -> list[dict[str, Any]]:
-    """Up to SHOWN rows, evenly over the output, and every failed row up to as many."""
-    step, seen, rows, failures = max(1, -(-total // SHOWN)), 0, [], 0
-    for _, part in output.read_parts():
-        present = [name for name in COLUMNS if name in part.column_names]
-        table: pa.Table = part.select([*present, *(["image"] if "image" in part.column_names else [])])
-        for row in table.to_pylist():
-            failures += row["status"] == "failed"
-            if seen % step == 0 or (row["status"] == "failed" and failures <= SHOWN):
-                rows.append(row)
-            seen += 1
+def _rows(output: Output, pictures: Pictures, shard: int, chosen: list[int]) -> list[dict[str, Any]]:
+    """Rows of one part, each with the thumbnail of its picture, not the picture itself, under `image`."""
+    part = output.read_part(shard, [*COLUMNS, *pictures.columns])
+    rows = part.take(chosen).to_pylist()
+    for row in rows:
+        row["image"] = pictures.made_thumbnail(row) if row["status"] == "ok" else None
     return rows
 
 
-def _card(row: dict[str, Any], thumbnails: _Thumbnails, output: Output) -> dict[str, Any]:
-    made = thumbnails.of_bytes(output.picture(row))
-    query, contexts = thumbnails.of_file(row[QUERY]), [thumbnails.of_file(uri) for uri in row[CONTEXT]]
-    return {**row, "image": None, "made": made, "query_thumbnail": query, "context_thumbnails": contexts}
+def _beside(row: dict[str, Any]) -> str | None:
+    """The URL of a picture file that lies beside the page, in OUTPUT."""
+    name = row["file_name"]
+    return relative_url(name) if name and OURS.fullmatch(name) and ".tar/" not in name else None
 
 
-class _Thumbnails:
-    """Small pictures as data: URLs; contexts repeat, so each file is read once."""
+def _add_thumbnails(
+    rows: list[dict[str, Any]],
+    cards: list[dict[str, Any]],
+    thumbnails: Callable[[Iterable[str]], Iterable[bytes | None]],
+    room: int,
+) -> list[str]:
+    """Sets each card's `made` and `picture`s to places in the list of data: URLs that it gives back; contexts repeat, each
+    file stands in it once. room: bytes."""
+    made: list[str] = []
 
-    def __init__(self, output: Output) -> None:
-        self._output, self._known = output, dict[str, str | None]()
-
-    def of_file(self, uri: str | None) -> str | None:
-        """None where the picture was inline in the manifest or is gone."""
-        if uri is None or uri == "inline":
+    def keep(data: bytes | None) -> int | None:
+        nonlocal room
+        url = _data_url(data)
+        if data is None or len(url) > room:
             return None
-        if uri not in self._known:
-            try:
-                self._known[uri] = self.of_bytes(self._output.storage.read_input(uri, Limits().max_bytes))
-            except ContextDiffusionError:
-                self._known[uri] = None
-        return self._known[uri]
+        room -= len(url) + 3
+        made.append(url)
+        return len(made) - 1
 
-    def of_bytes(self, data: bytes) -> str:
-        image, sink = Image.fromarray(decode_image(data, Limits(), "thumbnail")), io.BytesIO()
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        image.save(sink, "WEBP", quality=85)
-        return "data:image/webp;base64," + base64.b64encode(sink.getvalue()).decode()
+    for shown, row in zip(cards, rows, strict=True):
+        shown["made"] = keep(row["image"])
+    places = [(shown[QUERY], row[QUERY]) for shown, row in zip(cards, rows, strict=True)]
+    for shown, row in zip(cards, rows, strict=True):
+        places += zip(shown[CONTEXT], row[CONTEXT] or [], strict=False)  # of many contexts the first are shown
+    once = dict.fromkeys(uri for _, uri in places)
+    kept = dict(zip(once, map(keep, thumbnails(once)), strict=True))
+    for source, uri in places:
+        source["picture"] = kept[uri]
+    return made
+
+
+def _data_url(thumbnail: bytes | None) -> str | None:
+    return thumbnail and "data:image/webp;base64," + base64.b64encode(thumbnail).decode()

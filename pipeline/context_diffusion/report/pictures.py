@@ -1,0 +1,92 @@
+"""The pictures that the report and the viewer show: made ones, queries, contexts; whole or as thumbnails.
+
+What a row names is untrusted here too: sources are read under the rules of OUTPUT's job, and a file_name leads to
+images/ and webdataset/ of OUTPUT alone.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+from typing import Any
+
+from PIL import Image
+
+from context_diffusion.config import GenerateJob, Limits
+from context_diffusion.errors import ContextDiffusionError, ErrorCode, RowError, StorageError
+from context_diffusion.images import decode_resized, open_image
+from context_diffusion.output import Output
+from context_diffusion.sources import read_bytes
+from context_diffusion.storage import Storage, parent
+
+MADE_SIDE, SOURCE_SIDE = 256, 128  # pixels of a thumbnail's longer side
+THREADS = 4  # each may decode a picture of limits.max_pixels
+PATIENCE_S, PATIENCE = 5.0, 3  # that a source is waited for, and how many may be in vain before none is looked for
+OURS = re.compile(r"(images/part-\d{5,}|webdataset/part-\d{5,}\.tar)/[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+class Pictures:
+    """Of one OUTPUT. Threads may share it."""
+
+    def __init__(self, output: Output) -> None:
+        plan = output.read_json(output.plan)
+        job = GenerateJob.model_validate(plan["job"])
+        self._output, self._limits = output, job.limits
+        # Columns without which a row's picture is not found; a part's pictures are held by one thread at a time.
+        self.columns = ["image"] if job.pictures_in == "parquet" else []
+        self.threads = 1 if self.columns else THREADS
+        self._allow = job.allow or [parent(file["uri"]) for file in plan["manifest"]]
+        self._storage = Storage(job.storage_options, deadline_s=PATIENCE_S)
+        self._in_vain, self._tars = 0, threading.Lock()
+
+    def made(self, row: dict[str, Any]) -> tuple[bytes, str]:
+        """-> a finished row's picture file and its media type. Raises RowError, StorageError."""
+        data, name = self._made(row), row["file_name"] or row["id"]
+        return data, Image.MIME[open_image(data, Limits(), name).format or "PNG"]
+
+    def _made(self, row: dict[str, Any]) -> bytes:
+        name = row["file_name"]
+        if row.get("image"):
+            return self._output.picture(row)
+        if not name or not OURS.fullmatch(name):
+            raise RowError(ErrorCode.MISSING_FILE, f"{row['id']}: {str(name)[:200]!r} is not a picture of this OUTPUT")
+        try:
+            if ".tar/" not in name:
+                return self._output.picture(row)
+            with self._tars:  # one at a time is kept
+                return self._output.picture(row)
+        except (FileNotFoundError, KeyError):
+            raise RowError(ErrorCode.MISSING_FILE, f"{name} is gone from {self._output.root}") from None
+
+    def made_thumbnail(self, row: dict[str, Any]) -> bytes | None:
+        """WebP; None where the picture is gone or damaged."""
+        try:
+            return thumbnail(self._made(row), MADE_SIDE, Limits())
+        except RowError:
+            return None
+
+    def source_thumbnail(self, uri: str | None) -> bytes | None:
+        """WebP of a query or context; None where it was inline in the manifest, is gone, or may not be read."""
+        if uri is None or uri == "inline" or self._in_vain >= PATIENCE:
+            return None
+        try:
+            data = read_bytes({"bytes": None, "path": uri}, self._allow, self._limits, self._storage)
+            return thumbnail(data, SOURCE_SIDE, self._limits)
+        except StorageError:
+            self._in_vain += 1
+        except ContextDiffusionError:
+            pass
+        return None
+
+
+def thumbnail(data: bytes, side: int, limits: Limits) -> bytes:
+    """WebP, its longer side `side` pixels, or as many as the picture has. Raises RowError."""
+
+    def smaller(width: int, height: int) -> tuple[int, int]:
+        factor = min(1.0, side / max(width, height))
+        return max(1, round(width * factor)), max(1, round(height * factor))
+
+    sink = io.BytesIO()
+    Image.fromarray(decode_resized(data, limits, "thumbnail", smaller, "stretch")).save(sink, "WEBP", quality=82)
+    return sink.getvalue()
