@@ -323,7 +323,7 @@ def view(
 
     opened = _open(output)
     url = serve(opened, port, errors.print)
-    _print({"output": opened.root, "url": url, "exit": EXIT_OK})
+    print_summary({"output": opened.root, "url": url, "exit": EXIT_OK})
 
 
 @app.command()

@@ -93,7 +93,7 @@ def _add_thumbnails(
     def keep(data: bytes | None) -> int | None:
         nonlocal room
         url = _data_url(data)
-        if data is None or len(url) > room:
+        if url is None or len(url) > room:
             return None
         room -= len(url) + 3
         made.append(url)
@@ -112,4 +112,4 @@ def _add_thumbnails(
 
 
 def _data_url(thumbnail: bytes | None) -> str | None:
-    return thumbnail and "data:image/webp;base64," + base64.b64encode(thumbnail).decode()
+    return None if thumbnail is None else "data:image/webp;base64," + base64.b64encode(thumbnail).decode()
