@@ -60,10 +60,9 @@ def test_no_bound_is_lower_than_what_can_ever_be_installed() -> None:
 
 
 def is_of(version: str, bound: str) -> bool:
-    """4.11.0.86 is of 4.11, 6.0 of 6, and 2.60.0 of 2.60."""
-    width = max(version.count("."), bound.count(".")) + 1
-    padded = [(text.split(".") + ["0"] * width)[:width] for text in (version, bound)]
-    return padded[0] == padded[1] or f"{version}.".startswith(f"{bound}.")
+    """2.60.0 is of 2.60, 6.0 of 6, 4.11.0.86 of 4.11; 1.32.0 is not of 1."""
+    first, second = ([*text.split("."), "0", "0"][:3] for text in (version, bound))
+    return first == second
 
 
 def test_no_python_that_has_wheels_is_left_out() -> None:

@@ -99,3 +99,18 @@ def test_who_is_alone_is_alone() -> None:
     threading.excepthook = threading.__excepthook__
     assert not errors
     assert most[0] > 1, "sharing was never seen"
+
+
+def test_a_shard_that_begins_again_is_known_after_a_death_and_after_its_pictures_were_lost() -> None:
+    ledger = Ledger()
+    assert ledger.ask(1) == (False, [])
+    assert not ledger.begun(1)
+    ledger.hold(1)
+    ledger.ask(1)  # its engine died
+    assert ledger.begun(1)
+    ledger.ask(2)
+    ledger.hold(2)
+    ledger.release(2)
+    ledger.ask(2)  # made, and lost before it was written
+    assert ledger.begun(2)
+    assert not ledger.begun(3)
