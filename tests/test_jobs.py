@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from typer.testing import CliRunner
 from context_diffusion.cli import app
 from context_diffusion.closing import close
 from context_diffusion.config import GenerateJob
-from context_diffusion.errors import ConfigError
+from context_diffusion.errors import ConfigError, JobError
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.jobfile import load_jobs
+from context_diffusion.supervise import supervise
+from inputs import job_values, write_manifest
 from test_writing import make
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +91,31 @@ def test_the_first_job_that_does_not_finish_ends_them_with_its_code(tmp_path: Pa
     assert told["error"] == told["jobs"][1]["error"]
     assert f"error: images: {tmp_path / 'nowhere'} is no folder" in log
     assert not (tmp_path / "scores-3").exists()
+
+
+def test_a_generate_job_leaves_the_signals_to_the_next_as_they_were(tmp_path: Path) -> None:
+    job = GenerateJob.model_validate(job_values("nowhere.parquet", tmp_path / "made"))
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    options = {"address": None, "accept_change": False, "retry_failed": False, "extend": False}
+    summary = supervise(job, options)
+    assert summary["exit"] == 2
+    assert "nowhere.parquet" in summary["error"]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_validate_looks_at_each_generate_job(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, 4, {1: {"query": "gone.png"}})
+    jobs = [job_values(manifest, tmp_path / name) for name in ("one", "two")]
+    (tmp_path / "jobs.json").write_text(json.dumps([*jobs, *evaluations(tmp_path, tmp_path / "one")]))
+    done = CliRunner().invoke(app, ["validate", str(tmp_path / "jobs.json"), "--set", "2.max_failed=0"])
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (done.exit_code, told["exit"], told["output"]) == (0, 0, str(tmp_path / "two"))
+    assert [(job["output"], job["rows"], len(job["problems"])) for job in told["jobs"]] == [
+        (str(tmp_path / name), 4, 1) for name in ("one", "two")
+    ]
+    (tmp_path / "jobs.json").write_text(json.dumps(evaluations(tmp_path, tmp_path / "one")))
+    done = CliRunner().invoke(app, ["validate", str(tmp_path / "jobs.json")])
+    assert isinstance(done.exception, JobError)
 
 
 def test_nothing_starts_where_one_of_them_is_wrong(tmp_path: Path) -> None:

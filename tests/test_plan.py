@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ManifestError, OutputConflictError
+from context_diffusion.jobfile import load_job
 from context_diffusion.output import Output
 from context_diffusion.plan import open_plan, part_rows, read_shards
 from context_diffusion.stages import ReadShard
@@ -59,6 +61,31 @@ def test_the_rule_of_small_manifests(count: int, asked: int, images: int) -> Non
     assert size == asked or size >= 4
     assert -(-count // size) <= max(8, -(-count // asked))
     assert part_rows(count, asked, images) == max(1, size // images), "a matrix's shard holds as many pictures as another's"
+
+
+def test_a_manifest_may_be_files_of_several_formats_in_the_order_that_the_job_names_them(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    whole = rows(12, write_pictures(folder))
+    with (folder / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(whole[0]))
+        writer.writeheader()
+        writer.writerows({**row, "context": json.dumps(row["context"])} for row in whole[:5])
+    pq.write_table(pa.Table.from_pylist([{**row, "likes": 7} for row in whole[5:9]]), folder / "b.parquet")
+    (folder / "c.jsonl").write_text("".join(json.dumps({**row, "likes": "many"}) + "\n" for row in whole[9:]))
+    (tmp_path / "job.yaml").write_text(f"kind: generate\nmanifest: none\noutput: {tmp_path}/out\n")
+    names = ",".join(f"{folder}/{name}" for name in ("c.jsonl", "a.csv", "b.parquet"))
+    planned = load_job(str(tmp_path / "job.yaml"), [f"manifest=[{names}]"])
+    assert isinstance(planned, GenerateJob)
+    found = read_all(planned, Output(str(tmp_path / "out"), STORAGE))
+    assert [row["id"] for row in found] == [f"row-{number:03d}" for number in (*range(9, 12), *range(9))]
+    by_id = {row["id"]: row for row in found}
+    for row in whole:
+        read = by_id[row["id"]]
+        assert read["error_code"] is None
+        assert [source["path"] for source in read["context"]] == [f"{folder}/{name}" for name in row["context"]]
+        assert json.loads(read["settings"])["num_inference_steps"] == row["num_inference_steps"]
+        assert read["passed:author"] == row["author"]
+    assert [by_id[f"row-{number:03d}"]["passed:likes"] for number in (0, 5, 9)] == [None, "7", "many"]
 
 
 def test_every_format_gives_the_same_rows_in_order(tmp_path: Path) -> None:

@@ -79,6 +79,21 @@ def test_while_it_runs_it_is_joined_then_stopped_and_goes_on_as_another_attempt(
     assert len(read_output(tmp_path / "out")) == 30
 
 
+def test_several_jobs_are_one_submission_named_after_the_first_that_generates(cluster: Cluster, tmp_path: Path) -> None:
+    job = Path(write_job(tmp_path, 4, matrix={"guidance_scale": [1, 3]}))
+    evaluate = {"kind": "evaluate", "images": str(tmp_path / "out"), "output": str(tmp_path / "scores"), "score": ["layout"]}
+    job.write_text(f"{job.read_text()}---\n{yaml.safe_dump(evaluate)}")
+    code, told, log = call(cluster, "submit", str(job), "--wait")
+    assert (code, told["exit"], told["output"]) == (0, 0, str(tmp_path / "out")), log
+    assert "job 2 of 2: evaluate" in log
+    assert told["submission_id"].startswith("out-")
+    code, found, _ = call(cluster, "status", told["submission_id"])
+    assert (code, found["finished"], found["rows"], found["images"]) == (0, True, 4, 8)
+    assert json.loads((tmp_path / "scores" / "summary.json").read_text())["images"] == 8
+    code, again, _ = call(cluster, "submit", str(job), "--set", "2.score=[style]")
+    assert (code, again["submission_id"] == told["submission_id"]) == (0, False), "another job, as its id says"
+
+
 def test_what_is_wrong_is_told(cluster: Cluster, tmp_path: Path) -> None:
     job = write_job(tmp_path, 4)
     code, told, log = call(cluster, "submit", job, RAY_AUTH_TOKEN="another-token")
