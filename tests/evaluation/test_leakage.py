@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from context_diffusion.evaluation.leakage import colour_leakage, layout_leakage
 from context_diffusion.evaluation.ranking import auc
@@ -66,3 +67,13 @@ def test_the_querys_colours_in_the_picture_are_told_from_none() -> None:
 def test_where_query_and_contexts_share_their_colours_no_leak_is_told() -> None:
     row = held_out_rows()[0]
     assert colour_leakage(row.truth, recoloured(row.query, row.contexts[0]), row.contexts) is None
+
+
+def test_a_large_picture_leaks_what_it_leaks_at_its_small_size() -> None:
+    rows = held_out_rows()
+    for row, other in zip(rows[:6], rows[6:12], strict=True):
+        shown = [one.repeat(4, 0).repeat(4, 1) for one in (row.truth, row.query, other.truth)]
+        small = layout_leakage(row.truth, row.query, [other.truth]), layout_leakage(other.truth, row.query, [other.truth])
+        large = layout_leakage(shown[0], shown[1], [shown[2]]), layout_leakage(shown[2], shown[1], [other.truth])
+        assert large == pytest.approx(small, abs=0.1)
+        assert large[1] > 0.5

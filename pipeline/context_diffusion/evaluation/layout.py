@@ -44,8 +44,9 @@ def directed(image: Pixels, scale: float) -> NDArray[np.complex64]:
     """Borders with their direction: compressed magnitude and the doubled angle of the lightness gradient (as Knutsson
     1989), so that a border is itself with its two sides exchanged. complex64 (H, W)."""
     across, down = gradients(image, scale)
-    magnitude = np.hypot(across, down)
-    return np.asarray(np.sqrt(magnitude) * np.exp(2j * np.arctan2(down, across)), np.complex64)
+    field = across + np.complex64(1j) * down
+    magnitude = np.abs(field) + np.float32(1e-12)
+    return np.asarray(field * field / (magnitude * np.sqrt(magnitude)), np.complex64)
 
 
 def layout_score(image: Pixels, query: Pixels) -> float:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from context_diffusion.evaluation.layout import EDGE_SCALES, Field, as_large_as, edges, standard
 from context_diffusion.evaluation.style import distances, palette
 from context_diffusion.schema import Pixels
 
+Spectrum = NDArray[np.complexfloating]
 ELSEWHERE = 1 / 8  # of the side: a displacement from here on is another place
+LARGEST = 256  # pixels a side that layouts are compared at: a fifth of the time at 512, and no detail is a layout
 LEAST_DIFFERENCE = 5.0  # Lab units: palettes nearer than this are the same colours
 
 
@@ -20,18 +24,28 @@ def layout_leakage(image: Pixels, query: Pixels, contexts: list[Pixels]) -> floa
     so the best correlation r' at another place is taken off, (r - r') / (1 - r'). 1: the context's picture itself;
     about a half: both laid over each other. A context's own repeated figures may so be taken for texture.
     """
+    if (side := max(image.shape[:2])) > LARGEST:
+        width, height = (max(1, round(length * LARGEST / side)) for length in image.shape[1::-1])
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8)
     query = as_large_as(query, image)
-    shares = [
-        np.mean([_own(edges(image, s), edges(query, s), edges(as_large_as(c, image), s)) for s in EDGE_SCALES]) for c in contexts
-    ]
+    asked = [edges(query, scale) for scale in EDGE_SCALES]
+    rests = [_rest(edges(image, scale), taken) for scale, taken in zip(EDGE_SCALES, asked, strict=True)]
+    shares = []
+    for context in (as_large_as(one, image) for one in contexts):
+        shown = [_rest(edges(context, scale), taken) for scale, taken in zip(EDGE_SCALES, asked, strict=True)]
+        shares.append(np.mean([_own(*pair, image.shape[:2]) for pair in zip(rests, shown, strict=True)]))
     return float(np.clip(max(shares), 0, 1))
 
 
-def _own(image: Field, query: Field, context: Field) -> float:
-    """r here beyond r' elsewhere, of edge fields (H, W)."""
-    rest, shown = (standard(field - (field * query).mean() * query) for field in (image, context))
-    correlation = np.fft.irfft2(np.fft.rfft2(rest) * np.fft.rfft2(shown).conj(), rest.shape) / rest.size
-    down, across = (np.minimum(np.arange(n), n - np.arange(n)) >= ELSEWHERE * n for n in rest.shape)
+def _rest(field: Field, query: Field) -> Spectrum:
+    """What an edge field (H, W) does not share with the query's, as its spectrum."""
+    return np.asarray(np.fft.rfft2(standard(field - (field * query).mean() * query)))
+
+
+def _own(image: Spectrum, context: Spectrum, shape: tuple[int, ...]) -> float:
+    """r here beyond r' elsewhere."""
+    correlation = np.fft.irfft2(image * context.conj(), shape) / (shape[0] * shape[1])
+    down, across = (np.minimum(np.arange(n), n - np.arange(n)) >= ELSEWHERE * n for n in shape)
     elsewhere = max(0.0, float(correlation[down[:, None] | across[None]].max()))
     return (float(correlation[0, 0]) - elsewhere) / (1 - min(elsewhere, 0.99))
 

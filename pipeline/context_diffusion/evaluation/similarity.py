@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from context_diffusion.images import resize
+from context_diffusion.kept import Kept
 from context_diffusion.model.encoders import load_encoder, patch_tokens
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.source import model_folder
 from context_diffusion.schema import Pixels
 
+KEPT = Kept(16 * 2**20)
 Embed = Callable[[list[Pixels]], Tensor]  # uint8 (H, W, 3) each -> (N, D)
 
 
@@ -55,6 +57,12 @@ def embedded(images: list[Pixels], encoder: str = "bundled") -> NDArray[np.float
 @torch.inference_mode()
 def style_similarity(image: Pixels, contexts: list[Pixels], encoder: str = "bundled") -> float:
     """The cosine between a picture's mean token and that of its contexts, 0 to 1."""
-    embed = load_embedding(encoder)
-    made, shown = embed([image])[0], embed(contexts).mean(0)
-    return float(F.cosine_similarity(made, shown, dim=0).clamp(0, 1))
+    made, *shown = (torch.from_numpy(_embedded_once(one, encoder)) for one in (image, *contexts))
+    return float(F.cosine_similarity(made, torch.stack(shown).mean(0), dim=0).clamp(0, 1))
+
+
+def _embedded_once(image: Pixels, encoder: str) -> NDArray[np.float32]:
+    def embed() -> NDArray[np.float32]:
+        return load_embedding(encoder)([image])[0].numpy()
+
+    return KEPT.get(image.tobytes(), (encoder, image.shape), embed)
