@@ -1,7 +1,8 @@
 """All rows of an OUTPUT in DuckDB, for questions over millions: filter, sort, a page, histograms.
 
-data/ may be 100,000 small files, and asking them anew takes a minute a question. So the columns that one can ask for are read
-once, part by part, into a database on disk; what a page shows of its rows is read from their parts.
+data/ is many small files, and a question that opens all of them anew takes too long (51 s for 15,625: tests/benchmarks/LOG.md).
+So the columns that one can ask for are read once, part by part, into a database on disk; what a page shows of its rows is
+read from their parts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from context_diffusion.schema import OUTPUT, PROMPT, SCORE_COLUMNS
 
 ASKED = [*NARROW, PROMPT, "error_message", "seconds"]
 SCHEMA = pa.schema([*(OUTPUT.field(name) for name in ASKED), ("part", pa.int64()), ("number", pa.int64())])
-TELL_S = 5.0
+TELL_S = 5.0  # between lines on how far the reading is
 MEMORY, REASONS = "1GB", 3  # of DuckDB, which goes to its disk beyond; failed rows that are quoted of a code
 
 
