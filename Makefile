@@ -18,9 +18,12 @@ install: .venv/installed ## the package and what its demo and tests need, into .
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-packages: ## Debian packages that tests of the longer kind need: an S3 server (Ceph), Java for Spark. As root, or with sudo
-	test -x "$$(command -v radosgw)" -a -x "$$(command -v java)" || ($(SUDO) apt-get update -qq && \
-		$(SUDO) apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd default-jre-headless)
+packages: ## Debian packages that tests of the longer kind need: an S3 server (Ceph), Java, Chromium; npm's axe. As root, or with sudo
+	test -x "$$(command -v radosgw)" -a -x "$$(command -v java)" -a -x "$$(command -v chromium)" -a -x "$$(command -v npm)" || \
+		($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends \
+		radosgw ceph-mon ceph-osd default-jre-headless chromium fonts-dejavu-core npm)
+	test -e build/axe/package/axe.min.js || \
+		(mkdir -p build/axe && cd build/axe && npm pack --silent axe-core@4 && tar xzf axe-core-*.tgz)
 
 demo: install ## runs jobs/demo.yaml on the bundled model; leaves build/demo with report.html
 	@$(BIN)/python jobs/demo_input.py build/demo-input

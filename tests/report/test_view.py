@@ -21,8 +21,9 @@ from outputs import ATTACK, ODD_ID, finished, parts, png, served
 
 from context_diffusion.errors import JobError
 from context_diffusion.output import Output, to_parquet
-from context_diffusion.report.index import BINS, Index, Question
-from context_diffusion.report.survey import survey
+from context_diffusion.report.index import Index
+from context_diffusion.report.question import Question
+from context_diffusion.report.survey import BINS, survey
 
 
 def mixed(count: int) -> list[dict[str, Any]]:
@@ -224,6 +225,8 @@ def test_a_missing_extra_names_the_command(tmp_path: Path, monkeypatch: pytest.M
         for name in [name for name in sys.modules if name.startswith(loaded)]:
             monkeypatch.delitem(sys.modules, name)
         with monkeypatch.context() as patched:
+            for name in [name for name in sys.modules if name.startswith(loaded)]:
+                patched.delitem(sys.modules, name)
             patched.setitem(sys.modules, missing, None)  # what import makes of a package that is not there
             with pytest.raises(JobError, match=rf"view needs {missing}.*pip install 'context-diffusion\[view\]'"):
                 view(str(tmp_path))

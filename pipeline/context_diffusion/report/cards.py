@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -41,9 +42,11 @@ def _cut(text: str | None, longest: int) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: floats in six digits (those of the columns' 32 bits), times as text."""
+    """What JSON can hold: floats in six digits, which is about what 32 bits hold, times as text."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, datetime):
+        return value.isoformat(" ", "seconds")
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -18,7 +18,7 @@ function label(name) {
 
 // A thumbnail, or a mat where there is none; one that the server cannot make becomes a mat as well.
 function picture(place, alt) {
-  const url = source.picture(place), mat = element("span", { className: "mat", role: "img", "aria-label": alt + ": not shown" });
+  const url = source.picture(place), mat = element("span", { className: "mat", role: "img", "aria-label": alt + ": not shown" }, "not shown");
   if (!url) return mat;
   const image = element("img", { src: url, alt, loading: "lazy", decoding: "async" });
   image.addEventListener("error", () => image.replaceWith(mat));
@@ -31,13 +31,9 @@ function sources(row) {
     element("figcaption", {}, kind, element("span", { className: "uri" }, " " + (one.uri || "none")))));
 }
 
-function setting(row, name) {
-  const value = row.settings[name];
-  return value === undefined ? null : value;
-}
-
 function line(row) {
-  const parts = [setting(row, "scheduler"), row.settings.num_inference_steps && row.settings.num_inference_steps + " steps",
+  const { scheduler, num_inference_steps: steps } = row.settings;
+  const parts = [scheduler, steps && steps + (steps === 1 ? " step" : " steps"),
     "guidance_scale" in row.settings && "guidance " + row.settings.guidance_scale,
     "seed" in row.settings && "seed " + row.settings.seed];
   return parts.filter(Boolean).join(" · ");
@@ -51,7 +47,7 @@ function scores(row) {
 
 function card(row) {
   const failed = row.status === "failed";
-  const open = element("a", { className: "open", href: permalink(row), "aria-label": "Open " + row.id + ", image " + (row.index ?? 0) },
+  const open = element("a", { className: "open", href: permalink(row), "aria-label": (failed ? row.error_code : "Open") + " " + row.id + ", image " + (row.index ?? 0) },
     failed ? element("span", { className: "code" }, row.error_code) : picture(row.made, "made for " + row.id));
   const contexts = row.context.slice(0, 4).map(one => picture(one.picture, "context of " + row.id));
   const many = row.context.length + row.more_contexts;

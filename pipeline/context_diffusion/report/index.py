@@ -1,79 +1,39 @@
 """All rows of an OUTPUT in DuckDB, for questions over millions: filter, sort, a page, histograms.
 
-data/ may be 100,000 small files, and asking them anew takes a minute a question. So the columns that one can ask for are read
-once, part by part, into a database on disk; what a page shows of its rows is read from their parts.
+data/ is many small files, and a question that opens all of them anew takes too long (51 s for 15,625: tests/benchmarks/LOG.md).
+So the columns that one can ask for are read once, part by part, into a database on disk; what a page shows of its rows is
+read from their parts.
 """
 
 from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
 from context_diffusion.output import AHEAD, READERS, Output
+from context_diffusion.report.question import Question
 from context_diffusion.report.survey import BINS, NARROW, Place
 from context_diffusion.schema import OUTPUT, PROMPT, SCORE_COLUMNS
 
 ASKED = [*NARROW, PROMPT, "error_message", "seconds"]
 SCHEMA = pa.schema([*(OUTPUT.field(name) for name in ASKED), ("part", pa.int64()), ("number", pa.int64())])
-SORTS = ("id", "seconds", *SCORE_COLUMNS)
+TELL_S = 5.0  # between lines on how far the reading is
 MEMORY, REASONS = "1GB", 3  # of DuckDB, which goes to its disk beyond; failed rows that are quoted of a code
-
-
-@dataclass(frozen=True)
-class Question:
-    """Of rows: those whose id, prompt or reason has `text` in it, and so on; low <= score < high, 1 and above included."""
-
-    text: str = ""
-    status: str = ""
-    code: str = ""
-    score: str = ""
-    low: float = 0.0
-    high: float = 1.0
-    sort: str = ""
-    order: str = "asc"
-    offset: int = 0
-    limit: int = 60
-
-    def __post_init__(self) -> None:
-        """Names become part of the SQL, so only known ones pass; all else is a parameter."""
-        for name, value, known in (
-            ("score", self.score, SCORE_COLUMNS),
-            ("sort", self.sort, SORTS),
-            ("order", self.order, ("asc", "desc")),
-        ):
-            if value and value not in known:
-                raise ValueError(f"{name}={value[:80]!r}: known are {', '.join(known)}")
-        if not (0 <= self.offset < 2**62 and 1 <= self.limit <= 200):
-            raise ValueError(f"offset={self.offset}, limit={self.limit}: from 0, and 1 to 200 rows")
-
-    def where(self) -> tuple[str, list[Any]]:
-        said = f"lower(concat_ws(chr(10), id, {PROMPT}, error_message))"
-        tests: list[tuple[str, Any]] = []
-        tests += [(f"contains({said}, lower(?))", self.text)] if self.text else []
-        tests += [("status = ?", self.status)] if self.status else []
-        tests += [("error_code = ?", self.code)] if self.code else []
-        if self.score:
-            tests += [(f"isfinite({self.score}) = ?", True)]
-            tests += [(f"{self.score} >= ?::double", self.low)] if self.low > 0 else []
-            tests += [(f"{self.score} < ?::double", self.high)] if self.high < 1 else []
-        return " and ".join(["true", *(test for test, _ in tests)]), [value for _, value in tests]
-
-    def ordered(self) -> str:
-        return (f"{self.sort} {self.order} nulls last, " if self.sort else "") + "part, number"
 
 
 class Index:
     """Of one OUTPUT; threads may share it. `close` removes its file."""
 
-    def __init__(self, output: Output) -> None:
-        self.output, self._known, self._refreshing = output, set[int](), threading.Lock()
+    def __init__(self, output: Output, tell: Callable[[str], None] = lambda _: None) -> None:
+        """tell: of how far it is, while it reads."""
+        self.output, self._known, self._refreshing, self._tell = output, set[int](), threading.Lock(), tell
         self._folder = tempfile.TemporaryDirectory(prefix="context-diffusion-view-")
         # Nothing but its own file: whatever a question may hold, no other file or address is reached.
         spilled = f"{self._folder.name}/spilled"
@@ -91,12 +51,15 @@ class Index:
     def refresh(self) -> None:
         """Adds the parts that were written since. Raises StorageError with the part that cannot be read."""
         with self._refreshing, ThreadPoolExecutor(READERS) as threads:
-            new = sorted(self.output.finished() - self._known)
+            new, told = sorted(self.output.finished() - self._known), time.monotonic()
             for begin in range(0, len(new), AHEAD):
                 batch = new[begin : begin + AHEAD]
                 narrow = pa.concat_tables(threads.map(self._narrow, batch))
                 self._cursor().register("narrow", narrow).execute("insert into data select * from narrow")
                 self._known.update(batch)
+                if time.monotonic() >= told + TELL_S:
+                    self._tell(f"{begin + len(batch):,} of {len(new):,} parts")
+                    told = time.monotonic()
 
     def _narrow(self, shard: int) -> pa.Table:
         part = self.output.read_part(shard, ASKED)

@@ -12,10 +12,11 @@ function question() {
 }
 
 function told() {
-  const last = offset + found.rows.length, whole = data.served ? "" : ` of the ${number(data.rows.length)} on this page`;
-  const sample = !data.served && data.rows.length < data.of
-    ? `; OUTPUT has ${number(data.of)}, context-diffusion view OUTPUT shows them all` : "";
-  return (found.total ? `${number(offset + 1)}–${number(last)} of ${number(found.total)} that match` : "None match") + whole + sample;
+  const here = data.served ? data.of : data.rows.length;
+  const range = found.total ? `${number(offset + 1)}–${number(offset + found.rows.length)} of ${number(found.total)}` : "None";
+  const match = found.total < here ? ` that match, of ${number(here)}` : "";
+  const sample = here < data.of ? ` on this page; OUTPUT has ${number(data.of)}, context-diffusion view OUTPUT shows them all` : "";
+  return range + match + sample;
 }
 
 async function show(from = 0) {

@@ -1,7 +1,7 @@
 """`context-diffusion view`: report.html's page over all rows of an OUTPUT, from a server for this machine alone.
 
 /                               the page, its figures counted anew: a job that runs is seen to grow
-/rows?text=&status=&sort=...    a page of rows (index.Question)
+/rows?text=&status=&sort=...    a page of rows (question.py)
 /row?id=&index=                 one row, for links
 /picture/PART/NUMBER/NAME       of a row by its place; NAME: whole, made, query, or a context's number
 """
@@ -28,8 +28,9 @@ from starlette.routing import Route
 from context_diffusion.errors import ContextDiffusionError, JobError, RowError
 from context_diffusion.output import Output
 from context_diffusion.report.cards import CONTEXTS, card
-from context_diffusion.report.index import Index, Question
+from context_diffusion.report.index import Index
 from context_diffusion.report.page import render
+from context_diffusion.report.question import Question
 from context_diffusion.report.shelf import Shelf
 from context_diffusion.report.survey import Place
 from context_diffusion.schema import CONTEXT, QUERY
@@ -42,8 +43,8 @@ TYPES = {field.name: {"str": str, "float": float, "int": int}[str(field.type)] f
 class Viewer:
     """What is answered, of one OUTPUT. Starlette calls it from several threads."""
 
-    def __init__(self, output: Output) -> None:
-        self.output, self.index, self.shelf = output, Index(output), Shelf(output)
+    def __init__(self, output: Output, tell: Callable[[str], None] = lambda _: None) -> None:
+        self.output, self.index, self.shelf = output, Index(output, tell), Shelf(output)
 
     def page(self, _: Request) -> Response:
         self.index.refresh()
@@ -131,7 +132,7 @@ def serve(output: Output, port: int, tell: Callable[[str], None]) -> str:
         raise JobError(f"--port {port}: {error.strerror}; choose another, 0 takes any that is free") from None
     url = f"http://{HOST}:{listening.getsockname()[1]}/"
     tell(f"reading {output.root}/data")
-    viewer = Viewer(output)
+    viewer = Viewer(output, tell)
     tell(f"{url} shows {output.root}; Ctrl-C ends it")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
