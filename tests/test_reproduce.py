@@ -124,7 +124,8 @@ def test_without_metadata_the_row_of_output_says_it(tmp_path: Path, base: str) -
     path = run(tmp_path, base, 1, metadata=False)[1]
     assert read_metadata(path.read_bytes()) == {}
     assert b"trainedAlgorithmicMedia" not in path.read_bytes()
-    found = again(path)  # 1.1, which the Parquet row holds as float32
+    assert find(str(path)).told["guidance_scale"] == 1.1  # which the Parquet row holds as float32
+    found = again(path)
     assert (found.identical, found.metadata) == (True, {})
     (alone := tmp_path / "copy.png").write_bytes(path.read_bytes())
     with pytest.raises(JobError, match="metadata: false"):
