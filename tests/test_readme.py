@@ -145,10 +145,8 @@ def test_the_job_file_is_a_job() -> None:
 
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import matplotlib
-    import torch
 
     matplotlib.use("Agg")
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # two that wait for each other crawl beside other tests
     from inputs import write_pictures
 
     write_pictures(tmp_path, 3)

@@ -113,7 +113,9 @@ def run(
             LOG.tell("finished", **summaries[-1])
         if summaries[-1]["exit"] not in FINISHED:
             break
-    code = max(summary["exit"] for summary in summaries) if summaries[-1]["exit"] in FINISHED else summaries[-1]["exit"]
+    code = summaries[-1]["exit"]
+    if code in FINISHED:
+        code = max(summary["exit"] for summary in summaries)
     print_summary({**summaries[-1], **({"jobs": summaries} if len(jobs) > 1 else {}), "exit": code})
     raise typer.Exit(code)
 
