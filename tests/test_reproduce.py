@@ -198,7 +198,7 @@ def test_other_weights_are_told(tmp_path: Path, base: str) -> None:
         ({"query": 7}, "query: Input should be a valid string, got '7'"),
         ({"context": "picture-1.png"}, "context: Input should be a valid list"),
         ({"versions": ["torch"]}, "versions"),
-        ({"cpu_threads": 10**9}, "cpu_threads"),
+        ({"fit": "squeeze"}, "fit"),
         ({"model": "../../elsewhere@0"}, "--model '../../elsewhere'"),
         ({"query": "/etc/hostname"}, "forbidden_uri"),
         ({"query": "http://169.254.169.254/latest"}, "forbidden_uri"),
