@@ -32,7 +32,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def watched(folder: Path) -> Progress:
     """Progress over two real shards, one row of them failed."""
     heard: list[dict[str, Any]] = []
-    make(folder, 8, {5: {"scheduler": PROMPT}}, heard, rows_per_part=4)
+    make(folder, 8, {5: {"scheduler": PROMPT}}, written=heard, rows_per_part=4)
     with Progress(10, Counts(rows=2, ok=2, images=2), "/logs/of/ray") as shown:
         for one in heard:
             shown.add(one)

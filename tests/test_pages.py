@@ -51,7 +51,8 @@ def commands(text: str) -> list[list[str]]:
     """The arguments of each `context-diffusion` line of a page, its words filled in."""
     lines = re.findall(r"^ {4}context-diffusion (.*?)(?:\s+#.*)?$", text, flags=re.M)
     lines += re.findall(r"`context-diffusion ([a-z][^`]*)`", text)
-    return [[WORDS.get(word, word) for word in shlex.split(line)] for line in lines]
+    asked = [[WORDS.get(word, word) for word in shlex.split(line)] for line in lines]
+    return [arguments for arguments in asked if not arguments[0].startswith("-")]  # typer's own, --install-completion
 
 
 LINES = [(page, arguments) for page, text in texts() for arguments in commands(text)]

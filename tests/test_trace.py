@@ -50,7 +50,7 @@ def attributes(values: Any) -> dict[str, Any]:
 
 def test_a_run_is_a_span_with_its_shards_and_their_stages_in_it(tmp_path: Path, collector: list[tuple[str, Any]]) -> None:
     heard: list[dict[str, Any]] = []
-    make(tmp_path, 8, {5: {"scheduler": "magic"}}, heard, rows_per_part=4)
+    make(tmp_path, 8, {5: {"scheduler": "magic"}}, written=heard, rows_per_part=4)
     with Trace("/out") as trace:
         for one in heard:
             trace.add(one)

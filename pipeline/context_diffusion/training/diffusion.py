@@ -103,7 +103,8 @@ class Run:
         torch.manual_seed(job.seed + 1)
         self.heads = AuxiliaryHeads(model.unet.config.cross_attention_dim, len(TEXTURES)).to(model.device)
         self.optimizer = Optimizer(self.modules, self.heads, job.diffusion, self.workers)
-        self.alphas = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod.to(model.device)
+        self.schedule = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod  # timesteps are drawn on the CPU
+        self.alphas = self.schedule.to(model.device)
         self.step, spent = 0, 0.0
         state = load_checkpoint(self.path)
         if state is not None:
@@ -164,9 +165,9 @@ class Run:
         model, device = self.model, self.model.device
         if crop:
             samples = cropped(samples, rows, size, generator)
-        told = samples.drafts.flatten(1).any(1) & model.drafts
-        times = rest_timesteps(size, self.alphas.cpu(), REST, generator), spread_timesteps(size, len(self.alphas), generator)
-        timesteps = torch.where(told, times[0][rows], times[1][rows]).to(device)
+        told = samples.drafts.flatten(1).any(1).to(device) & model.drafts
+        times = rest_timesteps(size, self.schedule, REST, generator), spread_timesteps(size, len(self.alphas), generator)
+        timesteps = torch.where(told, *(part[rows].to(device) for part in times))
         noise = torch.randn(size, *samples.latents.shape[1:], generator=generator)[rows].to(device)
         alphas = self.alphas[timesteps]
         noisy, target = noised(samples.latents.float(), noise, alphas)
@@ -182,7 +183,7 @@ class Run:
             hidden, bias = model.fuse(text, mask, slots, shown.float())
             down, mid = model.control(noisy, timesteps, samples.controls.float())
             output = model.predict(noisy, timesteps, hidden, bias, down, mid, drawn)
-        loss = v_loss(output, target, alphas, self.job.diffusion.min_snr, told.to(device), REST)
+        loss = v_loss(output, target, alphas, self.job.diffusion.min_snr, told, REST)
         if (hints := samples.hints) is None or not self.job.diffusion.auxiliary:
             return loss
         # Each row counts alike, whatever the number of its contexts.
