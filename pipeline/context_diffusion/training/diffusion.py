@@ -166,8 +166,8 @@ class Run:
         if crop:
             samples = cropped(samples, rows, size, generator)
         told = samples.drafts.flatten(1).any(1).to(device) & model.drafts
-        times = rest_timesteps(size, self.schedule, REST, generator), spread_timesteps(size, len(self.alphas), generator)
-        timesteps = torch.where(told, *(part[rows].to(device) for part in times))
+        ours = rest_timesteps(size, self.schedule, REST, generator)[rows].to(device)
+        timesteps = torch.where(told, ours, spread_timesteps(size, len(self.alphas), generator)[rows].to(device))
         noise = torch.randn(size, *samples.latents.shape[1:], generator=generator)[rows].to(device)
         alphas = self.alphas[timesteps]
         noisy, target = noised(samples.latents.float(), noise, alphas)
