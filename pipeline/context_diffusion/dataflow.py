@@ -20,7 +20,7 @@ from ray.data.datasource import ReadTask
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ClusterError
 from context_diffusion.ledger import GuardedEngine, Ledger
-from context_diffusion.metrics import Metrics, watch_engine
+from context_diffusion.metrics import EngineMetrics, Metrics
 from context_diffusion.stages import Engine, LoadImages, ReadShard, Watched, generate
 from context_diffusion.storage import normal
 from context_diffusion.writing import WriteShard
@@ -122,11 +122,14 @@ class Generate:
         self.job = job
         engine = make_engine(job, _end_process)
         self.guarded = GuardedEngine(engine, _LedgerProxy(ledger), job)
-        if isinstance(engine, Watched):
-            watch_engine(engine.stats, normal(job.output), ray.get_runtime_context().get_actor_id()[:8])
+        own = ray.get_runtime_context().get_actor_id()[:8]
+        self.metrics = EngineMetrics(engine.stats, normal(job.output), own) if isinstance(engine, Watched) else None
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return generate(table, self.guarded, self.job)
+        made = generate(table, self.guarded, self.job)
+        if self.metrics:
+            self.metrics.look()  # its own looks may be further apart than a short job is long
+        return made
 
 
 def _end_process(error: BaseException) -> None:

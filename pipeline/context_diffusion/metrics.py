@@ -112,19 +112,23 @@ class RunMetrics(Metrics):
             self.count(name, counts[name])
 
 
-def watch_engine(stats: Callable[[], EngineStats], output: str, engine: str) -> None:
-    """Looks at an engine as long as the process lives."""
-    metrics = Metrics("engine_rows", "cache_hits", "cache_misses", "gpu_memory_bytes", output=output, engine=engine)
-    told = collections.Counter[tuple[str, str]]()
+class EngineMetrics(Metrics):
+    """An engine's, looked at as long as the process lives. engine: its label."""
 
-    def look() -> None:
-        now = stats()
-        metrics.set("engine_rows", now.rows)
-        if now.gpu_bytes is not None:
-            metrics.set("gpu_memory_bytes", now.gpu_bytes)
-        for name, counted in (("cache_hits", now.hits), ("cache_misses", now.misses)):
-            for kind, count in counted.items():
-                metrics.count(name, count - told[name, kind], kind=kind)
-                told[name, kind] = count
+    def __init__(self, stats: Callable[[], EngineStats], output: str, engine: str) -> None:
+        super().__init__("engine_rows", "cache_hits", "cache_misses", "gpu_memory_bytes", output=output, engine=engine)
+        self.stats, self._told = stats, collections.Counter[tuple[str, str]]()
+        self._looking = threading.Lock()
+        _repeat(self.look, threading.Event())
 
-    _repeat(look, threading.Event())
+    def look(self) -> None:
+        """May be called from any thread."""
+        with self._looking:
+            now = self.stats()
+            self.set("engine_rows", now.rows)
+            if now.gpu_bytes is not None:
+                self.set("gpu_memory_bytes", now.gpu_bytes)
+            for name, counted in (("cache_hits", now.hits), ("cache_misses", now.misses)):
+                for kind, count in counted.items():
+                    self.count(name, count - self._told[name, kind], kind=kind)
+                    self._told[name, kind] = count
