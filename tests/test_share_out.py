@@ -52,7 +52,7 @@ def test_what_is_given_out_fits_or_is_refused(cpus: int, gpus: int, actors: int 
     try:
         found = shares(cpus, gpus, actors=actors)
     except ClusterError:
-        assert actors or cpus < 2
+        assert actors or cpus < 2 or gpus > 12 * cpus  # an engine has a twentieth of a CPU at least
         return
     assert found.least * found.engine_cpus + found.load_cpus + 2 * TASK_CPUS <= cpus + 0.05
     assert found.least * found.engine_gpus <= gpus
