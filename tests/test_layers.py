@@ -67,7 +67,7 @@ LAYERS = [
     {"evaluation.pairs", "evaluation.controls", "evaluation.reference", "evaluation.compare", "evaluation.run"},
     {"dataflow", "metrics", "ray_session", "ray_train", "warming"},
     {"driver", "child", "supervise"},
-    {"terminal", "cli_setup", "cli_pictures", "cli", "__main__"},
+    {"terminal", "cli_setup", "cli_pictures", "cli_cluster", "cli_output", "cli", "__main__"},
 ]
 
 

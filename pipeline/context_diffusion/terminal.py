@@ -10,7 +10,7 @@ from rich.console import Console
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import JobError
-from context_diffusion.log import LOG
+from context_diffusion.log import LOG, LogFormat
 from context_diffusion.strict import StrictModel
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
@@ -20,6 +20,13 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7; 2.seed=7 in the second job"),
 ]
+Folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="the output folder of a job")]
+Address = Annotated[str | None, typer.Option(help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS")]
+RetryFailed = Annotated[bool, typer.Option(help="make the rows that failed anew")]
+Extend = Annotated[bool, typer.Option(help="the manifest has grown at its end: make what is new")]
+AcceptChange = Annotated[bool, typer.Option(help="go on with other versions of torch or diffusers")]
+Grace = Annotated[float, typer.Option(min=0, help="seconds after SIGTERM in which the shards that were begun may end")]
+LogFormats = Annotated[LogFormat, typer.Option(help="of stderr: lines for people, or a JSON object a line")]
 
 
 def print_summary(summary: dict[str, Any]) -> None:

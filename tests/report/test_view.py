@@ -218,7 +218,7 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
 
 
 def test_a_missing_extra_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from context_diffusion.cli import view
+    from context_diffusion.cli_output import view
 
     loaded = ("context_diffusion.report.serving", "context_diffusion.report.index", "starlette")
     for missing in ("duckdb", "uvicorn", "starlette"):
