@@ -162,7 +162,7 @@ def run_flow(
         num_cpus=shares.load_cpus,
         compute=TaskPoolStrategy(shares.loads),
     )
-    made = loaded.map_batches(
+    made = loaded.map_batches_internal(  # map_batches refuses GPUs without a batch_size, and a batch is a shard here
         Generate,
         fn_constructor_args=(job, make_engine, ledger),
         compute=ActorPoolStrategy(

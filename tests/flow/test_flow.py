@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ray.cluster_utils import Cluster
 
 from driving import drive, end, start, wait_for_parts
 from independent import plan_rows, read_output
@@ -41,6 +42,23 @@ def test_200_rows_complete_on_any_cluster(tmp_path: Path, cluster: dict[str, Any
     again = drive(job)
     assert (again["exit"], again["skipped"]) == (0, 200)
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before, "a rerun touched what was done"
+
+
+def test_engines_share_the_gpus_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logical one: Ray Data has rules of its own for actors that hold GPUs."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    node = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 2**28}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # its workers import fakes.py
+        cluster = Cluster(initialize_head=True, head_node_args=node)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    try:
+        for number, shares in enumerate(({}, {"gpus_per_actor": 0.5})):
+            out = tmp_path / f"out-{number}"
+            assert drive(job_values(write_manifest(tmp_path / "in", 24), out, cluster=shares))["exit"] == 0
+            check_whole(out, 24)
+    finally:
+        cluster.shutdown()
 
 
 def test_a_cluster_too_small_is_told_at_the_start(tmp_path: Path) -> None:
