@@ -195,6 +195,8 @@ def _configure(job: GenerateJob) -> None:
     context = DataContext.get_current()
     context.target_max_block_size = None  # a shard's block is never split
     context.execution_no_progress_timeout_s = job.cluster.no_progress_timeout_s
+    # The pool grows when its engines have more shards than they work at; of Ray's own 1.75 ours would never have so many.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1 + 0.5 / job.cluster.shards_per_actor
     context.raise_original_map_exception = True  # else the cause of a stage's error is lost on the way to the driver
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -52,7 +52,7 @@ def engines(cluster: Cluster) -> list[dict[str, Any]]:
 def test_engines_wait_for_gpus_of_their_kind_grow_with_them_and_leave_a_node_that_is_taken_away(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    pool = {"actors": [1, 2], "gpus_per_actor": 1, "accelerator_type": "L4", "shards_per_actor": 1}
+    pool = {"actors": [1, 2], "gpus_per_actor": 1, "accelerator_type": "L4"}
     job = write_job(tmp_path, 300, rows_per_part=2, cluster=pool, settings={"num_inference_steps": 8})
     parts = tmp_path / "out" / "data"
     code, told, log = call(cluster, "submit", job)
