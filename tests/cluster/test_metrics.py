@@ -129,7 +129,7 @@ def test_every_name_that_is_asked_for_is_there_and_the_counts_are_the_jobs(watch
     summary = json.loads((out / "summary.json").read_text())
     used, paid = seen.sums("used_lane_steps")[str(out)], seen.sums("paid_lane_steps")[str(out)]
     assert used / paid == pytest.approx(summary["occupancy"], abs=1e-3)
-    assert seen.least[exported("rows_left")] < 16
+    assert 0 <= seen.least[exported("rows_left")] <= 16  # a job so short may end before it is told again
     assert {"context", "text"} <= set(seen.sums("cache_misses", "kind"))
     assert set(seen.sums("cache_hits")) == {str(out)}
 
