@@ -38,7 +38,7 @@ lint: install ## ruff, a strict type check, no dead code
 	$(BIN)/vulture
 
 test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not ray and not slow and not gpu' --cov --cov-fail-under=80
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not ray and not slow and not gpu' --cov --cov-fail-under=88
 	$(BIN)/pytest -m 'ray and not slow and not gpu'
 
 .venv/full: .venv/installed
