@@ -86,16 +86,16 @@ class Calls:
         controlled = [row for row, slot in enumerate(slots) if slot.controlled]
         for rows, with_control in ((list(range(len(slots))), False), (controlled, True)):
 
-            def share(part: list[int], with_control: bool = with_control) -> Conditions:
+            def share(part: list[int], with_control: bool = with_control) -> list[Conditions]:
                 padded = [slots[row] for row in _padded(part, self.shape.control)]
                 control = stack([slot.encoded.control or {} for slot in padded], ("",)) if with_control else None
                 latents, times = self._inputs(padded)
                 key = ("share", (1, *latents.shape[1:]), with_control)
-                return self.operations.call(key, lambda: self.backbone.share(latents, times, control))
+                made = self.operations.call(key, lambda: self.backbone.share(latents, times, control))
+                return [{name: value[place : place + 1] for name, value in made.items()} for place in range(len(part))]
 
-            for number, made in enumerate(self._each(share, rows, self.shape.control)):
-                for place, row in enumerate(rows[number * self.shape.control :][: self.shape.control]):
-                    found[row] |= {name: value[place : place + 1] for name, value in made.items()}
+            for row, made in zip(rows, chain.from_iterable(self._each(share, rows, self.shape.control)), strict=True):
+                found[row] |= made
         return found
 
     def _control(self, slots: list[Slot], shared: list[Conditions]) -> Residuals:
