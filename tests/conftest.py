@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 STARTED = time.monotonic()
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; without a network each try would wait half a minute
 # The order of `make test-full`: what no other test covers comes first. (pytest sorts overlapping paths its own way.)
 ORDER = ("store", "report", "flow", "cluster", "infra")
 

@@ -94,7 +94,12 @@ def test_weights_are_fetched_once_for_two_nodes_and_then_by_no_engine(cluster: C
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump(values))
     with hub_of(tmp_path / "hub") as (endpoint, fetched):
-        variables = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        variables = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
         jobs, lines = RayJobs(cluster.dashboard, TOKEN), list[str]()
         jobs.submit("warm-1", f"python -m context_diffusion warm {job} --address auto", {"env_vars": variables})
         assert jobs.follow("warm-1", lines.append) == 0, lines

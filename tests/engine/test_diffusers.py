@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -49,15 +50,12 @@ def row(number: int, **own: Any) -> Request:
 
 def reference(model: Model, one: Request, xl: bool) -> tuple[torch.Tensor, Pixels]:
     """By diffusers alone: its pipeline for that kind of row, its scheduler, one call. -> latents and picture."""
-    pipe = pipeline_of(tuple(model["controlnet"]) if one.controls else (), model["base"], xl, one.settings.strength is not None)
     settings = one.settings
+    pipe = pipeline_of(json.dumps(model), xl, bool(one.controls), settings.strength is not None)
     if "ip_adapter" in model:
-        pipe.image_encoder = CLIPVisionModelWithProjection.from_pretrained(model["image_encoder"])
-        pipe.feature_extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-        pipe.load_ip_adapter(model["ip_adapter"], "", model["ip_adapter_weight_name"], image_encoder_folder=None)
         pipe.set_ip_adapter_scale(settings.context_scale)
     name, own = REFERENCES[settings.scheduler]
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config, **own)
+    pipe.scheduler = getattr(diffusers, name).from_pretrained(model["base"], subfolder="scheduler", **own)
     told: dict[str, Any] = {"prompt": one.prompt or "", "negative_prompt": one.negative_prompt}
     if xl and one.prompt is None and one.negative_prompt is None:  # no text at all: what the pipeline has for it
         told = {"prompt_embeds": torch.zeros(1, 77, 64), "pooled_prompt_embeds": torch.zeros(1, 32)}
@@ -86,12 +84,17 @@ def reference(model: Model, one: Request, xl: bool) -> tuple[torch.Tensor, Pixel
     return latents, np.asarray(pipe.image_processor.postprocess(decoded, output_type="pil")[0])
 
 
-def pipeline_of(controlnets: tuple[str, ...], base: str, xl: bool, from_image: bool) -> Any:
-    name = "StableDiffusion" + ("XL" if xl else "") + ("ControlNet" if controlnets else "") + ("Img2Img" if from_image else "")
-    kind = getattr(diffusers, f"{name}Pipeline")
-    nets = [diffusers.ControlNetModel.from_pretrained(net) for net in controlnets]
+@cache
+def pipeline_of(parts: str, xl: bool, controlled: bool, from_image: bool) -> Any:
+    model: Model = json.loads(parts)
+    name = "StableDiffusion" + ("XL" if xl else "") + ("ControlNet" if controlled else "") + ("Img2Img" if from_image else "")
+    nets = [diffusers.ControlNetModel.from_pretrained(net) for net in model["controlnet"]] if controlled else []
     own = {"controlnet": nets} if nets else {}
-    pipe = kind.from_pretrained(base, use_safetensors=True, **own)
+    pipe = getattr(diffusers, f"{name}Pipeline").from_pretrained(model["base"], use_safetensors=True, **own)
+    if "ip_adapter" in model:
+        pipe.image_encoder = CLIPVisionModelWithProjection.from_pretrained(model["image_encoder"])
+        pipe.feature_extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        pipe.load_ip_adapter(model["ip_adapter"], "", model["ip_adapter_weight_name"], image_encoder_folder=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -56,6 +56,14 @@ class StableBackbone:
         self.control_reads: tuple[str, ...] = ("net", *both)
         self.shares = bool(self.start.given)
 
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_out.weight.device  # diffusers' own property goes through all weights: over 1 ms
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_out.weight.dtype
+
     def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
         contexts = self._contexts(request, cache)
         lanes, keys, truncated = [], [], False
@@ -100,7 +108,7 @@ class StableBackbone:
         if not self.model.xl:
             return {}
         height, width = request.query.shape[:2]
-        return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], device=self.unet.device, dtype=self.unet.dtype)}
+        return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)}
 
     def _control(self, request: Request, cache: Cache) -> Conditions | None:
         if not request.controls:
@@ -112,15 +120,15 @@ class StableBackbone:
         return found
 
     def _map(self, n: int, control: Control) -> Tensor:
-        return self.map_embeddings[n]((to_tensor(control.pixels).to(self.unet.device) / 255).to(self.unet.dtype))
+        return self.map_embeddings[n]((to_tensor(control.pixels).to(self.device) / 255).to(self.dtype))
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
-        pixels = to_tensor(request.query).to(self.unet.device) / 255 * 2 - 1
+        pixels = to_tensor(request.query).to(self.device) / 255 * 2 - 1
         latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample(generator)
         return (latents * self.vae.config.scaling_factor).float()
 
     def share(self, latents: Tensor, timesteps: Tensor, control: Conditions | None) -> Conditions:
-        latents = latents.to(self.unet.dtype)
+        latents = latents.to(self.dtype)
         if control is None:
             return self.start.make(latents, timesteps)
         found: Conditions = {}
@@ -133,7 +141,7 @@ class StableBackbone:
         for n, (net, start) in enumerate(zip(self.controlnets, self.control_starts, strict=True)):
             start.use(lanes)
             down, mid = net(
-                latents.to(self.unet.dtype),
+                latents.to(self.dtype),
                 timesteps,
                 encoder_hidden_states=None,
                 controlnet_cond=control[f"map{n}"],
@@ -149,7 +157,7 @@ class StableBackbone:
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
         self.start.use(lanes)
         output = self.unet(
-            latents.to(self.unet.dtype),
+            latents.to(self.dtype),
             timesteps,
             encoder_hidden_states=None,
             added_cond_kwargs=_added(lanes),
