@@ -117,13 +117,10 @@ def test_a_run_from_validate_to_verify(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "victim", "code"),
-    [
-        (signal.SIGTERM, "supervisor", 143),
-        pytest.param(signal.SIGINT, "supervisor", 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, "driver", 75, marks=pytest.mark.slow),
-    ],
+    [(signal.SIGTERM, "supervisor", 143), (signal.SIGINT, "supervisor", 130), (signal.SIGKILL, "driver", 75)],
 )
 def test_a_stopped_run_says_so_leaves_no_process_and_goes_on(tmp_path: Path, number: int, victim: str, code: int) -> None:
     job = write_job(tmp_path, 60, settings={"num_inference_steps": 30}, rows_per_part=4)

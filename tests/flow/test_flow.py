@@ -75,6 +75,7 @@ def test_an_engine_that_cannot_start_ends_the_job_with_its_reason(tmp_path: Path
     assert "the device of this test does not exist" in summary["error"]
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_nothing_and_touches_nothing_that_is_done(tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = job_values(write_manifest(tmp_path / "in", 200), out, rows_per_part=10)
