@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from context_diffusion import nightly
 from context_diffusion.cli import app
 from context_diffusion.closing import close
 from context_diffusion.config import GenerateJob
@@ -127,3 +128,26 @@ def test_nothing_starts_where_one_of_them_is_wrong(tmp_path: Path) -> None:
     assert isinstance(done.exception, ConfigError)
     assert "job 2: " in str(done.exception)
     assert not (tmp_path / "scores-1").exists()
+
+
+def test_a_night_of_two_jobs_has_its_day_in_both(tmp_path: Path) -> None:
+    path = tmp_path / "night.yaml"
+    path.write_text("kind: generate\noutput: out/{day}\n---\nkind: evaluate\noutput: scores/{day}\n---\n")
+    both = nightly.job_of("2026-11-27", path)
+    assert isinstance(both, list)
+    assert [job["output"] for job in both] == ["out/2026-11-27", "scores/2026-11-27"]
+    path.write_text("kind: generate\noutput: out/{day}\n")
+    assert nightly.job_of("2026-11-27", path) == {"kind": "generate", "output": "out/2026-11-27"}
+
+
+def test_the_nights_command_names_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    job = tmp_path / "night.yaml"
+    job.write_text("kind: generate\n")
+    assert nightly.main(["run", str(job)]) == 2
+    assert "set RAY_API_SERVER_ADDRESS" in capsys.readouterr().err
+    assert nightly.main(["ready", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err

@@ -8,6 +8,7 @@ CONTEXT_DIFFUSION_JOB, a job file with {day} in it (default: ../nightly.yaml). A
 
 from __future__ import annotations
 
+import signal
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def context_diffusion_nightly() -> None:
 
     @task(retries=5, retry_delay=timedelta(minutes=1), execution_timeout=timedelta(hours=12))
     def images(ds: str) -> dict[str, Any]:
+        signal.signal(
+            signal.SIGTERM, nightly.interrupted
+        )  # a task that is stopped stops the Ray job: Airflow's on_kill would not
         try:
             return nightly.run(RayJobs.known(), nightly.job_of(ds, JOB))
         except nightly.WrongJobError as error:

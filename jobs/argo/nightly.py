@@ -1,9 +1,9 @@
-"""Argo Workflows: writes the CronWorkflow that validates the night's job, submits it to a Ray cluster and follows it.
+"""Argo Workflows: writes the CronWorkflow that waits for the night's manifest, runs the job on a Ray cluster and checks it.
 
     python jobs/argo/nightly.py > nightly.yaml && kubectl apply -f nightly.yaml     # needs `pip install hera`
 
-The job file lies in the ConfigMap of infra/kuberay/common; `max_failed: 1%` in it is the threshold. Exit 3 is success,
-75, 143 and 1 are tried again and resume, 2 and 4 are not.
+The job file lies in the ConfigMap of infra/kuberay/common, {day} in it is the day of the workflow. 75, 143 and 1 are tried
+again and resume, 2 is not; a workflow that is stopped stops the Ray job.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from hera.workflows import Container, CronWorkflow, Steps, models
 
 IMAGE = "registry.example.com/context-diffusion:cpu"
 JOB = "/etc/context-diffusion/job.yaml"
+DAY = "{{workflow.creationTimestamp.Y}}-{{workflow.creationTimestamp.m}}-{{workflow.creationTimestamp.d}}"
 CLUSTER = "http://context-diffusion-head-svc:8265"
 
 
-def step(name: str, command: str, retry: models.RetryStrategy) -> Container:
+def step(name: str, words: list[str], retry: models.RetryStrategy) -> Container:
     return Container(
         name=name,
         image=IMAGE,
-        command=["/bin/sh", "-c"],
-        args=[command],
+        command=["python", "-m", "context_diffusion.nightly"],
+        args=[*words, "--day", DAY],
         env=[
             models.EnvVar(name="RAY_API_SERVER_ADDRESS", value=CLUSTER),
             models.EnvVar(
@@ -38,8 +39,9 @@ def step(name: str, command: str, retry: models.RetryStrategy) -> Container:
 
 def workflow() -> CronWorkflow:
     """The night's steps, once at two o'clock."""
-    waiting = models.RetryStrategy(limit="72", backoff=models.Backoff(duration="300"))
-    resuming = models.RetryStrategy(limit="5", expression="!(asInt(lastRetry.exitCode) in [2, 4])")
+    again = "asInt(lastRetry.exitCode) != 2"
+    waiting = models.RetryStrategy(limit="72", backoff=models.Backoff(duration="300"), expression=again)
+    resuming = models.RetryStrategy(limit="5", expression=again)
     with CronWorkflow(
         name="context-diffusion-nightly",
         schedules=["0 2 * * *"],
@@ -48,9 +50,8 @@ def workflow() -> CronWorkflow:
         entrypoint="night",
         volumes=[models.Volume(name="job", config_map=models.ConfigMapVolumeSource(name="context-diffusion-job"))],
     ) as made:
-        ready = step("manifest", f"context-diffusion validate {JOB}", waiting)
-        run = f"context-diffusion submit {JOB} --wait; code=$?; test $code -eq 3 && exit 0; exit $code"
-        images = step("images", run, resuming)
+        ready = step("manifest", ["ready", JOB], waiting)
+        images = step("images", ["run", JOB, "--max-failed-share", "0.01"], resuming)
         with Steps(name="night"):
             ready(name="manifest")
             images(name="images")

@@ -1,22 +1,30 @@
 """A night's job step by step, as each orchestrator calls it: wait for the manifest, submit, follow, check.
 
+    python -m context_diffusion.nightly ready jobs/nightly.yaml --day 2026-11-27     # 75 while there is no manifest
+    python -m context_diffusion.nightly run jobs/nightly.yaml --day 2026-11-27 --max-failed-share 0.01
+
+RAY_API_SERVER_ADDRESS and RAY_AUTH_TOKEN name the cluster. SIGTERM stops the Ray job; the same command resumes it.
 The standard library, PyYAML and ray_jobs.py alone: `pip install --no-deps context-diffusion`, or both files beside the
 DAG's.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
+import signal
+import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from context_diffusion.ray_jobs import RayJobs, RayJobsError, last_line, submit
+from context_diffusion.ray_jobs import EXIT_LOST, EXIT_STOPPED, EXIT_WRONG, RayJobs, RayJobsError, last_line, submit
 
-Job = dict[str, Any]
+Job = dict[str, Any] | list[dict[str, Any]]  # a job file's values, or those of its several jobs
 FINISHED = (0, 3)
 WRONG = (2, 4)  # the job, or its inputs: another try would end alike
 
@@ -24,13 +32,22 @@ WRONG = (2, 4)  # the job, or its inputs: another try would end alike
 class WrongJobError(Exception):
     """No retry mends it."""
 
+    exit_code = EXIT_WRONG
+
 
 class BrokenOffError(Exception):
     """A retry resumes it."""
 
+    exit_code = EXIT_LOST
 
-class NotReadyError(Exception):
+
+class NotReadyError(BrokenOffError):
     """The manifest is not there yet."""
+
+
+def interrupted(*_: object) -> NoReturn:
+    """A signal's handler, where the orchestrator's own does not reach `run`."""
+    raise SystemExit(EXIT_STOPPED)
 
 
 def of_day(job: Job, day: str) -> Job:
@@ -40,11 +57,15 @@ def of_day(job: Job, day: str) -> Job:
 
 
 def job_of(day: str, default: Path) -> Job:
-    """The job file that CONTEXT_DIFFUSION_JOB names, of that day."""
+    """The job file that CONTEXT_DIFFUSION_JOB names, of that day. Raises WrongJobError where it cannot be read."""
     import yaml
 
-    job: Job = yaml.safe_load(Path(os.environ.get("CONTEXT_DIFFUSION_JOB") or default).read_text())
-    return of_day(job, day)
+    path = Path(os.environ.get("CONTEXT_DIFFUSION_JOB") or default)
+    try:
+        jobs: list[Any] = [one for one in yaml.safe_load_all(path.read_text()) if one is not None]
+    except (OSError, yaml.YAMLError) as error:
+        raise WrongJobError(f"{path} is no job file that can be read: {error}") from None
+    return of_day(jobs[0] if len(jobs) == 1 else jobs, day)
 
 
 def check_ready(jobs: RayJobs, job: Job, sample: int = 8) -> dict[str, Any]:
@@ -89,3 +110,30 @@ def check(summary: dict[str, Any], max_failed_share: float = 0.01) -> str:
         told = f"{summary['failed']} of {summary['rows']} rows failed, {share:.1%}; allowed are {max_failed_share:.1%}"
         raise WrongJobError(f"{summary['output']}: {told}: see its report.html")
     return str(summary["output"])
+
+
+def main(words: list[str]) -> int:
+    """The command. -> its exit code: 2 no retry mends it, 75 a retry resumes it."""
+    parser = argparse.ArgumentParser("python -m context_diffusion.nightly", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("step", choices=("ready", "run"))
+    parser.add_argument("job", type=Path, metavar="JOB")
+    parser.add_argument("--day", default=datetime.now(UTC).date().isoformat(), help="what {day} stands for; default: today, UTC")
+    parser.add_argument(
+        "--max-failed-share", type=float, default=0.01, help="more failed rows are an error; default: %(default)s"
+    )
+    told = parser.parse_args(words)
+    signal.signal(signal.SIGTERM, interrupted)
+    try:
+        jobs, job = RayJobs.known(), job_of(told.day, told.job)
+        if told.step == "ready":
+            print(json.dumps(check_ready(jobs, job)))
+        else:
+            print(check(run(jobs, job, lambda line: print(line, file=sys.stderr)), told.max_failed_share))
+    except (WrongJobError, BrokenOffError, RayJobsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import venv
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from cluster.conftest import Cluster
+from cluster.conftest import TOKEN, Cluster
 from cluster.test_submit import write_job
+from context_diffusion.ray_jobs import RayJobs
 from independent import read_output
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -81,9 +86,9 @@ def environment(cluster: Cluster, folder: Path) -> dict[str, str]:
     }
 
 
-def write_night(folder: Path, rows: int, bad: int) -> Path:
+def write_night(folder: Path, rows: int, bad: int, **more: Any) -> Path:
     """A night's job whose first `bad` rows fail. -> its OUTPUT."""
-    write_job(folder / DAY, rows, {number: {"scheduler": "magic"} for number in range(bad)})
+    write_job(folder / DAY, rows, {number: {"scheduler": "magic"} for number in range(bad)}, **more)
     values = (folder / DAY / "job.yaml").read_text().replace(DAY, "{day}")
     (folder / "nightly.yaml").write_text(values.replace("{day}/model", f"{DAY}/model"))
     return folder / DAY / "out"
@@ -108,6 +113,43 @@ def test_a_night_by_each_orchestrator(name: str, bad: int, passes: bool, cluster
         assert "2 of 6 rows failed" in done.stdout + done.stderr, log
 
 
+def wait_until(true: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+@pytest.mark.parametrize("name", [*RUNS, "command"])
+def test_who_stops_the_night_stops_its_ray_job(name: str, cluster: Cluster, tmp_path: Path) -> None:
+    """By the signal that the orchestrator's cancellation sends to a task's process, then by the kill that follows it."""
+    out, settings = (
+        write_night(tmp_path, 200, 0, rows_per_part=2, settings={"num_inference_steps": 50}),
+        environment(cluster, tmp_path),
+    )
+    if name == "command":
+        command = [sys.executable, "-m", "context_diffusion.nightly", "run", str(tmp_path / "nightly.yaml"), "--day", DAY]
+    else:
+        python, (file, code) = python_of(name), RUNS[name]
+        command = [python, "-c", LOAD + code, str(ROOT / "jobs" / file)]
+        if name == "airflow":
+            subprocess.run([python, "-m", "airflow", "db", "migrate"], env=settings, check=True, capture_output=True)
+    jobs = RayJobs(cluster.dashboard, TOKEN)
+    with (tmp_path / "log").open("w") as log:
+        night = subprocess.Popen(command, env=settings, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: list(out.glob("data/*")) or night.poll() is not None)
+        [job] = [job for job in jobs.list("out-") if job["status"] == "RUNNING"]
+        night.send_signal(signal.SIGINT if name == "dagster" else signal.SIGTERM)
+        wait_until(lambda: (jobs.get(job["submission_id"]) or {}).get("status") == "STOPPED", 60)
+    finally:
+        night.kill()
+        night.wait()
+        print((tmp_path / "log").read_text()[-5000:])
+    assert not (out / "_SUCCESS").exists()
+    assert list(out.glob("data/*")), "what was made is kept"
+
+
 def test_argos_steps_are_commands_that_work(cluster: Cluster, tmp_path: Path) -> None:
     made = subprocess.run(
         [python_of("argo"), str(ROOT / "jobs" / "argo" / "nightly.py")], check=True, capture_output=True, text=True
@@ -117,15 +159,31 @@ def test_argos_steps_are_commands_that_work(cluster: Cluster, tmp_path: Path) ->
     templates = {template["name"]: template for template in workflow["spec"]["workflowSpec"]["templates"]}
     assert [step[0]["template"] for step in templates["night"]["steps"]] == ["manifest", "images"]
     out = write_night(tmp_path, 6, 2)
-    job = tmp_path / DAY / "job.yaml"
-    settings = cluster.environment | {"RAY_API_SERVER_ADDRESS": cluster.dashboard}
-    settings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{settings['PATH']}"
-    for name in ("manifest", "images"):
+    settings = environment(cluster, tmp_path)
+    del settings["CONTEXT_DIFFUSION_JOB"]
+    filled = {
+        "/etc/context-diffusion/job.yaml": str(tmp_path / "nightly.yaml"),
+        argos_day(templates): DAY,
+        "python": sys.executable,
+    }
+
+    def call(name: str) -> subprocess.CompletedProcess[str]:
         container = templates[name]["container"]
-        command = [
-            part.replace("/etc/context-diffusion/job.yaml", str(job)) for part in (*container["command"], *container["args"])
-        ]
-        done = subprocess.run(command, env=settings, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout.strip().splitlines()[-1])["exit"] in (0, 3)
+        command = [filled.get(word, word) for word in (*container["command"], *container["args"])]
+        return subprocess.run(command, env=settings, capture_output=True, text=True)
+
+    ready = call("manifest")
+    assert (ready.returncode, json.loads(ready.stdout)["rows"]) == (0, 6), ready.stderr
+    many = call("images")
+    assert (many.returncode, "2 of 6 rows failed, 33.3%; allowed are 1.0%" in many.stderr) == (2, True), many.stderr
+    filled["0.01"] = "0.4"
+    done = call("images")
+    assert (done.returncode, done.stdout.strip()) == (0, str(out)), done.stderr
     assert len(read_output(out)) == 6
+    filled[argos_day(templates)] = "1999-01-01"
+    none = call("manifest")
+    assert (none.returncode, "1999-01-01" in none.stderr) == (75, True), none.stderr
+
+
+def argos_day(templates: dict[str, Any]) -> str:
+    return next(word for word in templates["images"]["container"]["args"] if word.startswith("{{workflow.creationTimestamp"))
