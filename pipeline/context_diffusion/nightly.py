@@ -124,7 +124,7 @@ def main(words: list[str]) -> int:
     told = parser.parse_args(words)
     signal.signal(signal.SIGTERM, interrupted)
     try:
-        jobs, job = RayJobs.known(), job_of(told.day, told.job)
+        job, jobs = job_of(told.day, told.job), RayJobs.known()
         if told.step == "ready":
             print(json.dumps(check_ready(jobs, job)))
         else:
