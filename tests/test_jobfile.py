@@ -64,6 +64,7 @@ def test_all_errors_come_in_one_go_each_with_what_to_do() -> None:
         "max_failed": "many",
         "storage_options": {"s3": {"secret": "x"}},
         "columns": {"image": "x"},
+        "output": "https://example.com/out",
     }
     with pytest.raises(ConfigError) as caught:
         check_job(bad, "job.yaml")
@@ -72,6 +73,7 @@ def test_all_errors_come_in_one_go_each_with_what_to_do() -> None:
         "modle: unknown key; did you mean 'model'?",
         "settings.num_inference_step: unknown key; did you mean 'num_inference_steps'?",
         "control: should be 'none', 'canny', 'gray', 'soft_edges' or 'disabled'",
+        "output: http:// can only be read; write to",
         "rows_per_part: should be greater than or equal to 1, got 0",
         'settings.guidance_scale: should be a valid number, got "high"',
         "max_failed",

@@ -13,7 +13,7 @@ TORCH = ("model/", "engine/", "training/", "evaluation/prompt.py", "evaluation/s
 # A layer may import itself and what stands before it. (model/source.py and the configuration of training are the
 # layers' faces to the driver: no torch in them. The job that reads and writes scores stands above the scores.)
 LAYERS = [
-    {"errors", "strict", "matrix", "config", "schema", "control", "local_files", "log"},
+    {"errors", "strict", "matrix", "config", "schema", "control", "local_files", "log", "templates"},
     {
         "storage",
         "allow",

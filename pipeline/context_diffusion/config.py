@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from context_diffusion.matrix import Matrix, checked_matrix, combined
-from context_diffusion.strict import Parts, StrictModel
+from context_diffusion.strict import OutputFolder, Parts, StrictModel
 
 SchedulerName = Literal[
     "ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "lcm", "flow_euler"
@@ -175,7 +175,7 @@ class GenerateJob(StrictModel):
     manifest: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] = Field(
         description="Parquet, JSONL or CSV: a path, URL or glob, or a list of them"
     )
-    output: str = Field(min_length=1, description="the OUTPUT folder, a path or URL")
+    output: OutputFolder = Field(description="the OUTPUT folder, a path or URL")
     model: Annotated[str, Field(min_length=1)] | Parts = Field(
         default="bundled", description="bundled, sd15, sdxl, a folder, a hub id, or a mapping of parts: see below"
     )

@@ -16,6 +16,7 @@ from context_diffusion.model.presets import PRESETS, parts_of
 from context_diffusion.model.source import find_model
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address, known_token
 from context_diffusion.storage import Storage, normal
+from context_diffusion.strict import writable_url
 
 PATIENCE_S = 5.0  # for what is away
 
@@ -45,7 +46,9 @@ def readable(url: str, storage: Storage) -> Check:
 
 def writable(url: str, storage: Storage) -> Check:
     try:
-        once = storage.try_writing(normal(url))
+        once = storage.try_writing(normal(writable_url(url)))
+    except ValueError as error:
+        return Check("output", False, f"{url}: {error}", {"url": url})
     except ContextDiffusionError as error:
         return Check("output", False, _plain(error), {"url": url})
     how = "" if once else ", but the store lets an object be created twice: no two runs of one job at once"

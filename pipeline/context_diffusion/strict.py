@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 NormalizationKind = Literal["none", "image", "channel"]
+
+
+def writable_url(url: str) -> str:
+    """Raises ValueError where nothing can be written by its protocol."""
+    if re.match("https?://", url, re.IGNORECASE):
+        raise ValueError("http:// can only be read; write to a folder of this machine, to s3://, gs:// or az://")
+    return url
+
+
+OutputFolder = Annotated[str, Field(min_length=1), AfterValidator(writable_url)]
 
 
 class StrictModel(BaseModel):

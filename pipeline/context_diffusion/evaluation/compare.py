@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -21,6 +20,7 @@ from context_diffusion.evaluation.pairs import Pair, source_key
 from context_diffusion.evaluation.scores import worth
 from context_diffusion.schema import ID, Pixels
 from context_diffusion.sources import Source
+from context_diffusion.templates import templates
 
 Row = dict[str, Any]
 RESAMPLES, CONFIDENCE = 2000, 95  # of the bootstrap; per cent
@@ -92,8 +92,7 @@ def page(
         pictures = [("query", shown.of(pair.query)), *(("context", shown.of(one)) for one in pair.contexts[:CONTEXTS])]
         sides = [("A", shown.of(pair.picture), row), ("B", shown.of(their_pair.picture), their_row)]
         cards.append({"id": row_id, "prompt": pair.prompt, "pictures": pictures, "sides": sides})
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("context_diffusion.evaluation", "."), autoescape=True)
-    template = environment.get_template("compare.html.j2")
+    template = templates("context_diffusion.evaluation").get_template("compare.html.j2")
     return template.render(names=names, table=table, cards=cards, shared=len(shared), confidence=CONFIDENCE)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from context_diffusion.config import KIND, Fit, Limits, ScoreName, StorageOptions, known_columns
-from context_diffusion.strict import StrictModel
+from context_diffusion.strict import OutputFolder, StrictModel
 
 
 class EvaluateJob(StrictModel):
@@ -26,7 +26,7 @@ class EvaluateJob(StrictModel):
     reference: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="pictures to measure distances to: a folder and those below it, or an OUTPUT"
     )
-    output: str = Field(min_length=1, description="folder for scores.parquet and summary.json, a path or URL")
+    output: OutputFolder = Field(description="folder for scores.parquet and summary.json, a path or URL")
     score: Annotated[list[ScoreName], Field(min_length=1)] = Field(
         default=["layout", "style", "similarity", "prompt", "leakage"], description="which scores"
     )

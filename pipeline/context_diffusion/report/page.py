@@ -9,8 +9,9 @@ import base64
 import hashlib
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
+
+from context_diffusion.templates import templates
 
 SCRIPTS = ("source.js", "gallery.js", "zoom.js", "main.js")
 
@@ -18,10 +19,7 @@ SCRIPTS = ("source.js", "gallery.js", "zoom.js", "main.js")
 def render(summary: dict[str, Any], data: dict[str, Any], sheets: Markup | None = None, connect: str = "'none'") -> bytes:
     """data: what source.js reads. sheets: sheet.py's. connect: where the script may ask for rows, by the Content Security
     Policy."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("context_diffusion.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
+    environment = templates("context_diffusion.report")
     assert environment.loader
     script = "\n".join(["'use strict';", *(environment.loader.get_source(environment, name)[0] for name in SCRIPTS)])
     style = environment.loader.get_source(environment, "report.css")[0]

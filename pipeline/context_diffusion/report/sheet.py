@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import jinja2
 from markupsafe import Markup
 
 from context_diffusion.matrix import Matrix
 from context_diffusion.output import Output
 from context_diffusion.schema import CONTEXT, ID, PROMPT, QUERY
+from context_diffusion.templates import templates
 
 ROWS, IMAGES = 24, 480  # on the page, at most; of one row all
 COLUMNS = [ID, "index", "status", "file_name", "image", QUERY, CONTEXT, PROMPT, "seed", "num_images"]
@@ -64,8 +64,7 @@ def contact_sheets(output: Output, made: Callable[[Row], str | None], source: Ca
         }
         for images in _first_rows(output)
     ]
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("context_diffusion.report", "."), autoescape=True)
-    template = environment.get_template("contact_sheet.html.j2")
+    template = templates("context_diffusion.report").get_template("contact_sheet.html.j2")
     return Markup(template.render(sheets=sheets, grid=grid, seeds="seed" not in matrix))
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from context_diffusion.config import KIND, StorageOptions, known_columns
 from context_diffusion.schema import CONTEXT, PROMPT, QUERY, TARGET
-from context_diffusion.strict import NormalizationKind, StrictModel
+from context_diffusion.strict import NormalizationKind, OutputFolder, StrictModel
 
 SMALL = "small"  # the context encoder of our own
 REPORTS = "steps between reports: validation, samples, curves, model/; a checkpoint comes every 5 minutes too"
@@ -120,7 +120,7 @@ class TrainingJob(StrictModel):
     """What both kinds of training have."""
 
     kind: str
-    output: str = Field(min_length=1, description="folder for checkpoints, metrics, samples and the model")
+    output: OutputFolder = Field(description="folder for checkpoints, metrics, samples and the model")
     seed: int = Field(default=0, ge=0, description="of fresh weights, data and noise")
     styles: int = Field(default=640, ge=2, description="styles of one pool of data")
     pictures: int = Field(default=5, ge=4, description="layouts that each style of a pool dresses")
