@@ -113,6 +113,8 @@ def _row_error(error: Exception, code: ErrorCode, what: str) -> RowError:
         code = ErrorCode.OUT_OF_MEMORY
     elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         code = ErrorCode.TOO_MANY_PIXELS  # Pillow's own limit, about 179 MP, whatever ours is
+    elif isinstance(error, UnidentifiedImageError):
+        return RowError(code, what)  # it has no more to say than the address of our buffer
     return RowError(code, f"{what}: {type(error).__name__}: {error}")
 
 
