@@ -45,7 +45,7 @@ test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
 	$(BIN)/python -m pip install --quiet --editable '.[full]'
 	touch $@
 
-test-full: .venv/full ## the longer tests: object store, kills, the rest, as far as 40 minutes reach; names what was left out
+test-full: .venv/full ## the longer tests: object store, pages, flows, cluster, the rest, kills, as far as 40 minutes reach; names what was left out
 	TEST_SECONDS=2400 $(BIN)/pytest -m slow -rs
 
 lock: .venv/full ## requirements.lock anew: the newest versions that the oldest Python takes, without CUDA's own

@@ -12,11 +12,13 @@ STARTED = time.monotonic()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; without a network each try would wait half a minute
 # The order of `make test-full`: what no other test covers comes first. (pytest sorts overlapping paths its own way.)
 ORDER = ("store", "report", "flow", "cluster", "infra")
+LAST = "test_twenty_kills_lose_and_double_nothing"  # a minute or two each
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "TEST_SECONDS" in os.environ:
-        items.sort(key=lambda item: next((k for k, part in enumerate(ORDER) if part in item.path.parts), len(ORDER)))
+        places = {part: number for number, part in enumerate(ORDER)}
+        items.sort(key=lambda item: (LAST in item.name, min(places.get(part, len(ORDER)) for part in item.path.parts)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
