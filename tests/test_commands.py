@@ -206,6 +206,7 @@ def test_weights_are_here_or_kept_or_to_come(tmp_path: Path, monkeypatch: pytest
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     assert weights("bundled").values["cached"]
     assert not weights("./nowhere").ok
     assert weights("sd15").ok
