@@ -56,7 +56,7 @@ transformers.utils.logging.disable_progress_bar()
 class Drawn(NamedTuple):
     """Drafts as the U-Net takes them: model/draft.py."""
 
-    pixels: Tensor  # (B, CHANNELS, H, W), 0 where there is none
+    pixels: Tensor  # (B, CHANNELS·f², h, w), those in each place of f x f; 0 where there is none
     latents: Tensor  # (B, C, h, w)
 
 
@@ -215,7 +215,8 @@ class NativeModel:
     def draw(self, drafts: Tensor) -> Drawn:
         """(B, CHANNELS, H, W) -> with the latents of the textured one, 0 where there is none."""
         told = drafts.flatten(1).any(1)[:, None, None, None]
-        return Drawn(drafts, self._encode(drafts[:, TEXTURED]) * told)
+        latents = self._encode(drafts[:, TEXTURED]) * told
+        return Drawn(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
 
     def beside(
         self, latents: Tensor, timesteps: Tensor, drawn: Drawn | None, rest_scale: float = 1.0
@@ -238,8 +239,7 @@ class NativeModel:
         total = torch.where(told, a * a * variance + s * s, 1.0)
         noisy = latents - a * seen
         guess = a * s * (1 - variance) / total * noisy - s * seen
-        pixels = F.pixel_unshuffle(drawn.pixels.to(self.dtype), drawn.pixels.shape[-1] // latents.shape[-1])
-        given = torch.cat([(noisy / total.sqrt()).to(self.dtype), seen, pixels], 1)
+        given = torch.cat([(noisy / total.sqrt()).to(self.dtype), seen, drawn.pixels.to(self.dtype)], 1)
         gain = (variance / total).sqrt() * torch.where(variance < 1, rest_scale, 1.0)
         return given, gain.to(self.dtype), guess.to(self.dtype)
 

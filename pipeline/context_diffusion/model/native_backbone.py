@@ -60,8 +60,13 @@ class NativeBackbone:
     def _drafts(self, request: Request, shown: list[Context], cache: Cache) -> dict[bool, Conditions]:
         """For lanes that see the contexts, and for those that don't."""
         model, (height, width) = self.model, request.query.shape[:2]
-        latents = (1, self.latent_channels, height // self.latent_factor, width // self.latent_factor)
-        none = made = Drawn(*(torch.zeros(size, device=model.device) for size in ((1, CHANNELS, height, width), latents)))
+        factor = self.latent_factor
+        none = made = Drawn(
+            *(
+                torch.zeros(1, channels, height // factor, width // factor, device=model.device)
+                for channels in (CHANNELS * factor**2, self.latent_channels)
+            )
+        )
         if request.controls and request.controls[0].kind in PICTURE_KINDS and any(one.weight for one in shown):
             [control] = request.controls
             key = f"{control.kind}:{content_key(control.pixels)}"
