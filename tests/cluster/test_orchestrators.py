@@ -58,13 +58,14 @@ RUNS = {
 
 def python_of(name: str) -> str:
     """An environment with the orchestrator, made once."""
-    folder = ENVIRONMENTS / name
-    if not (folder / "made").exists():
+    folder, wanted = ENVIRONMENTS / name, "\n".join(NEEDS[name])
+    made = folder / "made"
+    if not made.exists() or made.read_text() != wanted:
         venv.create(folder, with_pip=True, clear=True)
         command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *NEEDS[name]]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        (folder / "made").touch()
+        made.write_text(wanted)
     return str(folder / "bin" / "python")
 
 
@@ -82,6 +83,7 @@ def environment(cluster: Cluster, folder: Path) -> dict[str, str]:
         "DAGSTER_HOME": str(folder),
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # its 20 are too few on a busy machine
         "DO_NOT_TRACK": "1",
     }
 
