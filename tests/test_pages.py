@@ -35,6 +35,7 @@ ELSEWHERE = {  # why the test below does not run it, and what does
     "submit": "needs a cluster: tests/cluster",
     "stop": "needs a cluster: tests/cluster",
     "warm": "tests/cluster/test_nodes.py",
+    "view": "a server, until it is stopped: tests/report",
     "jobs/generate_sd15.yaml": "needs the hub: tests/flow/test_pretrained.py runs its like",
     "jobs/finetune.yaml": "fifteen minutes: tests/training/test_finetune.py",
 }
