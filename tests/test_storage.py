@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import socket
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -255,8 +256,12 @@ def test_http_hosts_of_the_inner_network_are_forbidden(address: str, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("uri", "command"), [("gs://b/m.parquet", "context-diffusion[gcs]"), ("az://c/x", "context-diffusion[azure]")]
+    ("uri", "package", "command"),
+    [("gs://b/m.parquet", "gcsfs", "context-diffusion[gcs]"), ("az://c/x", "adlfs", "context-diffusion[azure]")],
 )
-def test_a_protocol_whose_package_is_missing_names_what_installs_it(uri: str, command: str) -> None:
+def test_a_protocol_whose_package_is_missing_names_what_installs_it(
+    uri: str, package: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # missing, though it be here
     with pytest.raises(ConfigError, match=re.escape(f"pip install '{command}'")):
         Storage().exists(uri)
