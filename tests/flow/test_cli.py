@@ -124,7 +124,14 @@ def test_a_run_from_validate_to_verify(tmp_path: Path) -> None:
 )
 def test_a_stopped_run_says_so_leaves_no_process_and_goes_on(tmp_path: Path, number: int, victim: str, code: int) -> None:
     job = write_job(tmp_path, 60, settings={"num_inference_steps": 30}, rows_per_part=4)
-    process = subprocess.Popen([*COMMAND, "run", job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        [*COMMAND, "run", job],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 90
     while not list((tmp_path / "out").glob("data/*")):
         assert process.poll() is None
