@@ -116,5 +116,5 @@ def test_the_readmes_commands_run_on_what_make_demo_left(demo: Path) -> None:
         if arguments[0] == "run":
             assert (told["ok"], told["skipped"]) == (28, 28), "nothing was left to do"
         ran.append(arguments[0])
-    assert ran == ["validate", "run", "status", "report", "verify", "run", "run", "compact", "run"][: len(ran)]
+    assert {"doctor", "validate", "run", "status", "report", "verify", "reproduce", "compact"} <= set(ran)
     assert (demo / "build/compacted").exists()
