@@ -184,7 +184,7 @@ def test_a_store_that_is_waited_for_is_told_once(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(StorageError, match="s3://nowhere/x"):
         Storage({"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}, deadline_s=3).read("s3://nowhere/x")
     [told] = caplog.records
-    assert "s3://nowhere/x: tried again for 2 s more: EndpointConnectionError" in told.getMessage()
+    assert re.match(r"s3://nowhere/x: tried again for \d s more: EndpointConnectionError", told.getMessage())
 
 
 def test_it_travels() -> None:
