@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -95,15 +96,41 @@ def test_the_quick_tests_pass_on_the_oldest(tmp_path: Path) -> None:
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     told = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout.split()
     assert told == [oldest[name] for name in ("numpy", "pyarrow", "diffusers", "peft")], "the lent ones are not in front"
+    done = quick_tests(python)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+@pytest.mark.parametrize("python", [one for one in PYTHONS if one != f"3.{sys.version_info.minor}"])
+def test_the_quick_tests_pass_on_the_other_pythons(python: str, tmp_path: Path) -> None:
+    """Those that are here, with the newest of everything."""
+    uv = [sys.executable, "-m", "uv"]
+    if not (found := interpreter(python)):
+        pytest.skip(f"no Python {python} on this machine")
+    subprocess.run([*uv, "venv", "--quiet", "--python", found, str(tmp_path / "env")], check=True)
+    own = str(tmp_path / "env" / "bin" / "python")
+    done = subprocess.run([*uv, "pip", "install", "--quiet", "--python", own, f"{ROOT}[dev]"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-5000:]
+    done = quick_tests(own)
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def interpreter(python: str) -> str | None:
+    """Of pyenv, or on the path (where pyenv's own stand-ins answer for versions that are not chosen)."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    found = [*map(str, pyenv.glob(f"versions/{python}.*/bin/python")), shutil.which(f"python{python}")]
+    works = (one for one in found if one and subprocess.run([one, "-c", ""], capture_output=True).returncode == 0)
+    return next(works, None)
+
+
+def quick_tests(python: str) -> subprocess.CompletedProcess[str]:
     quick = [*(f"tests/test_{name}.py" for name in QUICK), "tests/model/test_native.py"]
-    done = subprocess.run(
+    return subprocess.run(
         [python, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not ray and not slow and not gpu", *quick],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT / "pipeline"), "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stdout[-5000:]
 
 
 PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
