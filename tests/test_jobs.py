@@ -145,6 +145,7 @@ def test_the_nights_command_names_what_is_wrong(
 ) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CONTEXT_DIFFUSION_JOB", str(tmp_path / "another.yaml"))  # of those that are given no path
     job = tmp_path / "night.yaml"
     job.write_text("kind: generate\n")
     assert nightly.main(["run", str(job)]) == 2

@@ -39,9 +39,8 @@ def context_diffusion_nightly() -> None:
 
     @task(retries=5, retry_delay=timedelta(minutes=1), execution_timeout=timedelta(hours=12))
     def images(ds: str) -> dict[str, Any]:
-        signal.signal(
-            signal.SIGTERM, nightly.interrupted
-        )  # a task that is stopped stops the Ray job: Airflow's on_kill would not
+        # A task that is stopped stops the Ray job: Airflow calls on_kill, which a function has not.
+        signal.signal(signal.SIGTERM, nightly.interrupted)
         try:
             return nightly.run(RayJobs.known(), nightly.job_of(ds, JOB))
         except nightly.WrongJobError as error:

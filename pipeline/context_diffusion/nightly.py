@@ -57,10 +57,14 @@ def of_day(job: Job, day: str) -> Job:
 
 
 def job_of(day: str, default: Path) -> Job:
-    """The job file that CONTEXT_DIFFUSION_JOB names, of that day. Raises WrongJobError where it cannot be read."""
+    """The job file that CONTEXT_DIFFUSION_JOB names, of that day. Raises WrongJobError."""
+    return read_job(Path(os.environ.get("CONTEXT_DIFFUSION_JOB") or default), day)
+
+
+def read_job(path: Path, day: str) -> Job:
+    """Raises WrongJobError where it cannot be read."""
     import yaml
 
-    path = Path(os.environ.get("CONTEXT_DIFFUSION_JOB") or default)
     try:
         jobs: list[Any] = [one for one in yaml.safe_load_all(path.read_text()) if one is not None]
     except (OSError, yaml.YAMLError) as error:
@@ -124,7 +128,7 @@ def main(words: list[str]) -> int:
     told = parser.parse_args(words)
     signal.signal(signal.SIGTERM, interrupted)
     try:
-        job, jobs = job_of(told.day, told.job), RayJobs.known()
+        job, jobs = read_job(told.job, told.day), RayJobs.known()
         if told.step == "ready":
             print(json.dumps(check_ready(jobs, job)))
         else:

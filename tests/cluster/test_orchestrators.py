@@ -7,9 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import venv
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 import yaml
 
 from cluster.conftest import TOKEN, Cluster
+from cluster.test_nodes import wait_for
 from cluster.test_submit import write_job
 from context_diffusion.ray_jobs import RayJobs
 from independent import read_output
@@ -115,13 +114,6 @@ def test_a_night_by_each_orchestrator(name: str, bad: int, passes: bool, cluster
         assert "2 of 6 rows failed" in done.stdout + done.stderr, log
 
 
-def wait_until(true: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
-
-
 @pytest.mark.parametrize("name", [*RUNS, "command"])
 def test_who_stops_the_night_stops_its_ray_job(name: str, cluster: Cluster, tmp_path: Path) -> None:
     """By the signal that the orchestrator's cancellation sends to a task's process, then by the kill that follows it."""
@@ -140,10 +132,10 @@ def test_who_stops_the_night_stops_its_ray_job(name: str, cluster: Cluster, tmp_
     with (tmp_path / "log").open("w") as log:
         night = subprocess.Popen(command, env=settings, cwd=tmp_path, stdout=log, stderr=log)
     try:
-        wait_until(lambda: list(out.glob("data/*")) or night.poll() is not None)
+        wait_for(lambda: list(out.glob("data/*")) or night.poll() is not None)
         [job] = [job for job in jobs.list("out-") if job["status"] == "RUNNING"]
         night.send_signal(signal.SIGINT if name == "dagster" else signal.SIGTERM)
-        wait_until(lambda: (jobs.get(job["submission_id"]) or {}).get("status") == "STOPPED", 60)
+        wait_for(lambda: (jobs.get(job["submission_id"]) or {}).get("status") == "STOPPED", 60)
     finally:
         night.kill()
         night.wait()
