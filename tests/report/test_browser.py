@@ -73,6 +73,14 @@ class Watched:
         self.page.wait_for_selector("#count:not(:empty)")
         return self.page
 
+    def becomes(self, expression: str, value: Any) -> None:
+        """Waits: images load and a dialog's close is told in their own time."""
+        self.page.wait_for_function(f"value => ({expression}) === value", arg=value)
+
+    def close(self) -> None:
+        self.page.keyboard.press("Escape")
+        self.becomes("Boolean(document.querySelector('dialog[open]') || location.hash)", False)
+
     def told(self, text: str) -> None:
         self.page.wait_for_function("text => document.getElementById('count').textContent.startsWith(text)", arg=text)
 
@@ -169,28 +177,26 @@ def test_keys(watched: Watched) -> None:
         assert page.evaluate(focused) == f"#row={expected}/0"
     page.keyboard.press("Enter")
     page.wait_for_selector("dialog[open]")
-    assert page.url.endswith("#row=row-012/0")
+    watched.becomes("location.hash", "#row=row-012/0")
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("() => document.getElementById('zoom-title').textContent === 'row-013'")
-    assert page.url.endswith("#row=row-013/0")
-    fitted = page.locator(".stage img").bounding_box()["width"]
-    page.keyboard.press("+")
-    assert page.locator(".stage img").bounding_box()["width"] == 64 != fitted
-    page.keyboard.press("+")
-    assert page.locator(".stage img").bounding_box()["width"] == 128
-    page.keyboard.press("0")
-    assert page.locator(".stage img").bounding_box()["width"] == fitted
-    page.keyboard.press("Escape")
-    assert page.locator("dialog[open]").count() == 0
-    assert "#" not in page.url
-    assert page.evaluate(focused) == "#row=row-013/0"
+    watched.becomes("document.getElementById('zoom-title').textContent", "row-013")
+    watched.becomes("location.hash", "#row=row-013/0")
+    watched.becomes("document.querySelector('.stage img').naturalWidth", 64)
+    width = "document.querySelector('.stage img').getBoundingClientRect().width"
+    fitted = page.evaluate(width)
+    assert fitted != 64
+    for key, wide in (("+", 64), ("+", 128), ("0", fitted)):
+        page.keyboard.press(key)
+        watched.becomes(width, wide)
+    watched.close()
+    watched.becomes(focused, "#row=row-013/0")
 
 
 def test_the_picture_is_shown_whole_with_all_that_made_it(watched: Watched, output: Output) -> None:
     page = watched.open("#row=row-011/0")
     page.wait_for_selector("dialog[open]")
     page.wait_for_function("() => /row-011-0.png$|whole$/.test(document.querySelector('.stage img').src)")
-    assert page.evaluate("document.querySelector('.stage img').naturalWidth") == 64
+    watched.becomes("document.querySelector('.stage img').naturalWidth", 64)
     [row] = [row for _, part in output.read_parts() for row in part.to_pylist() if row["id"] == "row-011"]
     told = page.locator("aside").inner_text()
     for text in (row["query"], *row["context"], str(row["seed"]), row["scheduler"], "ocean"):
@@ -203,7 +209,7 @@ def test_a_link_leads_to_its_row(watched: Watched, row: str) -> None:
     page = watched.open(f"#row={quote(row, safe='')}/0")
     page.wait_for_selector("dialog[open]")
     assert page.locator("#zoom-title").inner_text() == row
-    page.keyboard.press("Escape")
+    watched.close()
     page.evaluate("location.hash = '#row=nobody/0'")
     watched.told("The row of this link is not on this page")
 
@@ -219,7 +225,7 @@ def test_what_a_manifest_says_stays_text(watched: Watched) -> None:
         page.locator("a.open").nth(number).click()
         page.wait_for_selector("dialog[open]")
         assert ATTACK[:40] in page.locator("dialog").inner_text()
-        page.keyboard.press("Escape")
+        watched.close()
     assert page.evaluate("typeof hacked") == "undefined"
     assert page.locator("svg, script:not(#data)").count() == 1, "the page's own script alone"
 
@@ -284,7 +290,7 @@ def test_the_page_alone_is_whole(chromium: Any, output: Output, tmp_path: Path) 
     assert found.wrong == []
     page.locator("a.open").first.click()
     page.wait_for_selector("dialog[open]")
-    assert page.evaluate("document.querySelector('.stage img').naturalWidth") == 64
+    found.becomes("document.querySelector('.stage img').naturalWidth", 64)
     page.close()
 
 
