@@ -53,7 +53,8 @@ def test_engines_wait_for_gpus_of_their_kind_grow_with_them_and_leave_a_node_tha
     cluster: Cluster, tmp_path: Path
 ) -> None:
     pool = {"actors": [1, 2], "gpus_per_actor": 1, "accelerator_type": "L4"}
-    job = write_job(tmp_path, 300, rows_per_part=2, cluster=pool, settings={"num_inference_steps": 8})
+    # A node takes half a minute to start, a shard of two rows a quarter of a second at most: enough of them to see it come.
+    job = write_job(tmp_path, 1000, rows_per_part=2, cluster=pool)
     parts = tmp_path / "out" / "data"
     code, told, log = call(cluster, "submit", job)
     assert code == 0, log
@@ -66,10 +67,11 @@ def test_engines_wait_for_gpus_of_their_kind_grow_with_them_and_leave_a_node_tha
     wait_for(lambda: {one["node_id"] for one in engines(cluster)} == {first, second})
     cluster.drain(first, 20)
     time.sleep(20)
+    assert len(list(parts.iterdir())) < 500, "there is work left when it goes"
     cluster.lose(first)
     jobs = RayJobs(cluster.dashboard, TOKEN)
     assert jobs.follow(told["submission_id"], print) == 0
-    assert len(read_output(tmp_path / "out")) == 300
+    assert len(read_output(tmp_path / "out")) == 1000
 
 
 def test_a_cluster_that_is_lost_ends_the_wait_with_75_and_its_name(cluster: Cluster, tmp_path: Path) -> None:
