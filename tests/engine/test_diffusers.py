@@ -134,12 +134,16 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("xl", "plus"), [(False, False), (False, True), (True, False), (True, True)])
+SLOW = pytest.mark.slow  # `make test` has one kind of each, `make test-full` the others
+KINDS = [(False, False), pytest.param(False, True, marks=SLOW), pytest.param(True, False, marks=SLOW), (True, True)]
+
+
+@pytest.mark.parametrize(("xl", "plus"), KINDS)
 def test_each_row_of_a_mixed_batch_is_what_diffusers_makes_of_it_alone(models: Any, xl: bool, plus: bool) -> None:
     compare(models(xl, plus), [row(number, **own) for number, own in enumerate(MIXED)], xl)
 
 
-@pytest.mark.parametrize("xl", [False, True])
+@pytest.mark.parametrize("xl", [False, pytest.param(True, marks=SLOW)])
 def test_without_controlnet_and_without_ip_adapter_too(models: Any, xl: bool) -> None:
     model = models(xl, False)
     rows = [row(n, control=[], scheduler=name) for n, name in enumerate(("ddim", "euler", "dpmpp_2m"))]
@@ -165,7 +169,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("xl", [False, True])
+@pytest.mark.parametrize("xl", [False, pytest.param(True, marks=SLOW)])
 def test_each_input_moves_the_reference_itself(models: Any, xl: bool) -> None:
     """Else a model that ignores an input could pass."""
     model = models(xl, True)

@@ -91,6 +91,7 @@ def test_a_killed_driver_loses_nothing_and_touches_nothing_that_is_done(tmp_path
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in done} == done
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
 def test_a_killed_engine_loses_nothing(tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -43,10 +43,10 @@ def test_a_jsonl_manifest_in_an_object_store_with_its_own_column_names(tmp_path:
     assert {row["author"] for row in found} == {f"person {number}" for number in range(4)}
 
 
-FITS = {"keep": (96, 176), "pad": (128, 128)}  # of the others test_images.py
+FITS = [pytest.param("keep", (96, 176), marks=pytest.mark.slow), ("pad", (128, 128))]  # of the others test_images.py
 
 
-@pytest.mark.parametrize(("fit", "size"), FITS.items())
+@pytest.mark.parametrize(("fit", "size"), FITS)
 @pytest.mark.usefixtures("shared_ray")
 def test_pictures_as_bytes_in_the_manifest_meet_the_size_as_the_job_says(tmp_path: Path, fit: str, size: tuple[int, int]) -> None:
     Image.fromarray(picture(1, 64, 128)).save(tmp_path / "wide.png")
@@ -78,6 +78,7 @@ def test_what_failed_is_made_by_retry_failed_and_nothing_else_is(tmp_path: Path)
     assert (tmp_path / "out" / "data" / "part-00002.parquet").stat().st_mtime_ns == third
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
 def test_several_images_a_row_and_a_job_that_goes_on_with_a_higher_limit(tmp_path: Path) -> None:
     job = job_values(

@@ -71,6 +71,7 @@ def test_it_learns_its_own_pictures_and_leaves_a_model_that_makes_others_than_it
     assert np.abs(made[0].astype(int) - made[1]).mean() > 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, base = write_styles(tmp_path / "own"), write_base(tmp_path / "base")
