@@ -27,8 +27,9 @@ from context_diffusion.control import controls_of
 from context_diffusion.engine.conditions import to_tensor
 from context_diffusion.engine.engine import Engine
 from context_diffusion.model.draft import layout_of, look_of
-from context_diffusion.model.native import Drawn, NativeModel
+from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
+from context_diffusion.model.preconditioning import Drawn
 from context_diffusion.model.source import model_folder
 from context_diffusion.pipeline import SHAPES
 from context_diffusion.schema import Request
@@ -89,7 +90,8 @@ def drafts(model: NativeModel, requests: list[Request], branches: int) -> Drawn:
     """Of the branch that sees the contexts; without, none."""
     shown = [torch.cat([to_tensor(c) for c in one.contexts]) for one in requests]
     looks = look_of(torch.cat(shown), model.image_size)
-    layouts = layout_of(torch.cat([to_tensor(one.controls[0].pixels) for one in requests]))
+    controls = [one.controls[0] for one in requests]
+    layouts = layout_of(torch.cat([to_tensor(one.pixels) for one in controls]), [one.kind for one in controls])
     made = drafts_of(layouts, looks, np.array([len(contexts) for contexts in shown]))
     return model.draw(torch.cat([made * 0, made]) if branches == 2 else made)
 

@@ -87,6 +87,14 @@ def environment(cluster: Cluster, folder: Path) -> dict[str, str]:
     }
 
 
+def command_of(name: str, settings: dict[str, str]) -> list[str]:
+    """A whole night of the orchestrator as a command, its database made."""
+    python, (file, code) = python_of(name), RUNS[name]
+    if name == "airflow":
+        subprocess.run([python, "-m", "airflow", "db", "migrate"], env=settings, check=True, capture_output=True)
+    return [python, "-c", LOAD + code, str(ROOT / "jobs" / file)]
+
+
 def write_night(folder: Path, rows: int, bad: int, **more: Any) -> Path:
     """A night's job whose first `bad` rows fail. -> its OUTPUT."""
     write_job(folder / DAY, rows, {number: {"scheduler": "magic"} for number in range(bad)}, **more)
@@ -98,14 +106,9 @@ def write_night(folder: Path, rows: int, bad: int, **more: Any) -> Path:
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize(("bad", "passes"), [(0, True), (2, False)])
 def test_a_night_by_each_orchestrator(name: str, bad: int, passes: bool, cluster: Cluster, tmp_path: Path) -> None:
-    python, (file, code) = python_of(name), RUNS[name]
     out = write_night(tmp_path, 6, bad)
     settings = environment(cluster, tmp_path)
-    if name == "airflow":
-        subprocess.run([python, "-m", "airflow", "db", "migrate"], env=settings, check=True, capture_output=True)
-    done = subprocess.run(
-        [python, "-c", LOAD + code, str(ROOT / "jobs" / file)], env=settings, cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run(command_of(name, settings), env=settings, cwd=tmp_path, capture_output=True, text=True)
     log = (done.stdout + done.stderr)[-5000:]
     assert (done.returncode == 0) is passes, log
     assert len(read_output(out)) == 6
@@ -117,17 +120,12 @@ def test_a_night_by_each_orchestrator(name: str, bad: int, passes: bool, cluster
 @pytest.mark.parametrize("name", [*RUNS, "command"])
 def test_who_stops_the_night_stops_its_ray_job(name: str, cluster: Cluster, tmp_path: Path) -> None:
     """By the signal that the orchestrator's cancellation sends to a task's process, then by the kill that follows it."""
-    out, settings = (
-        write_night(tmp_path, 200, 0, rows_per_part=2, settings={"num_inference_steps": 50}),
-        environment(cluster, tmp_path),
-    )
+    out = write_night(tmp_path, 200, 0, rows_per_part=2, settings={"num_inference_steps": 50})
+    settings = environment(cluster, tmp_path)
     if name == "command":
         command = [sys.executable, "-m", "context_diffusion.nightly", "run", str(tmp_path / "nightly.yaml"), "--day", DAY]
     else:
-        python, (file, code) = python_of(name), RUNS[name]
-        command = [python, "-c", LOAD + code, str(ROOT / "jobs" / file)]
-        if name == "airflow":
-            subprocess.run([python, "-m", "airflow", "db", "migrate"], env=settings, check=True, capture_output=True)
+        command = command_of(name, settings)
     jobs = RayJobs(cluster.dashboard, TOKEN)
     with (tmp_path / "log").open("w") as log:
         night = subprocess.Popen(command, env=settings, cwd=tmp_path, stdout=log, stderr=log)

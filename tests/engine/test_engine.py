@@ -125,7 +125,7 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
     latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3)) * model.noise_scale
     layout = model.encode_control(pixels[1:], ["gray"])
     look = Look(*(part[:, None] for part in look_of(pixels[:1], model.image_size)))
-    seen = draft(layout_of(pixels[1:]), look, torch.ones(1, 1))
+    seen = draft(layout_of(pixels[1:], ["gray"]), look, torch.ones(1, 1))
     drafts = [model.draw(seen * 0), model.draw(seen), model.draw(seen)]
     for timestep in scheduler.timesteps:
         time = timestep[None].float()

@@ -13,8 +13,8 @@ from torch import Tensor
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.guidance import branches_of
 from context_diffusion.model.draft import CHANNELS, Look, draft, layout_of, look_of
-from context_diffusion.model.native import REST, draft_layout
 from context_diffusion.model.native_backbone import NativeBackbone
+from context_diffusion.model.preconditioning import REST
 from context_diffusion.model.textures import ANGLES, PERIODS, SHARES, describe_textures
 from tiny import picture, request, tiny_model
 
@@ -27,7 +27,9 @@ def drawn(query: np.ndarray, *contexts: np.ndarray, weights: tuple[float, ...] =
     """(CHANNELS, H, W)"""
     look = look_of(torch.cat([tensor(one) for one in contexts]), contexts[0].shape[0])
     return draft(
-        layout_of(tensor(query)), Look(*(part[None] for part in look)), torch.tensor([weights or (1.0,) * len(contexts)])
+        layout_of(tensor(query), ["gray"]),
+        Look(*(part[None] for part in look)),
+        torch.tensor([weights or (1.0,) * len(contexts)]),
     )[0]
 
 
@@ -54,7 +56,9 @@ def test_the_querys_exposure_and_contrast_are_removed(change: object) -> None:
 def test_rows_are_treated_one_by_one_and_without_contexts_there_is_nothing() -> None:
     queries = torch.cat([tensor(picture(n)) for n in range(3)])
     looks = look_of(torch.cat([tensor(picture(n)) for n in (9, 8, 7)]), 64)
-    made = draft(layout_of(queries), Look(*(part[:, None] for part in looks)), torch.tensor([[1.0], [1.0], [0.0]]))
+    made = draft(
+        layout_of(queries, ["gray"] * len(queries)), Look(*(part[:, None] for part in looks)), torch.tensor([[1.0], [1.0], [0.0]])
+    )
     assert made.shape == (3, CHANNELS, 64, 64)
     assert torch.allclose(made[0], drawn(picture(0), picture(9)), atol=1e-5)
     assert made[1].any()
@@ -84,7 +88,7 @@ def test_the_contexts_stripes_are_drawn_over_the_query_and_its_own_are_told() ->
 
 
 def test_edge_maps_have_no_tones() -> None:
-    layout = draft_layout(tensor(picture(1)).repeat(2, 1, 1, 1), ["gray", "canny"])
+    layout = layout_of(tensor(picture(1)).repeat(2, 1, 1, 1), ["gray", "canny"])
     assert layout.tones.flatten(1).any(1).tolist() == [True, False]
     assert not layout.waves[1].any()
     looks = Look(*(part[None].expand(2, *([-1] * part.ndim)) for part in look_of(tensor(picture(2)), 64)))
@@ -151,7 +155,7 @@ def test_what_the_draft_lacks_is_denoised_from_the_best_guess_without_learning(t
     assert found.latents[0].abs().mean() > 0.01
     assert not found.latents[1].any(), "a row without a draft has none in its latents"
     x = a * z + s * noise
-    given, gain, known = model.beside(x, torch.full((2,), timestep), found)
+    given, gain, known = model.precondition(x, torch.full((2,), timestep), found)
     rest, channels = z - found.latents, z.shape[1]
     variance = torch.tensor([REST, 1.0])[:, None, None, None]
     total = a * a * variance + s * s

@@ -26,6 +26,7 @@ CHANNELS = 3 * WAYS + 3 + 2  # plain in both ways, textured, the contexts' waves
 TEXTURED = slice(3 * WAYS, 3 * WAYS + 3)
 REACH = 2.5  # deviations from the mean that a curve covers
 FALL = 0.7  # steps: how fast a colour's say falls off; where a context has none, the next one speaks
+PICTURE_KINDS = ("gray", "none")  # control maps that show tones; those of edges do not
 LOUD = 4.0  # waves are some .1 to .25 of all tones
 # What a difference of ranks is in deviations, of evenly spread tones.
 RATE = (1.0, math.sqrt(12) / (2 * REACH))
@@ -46,10 +47,16 @@ class Look(NamedTuple):
     waves: Tensor  # (N, K, 4)
 
 
-def layout_of(images: Tensor) -> Layout:
+def shows_tones(kinds: list[str], device: torch.device) -> Tensor:
+    """(N,) bool."""
+    return torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=device)
+
+
+def layout_of(control_maps: Tensor, kinds: list[str]) -> Layout:
     """uint8 (N, 3, H, W)."""
-    tones = tones_of(images)
-    return Layout(tones, waves_of(tones[:, 0]))
+    tones = tones_of(control_maps)
+    waves, told = waves_of(tones[:, 0]), shows_tones(kinds, tones.device)
+    return Layout(tones * told[:, None, None, None], waves * told[:, None, None])
 
 
 def look_of(images: Tensor, side: int) -> Look:

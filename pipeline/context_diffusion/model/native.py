@@ -2,62 +2,39 @@
 
 The query's control map goes through a ControlNet without cross-attention, contexts and prompt through cross-attention
 of the U-Net (after arXiv 2312.03584; masked and normalised fusion, null context and dropout are ours). Every method
-treats its samples one by one. Knows files only in from_pretrained and save_pretrained.
+treats its samples one by one.
 
 B samples  N pictures  T text tokens  K tokens a context  L all tokens  D width  C h w latents  H W pixels
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderTiny, ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTextModel, PreTrainedTokenizerFast
+from transformers import CLIPTextModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from context_diffusion.errors import ModelError
-from context_diffusion.model.draft import TEXTURED, Layout, layout_of
-from context_diffusion.model.encoders import load_vision_model, patch_tokens
+from context_diffusion.model import native_files
+from context_diffusion.model.draft import TEXTURED, shows_tones
+from context_diffusion.model.encoders import patch_tokens
 from context_diffusion.model.fusion import ContextFusion
 from context_diffusion.model.normalization import describe, normalise, restore
+from context_diffusion.model.preconditioning import Drawn, levels, precondition
 from context_diffusion.training.config import SMALL, Normalization
-
-# Pictures are normalised by their own statistics; edge maps are taken as they are, 0 to 1.
-PICTURE_KINDS = ("gray", "none")
-
-
-REST = 0.13  # variance of what a draft lacks of its picture's latents, which have about 1 (held-out rows)
-
-
-def draft_layout(control_maps: Tensor, kinds: list[str]) -> Layout:
-    """uint8 (B, 3, H, W), of which edge maps have no tones, 0."""
-    picture = torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=control_maps.device)
-    tones, waves = layout_of(control_maps)
-    return Layout(tones * picture[:, None, None, None], waves * picture[:, None, None])
-
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-
-class Drawn(NamedTuple):
-    """Drafts as the U-Net takes them: model/draft.py."""
-
-    pixels: Tensor  # (B, CHANNELS·f², h, w), those in each place of f x f; 0 where there is none
-    latents: Tensor  # (B, C, h, w)
 
 
 @dataclass
@@ -174,7 +151,7 @@ class NativeModel:
 
         Pictures are normalised first (tanh keeps the order of what lies far out), edge maps taken as they are."""
         normal, _, _ = normalise(control_maps, self.normalization.query)
-        picture = torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=control_maps.device)
+        picture = shows_tones(kinds, control_maps.device)
         signed = torch.where(picture[:, None, None, None], torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1)
         return self._encode(signed)
 
@@ -200,7 +177,7 @@ class NativeModel:
     ) -> Tensor:
         # The U-Net takes a mask m and adds (1 - m) · -10000: solved for m.
         mask = 1 + bias[:, 0] / 10_000
-        given, gain, known = self.beside(latents, timesteps, drawn)
+        given, gain, known = self.precondition(latents, timesteps, drawn)
         output = self.unet(
             given,
             timesteps,
@@ -218,38 +195,16 @@ class NativeModel:
         latents = self._encode(drafts[:, TEXTURED]) * told
         return Drawn(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
 
-    def beside(
+    def precondition(
         self, latents: Tensor, timesteps: Tensor, drawn: Drawn | None, rest_scale: float = 1.0
     ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """-> what the U-Net takes, and what its output is to be multiplied with and what added, to be v.
-
-        The U-Net denoises what the draft lacks. Of x = a·z + s·noise with z = draft + rest it is given a·rest + s·noise,
-        at unit deviation, and what it says is added, by `rest_scale`, to the best guess that knows the rest's variance
-        alone (preconditioning after Karras et al. 2022, for v): it begins from the draft, and without one as if none were.
-        Beside it stand the draft's latents, and the pixels that are in each place."""
+        """-> what the U-Net takes, and what its output is to be multiplied with and what added, to be v."""
         latents = latents.to(self.dtype)
         if not self.drafts:
             return latents, 1.0, 0.0
         if drawn is None:
             return F.pad(latents, (0, 0, 0, 0, 0, self.unet.config.in_channels - latents.shape[1])), 1.0, 0.0
-        seen, (a, s) = drawn.latents.to(self.dtype), self._levels(timesteps)
-        told = seen.flatten(1).any(1)[:, None, None, None]
-        variance = torch.where(told, REST, 1.0)
-        # 1 to the bit without a draft: a row among others that have one is then what it is alone.
-        total = torch.where(told, a * a * variance + s * s, 1.0)
-        noisy = latents - a * seen
-        guess = a * s * (1 - variance) / total * noisy - s * seen
-        given = torch.cat([(noisy / total.sqrt()).to(self.dtype), seen, drawn.pixels.to(self.dtype)], 1)
-        gain = (variance / total).sqrt() * torch.where(variance < 1, rest_scale, 1.0)
-        return given, gain.to(self.dtype), guess.to(self.dtype)
-
-    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,), between two where a sampler asks for it -> a and s, (B, 1, 1, 1)."""
-        table = self._alphas.to(timesteps.device)
-        times = timesteps.float().clamp(0, len(table) - 1)
-        low = times.floor().long()
-        alphas = torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], times.frac())[:, None, None, None]
-        return alphas.sqrt(), (1 - alphas).sqrt()
+        return precondition(latents, drawn, *levels(self._alphas, timesteps), rest_scale)
 
     @cached_property
     def _alphas(self) -> Tensor:
@@ -285,53 +240,9 @@ class NativeModel:
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """A folder per component and model_index.json, safetensors in `dtype`."""
-        for name, module in self.modules.items():
-            # A copy: there and back again would leave this model's own weights rounded.
-            copy.deepcopy(module).to(dtype).save_pretrained(Path(folder) / name, safe_serialization=True)
-        self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
-        index = {
-            "_class_name": "ContextDiffusion",
-            "scheduler_config": self.scheduler_config,
-            "image_size": self.image_size,
-            "context_encoder": self.context_encoder,
-            "context_size": self.context_size,
-            "context_mean": self.context_mean,
-            "context_std": self.context_std,
-            "context_slots": self.context_slots,
-            "noise_scale": self.noise_scale,
-            "rest_scale": self.rest_scale,
-            "normalization": self.normalization.model_dump(),
-        }
-        (Path(folder) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        native_files.save(self, Path(folder), dtype)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> NativeModel:
         """Loads what save_pretrained wrote, in float32. Raises ModelError naming the part that is missing."""
-        root = Path(folder)
-        try:
-            index = json.loads((root / "model_index.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{root}: no readable model_index.json; is it a folder that `kind: train` made?") from error
-        if index.pop("_class_name", None) != "ContextDiffusion":
-            raise ModelError(f"{root}: not a native Context Diffusion model (_class_name in model_index.json)")
-        parts: dict[str, Any] = {}
-        for name, component in cls.MODULES.items():
-            if not (root / name / "config.json").exists():
-                raise ModelError(f"{root}: the component {name}/ is missing; copy the whole model folder")
-            try:
-                if component is None:
-                    module = load_vision_model(root / name)
-                else:
-                    module = component.from_pretrained(root / name, use_safetensors=True)
-            except (OSError, ValueError, RuntimeError) as error:
-                raise ModelError(f"{root / name}: cannot be loaded as {component.__name__}: {error}") from error
-            # A copy: float32 weights would lie in the mapped file, at addresses that no vector instruction likes, and
-            # gave other last bits than the same weights in memory of their own.
-            parts[name] = copy.deepcopy(module.to(torch.float32))
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "tokenizer")
-        if "normalization" in index:
-            try:
-                index["normalization"] = Normalization.model_validate(index["normalization"])
-            except ValidationError as error:
-                raise ModelError(f"{root}: normalization in model_index.json: {error}") from error
-        return cls(**parts, tokenizer=tokenizer, **index).eval()
+        return cls(**native_files.load(Path(folder), cls.MODULES)).eval()

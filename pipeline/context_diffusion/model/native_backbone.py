@@ -14,8 +14,9 @@ from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.conditions import Context, content_key, control_scales, slots_of, to_tensor, weighted_contexts
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
-from context_diffusion.model.draft import CHANNELS, Layout, Look, draft, look_of
-from context_diffusion.model.native import PICTURE_KINDS, Drawn, NativeModel, draft_layout
+from context_diffusion.model.draft import CHANNELS, PICTURE_KINDS, Layout, Look, draft, layout_of, look_of
+from context_diffusion.model.native import NativeModel
+from context_diffusion.model.preconditioning import Drawn
 from context_diffusion.schema import Control, Request
 
 
@@ -86,7 +87,7 @@ class NativeBackbone:
         return self.model.draw(draft(layout, seen, torch.tensor([weights], device=self.model.device)))
 
     def _tones(self, control: Control) -> Layout:
-        return draft_layout(to_tensor(control.pixels).to(self.model.device), [control.kind])
+        return layout_of(to_tensor(control.pixels).to(self.model.device), [control.kind])
 
     def _look(self, pixels: Any) -> Look:
         return look_of(to_tensor(pixels).to(self.model.device), self.model.image_size)
@@ -128,7 +129,7 @@ class NativeBackbone:
         if residuals is not None:
             *down, mid, scale = residuals
             drawn = Drawn(lanes["draft"] * scale, lanes["drawn"] * scale) if self.model.drafts else None
-        given, gain, known = self.model.beside(latents, timesteps, drawn, self.model.rest_scale)
+        given, gain, known = self.model.precondition(latents, timesteps, drawn, self.model.rest_scale)
         output = self.unet(
             given,
             timesteps,

@@ -16,7 +16,8 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from context_diffusion.model.native import REST, NativeModel
+from context_diffusion.model.native import NativeModel
+from context_diffusion.model.preconditioning import REST
 from context_diffusion.training.batches import CONTEXTS, Data, Samples, Source, Summaries
 from context_diffusion.training.config import SMALL, TrainingJob
 from context_diffusion.training.curves import draw_curves
