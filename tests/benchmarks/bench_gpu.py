@@ -124,7 +124,7 @@ class Shapes:
         told |= {"down_block_additional_residuals": tuple(residuals[:-1]), "mid_block_additional_residual": residuals[-1]}
         return self.unet(latents.to(self.dtype), timesteps, None, **told, return_dict=False)[0].clone()
 
-    def decode(self, latents: Tensor, request: Request) -> Tensor:
+    def decode(self, latents: Tensor, request: Request, kept: Conditions) -> Tensor:
         images = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1)
 

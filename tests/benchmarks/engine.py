@@ -21,11 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
+from torch import Tensor
 
 from context_diffusion.config import Settings
 from context_diffusion.control import controls_of
 from context_diffusion.engine.conditions import to_tensor
 from context_diffusion.engine.engine import Engine
+from context_diffusion.model.detail import give_back
 from context_diffusion.model.draft import layout_of, look_of
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
@@ -71,7 +73,9 @@ def batch(model: NativeModel, requests: list[Request]) -> None:
     hidden, bias = model.fuse(text, mask, contexts.repeat(branches, 1, 1, 1), shown)
     layouts = model.encode_control(torch.cat([to_tensor(one.controls[0].pixels) for one in requests]), ["gray"] * count)
     layouts = layouts.repeat(branches, 1, 1, 1)
-    drawn = drafts(model, requests, branches) if model.drafts else None
+    made = drafts(model, requests)
+    drawn = model.draw(torch.cat([made * 0, made]) if guided else made)
+    detail = model.detail(made, Drawn(drawn.pixels[-count:], drawn.latents[-count:]))
     noise = [torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(n)) for n in range(count)]
     latents = torch.cat(noise) * model.noise_scale
     scales = torch.tensor([one.settings.guidance_scale for one in requests])[:, None, None, None]
@@ -83,17 +87,15 @@ def batch(model: NativeModel, requests: list[Request]) -> None:
             without, with_them = output.chunk(2)
             output = without + scales * (with_them - without)
         latents = scheduler.step(output, timestep, latents).prev_sample
-    model.decode(latents)
+    give_back(model.decode(latents), *detail)
 
 
-def drafts(model: NativeModel, requests: list[Request], branches: int) -> Drawn:
-    """Of the branch that sees the contexts; without, none."""
+def drafts(model: NativeModel, requests: list[Request]) -> Tensor:
     shown = [torch.cat([to_tensor(c) for c in one.contexts]) for one in requests]
     looks = look_of(torch.cat(shown), model.image_size)
     controls = [one.controls[0] for one in requests]
     layouts = layout_of(torch.cat([to_tensor(one.pixels) for one in controls]), [one.kind for one in controls])
-    made = drafts_of(layouts, looks, np.array([len(contexts) for contexts in shown]))
-    return model.draw(torch.cat([made * 0, made]) if branches == 2 else made)
+    return drafts_of(layouts, looks, np.array([len(contexts) for contexts in shown]))
 
 
 def batched(items: list[Request], size: int) -> Iterable[list[Request]]:

@@ -103,7 +103,7 @@ def made(model: Model, rows: list[Request]) -> dict[str, tuple[torch.Tensor, Pix
     """By our engine, all rows together."""
     pipeline = ContextDiffusion.from_pretrained(model, device="cpu", cpu_threads=1)
     kept, decode = {}, pipeline.backbone.decode
-    pipeline.backbone.decode = lambda z, one: kept.setdefault(one.id, z) is z and decode(z, one)  # type: ignore[method-assign]
+    pipeline.backbone.decode = lambda z, one, told: kept.setdefault(one.id, z) is z and decode(z, one, told)  # type: ignore[method-assign]
     found = {}
     for one, outcome in pipeline.generate(rows):
         assert isinstance(outcome, Result), outcome

@@ -17,6 +17,7 @@ from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.samplers import SAMPLERS
 from context_diffusion.engine.service import EngineService
 from context_diffusion.errors import ErrorCode
+from context_diffusion.model.detail import give_back
 from context_diffusion.model.draft import Look, draft, layout_of, look_of
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.schema import Control, Failure, Pixels, Request, Result
@@ -135,7 +136,8 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
         )
         guided = e0 + 2.0 * (e_context - e0) + 3.0 * (e_both - e_context)
         latents = scheduler.step(guided, timestep, latents).prev_sample
-    byhand = (model.decode(latents)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    image = give_back(model.decode(latents), *model.detail(seen, drafts[1]))
+    byhand = (image[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     assert moved(alone(one), byhand) <= 1
 
 

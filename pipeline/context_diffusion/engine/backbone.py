@@ -7,7 +7,7 @@ B samples or lanes  C h w latents  H W pixels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -23,12 +23,13 @@ Conditions = dict[str, Tensor]  # by name, each (1, ...) for one lane or row, (B
 @dataclass(frozen=True)
 class Encoded:
     """A row, encoded. lanes: of each branch. control: of the row, None without. control_keys: of each lane; lanes with
-    the same key share a call of the ControlNet. truncated: the prompt was longer than the model reads."""
+    the same key share a call of the ControlNet. truncated: the prompt was longer than the model reads. kept: for decode."""
 
     lanes: list[Conditions]
     control: Conditions | None
     control_keys: list[str]
     truncated: bool = False
+    kept: Conditions = field(default_factory=dict)
 
 
 class Backbone(Protocol):
@@ -62,5 +63,5 @@ class Backbone(Protocol):
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
         """-> the model's output (B, C, h, w)."""
 
-    def decode(self, latents: Tensor, request: Request) -> Tensor:
-        """One row's latents (1, C, h, w) float32 -> (1, 3, H, W) in [0, 1]."""
+    def decode(self, latents: Tensor, request: Request, kept: Conditions) -> Tensor:
+        """One row's latents (1, C, h, w) float32 -> (1, 3, H, W) in [0, 1]. kept: what `encode` kept for this."""

@@ -168,7 +168,7 @@ class Engine:
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             done = self.operations.done
             pixels = self.operations.call(
-                ("decode", tuple(slot.latents.shape)), lambda: self.backbone.decode(slot.latents, slot.request)
+                ("decode", tuple(slot.latents.shape)), lambda: self.backbone.decode(slot.latents, slot.request, slot.encoded.kept)
             )[0]
             slot.flops, slot.reference = (sum_ + self.operations.done - done for sum_ in (slot.flops, slot.reference))
             image = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
@@ -189,7 +189,7 @@ class Engine:
     def _preview(self, slot: Slot) -> Pixels:
         assert slot.x0 is not None
         with torch.inference_mode():
-            pixels = self.backbone.decode(slot.x0, slot.request)[0]
+            pixels = self.backbone.decode(slot.x0, slot.request, slot.encoded.kept)[0]
         return (pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
     def _make_room(self) -> list[Outcome]:

@@ -25,6 +25,7 @@ from transformers import CLIPTextModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from context_diffusion.model import native_files
+from context_diffusion.model.detail import denoised
 from context_diffusion.model.draft import TEXTURED, shows_tones
 from context_diffusion.model.encoders import patch_tokens
 from context_diffusion.model.fusion import ContextFusion
@@ -58,6 +59,7 @@ class NativeModel:
     context_slots: int = 8
     noise_scale: float = 1.0
     rest_scale: float = 1.0  # of what the U-Net adds to a draft: one that learned little blurs more than it mends
+    detail_scale: float = 1.0  # of a draft's detail that the autoencoder loses and a picture is given back: detail.py
     normalization: Normalization = field(default_factory=lambda: Normalization(contexts="channel"))
 
     MODULES: ClassVar[dict[str, Any]] = {
@@ -194,6 +196,10 @@ class NativeModel:
         told = drafts.flatten(1).any(1)[:, None, None, None]
         latents = self._encode(drafts[:, TEXTURED]) * told
         return Drawn(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
+
+    def detail(self, drafts: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """The textured ones without noise, and what the autoencoder makes of them: (B, 3, H, W) in [0, 1] each."""
+        return denoised(drafts[:, TEXTURED] / 2 + 0.5), self.decode(drawn.latents).float()
 
     def precondition(
         self, latents: Tensor, timesteps: Tensor, drawn: Drawn | None, rest_scale: float = 1.0

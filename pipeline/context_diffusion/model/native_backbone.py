@@ -14,6 +14,7 @@ from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.conditions import Context, content_key, control_scales, slots_of, to_tensor, weighted_contexts
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
+from context_diffusion.model.detail import give_back
 from context_diffusion.model.draft import CHANNELS, PICTURE_KINDS, Layout, Look, draft, layout_of, look_of
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.preconditioning import Drawn
@@ -44,7 +45,7 @@ class NativeBackbone:
         scale = request.settings.context_scale
         contexts, weights = slots_of(tokens, [one.weight * scale for one in shown], self.context_slots)
         lanes: list[Conditions] = []
-        drafts = self._drafts(request, shown, cache) if model.drafts else {True: {}, False: {}}
+        drafts, kept = self._drafts(request, shown, cache) if model.drafts else ({True: {}, False: {}}, {})
         for branch in wanted:
             prompt = (request.prompt if branch.prompt else request.negative_prompt) or ""
             text, mask = cache.get(f"text:{prompt}", partial(model.encode_text, [prompt]))
@@ -56,12 +57,13 @@ class NativeBackbone:
                 | drafts[branch.contexts]
             )
         truncated = any(model.truncates(prompt) for prompt in (request.prompt, request.negative_prompt))
-        return Encoded(lanes, self._layout(request, cache), [""] * len(lanes), truncated)
+        return Encoded(lanes, self._layout(request, cache), [""] * len(lanes), truncated, kept)
 
-    def _drafts(self, request: Request, shown: list[Context], cache: Cache) -> dict[bool, Conditions]:
-        """For lanes that see the contexts, and for those that don't."""
+    def _drafts(self, request: Request, shown: list[Context], cache: Cache) -> tuple[dict[bool, Conditions], Conditions]:
+        """For lanes that see the contexts, and for those that don't; and what is kept of it for the end."""
         model, (height, width) = self.model, request.query.shape[:2]
         factor = self.latent_factor
+        kept, scale = Conditions(), min(request.settings.context_scale, 1.0)
         none = made = Drawn(
             *(
                 torch.zeros(1, channels, height // factor, width // factor, device=model.device)
@@ -75,16 +77,20 @@ class NativeBackbone:
             looks = [cache.get(f"look:{one.key}", partial(self._look, one.pixels)) for one in shown]
             weights = [one.weight for one in shown]
             told = ":".join(f"{one.key}*{one.weight}" for one in shown)
-            made = cache.get(f"draft:{key}:{told}", partial(self._draw, layout, looks, weights))
-        scale = min(request.settings.context_scale, 1.0)
-        return {
+            made, detail = cache.get(f"draft:{key}:{told}", partial(self._draw, layout, looks, weights))
+            share = model.detail_scale * scale * min(control_scales(request, 1)[0], 1.0)
+            kept = {"draft": detail[0], "copy": detail[1], "share": torch.full((1, 1, 1, 1), share, device=model.device)}
+        lanes = {
             seen: {"draft": scale * drawn.pixels.to(model.dtype), "drawn": scale * drawn.latents.to(model.dtype)}
             for seen, drawn in ((True, made), (False, none))
         }
+        return lanes, kept
 
-    def _draw(self, layout: Layout, looks: list[Look], weights: list[float]) -> Drawn:
+    def _draw(self, layout: Layout, looks: list[Look], weights: list[float]) -> tuple[Drawn, tuple[Tensor, Tensor]]:
         seen = Look(*(torch.stack(parts, 1) for parts in zip(*looks, strict=True)))
-        return self.model.draw(draft(layout, seen, torch.tensor([weights], device=self.model.device)))
+        drafts = draft(layout, seen, torch.tensor([weights], device=self.model.device))
+        drawn = self.model.draw(drafts)
+        return drawn, self.model.detail(drafts, drawn)
 
     def _tones(self, control: Control) -> Layout:
         return layout_of(to_tensor(control.pixels).to(self.model.device), [control.kind])
@@ -142,8 +148,10 @@ class NativeBackbone:
         )[0]
         return gain * output + known
 
-    def decode(self, latents: Tensor, request: Request) -> Tensor:
+    def decode(self, latents: Tensor, request: Request, kept: Conditions) -> Tensor:
         images = self.model.decode(latents).float()
+        if kept:
+            images = give_back(images, kept["draft"], kept["copy"], kept["share"])
         if not self.model.restores:
             return images
         shown = weighted_contexts(request, self.context_slots)

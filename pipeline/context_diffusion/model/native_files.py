@@ -28,6 +28,7 @@ VALUES = (
     "context_slots",
     "noise_scale",
     "rest_scale",
+    "detail_scale",
 )
 
 

@@ -169,7 +169,7 @@ class StableBackbone:
         self.start.use(None)
         return output
 
-    def decode(self, latents: Tensor, request: Request) -> Tensor:
+    def decode(self, latents: Tensor, request: Request, kept: Conditions) -> Tensor:
         tiled = latents.shape[2] * latents.shape[3] * self.latent_factor**2 > TILED
         (self.vae.enable_tiling if tiled else self.vae.disable_tiling)()
         upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
