@@ -81,6 +81,7 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
         context_slots=sizes.context_slots,
         noise_scale=sizes.noise_scale,
         rest_scale=sizes.rest_scale,
+        detail_scale=sizes.detail_scale,
         normalization=normalization,
     )
 

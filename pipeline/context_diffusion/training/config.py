@@ -93,6 +93,7 @@ class Architecture(StrictModel):
     draft: bool = Field(default=True, description="the U-Net is shown the query's tones in the contexts' colours: model/draft.py")
     noise_scale: float = Field(default=0.55, gt=0, le=1, description="of sampling: a small model is unsure of much")
     rest_scale: float = Field(default=1.0, ge=0, le=1, description="of what the U-Net adds to a draft, in sampling; 0: the draft")
+    detail_scale: float = Field(default=1.0, ge=0, le=1, description="of a draft's detail that its copy by the autoencoder lacks")
     text_length: int = Field(default=20, description="tokens of a prompt")
     normalization: Normalization = Normalization()
 
