@@ -117,11 +117,16 @@ def given_model(description: str | None) -> tuple[argparse.Namespace, NativeMode
     arguments.add_argument("--steps", type=int, default=20)
     arguments.add_argument("--guidance", type=float, default=1.5)
     arguments.add_argument("--noise-scale", type=float, help="of sampling; left out: the model's own")
+    arguments.add_argument("--rest-scale", type=float, help="of what the U-Net adds to a draft; left out: the model's own")
+    arguments.add_argument("--detail-scale", type=float, help="of a draft's detail; left out: the model's own")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--page", type=Path, default=Path("build/photographs.png"), help="of bars_photographs.py")
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     model = NativeModel.from_pretrained(model_folder(given.model))
-    model.noise_scale = given.noise_scale or model.noise_scale
-    print(f"{given.model}: {given.steps} steps, guidance {given.guidance:g}, noise scale {model.noise_scale:g}", flush=True)
+    for name in ("noise_scale", "rest_scale", "detail_scale"):
+        if getattr(given, name) is not None:
+            setattr(model, name, getattr(given, name))
+    scales = f"noise {model.noise_scale:g}, rest {model.rest_scale:g}, detail {model.detail_scale:g}"
+    print(f"{given.model}: {given.steps} steps, guidance {given.guidance:g}; scales: {scales}", flush=True)
     return given, model, Settings(num_inference_steps=given.steps, guidance_scale=given.guidance)

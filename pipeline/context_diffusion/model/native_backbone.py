@@ -61,30 +61,30 @@ class NativeBackbone:
 
     def _drafts(self, request: Request, shown: list[Context], cache: Cache) -> tuple[dict[bool, Conditions], Conditions]:
         """For lanes that see the contexts, and for those that don't; and what is kept of it for the end."""
-        model, (height, width) = self.model, request.query.shape[:2]
-        factor = self.latent_factor
-        kept, scale = Conditions(), min(request.settings.context_scale, 1.0)
-        none = made = Drawn(
-            *(
-                torch.zeros(1, channels, height // factor, width // factor, device=model.device)
-                for channels in (CHANNELS * factor**2, self.latent_channels)
-            )
-        )
+        model, scale = self.model, min(request.settings.context_scale, 1.0)
+        none, kept = self._no_draft(request), Conditions()
+        made = none
         if request.controls and request.controls[0].kind in PICTURE_KINDS and any(one.weight for one in shown):
-            [control] = request.controls
-            key = f"{control.kind}:{content_key(control.pixels)}"
-            layout = cache.get(f"tones:{key}", partial(self._tones, control))
-            looks = [cache.get(f"look:{one.key}", partial(self._look, one.pixels)) for one in shown]
-            weights = [one.weight for one in shown]
-            told = ":".join(f"{one.key}*{one.weight}" for one in shown)
-            made, detail = cache.get(f"draft:{key}:{told}", partial(self._draw, layout, looks, weights))
+            made, (whole, copy) = self._drawn(request.controls[0], shown, cache)
             share = model.detail_scale * scale * min(control_scales(request, 1)[0], 1.0)
-            kept = {"draft": detail[0], "copy": detail[1], "share": torch.full((1, 1, 1, 1), share, device=model.device)}
+            kept = {"draft": whole, "copy": copy, "share": whole.new_full((1, 1, 1, 1), share)}
         lanes = {
             seen: {"draft": scale * drawn.pixels.to(model.dtype), "drawn": scale * drawn.latents.to(model.dtype)}
             for seen, drawn in ((True, made), (False, none))
         }
         return lanes, kept
+
+    def _no_draft(self, request: Request) -> Drawn:
+        height, width = (side // self.latent_factor for side in request.query.shape[:2])
+        channels = CHANNELS * self.latent_factor**2, self.latent_channels
+        return Drawn(*(torch.zeros(1, count, height, width, device=self.model.device) for count in channels))
+
+    def _drawn(self, control: Control, shown: list[Context], cache: Cache) -> tuple[Drawn, tuple[Tensor, Tensor]]:
+        key = f"{control.kind}:{content_key(control.pixels)}"
+        layout = cache.get(f"tones:{key}", partial(self._tones, control))
+        looks = [cache.get(f"look:{one.key}", partial(self._look, one.pixels)) for one in shown]
+        told = ":".join(f"{one.key}*{one.weight}" for one in shown)
+        return cache.get(f"draft:{key}:{told}", partial(self._draw, layout, looks, [one.weight for one in shown]))
 
     def _draw(self, layout: Layout, looks: list[Look], weights: list[float]) -> tuple[Drawn, tuple[Tensor, Tensor]]:
         seen = Look(*(torch.stack(parts, 1) for parts in zip(*looks, strict=True)))
