@@ -55,6 +55,6 @@ def test_the_rows_costs_add_up_to_what_a_counter_around_the_run_sees_and_no_bit_
 
 @pytest.mark.parametrize(("guidance", "least", "most"), [(1.0, 0.4, 0.6), (3.0, 0.8, 1.0)])
 def test_rows_without_guidance_cost_half_of_what_a_guided_batch_pays_for_them(guidance: float, least: float, most: float) -> None:
-    rows = [request(seed=n, contexts=1, prompt="ocean", num_inference_steps=8, guidance_scale=guidance) for n in range(4)]
+    rows = [request(seed=n, contexts=1, prompt="ocean", num_inference_steps=16, guidance_scale=guidance) for n in range(4)]
     made = results(engine(Operations()), rows)
     assert least < sum(one.flops for one in made) / sum(one.reference_flops for one in made) < most
