@@ -2,6 +2,8 @@
 with an undisturbed run.
 
 python tests/chaos.py N [--seed S] [--first K] [--folder DIR]    a JSON line a kill; exit 1 where anything was lost or torn
+
+There each kill strikes the run that goes on with what the one before left, until one gets through and is compared.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from context_diffusion.supervise import _members
 from driving import COMMAND, ENVIRONMENT, children
 from independent import plan_rows, read_output
 from inputs import job_values, write_manifest
+from tiny import tiny_model
 
 ROWS = 48
 PATIENCE_S = 300.0
@@ -54,7 +58,7 @@ class Chaos:
     expected: dict[tuple[str, int], str]  # pictures of the undisturbed run
 
     def strike(self, victim: str, moment: str, share: float) -> dict[str, Any]:
-        """One kill, and the command again until it says that all is done. -> what happened."""
+        """Starts the command and kills one victim of it. -> what happened."""
         words, number = VICTIMS[victim]
         process = self._start()
         self._wait_for(moment, process, share * self.seconds)
@@ -66,10 +70,17 @@ class Chaos:
             time.sleep(0.005)
         drivers = drivers or children(process.pid)
         codes = [one.wait(timeout=PATIENCE_S) for one in (second, process) if one]
-        left = self._left(drivers)
+        wrong = [f"processes left: {[_name(pid) for pid in left]}"] if (left := self._left(drivers)) else []
+        wrong += [f"exit codes {codes}"] if any(code not in (0, 75, 130, 143, -9) for code in codes) else []
+        return {"victim": victim, "moment": moment, "struck": struck, "exits": codes, "wrong": wrong}
+
+    def finish(self, found: dict[str, Any]) -> dict[str, Any]:
+        """The command again until it says that all is done; then what differs from the undisturbed run."""
+        codes, wrong = list(found["exits"]), list(found["wrong"])
         while codes[-1] != 0 and len(codes) < 5:
-            codes.append(subprocess.run(process.args, env=ENVIRONMENT, capture_output=True, timeout=PATIENCE_S).returncode)
-        return {"victim": victim, "moment": moment, "struck": struck, "exits": codes, "wrong": self._wrong(codes, left)}
+            codes.append(self._start().wait(timeout=PATIENCE_S))
+        wrong += [f"never done: {codes}"] if codes[-1] else []
+        return found | {"exits": codes, "wrong": wrong + self._wrong()}
 
     def _start(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -82,12 +93,16 @@ class Chaos:
 
     def _wait_for(self, moment: str, process: subprocess.Popen[bytes], seconds: float) -> None:
         until = time.monotonic() + (seconds if moment == "any" else PATIENCE_S)
-        data = self.out / "data"
+        begun = self._parts()
         while time.monotonic() < until and process.poll() is None:
             # A part is created by linking a nameless file: its folder's time changes at that moment.
-            if moment != "any" and data.exists() and len(list(data.iterdir())) > int(seconds) % 6:
+            if moment != "any" and self._parts() - begun > int(seconds) % 6:
                 return
             time.sleep(0.002 if moment != "any" else 0.05)
+
+    def _parts(self) -> int:
+        data = self.out / "data"
+        return len(list(data.iterdir())) if data.exists() else 0
 
     def _left(self, drivers: list[int]) -> list[int]:
         """Processes of the run that are still there after a while."""
@@ -108,15 +123,14 @@ class Chaos:
                     return True
         return False
 
-    def _wrong(self, codes: list[int], left: list[int]) -> list[str]:
-        wrong = [f"exit codes {codes}"] if codes[-1] != 0 or any(code not in (0, 75, 130, 143, -9) for code in codes) else []
-        wrong += [f"processes left: {[_name(pid) for pid in left]}"] if left else []
+    def _wrong(self) -> list[str]:
+        """Of a finished output."""
         try:
             rows = read_output(self.out)
         except Exception as error:
-            return [*wrong, f"torn: {error}"]
+            return [f"torn: {error}"]
         counted = Counter((row["id"], row["index"]) for row in rows)
-        wrong += [f"doubled: {row}" for row, count in counted.items() if count > 1]
+        wrong = [f"doubled: {row}" for row, count in counted.items() if count > 1]
         wrong += [f"lost: {row}" for row in self.expected.keys() - counted.keys()]
         wrong += [f"differs: {row['id']}" for row in rows if row["sha256"] != self.expected.get((row["id"], row["index"]))]
         return wrong if len(rows) == plan_rows(self.out) else [*wrong, f"{len(rows)} rows of {plan_rows(self.out)}"]
@@ -131,10 +145,12 @@ def _name(pid: int) -> str:
 
 
 def undisturbed(folder: Path) -> Chaos:
-    settings = {"num_inference_steps": 4}
-    manifest = write_manifest(folder / "in", ROWS)
+    """The job that is struck, run in peace: a small model, so that a kill costs the time of its processes, not of pictures."""
+    settings, model = {"num_inference_steps": 4}, folder / "model"
+    tiny_model().save_pretrained(model)
+    values = job_values(write_manifest(folder / "in", ROWS), folder / "calm", rows_per_part=4, settings=settings)
     job = folder / "job.json"
-    job.write_text(json.dumps(job_values(manifest, folder / "calm", rows_per_part=4, settings=settings)))
+    job.write_text(json.dumps(values | {"model": str(model)}))
     started = time.monotonic()
     subprocess.run([*COMMAND, "run", str(job)], env=ENVIRONMENT, check=True, capture_output=True)
     expected = {(row["id"], row["index"]): row["sha256"] for row in read_output(folder / "calm")}
@@ -142,11 +158,21 @@ def undisturbed(folder: Path) -> Chaos:
     return Chaos(folder, str(job), folder / "calm", time.monotonic() - started, expected)
 
 
-def strike(calm: Chaos, number: int, seed: int) -> dict[str, Any]:
+def strike(one: Chaos, number: int, seed: int) -> dict[str, Any]:
     """The kill of this number: victims in turn, moments by seed."""
     drawn, victim = random.Random(f"{seed} {number}"), list(VICTIMS)[number % len(VICTIMS)]
-    one = replace(calm, out=calm.folder / f"out-{number}")
     return {"kill": number, **one.strike(victim, drawn.choice(MOMENTS), drawn.uniform(0.2, 1.0))}
+
+
+def series(calm: Chaos, numbers: range, seed: int) -> Iterator[dict[str, Any]]:
+    """Kill after kill of one output, until a run gets through: it is compared, and the next output begins."""
+    begun = numbers[0]
+    for number in numbers:
+        one = replace(calm, out=calm.folder / f"out-{begun}")
+        found = strike(one, number, seed)
+        if found["exits"][-1] == 0 or number == numbers[-1]:
+            found, begun = one.finish(found), number + 1
+        yield found
 
 
 if __name__ == "__main__":
@@ -157,9 +183,9 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     calm, results = undisturbed(given.folder or Path(tempfile.mkdtemp(prefix="chaos-"))), []
-    for number in range(given.first, given.first + given.kills):
-        results.append(strike(calm, number, given.seed))
-        print(json.dumps(results[-1]), flush=True)
+    for found in series(calm, range(given.first, given.first + given.kills), given.seed):
+        results.append(found)
+        print(json.dumps(found), flush=True)
     struck = sum(result["struck"] for result in results)
     wrong = [result for result in results if result["wrong"]]
     print(json.dumps({"kills": len(results), "struck": struck, "wrong": len(wrong)}))

@@ -3,6 +3,7 @@ dies, faults of Ray's own calls."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -105,5 +106,6 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> chaos.Chaos:
 @pytest.mark.parametrize("number", range(20))
 def test_twenty_kills_lose_and_double_nothing(calm: chaos.Chaos, number: int) -> None:
     """Each victim in turn, at a random moment; CHAOS_SEED gives other moments."""
-    found = chaos.strike(calm, number, seed=int(os.environ.get("CHAOS_SEED", "0")))
+    one = dataclasses.replace(calm, out=calm.folder / f"out-{number}")
+    found = one.finish(chaos.strike(one, number, seed=int(os.environ.get("CHAOS_SEED", "0"))))
     assert found["wrong"] == [], found

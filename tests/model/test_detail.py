@@ -83,3 +83,10 @@ def test_without_contexts_or_tones_there_is_no_draft_to_give() -> None:
     backbone = NativeBackbone(tiny_model())
     edges = request(1, contexts=1, control="canny")
     assert backbone.encode(edges, branches_of(edges), Cache(10**8)).kept == {}
+
+
+def test_a_scale_of_nothing_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, one = dataclasses.replace(tiny_model(), detail_scale=0.0), request(1, contexts=1)
+    monkeypatch.setattr(model, "detail", None)  # what would be called is not there
+    backbone = NativeBackbone(model)
+    assert backbone.encode(one, branches_of(one), Cache(10**8)).kept == {}

@@ -65,9 +65,9 @@ class NativeBackbone:
         none, kept = self._no_draft(request), Conditions()
         made = none
         if request.controls and request.controls[0].kind in PICTURE_KINDS and any(one.weight for one in shown):
-            made, (whole, copy) = self._drawn(request.controls[0], shown, cache)
+            made, detail = self._drawn(request.controls[0], shown, cache)
             share = model.detail_scale * scale * min(control_scales(request, 1)[0], 1.0)
-            kept = {"draft": whole, "copy": copy, "share": whole.new_full((1, 1, 1, 1), share)}
+            kept = detail | {"share": made.pixels.new_full((1, 1, 1, 1), share)} if detail else kept
         lanes = {
             seen: {"draft": scale * drawn.pixels.to(model.dtype), "drawn": scale * drawn.latents.to(model.dtype)}
             for seen, drawn in ((True, made), (False, none))
@@ -79,18 +79,22 @@ class NativeBackbone:
         channels = CHANNELS * self.latent_factor**2, self.latent_channels
         return Drawn(*(torch.zeros(1, count, height, width, device=self.model.device) for count in channels))
 
-    def _drawn(self, control: Control, shown: list[Context], cache: Cache) -> tuple[Drawn, tuple[Tensor, Tensor]]:
+    def _drawn(self, control: Control, shown: list[Context], cache: Cache) -> tuple[Drawn, Conditions]:
         key = f"{control.kind}:{content_key(control.pixels)}"
         layout = cache.get(f"tones:{key}", partial(self._tones, control))
         looks = [cache.get(f"look:{one.key}", partial(self._look, one.pixels)) for one in shown]
         told = ":".join(f"{one.key}*{one.weight}" for one in shown)
         return cache.get(f"draft:{key}:{told}", partial(self._draw, layout, looks, [one.weight for one in shown]))
 
-    def _draw(self, layout: Layout, looks: list[Look], weights: list[float]) -> tuple[Drawn, tuple[Tensor, Tensor]]:
+    def _draw(self, layout: Layout, looks: list[Look], weights: list[float]) -> tuple[Drawn, Conditions]:
+        """A draft, and of it what is needed to give its detail back: nothing where that isn't asked for."""
         seen = Look(*(torch.stack(parts, 1) for parts in zip(*looks, strict=True)))
         drafts = draft(layout, seen, torch.tensor([weights], device=self.model.device))
         drawn = self.model.draw(drafts)
-        return drawn, self.model.detail(drafts, drawn)
+        if not self.model.detail_scale:
+            return drawn, {}
+        whole, copy = self.model.detail(drafts, drawn)
+        return drawn, {"draft": whole, "copy": copy}
 
     def _tones(self, control: Control) -> Layout:
         return layout_of(to_tensor(control.pixels).to(self.model.device), [control.kind])
