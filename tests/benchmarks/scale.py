@@ -1,7 +1,10 @@
 """The flow at size, the engine replaced at the test seam: rows a second, what is lost, the driver's memory and its cost of a
 shard, Ray's object store, and how long a run takes to find what is done.
 
-python tests/benchmarks/scale.py [--rows 100000] [--rows-per-part 128] [--cpus 2]
+python tests/benchmarks/scale.py [--rows 100000] [--rows-per-part 128] [--cpus 2] [--done 0]
+
+--done: so many parts are made before, by the same stages in this process without Ray: what a driver costs that goes on with
+a large OUTPUT is then seen in minutes.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +27,15 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import fakes
 from context_diffusion.config import GenerateJob
+from context_diffusion.driver import _reads
 from context_diffusion.output import Output
 from context_diffusion.plan import open_plan
-from context_diffusion.storage import Storage
+from context_diffusion.schema import Failure, Request, Result
+from context_diffusion.stages import LoadImages, generate
+from context_diffusion.storage import Storage, parent
+from context_diffusion.writing import WriteShard
 from driving import ended, start
 from inputs import job_values
 from tiny import picture
@@ -42,7 +52,7 @@ def write_input(folder: Path, rows: int) -> str:
         "query": [f"{n % PICTURES}.png" for n in range(rows)],
         "context": [[f"{(n + 1) % PICTURES}.png"] for n in range(rows)],
     }
-    pq.write_table(pa.table(table), folder / "manifest.parquet", row_group_size=50_000)
+    pq.write_table(pa.table(table), folder / "manifest.parquet", row_group_size=10_000)
     return str(folder / "manifest.parquet")
 
 
@@ -80,19 +90,51 @@ def drive(job: dict[str, Any]) -> tuple[dict[str, Any], Watch]:
     return ended(process), watch
 
 
-def main(folder: Path, rows: int, rows_per_part: int, cpus: int) -> None:
+class Alone(fakes.FakeEngine):
+    def generate_shard(self, shard: int, rows: list[list[Request]]) -> list[Result | Failure]:
+        return self.generate([request for requests in rows for request in requests])
+
+
+def make_parts(values: dict[str, Any], begin: int, end: int) -> None:
+    """These parts of a job's output."""
+    job, storage = GenerateJob.model_validate(values), Storage()
+    output, engine = Output(job.output, storage), Alone()
+    plan = open_plan(job, output, storage)
+    model = plan.model
+    load = LoadImages(job, [parent(file.uri) for file in plan.files], model.image_size, model.context_size, storage)
+    write = WriteShard(job, output, f"{model.name}@{model.revision}")
+    for read in _reads(job, storage, output, plan, set(), False)[begin:end]:
+        [table] = read()
+        write(generate(load(table), engine, job))
+
+
+def make_first(values: dict[str, Any], count: int, cpus: int) -> None:
+    """The first parts, by so many processes."""
+    make_parts(values, 0, 1)  # with the plan, once
+    with ProcessPoolExecutor(cpus) as pool:
+        begins = range(1, count, 1000)
+        list(pool.map(partial(make_parts, values), begins, [min(begin + 1000, count) for begin in begins]))
+
+
+def main(folder: Path, rows: int, rows_per_part: int, cpus: int, done: int) -> None:
     out = folder / "out"
     values = job_values(write_input(folder / "in", rows), out, rows_per_part=rows_per_part, cluster={"num_cpus": cpus})
+    if done:
+        started = time.perf_counter()
+        make_first(values, done, cpus)
+        print(f"{done} parts made before in {time.perf_counter() - started:.0f} s", flush=True)
     started = time.perf_counter()
     told, watch = drive(values)
     seconds = time.perf_counter() - started
     assert told.get("exit") == 0, told
     parts = sorted((out / "data").glob("*.parquet"))
     ids = [row for part in parts for row in pq.read_table(part, columns=["id"])["id"].to_pylist()]
+    new = len(parts) - done
     print(
-        f"{rows} rows in {len(parts)} parts on {cpus} CPUs: {seconds:.0f} s, {rows / seconds:.1f} rows/s with Ray's start; "
-        f"lost {rows - len(set(ids))}, doubled {len(ids) - len(set(ids))}; driver {watch.cpu / len(parts) * 1e3:.1f} ms of CPU "
-        f"a part, {watch.at(len(parts) // 10)} MiB at a tenth of the parts, {watch.at(len(parts))} MiB at the end; "
+        f"{rows} rows in {len(parts)} parts, {done} of them made before, on {cpus} CPUs: {seconds:.0f} s, "
+        f"{(rows - done * rows_per_part) / seconds:.1f} rows/s with Ray's start; "
+        f"lost {rows - len(set(ids))}, doubled {len(ids) - len(set(ids))}; driver {watch.cpu / new * 1e3:.1f} ms of CPU a part, "
+        f"{watch.at(done + new // 10)} MiB at a tenth of the parts, {watch.at(len(parts))} MiB at the end; "
         f"object store {watch.store} MiB at most",
         flush=True,
     )
@@ -114,6 +156,7 @@ if __name__ == "__main__":
     arguments.add_argument("--rows", type=int, default=100_000)
     arguments.add_argument("--rows-per-part", type=int, default=128)
     arguments.add_argument("--cpus", type=int, default=2)
+    arguments.add_argument("--done", type=int, default=0, help="parts that stand there before")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as made:
-        main(Path(made), given.rows, given.rows_per_part, given.cpus)
+        main(Path(made), given.rows, given.rows_per_part, given.cpus, given.done)
