@@ -71,15 +71,16 @@ class Chaos:
         drivers = drivers or children(process.pid)
         codes = [one.wait(timeout=PATIENCE_S) for one in (second, process) if one]
         wrong = [f"processes left: {[_name(pid) for pid in left]}"] if (left := self._left(drivers)) else []
-        wrong += [f"exit codes {codes}"] if any(code not in (0, 75, 130, 143, -9) for code in codes) else []
+        wrong += _unexpected(codes)
         return {"victim": victim, "moment": moment, "struck": struck, "exits": codes, "wrong": wrong}
 
     def finish(self, found: dict[str, Any]) -> dict[str, Any]:
         """The command again until it says that all is done; then what differs from the undisturbed run."""
-        codes, wrong = list(found["exits"]), list(found["wrong"])
-        while codes[-1] != 0 and len(codes) < 5:
-            codes.append(self._start().wait(timeout=PATIENCE_S))
-        wrong += [f"never done: {codes}"] if codes[-1] else []
+        codes, more = found["exits"], list[int]()
+        while [*codes, *more][-1] != 0 and len(codes) + len(more) < 5:
+            more.append(self._start().wait(timeout=PATIENCE_S))
+        codes = codes + more
+        wrong = [*found["wrong"], *_unexpected(more), *([f"never done: {codes}"] if codes[-1] else [])]
         return found | {"exits": codes, "wrong": wrong + self._wrong()}
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -134,6 +135,10 @@ class Chaos:
         wrong += [f"lost: {row}" for row in self.expected.keys() - counted.keys()]
         wrong += [f"differs: {row['id']}" for row in rows if row["sha256"] != self.expected.get((row["id"], row["index"]))]
         return wrong if len(rows) == plan_rows(self.out) else [*wrong, f"{len(rows)} rows of {plan_rows(self.out)}"]
+
+
+def _unexpected(codes: list[int]) -> list[str]:
+    return [f"exit codes {codes}"] if any(code not in (0, 75, 130, 143, -9) for code in codes) else []
 
 
 def _name(pid: int) -> str:

@@ -3,8 +3,8 @@ shard, Ray's object store, and how long a run takes to find what is done.
 
 python tests/benchmarks/scale.py [--rows 100000] [--rows-per-part 128] [--cpus 2] [--done 0]
 
---done: so many parts are made before, by the same stages in this process without Ray: what a driver costs that goes on with
-a large OUTPUT is then seen in minutes.
+--done: so many parts are made before, by the same stages without Ray: what a driver costs that goes on with a large OUTPUT
+is then seen in minutes.
 """
 
 from __future__ import annotations

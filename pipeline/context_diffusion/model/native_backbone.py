@@ -65,9 +65,10 @@ class NativeBackbone:
         none, kept = self._no_draft(request), Conditions()
         made = none
         if request.controls and request.controls[0].kind in PICTURE_KINDS and any(one.weight for one in shown):
-            made, detail = self._drawn(request.controls[0], shown, cache)
+            made, kept = self._drawn(request.controls[0], shown, cache)
             share = model.detail_scale * scale * min(control_scales(request, 1)[0], 1.0)
-            kept = detail | {"share": made.pixels.new_full((1, 1, 1, 1), share)} if detail else kept
+            if kept:
+                kept = kept | {"share": made.pixels.new_full((1, 1, 1, 1), share)}
         lanes = {
             seen: {"draft": scale * drawn.pixels.to(model.dtype), "drawn": scale * drawn.latents.to(model.dtype)}
             for seen, drawn in ((True, made), (False, none))
