@@ -126,8 +126,7 @@ def run(
 
 
 def _named(job: StrictModel) -> str:
-    told = job.model_dump(include={"kind", "output"})
-    return f"{told['kind']}, {told['output']}"
+    return "{kind}, {output}".format(**job.model_dump(include={"kind", "output"}))
 
 
 def _run_job(job: StrictModel, options: dict[str, Any], grace: float, log_format: LogFormat) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def run_generate(
         storage.delete(output.success)
     before, efficiency = output.count(), NOTHING_RUN
     if not storage.exists(output.success):
-        efficiency = _make_missing(job, options, storage, output, plan, before, make_engine, on_start)
+        efficiency = _make_missing(job, options, output, plan, before, make_engine, on_start)
         _check_failures(job, plan, after := output.count())
         if after.rows != plan.rows:
             raise ClusterError(f"{after.rows} rows in {output.root}, {plan.rows} in the manifest: run it again")
@@ -63,7 +63,6 @@ def run_generate(
 def _make_missing(
     job: GenerateJob,
     options: Options,
-    storage: Storage,
     output: Output,
     plan: Plan,
     before: Counts,
@@ -76,14 +75,10 @@ def _make_missing(
         done -= _shards_with_failures(output)
         before = Counts()
     _check_failures(job, plan, before)
-    reads = _reads(job, storage, output, plan, done, options.retry_failed)
+    job = job.model_copy(update={"model": plan.model.parts or job.model})  # the plan's: engines load it, pictures tell it
+    reads, load, write = around_engine(job, output, plan, done, options.retry_failed)
     if not reads:
         return NOTHING_RUN
-    model = plan.model
-    job = job.model_copy(update={"model": model.parts or job.model})  # what the plan found: engines load it, pictures tell it
-    allow = job.allow or [parent(file.uri) for file in plan.files]
-    load = LoadImages(job, allow, model.image_size, model.context_size, storage)
-    write = WriteShard(job, output, f"{model.name}@{model.revision}", redo=options.retry_failed)
     from context_diffusion import dataflow  # here, not above: a wrong job is refused before Ray is imported
     from context_diffusion.metrics import RunMetrics
     from context_diffusion.ray_session import ray_session
@@ -107,14 +102,20 @@ def _default_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -
     return make_engine(job, broken)
 
 
-def _reads(job: GenerateJob, storage: Storage, output: Output, plan: Plan, done: set[int], redo: bool) -> list[ReadShard]:
-    """A read task for each shard that is left."""
-    return [
+def around_engine(
+    job: GenerateJob, output: Output, plan: Plan, done: set[int], redo: bool
+) -> tuple[list[ReadShard], LoadImages, WriteShard]:
+    """What stands around the engine: a read task for each shard that is left, what loads and what writes it."""
+    model, storage = plan.model, output.storage
+    reads = [
         ReadShard(job, replace(file, groups=[]), shard, plan.passed, storage, output if redo else None)
         for number, file in enumerate(plan.files)
         for shard in read_shards(output, number)
         if shard.number not in done
     ]
+    allow = job.allow or [parent(file.uri) for file in plan.files]
+    load = LoadImages(job, allow, model.image_size, model.context_size, storage)
+    return reads, load, WriteShard(job, output, f"{model.name}@{model.revision}", redo=redo)
 
 
 def _shards_with_failures(output: Output) -> set[int]:

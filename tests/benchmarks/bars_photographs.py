@@ -98,7 +98,7 @@ def photographs(model: NativeModel, settings: Settings, page: Path) -> None:
     for (row, column), pixels in cells.items():
         sheet[row * (size + gap) :, column * (size + gap) :][:size, :size] = pixels
     page.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(page, optimize=True)
+    Image.fromarray(sheet).save(page, optimize=True, quality=90)  # a JPEG's; PNG has none
     print(page)
 
 

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from context_diffusion.config import GenerateJob
+from context_diffusion.driver import around_engine
 from context_diffusion.output import Output
-from context_diffusion.plan import open_plan, read_shards
+from context_diffusion.plan import open_plan
 from context_diffusion.schema import Request, Result
-from context_diffusion.stages import LoadImages, ReadShard
 from context_diffusion.storage import Storage
-from context_diffusion.writing import WriteShard
 from inputs import job_values
 
 SIDE, CONTEXT, FILES = 512, 224, 40
@@ -78,10 +78,10 @@ def ours(manifest: Path, out: Path) -> None:
     storage = Storage()
     output = Output(str(out), storage)
     plan = open_plan(job, output, storage)
-    reads = [ReadShard(job, plan.files[0], shard, plan.passed, storage) for shard in read_shards(output, 0)]
-    load = LoadImages(job, [str(manifest.parent)], SIDE, CONTEXT, storage)
+    plan = replace(plan, model=replace(plan.model, context_size=CONTEXT))  # as a large model's
+    reads, load, write = around_engine(job, output, plan, set(), redo=False)
     with ray_session(2, None):
-        for _ in dataflow.run_flow(job, reads, load, WriteShard(job, output, "echo"), echo, lambda _: None):  # type: ignore[arg-type]
+        for _ in dataflow.run_flow(job, reads, load, write, echo, lambda _: None):  # type: ignore[arg-type]
             pass
 
 

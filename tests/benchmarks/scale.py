@@ -29,13 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fakes
 from context_diffusion.config import GenerateJob
-from context_diffusion.driver import _reads
+from context_diffusion.driver import around_engine
 from context_diffusion.output import Output
 from context_diffusion.plan import open_plan
 from context_diffusion.schema import Failure, Request, Result
-from context_diffusion.stages import LoadImages, generate
-from context_diffusion.storage import Storage, parent
-from context_diffusion.writing import WriteShard
+from context_diffusion.stages import generate
+from context_diffusion.storage import Storage
 from driving import ended, start
 from inputs import job_values
 from tiny import picture
@@ -97,13 +96,11 @@ class Alone(fakes.FakeEngine):
 
 def make_parts(values: dict[str, Any], begin: int, end: int) -> None:
     """These parts of a job's output."""
-    job, storage = GenerateJob.model_validate(values), Storage()
-    output, engine = Output(job.output, storage), Alone()
-    plan = open_plan(job, output, storage)
-    model = plan.model
-    load = LoadImages(job, [parent(file.uri) for file in plan.files], model.image_size, model.context_size, storage)
-    write = WriteShard(job, output, f"{model.name}@{model.revision}")
-    for read in _reads(job, storage, output, plan, set(), False)[begin:end]:
+    job = GenerateJob.model_validate(values)
+    output, engine = Output(job.output, Storage()), Alone()
+    plan = open_plan(job, output, output.storage)
+    reads, load, write = around_engine(job, output, plan, set(), redo=False)
+    for read in reads[begin:end]:
         [table] = read()
         write(generate(load(table), engine, job))
 
@@ -158,5 +155,7 @@ if __name__ == "__main__":
     arguments.add_argument("--cpus", type=int, default=2)
     arguments.add_argument("--done", type=int, default=0, help="parts that stand there before")
     given = arguments.parse_args()
+    if given.done * given.rows_per_part >= given.rows:
+        arguments.error(f"--done {given.done}: leave some of the {given.rows} rows for the driver")
     with tempfile.TemporaryDirectory() as made:
         main(Path(made), given.rows, given.rows_per_part, given.cpus, given.done)
