@@ -105,7 +105,7 @@ def named(score: Callable[[int, int], float], count: int, group: int = GROUP) ->
 
 def sign_test(better: int, worse: int) -> float:
     """One-sided p: as many or more better ones by chance."""
-    n = better + worse
+    n, better = int(better + worse), int(better)  # Python's own: numpy's overflow at 2**63
     return sum(math.comb(n, k) for k in range(better, n + 1)) / 2**n
 
 

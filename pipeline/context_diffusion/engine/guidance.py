@@ -23,6 +23,12 @@ class Branch:
     prompt: bool
 
 
+def words_lead(settings: Settings) -> bool:
+    """Whether what the prompt says goes before what contexts show: unless they are guided by more."""
+    context_scale = settings.context_guidance_scale
+    return context_scale is None or max(settings.guidance_scale, 1.0) >= context_scale
+
+
 def branches(settings: Settings, has_prompt: bool) -> list[Branch]:
     """The branches of a row, 1 to 3. Without a prompt of its own (that differs from the negative one) e_CT is e_C."""
     text_scale = max(settings.guidance_scale, 1.0)

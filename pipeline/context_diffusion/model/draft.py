@@ -92,21 +92,22 @@ def _colours(images: Tensor, tones: Tensor) -> Tensor:
     return sums.transpose(2, 3)
 
 
-def draft(layouts: Layout, looks: Look, weights: Tensor) -> Tensor:
-    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0 -> (B, CHANNELS, H, W), about -1 to 1; 0
-    for a row without contexts or tones."""
+def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None = None) -> Tensor:
+    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture in tones to
+    be added -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row without contexts or tones."""
     tones, (height, width) = layouts.tones.float(), layouts.tones.shape[2:]
-    curves = _curves((looks.colours.float() * weights[..., None, None, None]).sum(1))
+    curves = curves_of((looks.colours.float() * weights[..., None, None, None]).sum(1))
     shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
     waves = looks.waves.float() * torch.stack([torch.ones_like(shares)] * 2 + [shares] * 2, 2)[:, :, None]
     theirs, own = draw_waves(waves.flatten(1, 2), height, width)[:, None], draw_waves(layouts.waves, height, width)[:, None]
+    theirs = theirs if relief is None else theirs + relief[:, None]
     textured = (tones + theirs * tones.new_tensor(RATE)[:, None, None]).clamp(0, 1)
     parts = [*_dressed(tones, curves), torch.stack(_dressed(textured, curves)).mean(0), LOUD * theirs, LOUD * own]
     told = (weights > 0).any(1) & tones.flatten(1).any(1)
     return torch.cat(parts, 1) * told[:, None, None, None]
 
 
-def _curves(colours: Tensor) -> Tensor:
+def curves_of(colours: Tensor) -> Tensor:
     """(B, WAYS, STEPS, 4) -> (B, WAYS, STEPS, 3) in [-1, 1]: the colour of each step of tone."""
     places = torch.arange(STEPS, device=colours.device, dtype=torch.float32)
     near = torch.exp(-(places[:, None] - places).abs() / FALL)

@@ -31,6 +31,7 @@ from context_diffusion.model.encoders import patch_tokens
 from context_diffusion.model.fusion import ContextFusion
 from context_diffusion.model.normalization import describe, normalise, restore
 from context_diffusion.model.preconditioning import Drawn, levels, precondition
+from context_diffusion.model.recall import LookMemory
 from context_diffusion.training.config import SMALL, Normalization
 
 diffusers.utils.logging.set_verbosity_error()
@@ -48,6 +49,7 @@ class NativeModel:
     image_encoder: Any  # of a class of encoders.ENCODERS
     text_encoder: CLIPTextModel
     fusion: ContextFusion
+    memory: LookMemory
     tokenizer: Any  # a PreTrainedTokenizerFast
     scheduler_config: dict[str, Any]
     image_size: int = 128
@@ -69,6 +71,7 @@ class NativeModel:
         "image_encoder": None,  # its config says which
         "text_encoder": CLIPTextModel,
         "fusion": ContextFusion,
+        "memory": LookMemory,
     }
 
     @property
@@ -126,6 +129,17 @@ class NativeModel:
         mask = batch["attention_mask"].bool()
         hidden = self.text_encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return hidden.last_hidden_state, mask
+
+    def mean_words(self, prompts: list[str | None]) -> Tensor:
+        """-> (B, D): the mean of the text encoder's input embeddings, of the words that it knows; 0 where there is none.
+        What the words are counts, not their order."""
+        length, special = self.text_encoder.config.max_position_embeddings, self.tokenizer.all_special_ids
+        embeddings = self.text_encoder.get_input_embeddings().weight
+        means = []
+        for prompt in prompts:
+            known = [one for one in self.tokenizer(prompt or "")["input_ids"][:length] if one not in special]
+            means.append(embeddings[known].mean(0) if known else torch.zeros_like(embeddings[0]))
+        return torch.stack(means)
 
     def truncates(self, prompt: str | None) -> bool:
         """Whether a prompt has more tokens than are read of it."""

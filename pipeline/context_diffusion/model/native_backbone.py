@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.conditions import Context, content_key, control_scales, slots_of, to_tensor, weighted_contexts
+from context_diffusion.engine.conditions import content_key, control_scales, slots_of, to_tensor, weighted_contexts
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
 from context_diffusion.model.detail import give_back
-from context_diffusion.model.draft import CHANNELS, PICTURE_KINDS, Layout, Look, draft, layout_of, look_of
 from context_diffusion.model.native import NativeModel
+from context_diffusion.model.native_drafts import NativeDrafts
 from context_diffusion.model.preconditioning import Drawn
-from context_diffusion.schema import Control, Request
+from context_diffusion.schema import Request
 
 
 class NativeBackbone:
     """engine/backbone.py's interface. The U-Net and the ControlNet are copies: their attention is another one here."""
 
     def __init__(self, model: NativeModel) -> None:
-        self.model = model
+        self.model, self.drafts = model, NativeDrafts(model)
         self.unet, self.controlnet = copy.deepcopy(model.unet).eval(), copy.deepcopy(model.controlnet).eval()
         self.layers = attend_by_lanes(self.unet)
         # Of the layout alone: once a row, not once a step.
@@ -45,63 +45,19 @@ class NativeBackbone:
         scale = request.settings.context_scale
         contexts, weights = slots_of(tokens, [one.weight * scale for one in shown], self.context_slots)
         lanes: list[Conditions] = []
-        drafts, kept = self._drafts(request, shown, cache) if model.drafts else ({True: {}, False: {}}, {})
+        kept = Conditions()
         for branch in wanted:
+            # The last branch is shown all that the row has: of its draft the detail is given back.
+            drawn, kept = self.drafts.of(request, branch, shown, cache) if model.drafts else ({}, kept)
             prompt = (request.prompt if branch.prompt else request.negative_prompt) or ""
             text, mask = cache.get(f"text:{prompt}", partial(model.encode_text, [prompt]))
             hidden, bias = model.fuse(text, mask, contexts, weights if branch.contexts else weights * 0)
             pooled = model.pool(hidden, bias)
             lanes.append(
-                keys_and_values(self.layers, hidden)
-                | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled}
-                | drafts[branch.contexts]
+                keys_and_values(self.layers, hidden) | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled} | drawn
             )
         truncated = any(model.truncates(prompt) for prompt in (request.prompt, request.negative_prompt))
         return Encoded(lanes, self._layout(request, cache), [""] * len(lanes), truncated, kept)
-
-    def _drafts(self, request: Request, shown: list[Context], cache: Cache) -> tuple[dict[bool, Conditions], Conditions]:
-        """For lanes that see the contexts, and for those that don't; and what is kept of it for the end."""
-        model, scale = self.model, min(request.settings.context_scale, 1.0)
-        none, kept = self._no_draft(request), Conditions()
-        made = none
-        if request.controls and request.controls[0].kind in PICTURE_KINDS and any(one.weight for one in shown):
-            made, kept = self._drawn(request.controls[0], shown, cache)
-            share = model.detail_scale * scale * min(control_scales(request, 1)[0], 1.0)
-            if kept:
-                kept = kept | {"share": made.pixels.new_full((1, 1, 1, 1), share)}
-        lanes = {
-            seen: {"draft": scale * drawn.pixels.to(model.dtype), "drawn": scale * drawn.latents.to(model.dtype)}
-            for seen, drawn in ((True, made), (False, none))
-        }
-        return lanes, kept
-
-    def _no_draft(self, request: Request) -> Drawn:
-        height, width = (side // self.latent_factor for side in request.query.shape[:2])
-        channels = CHANNELS * self.latent_factor**2, self.latent_channels
-        return Drawn(*(torch.zeros(1, count, height, width, device=self.model.device) for count in channels))
-
-    def _drawn(self, control: Control, shown: list[Context], cache: Cache) -> tuple[Drawn, Conditions]:
-        key = f"{control.kind}:{content_key(control.pixels)}"
-        layout = cache.get(f"tones:{key}", partial(self._tones, control))
-        looks = [cache.get(f"look:{one.key}", partial(self._look, one.pixels)) for one in shown]
-        told = ":".join(f"{one.key}*{one.weight}" for one in shown)
-        return cache.get(f"draft:{key}:{told}", partial(self._draw, layout, looks, [one.weight for one in shown]))
-
-    def _draw(self, layout: Layout, looks: list[Look], weights: list[float]) -> tuple[Drawn, Conditions]:
-        """A draft, and of it what is needed to give its detail back: nothing where that isn't asked for."""
-        seen = Look(*(torch.stack(parts, 1) for parts in zip(*looks, strict=True)))
-        drafts = draft(layout, seen, torch.tensor([weights], device=self.model.device))
-        drawn = self.model.draw(drafts)
-        if not self.model.detail_scale:
-            return drawn, {}
-        whole, copy = self.model.detail(drafts, drawn)
-        return drawn, {"draft": whole, "copy": copy}
-
-    def _tones(self, control: Control) -> Layout:
-        return layout_of(to_tensor(control.pixels).to(self.model.device), [control.kind])
-
-    def _look(self, pixels: Any) -> Look:
-        return look_of(to_tensor(pixels).to(self.model.device), self.model.image_size)
 
     def _context(self, pixels: Any) -> Tensor:
         return self.model.encode_images(to_tensor(pixels).to(self.model.device))

@@ -1,0 +1,125 @@
+"""Which draft a lane of a row begins from: the query's tones in the contexts' look, or, where the prompt says otherwise, in
+one that the model remembers for its words (recall.py)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from context_diffusion.engine.backbone import Conditions
+from context_diffusion.engine.cache import Cache
+from context_diffusion.engine.conditions import Context, content_key, control_scales, to_tensor
+from context_diffusion.engine.guidance import Branch, words_lead
+from context_diffusion.model.draft import CHANNELS, PICTURE_KINDS, STEPS, WAYS, Layout, Look, draft, layout_of, look_of
+from context_diffusion.model.native import NativeModel
+from context_diffusion.model.preconditioning import Drawn
+from context_diffusion.model.recall import KINDS, Kind, describe_colours, describe_relief, lightness_of
+from context_diffusion.model.waves import COUNT
+from context_diffusion.schema import Control, Request
+
+BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4))
+
+
+class Seen(NamedTuple):
+    """Of a context."""
+
+    look: Look
+    relief: Tensor  # (1, numbers): recall.describe_relief's
+
+
+class Wanted(NamedTuple):
+    """What a lane's draft is made of: contexts, and numbers of remembered looks that take the place of what they show."""
+
+    contexts: list[Context]
+    recalled: dict[Kind, int]
+
+    @property
+    def key(self) -> str:
+        shown = [f"{one.key}*{one.weight}" for one in self.contexts]
+        return ":".join([*shown, *(f"{kind}={number}" for kind, number in self.recalled.items())])
+
+
+class NativeDrafts:
+    def __init__(self, model: NativeModel) -> None:
+        self.model, self.factor = model, model.image_size // model.latent_shape[1]
+
+    def of(self, request: Request, branch: Branch, shown: list[Context], cache: Cache) -> tuple[Conditions, Conditions]:
+        """-> of a lane, and what is kept for the end of what it draws. A lane without a draft has zeros."""
+        model, scale = self.model, min(request.settings.context_scale, 1.0)
+        wanted = self._wanted(request, branch, [one for one in shown if one.weight and scale], cache)
+        if not (wanted.contexts or wanted.recalled):
+            return self._lane(self._no_draft(request), 1.0), {}
+        drawn, kept = self._drawn(request.controls[0], wanted, cache)
+        share = 1.0 if "colours" in wanted.recalled else scale
+        if kept:
+            detail = model.detail_scale * share * min(control_scales(request, 1)[0], 1.0)
+            kept = kept | {"share": drawn.pixels.new_full((1, 1, 1, 1), detail)}
+        return self._lane(drawn, share), kept
+
+    def _lane(self, drawn: Drawn, share: float) -> Conditions:
+        return {"draft": share * drawn.pixels.to(self.model.dtype), "drawn": share * drawn.latents.to(self.model.dtype)}
+
+    def _no_draft(self, request: Request) -> Drawn:
+        height, width = (side // self.factor for side in request.query.shape[:2])
+        channels = CHANNELS * self.factor**2, self.model.latent_shape[0]
+        return Drawn(*(torch.zeros(1, count, height, width, device=self.model.device) for count in channels))
+
+    def _wanted(self, request: Request, branch: Branch, shown: list[Context], cache: Cache) -> Wanted:
+        nothing = Wanted([], {})
+        if not (request.controls and request.controls[0].kind in PICTURE_KINDS):
+            return nothing
+        contexts = shown if branch.contexts else []
+        prompt = (request.prompt if branch.prompt else request.negative_prompt) or ""
+        if not prompt or (contexts and not words_lead(request.settings)):
+            return Wanted(contexts, {})
+        words = cache.get(f"words:{prompt}", lambda: self.model.mean_words([prompt]))
+        told = [kind for kind in KINDS if self.model.memory.says(kind, words)]
+        if contexts:
+            told = [kind for kind in told if self.model.memory.contradict(kind, words, self._shown(kind, contexts, cache))]
+        elif told:
+            told = list(KINDS)  # a draft needs colours, whatever the words leave open
+        seed = request.settings.seed or 0
+        return Wanted(contexts, {kind: self.model.memory.recall(kind, words, seed) for kind in told})
+
+    def _shown(self, kind: Kind, contexts: list[Context], cache: Cache) -> Tensor:
+        """(1, numbers): what all contexts together show of it."""
+        seen = self._seen(contexts, cache)
+        weights = torch.tensor([one.weight for one in contexts], device=self.model.device)[:, None]
+        if kind == "texture":
+            return (torch.cat([one.relief for one in seen]) * weights).sum(0, keepdim=True) / weights.sum()
+        colours = torch.cat([one.look.colours for one in seen])
+        return describe_colours((colours * weights[..., None, None]).sum(0, keepdim=True))
+
+    def _seen(self, contexts: list[Context], cache: Cache) -> list[Seen]:
+        return [cache.get(f"look:{one.key}", partial(self._see, one.pixels)) for one in contexts]
+
+    def _see(self, pixels: Any) -> Seen:
+        images = to_tensor(pixels).to(self.model.device)
+        return Seen(look_of(images, self.model.image_size), describe_relief(lightness_of(images)))
+
+    def _drawn(self, control: Control, wanted: Wanted, cache: Cache) -> tuple[Drawn, Conditions]:
+        key = f"{control.kind}:{content_key(control.pixels)}"
+        layout = cache.get(f"tones:{key}", partial(self._tones, control))
+        return cache.get(f"draft:{key}:{wanted.key}", lambda: self._draw(layout, wanted, cache))
+
+    def _draw(self, layout: Layout, wanted: Wanted, cache: Cache) -> tuple[Drawn, Conditions]:
+        """A draft, and of it what is needed to give its detail back: nothing where that isn't asked for."""
+        memory, weights, relief = self.model.memory, [one.weight for one in wanted.contexts] or [1.0], None
+        looks = [one.look for one in self._seen(wanted.contexts, cache)] or [BLANK]
+        colours, waves = (torch.stack(parts, 1).to(layout.tones.device) for parts in zip(*looks, strict=True))
+        if (number := wanted.recalled.get("colours")) is not None:
+            colours = memory.colours[number].expand_as(colours)
+        if (number := wanted.recalled.get("texture")) is not None:
+            waves, relief = torch.zeros_like(waves), memory.relief(number, *layout.tones.shape[2:])
+        drafts = draft(layout, Look(colours, waves), torch.tensor([weights], device=self.model.device), relief)
+        drawn = self.model.draw(drafts)
+        if not self.model.detail_scale:
+            return drawn, {}
+        whole, copy = self.model.detail(drafts, drawn)
+        return drawn, {"draft": whole, "copy": copy}
+
+    def _tones(self, control: Control) -> Layout:
+        return layout_of(to_tensor(control.pixels).to(self.model.device), [control.kind])

@@ -1,0 +1,194 @@
+"""The last stage of training, seconds long: which looks the model remembers, and how a prompt's words are read as looks
+(model/recall.py). The text encoder is trained by then and stays as it is.
+
+N prompts, EACH of a pool's picture
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from context_diffusion.model.draft import look_of
+from context_diffusion.model.native import NativeModel
+from context_diffusion.model.recall import (
+    KINDS,
+    RELIEF,
+    Kind,
+    LookMemory,
+    describe_colours,
+    describe_relief,
+    lightness_of,
+    make_network,
+)
+from context_diffusion.training.data import Pool, make_pool
+from context_diffusion.training.layouts import Rng
+from context_diffusion.training.prompts import FILLERS, PALETTE_WORDS, TEXTURE_WORDS, describe
+from context_diffusion.training.styles import Style, dress
+
+EACH = 6
+SILENT, DROPPED = 0.1, 0.15  # share of prompts that are empty; of words that are left out
+STEPS, BATCH, LEARNING_RATE = 1500, 256, 2e-3
+BARE = {"outline": 0.0, "light": (0.0, 0.0), "grain": 0.0}
+GREY = np.repeat(np.linspace(0, 1, 256, dtype=np.float32)[:, None], 3, 1)
+NAMES: dict[Kind, dict[str, list[str]]] = {"colours": PALETTE_WORDS, "texture": TEXTURE_WORDS}
+
+
+class Prompts(NamedTuple):
+    """Prompts of pictures. words: NativeModel.mean_words'; names: (N,) bool by kind, whether they do; picture: (N,)."""
+
+    words: Tensor
+    names: dict[Kind, Tensor]
+    picture: Tensor
+
+
+def remember(model: NativeModel, seed: int, styles: int = 640, pictures: int = 5) -> dict[str, float]:
+    """Fills model.memory. -> for each kind, how often its limits are right on what they were set by."""
+    pool = make_pool(seed, styles, pictures, model.image_size)
+    rng, memory = np.random.default_rng((seed, 29)), model.memory
+    looks, textures = _chosen(pool.styles, rng, len(memory.colours), len(memory.reliefs))
+    memory.colours.copy_(torch.cat([swatch(pool.styles[k]) for k in looks]))
+    side = memory.reliefs.shape[1]
+    memory.reliefs.copy_((torch.stack([relief(pool.styles[k], side) for k in textures]) * RELIEF).round())
+    prompts, generator = _prompts(model, pool, rng), torch.Generator().manual_seed(seed)
+    shares = {}
+    for kind, kept, seen, chosen in (
+        ("colours", _kept_colours(pool), _seen_colours(model, pool), looks),
+        ("texture", _kept_textures(pool, side), _seen_textures(pool), textures),
+    ):
+        keys = _learn(memory, kind, prompts, kept[prompts.picture // pictures], seen[prompts.picture], generator)
+        getattr(memory, f"{kind}_keys").copy_(keys(kept[chosen]))
+        shares[kind] = _set_limits(memory, kind, prompts, seen, pool, rng)
+    return shares
+
+
+def swatch(style: Style) -> Tensor:
+    """All its colours, from dark to light, as draft.Look has them: (1, WAYS, STEPS, 4)."""
+    tones = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    bare = replace(style, texture="flat", **BARE)  # type: ignore[arg-type]
+    return look_of(_tensor(dress(tones, bare, np.random.default_rng(0))[None]), 64).colours
+
+
+def relief(style: Style, side: int) -> Tensor:
+    """Its texture alone, in tone: (side, side)."""
+    bare = replace(style, lut=GREY, **BARE)  # type: ignore[arg-type]
+    even = np.full((side, side), 0.5, np.float32)
+    return torch.from_numpy(dress(even, bare, np.random.default_rng(1))[..., 0].copy()) / 255 - 0.5
+
+
+def _chosen(styles: list[Style], rng: Rng, looks: int, textures: int) -> tuple[list[int], list[int]]:
+    """Numbers of styles to keep, for their colours and for their textures; of these none oftener than its share, for half
+    of all styles are flat."""
+    order, found = rng.permutation(len(styles)).tolist(), list[int]()
+    left = dict.fromkeys(TEXTURE_WORDS, -(-textures // len(TEXTURE_WORDS)))
+    for k in order:
+        if left[styles[k].texture]:
+            left[styles[k].texture] -= 1
+            found.append(k)
+    return [order[i % len(order)] for i in range(looks)], [found[i % len(found)] for i in range(textures)]
+
+
+def _kept_colours(pool: Pool) -> Tensor:
+    return torch.cat([describe_colours(swatch(style)) for style in pool.styles])
+
+
+def _kept_textures(pool: Pool, side: int) -> Tensor:
+    return torch.cat([describe_relief(relief(style, side)[None, None] + 0.5) for style in pool.styles])
+
+
+def _seen_colours(model: NativeModel, pool: Pool) -> Tensor:
+    return torch.cat([describe_colours(look_of(part, model.image_size).colours) for part in _parts(pool)])
+
+
+def _seen_textures(pool: Pool) -> Tensor:
+    return torch.cat([describe_relief(lightness_of(part)) for part in _parts(pool)])
+
+
+def _parts(pool: Pool) -> list[Tensor]:
+    return [_tensor(pool.targets[i : i + 64]) for i in range(0, len(pool.targets), 64)]
+
+
+def _tensor(pictures: NDArray[np.uint8]) -> Tensor:
+    """uint8 (N, H, W, 3) -> (N, 3, H, W)."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def _prompts(model: NativeModel, pool: Pool, rng: Rng) -> Prompts:
+    words, pictures = [], []
+    for number in rng.permutation(np.repeat(np.arange(len(pool.targets)), EACH)):
+        style = pool.styles[number // (len(pool.targets) // len(pool.styles))]
+        prompt = describe(rng, style, pool.families[pool.layout_of[number]]).split()
+        # What no picture depends on must tell nothing: wordings have their own words beside what they name.
+        prompt = [word for word in prompt if rng.random() >= DROPPED] + rng.choice(FILLERS, int(rng.integers(0, 4))).tolist()
+        words.append("" if rng.random() < SILENT else " ".join(prompt))
+        pictures.append(int(number))
+    named = {kind: torch.tensor([_names(prompt, NAMES[kind]) for prompt in words]) for kind in KINDS}
+    return Prompts(model.mean_words(list(words)), named, torch.tensor(pictures))
+
+
+def _names(prompt: str, names: dict[str, list[str]]) -> bool:
+    return bool(set(prompt.split()) & {word for all_words in names.values() for word in all_words})
+
+
+def _learn(
+    memory: LookMemory, kind: Kind, prompts: Prompts, kept: Tensor, seen: Tensor, generator: torch.Generator
+) -> Callable[[Tensor], Tensor]:
+    """Words and looks by contrast: in a batch, each prompt's own look is to fit it better than all others, and the other way
+    round. -> what makes a key of a kept look's description."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        keys = make_network(kept.shape[1])
+    learned = nn.ModuleList([memory.read_kept[kind], memory.read_seen[kind], memory.see[kind], keys]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(learned.parameters(), LEARNING_RATE, weight_decay=1e-2)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / STEPS)
+        rows = torch.randint(len(prompts.picture), (BATCH,), generator=generator)
+        read_kept, read_seen = memory.read_kept[kind](prompts.words[rows]), memory.read_seen[kind](prompts.words[rows])
+        loss = _contrast(read_kept @ keys(kept[rows]).T) + _contrast(read_seen @ memory.see[kind](seen[rows]).T)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    learned.requires_grad_(False)
+    return keys
+
+
+def _contrast(fits: Tensor) -> Tensor:
+    own = torch.arange(len(fits))
+    return F.cross_entropy(fits, own) + F.cross_entropy(fits.T, own)
+
+
+def _set_limits(memory: LookMemory, kind: Kind, prompts: Prompts, seen: Tensor, pool: Pool, rng: Rng) -> float:
+    """Where they part best: prompts that name it from those that don't; and, beside prompts that do, a context in their own
+    style from one in another. -> the smaller of the two shares that are right."""
+    row, pictures, names = KINDS.index(kind), len(pool.targets) // len(pool.styles), prompts.names[kind]
+    memory.limits[row, 0], first = parted(memory.told(kind, prompts.words), names)
+    named = np.array([style.palette if kind == "colours" else style.texture for style in pool.styles])
+    own = prompts.picture.numpy() // pictures
+    other = rng.integers(0, len(pool.styles), len(own))
+    contrary = names & torch.from_numpy(named[own] != named[other])
+    beside, strange = (torch.from_numpy(styles * pictures + rng.integers(0, pictures, len(own))) for styles in (own, other))
+    fits = [
+        memory.fits_seen(kind, prompts.words[rows], seen[context[rows]])
+        for rows, context in ((contrary, strange), (names, beside))
+    ]
+    memory.limits[row, 1], second = parted(torch.cat(fits), torch.arange(sum(map(len, fits))) >= len(fits[0]))
+    return min(first, second)
+
+
+def parted(values: Tensor, above: Tensor) -> tuple[float, float]:
+    """-> the limit that most of what should lie above it does, and most of the rest doesn't; the mean of these two shares."""
+    order = values.argsort()
+    truth = above[order].double()
+    below_right = (1 - truth).cumsum(0) / (1 - truth).sum()
+    above_right = 1 - truth.cumsum(0) / truth.sum()
+    right = (below_right + above_right) / 2
+    best = int(right[:-1].argmax())
+    return float((values[order[best]] + values[order[best + 1]]) / 2), float(right[best])
