@@ -72,7 +72,7 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
         image_encoder=encoder.model,
         text_encoder=text_encoder,
         fusion=ContextFusion(sizes.width, encoder.model.config.hidden_size, sizes.context_grid, statistics),
-        memory=LookMemory(sizes.width, side=min(sizes.image_size, 128)),
+        memory=LookMemory(len(tokenizer), side=min(sizes.image_size, 128)),
         tokenizer=tokenizer,
         scheduler_config=dict(SCHEDULER),
         image_size=sizes.image_size,

@@ -130,16 +130,14 @@ class NativeModel:
         hidden = self.text_encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return hidden.last_hidden_state, mask
 
-    def mean_words(self, prompts: list[str | None]) -> Tensor:
-        """-> (B, D): the mean of the text encoder's input embeddings, of the words that it knows; 0 where there is none.
-        What the words are counts, not their order."""
+    def known_words(self, prompts: list[str | None]) -> Tensor:
+        """-> (B, V): 1 for each word of the tokenizer's that is read of a prompt. Their order doesn't count."""
         length, special = self.text_encoder.config.max_position_embeddings, self.tokenizer.all_special_ids
-        embeddings = self.text_encoder.get_input_embeddings().weight
-        means = []
-        for prompt in prompts:
-            known = [one for one in self.tokenizer(prompt or "")["input_ids"][:length] if one not in special]
-            means.append(embeddings[known].mean(0) if known else torch.zeros_like(embeddings[0]))
-        return torch.stack(means)
+        words = torch.zeros(len(prompts), len(self.tokenizer), device=self.device)
+        for row, prompt in enumerate(prompts):
+            words[row, self.tokenizer(prompt or "")["input_ids"][:length]] = 1
+        words[:, special] = 0
+        return words
 
     def truncates(self, prompt: str | None) -> bool:
         """Whether a prompt has more tokens than are read of it."""

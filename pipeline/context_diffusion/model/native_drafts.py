@@ -75,7 +75,7 @@ class NativeDrafts:
         prompt = (request.prompt if branch.prompt else request.negative_prompt) or ""
         if not prompt or (contexts and not words_lead(request.settings)):
             return Wanted(contexts, {})
-        words = cache.get(f"words:{prompt}", lambda: self.model.mean_words([prompt]))
+        words = cache.get(f"words:{prompt}", lambda: self.model.known_words([prompt]))
         told = [kind for kind in KINDS if self.model.memory.says(kind, words)]
         if contexts:
             told = [kind for kind in told if self.model.memory.contradict(kind, words, self._shown(kind, contexts, cache))]

@@ -6,7 +6,7 @@ How well words and a look fit is learned by contrast (InfoNCE, van den Oord et a
 much likelier the look is with the words than without, but for a constant: what lies low contradicts them; and words after
 which all looks are as likely as before tell nothing of them.
 
-B prompts  N looks  D width of the text encoder  k width of what is compared
+B prompts  N looks  V words of the tokenizer
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ NUMBERS = {"colours": 3 * PLACES, "texture": 2 * len(PERIODS) * len(SHARES) + 2 
 COMPARED, HIDDEN = 32, 128
 NEAREST = 4  # looks of which the seed takes one
 RELIEF = 256.0  # steps of a kept relief to one of tone
+VIVID = 2.0  # times as strong as training had it is a texture that words ask for: the query's own stands beside it
 
 
 def make_network(width: int) -> nn.Sequential:
@@ -39,8 +40,8 @@ def make_network(width: int) -> nn.Sequential:
 
 
 class LookMemory(ModelMixin, ConfigMixin):
-    """A component of the native model. width: D; looks, textures: how many are kept; side: pixels of a texture. One that
-    has learned nothing takes no words for told, and nothing is recalled.
+    """A component of the native model. vocabulary: V; looks, textures: how many are kept; side: pixels of a texture. One
+    that has learned nothing takes no words for told, and nothing is recalled.
 
     Words are compared with looks in two views: as they are kept here, and as pictures show them, where a layout has its
     part in it."""
@@ -51,11 +52,9 @@ class LookMemory(ModelMixin, ConfigMixin):
     limits: Tensor  # (KINDS, 2), nats: what words tell of it at least, and what fits them at least
 
     @register_to_config
-    def __init__(self, width: int = 128, looks: int = 512, textures: int = 128, side: int = 128) -> None:
+    def __init__(self, vocabulary: int = 128, looks: int = 512, textures: int = 128, side: int = 128) -> None:
         super().__init__()
-        self.read_kept, self.read_seen = (
-            nn.ModuleDict({kind: nn.Sequential(nn.LayerNorm(width), *make_network(width)) for kind in KINDS}) for _ in range(2)
-        )
+        self.read_kept, self.read_seen = (nn.ModuleDict({kind: make_network(vocabulary) for kind in KINDS}) for _ in range(2))
         self.see = nn.ModuleDict({kind: make_network(NUMBERS[kind]) for kind in KINDS})
         self.register_buffer("colours", torch.zeros(looks, WAYS, STEPS, 4))
         self.register_buffer("reliefs", torch.zeros(textures, side, side, dtype=torch.int8))
@@ -64,29 +63,29 @@ class LookMemory(ModelMixin, ConfigMixin):
         self.register_buffer("limits", torch.tensor([[torch.inf, -torch.inf]] * len(KINDS)))
 
     def fits(self, kind: Kind, words: Tensor) -> Tensor:
-        """NativeModel.mean_words' (B, D) -> (B, N): how well each kept look fits them."""
+        """NativeModel.known_words' (B, V) -> (B, N): how well each kept look fits them."""
         return self.read_kept[kind](words.to(self.dtype)).float() @ getattr(self, f"{kind}_keys").float().T
 
     def told(self, kind: Kind, words: Tensor) -> Tensor:
-        """(B, D) -> (B,): nats that they tell of it, the divergence of the looks' chances from equal ones."""
+        """(B, V) -> (B,): nats that they tell of it, the divergence of the looks' chances from equal ones."""
         chances = self.fits(kind, words).log_softmax(1)
         return (chances.exp() * chances).sum(1) + math.log(chances.shape[1])
 
     def fits_seen(self, kind: Kind, words: Tensor, described: Tensor) -> Tensor:
-        """Words (B, D), descriptions of what contexts show (B, numbers) -> (B,)."""
+        """Words (B, V), descriptions of what contexts show (B, numbers) -> (B,)."""
         read, seen = self.read_seen[kind](words.to(self.dtype)), self.see[kind](described.to(self.dtype))
         return (read * seen).sum(1).float()
 
     def says(self, kind: Kind, words: Tensor) -> bool:
-        """Whether words (1, D) tell of it."""
+        """Whether words (1, V) tell of it."""
         return bool(self.told(kind, words).item() > self.limits[KINDS.index(kind), 0].item())
 
     def contradict(self, kind: Kind, words: Tensor, described: Tensor) -> bool:
-        """Whether words (1, D) are not what contexts show, (1, numbers)."""
+        """Whether words (1, V) are not what contexts show, (1, numbers)."""
         return bool(self.fits_seen(kind, words, described).item() < self.limits[KINDS.index(kind), 1].item())
 
     def recall(self, kind: Kind, words: Tensor, seed: int) -> int:
-        """The number of a look for words (1, D): by the seed one of those that fit best."""
+        """The number of a look for words (1, V): by the seed one of those that fit best."""
         fits = self.fits(kind, words)[0]
         nearest = fits.topk(min(NEAREST, len(fits))).indices
         return int(nearest[seed // len(nearest) ** KINDS.index(kind) % len(nearest)])
@@ -95,7 +94,7 @@ class LookMemory(ModelMixin, ConfigMixin):
         """(1, H, W), in tone; mirrored where a picture is larger."""
         side = self.reliefs.shape[1]
         down, across = (_mirrored(size, side, self.reliefs.device) for size in (height, width))
-        return self.reliefs[number][down][:, across][None].float() / RELIEF
+        return self.reliefs[number][down][:, across][None].float() * (VIVID / RELIEF)
 
 
 def _mirrored(size: int, side: int, device: torch.device) -> Tensor:

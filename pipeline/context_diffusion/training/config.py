@@ -156,6 +156,7 @@ class TrainJob(TrainingJob):
 
     kind: Literal["train"] = Field(description=KIND)
     architecture: Architecture = Architecture()
+    memory_steps: int = Field(default=1500, ge=0, description="in which words are learned to be read as looks; 0: not at all")
     autoencoder: AutoencoderSteps = AutoencoderSteps()
 
     @property

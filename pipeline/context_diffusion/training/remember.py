@@ -1,5 +1,5 @@
 """The last stage of training, seconds long: which looks the model remembers, and how a prompt's words are read as looks
-(model/recall.py). The text encoder is trained by then and stays as it is.
+(model/recall.py). It needs nothing of the other components.
 
 N prompts, EACH of a pool's picture
 """
@@ -42,15 +42,16 @@ NAMES: dict[Kind, dict[str, list[str]]] = {"colours": PALETTE_WORDS, "texture": 
 
 
 class Prompts(NamedTuple):
-    """Prompts of pictures. words: NativeModel.mean_words'; names: (N,) bool by kind, whether they do; picture: (N,)."""
+    """Prompts of pictures. words: NativeModel.known_words'; names: (N,) bool by kind, whether they do; picture: (N,)."""
 
     words: Tensor
     names: dict[Kind, Tensor]
     picture: Tensor
 
 
-def remember(model: NativeModel, seed: int, styles: int = 640, pictures: int = 5) -> dict[str, float]:
+def remember(model: NativeModel, seed: int, styles: int = 640, pictures: int = 5, steps: int = STEPS) -> dict[str, float]:
     """Fills model.memory. -> for each kind, how often its limits are right on what they were set by."""
+    model.memory.cpu()
     pool = make_pool(seed, styles, pictures, model.image_size)
     rng, memory = np.random.default_rng((seed, 29)), model.memory
     looks, textures = _chosen(pool.styles, rng, len(memory.colours), len(memory.reliefs))
@@ -58,14 +59,16 @@ def remember(model: NativeModel, seed: int, styles: int = 640, pictures: int = 5
     side = memory.reliefs.shape[1]
     memory.reliefs.copy_((torch.stack([relief(pool.styles[k], side) for k in textures]) * RELIEF).round())
     prompts, generator = _prompts(model, pool, rng), torch.Generator().manual_seed(seed)
-    shares = {}
-    for kind, kept, seen, chosen in (
-        ("colours", _kept_colours(pool), _seen_colours(model, pool), looks),
-        ("texture", _kept_textures(pool, side), _seen_textures(pool), textures),
-    ):
-        keys = _learn(memory, kind, prompts, kept[prompts.picture // pictures], seen[prompts.picture], generator)
+    shares = dict[str, float]()
+    described: dict[Kind, tuple[Tensor, Tensor, list[int]]] = {
+        "colours": (_kept_colours(pool), _seen_colours(model, pool), looks),
+        "texture": (_kept_textures(pool, side), _seen_textures(pool), textures),
+    }
+    for kind, (kept, seen, chosen) in described.items():
+        keys = _learn(memory, kind, prompts, kept[prompts.picture // pictures], seen[prompts.picture], steps, generator)
         getattr(memory, f"{kind}_keys").copy_(keys(kept[chosen]))
         shares[kind] = _set_limits(memory, kind, prompts, seen, pool, rng)
+    memory.to(model.device)
     return shares
 
 
@@ -131,7 +134,7 @@ def _prompts(model: NativeModel, pool: Pool, rng: Rng) -> Prompts:
         words.append("" if rng.random() < SILENT else " ".join(prompt))
         pictures.append(int(number))
     named = {kind: torch.tensor([_names(prompt, NAMES[kind]) for prompt in words]) for kind in KINDS}
-    return Prompts(model.mean_words(list(words)), named, torch.tensor(pictures))
+    return Prompts(model.known_words(list(words)).cpu(), named, torch.tensor(pictures))
 
 
 def _names(prompt: str, names: dict[str, list[str]]) -> bool:
@@ -139,7 +142,7 @@ def _names(prompt: str, names: dict[str, list[str]]) -> bool:
 
 
 def _learn(
-    memory: LookMemory, kind: Kind, prompts: Prompts, kept: Tensor, seen: Tensor, generator: torch.Generator
+    memory: LookMemory, kind: Kind, prompts: Prompts, kept: Tensor, seen: Tensor, steps: int, generator: torch.Generator
 ) -> Callable[[Tensor], Tensor]:
     """Words and looks by contrast: in a batch, each prompt's own look is to fit it better than all others, and the other way
     round. -> what makes a key of a kept look's description."""
@@ -148,8 +151,8 @@ def _learn(
         keys = make_network(kept.shape[1])
     learned = nn.ModuleList([memory.read_kept[kind], memory.read_seen[kind], memory.see[kind], keys]).requires_grad_(True)
     optimizer = torch.optim.AdamW(learned.parameters(), LEARNING_RATE, weight_decay=1e-2)
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / STEPS)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
         rows = torch.randint(len(prompts.picture), (BATCH,), generator=generator)
         read_kept, read_seen = memory.read_kept[kind](prompts.words[rows]), memory.read_seen[kind](prompts.words[rows])
         loss = _contrast(read_kept @ keys(kept[rows]).T) + _contrast(read_seen @ memory.see[kind](seen[rows]).T)

@@ -18,6 +18,7 @@ from context_diffusion.training.finetune import finetune
 from context_diffusion.training.generated import Generated
 from context_diffusion.training.pools import Pools
 from context_diffusion.training.prompts import vocabulary
+from context_diffusion.training.remember import remember
 from context_diffusion.training.state import Metrics, save_model
 from context_diffusion.training.workers import Workers
 
@@ -57,5 +58,7 @@ def train(job: TrainJob, device: torch.device) -> dict[str, Any] | None:
         pools.close()
     if not workers.first:
         return None
+    if steps := min(job.memory_steps, job.max_steps or job.memory_steps):
+        summary["words_read"] = remember(model, job.seed, job.styles, job.pictures, steps)
     save_model(model, folder / "model")
     return {"output": str(folder), "model": str(folder / "model"), **summary}
