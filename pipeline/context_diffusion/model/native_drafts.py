@@ -103,13 +103,13 @@ class NativeDrafts:
     def _drawn(self, control: Control, wanted: Wanted, cache: Cache) -> tuple[Drawn, Conditions]:
         key = f"{control.kind}:{content_key(control.pixels)}"
         layout = cache.get(f"tones:{key}", partial(self._tones, control))
-        return cache.get(f"draft:{key}:{wanted.key}", lambda: self._draw(layout, wanted, cache))
+        looks = [one.look for one in self._seen(wanted.contexts, cache)]
+        return cache.get(f"draft:{key}:{wanted.key}", partial(self._draw, layout, wanted, looks))
 
-    def _draw(self, layout: Layout, wanted: Wanted, cache: Cache) -> tuple[Drawn, Conditions]:
+    def _draw(self, layout: Layout, wanted: Wanted, looks: list[Look]) -> tuple[Drawn, Conditions]:
         """A draft, and of it what is needed to give its detail back: nothing where that isn't asked for."""
         memory, weights, relief = self.model.memory, [one.weight for one in wanted.contexts] or [1.0], None
-        looks = [one.look for one in self._seen(wanted.contexts, cache)] or [BLANK]
-        colours, waves = (torch.stack(parts, 1).to(layout.tones.device) for parts in zip(*looks, strict=True))
+        colours, waves = (torch.stack(parts, 1).to(layout.tones.device) for parts in zip(*(looks or [BLANK]), strict=True))
         if (number := wanted.recalled.get("colours")) is not None:
             colours = memory.colours[number].expand_as(colours)
         if (number := wanted.recalled.get("texture")) is not None:

@@ -187,11 +187,12 @@ def _set_limits(memory: LookMemory, kind: Kind, prompts: Prompts, seen: Tensor, 
 
 
 def parted(values: Tensor, above: Tensor) -> tuple[float, float]:
-    """-> the limit that most of what should lie above it does, and most of the rest doesn't; the mean of these two shares."""
-    order = values.argsort()
-    truth = above[order].double()
-    below_right = (1 - truth).cumsum(0) / (1 - truth).sum()
-    above_right = 1 - truth.cumsum(0) / truth.sum()
-    right = (below_right + above_right) / 2
-    best = int(right[:-1].argmax())
-    return float((values[order[best]] + values[order[best + 1]]) / 2), float(right[best])
+    """-> the limit above which most of what should be lies, and most of the rest does not; the mean of these two shares.
+    Infinite where there is nothing to part."""
+    if not above.any() or above.all():
+        return torch.inf, 1.0
+    ends, places = values.double().unique(return_inverse=True)
+    shares = [torch.bincount(places[part], minlength=len(ends)).cumsum(0) / part.sum() for part in (above, ~above)]
+    right = (1 - shares[0] + shares[1]) / 2
+    best = int(right.argmax())
+    return float(ends[best : best + 2].mean()), float(right[best])
