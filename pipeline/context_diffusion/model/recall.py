@@ -32,7 +32,7 @@ NUMBERS = {"colours": 3 * PLACES, "texture": 2 * len(PERIODS) * len(SHARES) + 2 
 COMPARED, HIDDEN = 32, 128
 NEAREST = 4  # looks of which the seed takes one
 RELIEF = 256.0  # steps of a kept relief to one of tone
-VIVID = 2.0  # times as strong as training had it is a texture that words ask for: the query's own stands beside it
+VIVID = 1.5  # times as strong as training had it is a texture that words ask for: the query's own stands beside it
 
 
 def make_network(width: int) -> nn.Sequential:
