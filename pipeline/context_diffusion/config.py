@@ -47,7 +47,8 @@ class Settings(StrictModel):
     scheduler: SchedulerName = Field(default="ddim", description="the sampler")
     guidance_scale: Scale = Field(default=1.5, description="how strongly the prompt pulls; 1 or less: no guidance")
     context_guidance_scale: Scale | None = Field(
-        default=None, description="how strongly the contexts pull; left out: as guidance_scale"
+        default=None,
+        description="how strongly the contexts pull; left out: as guidance_scale; if more, they stand against the prompt",
     )
     controlnet_conditioning_scale: ControlScale | Annotated[list[ControlScale], Field(min_length=1)] = Field(
         default=1.0, description="how strongly the query's layout holds; a list: for each ControlNet its own"
