@@ -22,8 +22,9 @@ from context_diffusion.model.recall import KINDS, LookMemory, describe_colours, 
 from context_diffusion.model.source import model_folder
 from context_diffusion.schema import Request
 from context_diffusion.training.layouts import make_layout
+from context_diffusion.training.looks import relief, swatch
 from context_diffusion.training.prompts import PALETTE_WORDS, TEXTURE_WORDS
-from context_diffusion.training.remember import parted, relief, remember, swatch
+from context_diffusion.training.remember import parted, remember
 from context_diffusion.training.styles import PALETTES, TEXTURES, Style, dress, make_lut, make_style
 from tiny import SIZES, make_tiny, request
 

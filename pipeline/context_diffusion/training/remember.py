@@ -7,37 +7,29 @@ N prompts, EACH of a pool's picture
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from context_diffusion.model.draft import look_of
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.recall import (
     KINDS,
     RELIEF,
     Kind,
     LookMemory,
-    describe_colours,
-    describe_relief,
-    lightness_of,
     make_network,
 )
 from context_diffusion.training.data import Pool, make_pool
 from context_diffusion.training.layouts import Rng
+from context_diffusion.training.looks import choose, describe_pool, relief, swatch
 from context_diffusion.training.prompts import FILLERS, PALETTE_WORDS, TEXTURE_WORDS, describe
-from context_diffusion.training.styles import Style, dress
 
 EACH = 6
 SILENT, DROPPED = 0.1, 0.15  # share of prompts that are empty; of words that are left out
 STEPS, BATCH, LEARNING_RATE = 1500, 256, 2e-3
-BARE = {"outline": 0.0, "light": (0.0, 0.0), "grain": 0.0}
-GREY = np.repeat(np.linspace(0, 1, 256, dtype=np.float32)[:, None], 3, 1)
 NAMES: dict[Kind, dict[str, list[str]]] = {"colours": PALETTE_WORDS, "texture": TEXTURE_WORDS}
 
 
@@ -51,76 +43,18 @@ class Prompts(NamedTuple):
 
 def remember(model: NativeModel, seed: int, styles: int = 640, pictures: int = 5, steps: int = STEPS) -> dict[str, float]:
     """Fills model.memory. -> for each kind, how often its limits are right on what they were set by."""
-    model.memory.cpu()
-    pool = make_pool(seed, styles, pictures, model.image_size)
-    rng, memory = np.random.default_rng((seed, 29)), model.memory
-    looks, textures = _chosen(pool.styles, rng, len(memory.colours), len(memory.reliefs))
-    memory.colours.copy_(torch.cat([swatch(pool.styles[k]) for k in looks]))
-    side = memory.reliefs.shape[1]
-    memory.reliefs.copy_((torch.stack([relief(pool.styles[k], side) for k in textures]) * RELIEF).round())
-    prompts, generator = _prompts(model, pool, rng), torch.Generator().manual_seed(seed)
-    shares = dict[str, float]()
-    described: dict[Kind, tuple[Tensor, Tensor, list[int]]] = {
-        "colours": (_kept_colours(pool), _seen_colours(model, pool), looks),
-        "texture": (_kept_textures(pool, side), _seen_textures(pool), textures),
-    }
-    for kind, (kept, seen, chosen) in described.items():
-        keys = _learn(memory, kind, prompts, kept[prompts.picture // pictures], seen[prompts.picture], steps, generator)
-        getattr(memory, f"{kind}_keys").copy_(keys(kept[chosen]))
+    memory = model.memory.cpu()
+    pool, rng = make_pool(seed, styles, pictures, model.image_size), np.random.default_rng((seed, 29))
+    side, chosen = memory.reliefs.shape[1], choose(pool.styles, rng, len(memory.colours), len(memory.reliefs))
+    memory.colours.copy_(torch.cat([swatch(pool.styles[k]) for k in chosen["colours"]]))
+    memory.reliefs.copy_((torch.stack([relief(pool.styles[k], side) for k in chosen["texture"]]) * RELIEF).round())
+    prompts, shares = _prompts(model, pool, rng), dict[str, float]()
+    for kind, (kept, seen) in describe_pool(pool, side).items():
+        keys = _learn(memory, kind, prompts, kept[prompts.picture // pictures], seen[prompts.picture], steps, seed)
+        getattr(memory, f"{kind}_keys").copy_(keys(kept[chosen[kind]]))
         shares[kind] = _set_limits(memory, kind, prompts, seen, pool, rng)
     memory.to(model.device)
     return shares
-
-
-def swatch(style: Style) -> Tensor:
-    """All its colours, from dark to light, as draft.Look has them: (1, WAYS, STEPS, 4)."""
-    tones = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
-    bare = replace(style, texture="flat", **BARE)  # type: ignore[arg-type]
-    return look_of(_tensor(dress(tones, bare, np.random.default_rng(0))[None]), 64).colours
-
-
-def relief(style: Style, side: int) -> Tensor:
-    """Its texture alone, in tone: (side, side)."""
-    bare = replace(style, lut=GREY, **BARE)  # type: ignore[arg-type]
-    even = np.full((side, side), 0.5, np.float32)
-    return torch.from_numpy(dress(even, bare, np.random.default_rng(1))[..., 0].copy()) / 255 - 0.5
-
-
-def _chosen(styles: list[Style], rng: Rng, looks: int, textures: int) -> tuple[list[int], list[int]]:
-    """Numbers of styles to keep, for their colours and for their textures; of these none oftener than its share, for half
-    of all styles are flat."""
-    order, found = rng.permutation(len(styles)).tolist(), list[int]()
-    left = dict.fromkeys(TEXTURE_WORDS, -(-textures // len(TEXTURE_WORDS)))
-    for k in order:
-        if left[styles[k].texture]:
-            left[styles[k].texture] -= 1
-            found.append(k)
-    return [order[i % len(order)] for i in range(looks)], [found[i % len(found)] for i in range(textures)]
-
-
-def _kept_colours(pool: Pool) -> Tensor:
-    return torch.cat([describe_colours(swatch(style)) for style in pool.styles])
-
-
-def _kept_textures(pool: Pool, side: int) -> Tensor:
-    return torch.cat([describe_relief(relief(style, side)[None, None] + 0.5) for style in pool.styles])
-
-
-def _seen_colours(model: NativeModel, pool: Pool) -> Tensor:
-    return torch.cat([describe_colours(look_of(part, model.image_size).colours) for part in _parts(pool)])
-
-
-def _seen_textures(pool: Pool) -> Tensor:
-    return torch.cat([describe_relief(lightness_of(part)) for part in _parts(pool)])
-
-
-def _parts(pool: Pool) -> list[Tensor]:
-    return [_tensor(pool.targets[i : i + 64]) for i in range(0, len(pool.targets), 64)]
-
-
-def _tensor(pictures: NDArray[np.uint8]) -> Tensor:
-    """uint8 (N, H, W, 3) -> (N, 3, H, W)."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -142,12 +76,13 @@ def _names(prompt: str, names: dict[str, list[str]]) -> bool:
 
 
 def _learn(
-    memory: LookMemory, kind: Kind, prompts: Prompts, kept: Tensor, seen: Tensor, steps: int, generator: torch.Generator
+    memory: LookMemory, kind: Kind, prompts: Prompts, kept: Tensor, seen: Tensor, steps: int, seed: int
 ) -> Callable[[Tensor], Tensor]:
     """Words and looks by contrast: in a batch, each prompt's own look is to fit it better than all others, and the other way
     round. -> what makes a key of a kept look's description."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())
+        torch.manual_seed(seed)
         keys = make_network(kept.shape[1])
     learned = nn.ModuleList([memory.read_kept[kind], memory.read_seen[kind], memory.see[kind], keys]).requires_grad_(True)
     optimizer = torch.optim.AdamW(learned.parameters(), LEARNING_RATE, weight_decay=1e-2)
