@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import numpy as np
@@ -37,6 +38,20 @@ def make_tiny(sizes: Architecture) -> NativeModel:
     last = model.vae.decoder.layers[-1]
     last.weight.mul_(0.3 / raw.std((0, 2, 3)).mean())
     last.bias.fill_(0.5)
+    return model
+
+
+@cache
+def speaking_model() -> NativeModel:
+    """The same, with a memory that takes every word for one that tells of a look, and whatever contexts show for another."""
+    model = copy.copy(tiny_model())
+    memory = copy.deepcopy(model.memory)
+    generator = torch.Generator().manual_seed(1)
+    for looks in (memory.colours, memory.colours_keys, memory.texture_keys):
+        looks.copy_(torch.rand(looks.shape, generator=generator))
+    memory.reliefs.copy_(torch.randint(-80, 80, memory.reliefs.shape, generator=generator))
+    memory.limits.copy_(torch.tensor([-1.0, torch.inf]))
+    model.memory = memory
     return model
 
 

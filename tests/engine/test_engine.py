@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,18 @@ from context_diffusion.engine.service import EngineService
 from context_diffusion.errors import ErrorCode
 from context_diffusion.model.detail import give_back
 from context_diffusion.model.draft import Look, draft, layout_of, look_of
+from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.schema import Control, Failure, Pixels, Request, Result
-from tiny import picture, request, tiny_model
+from tiny import picture, request, speaking_model, tiny_model
 
 
-def engine(lanes: int = 8, threads: int = 1) -> Engine:
-    return Engine(NativeBackbone(tiny_model()), torch.device("cpu"), Shape(2, lanes), threads=threads)
+def engine(lanes: int = 8, threads: int = 1, model: Callable[[], NativeModel] = tiny_model) -> Engine:
+    return Engine(NativeBackbone(model()), torch.device("cpu"), Shape(2, lanes), threads=threads)
 
 
-def alone(one: Request) -> Pixels:
-    [(_, outcome)] = list(engine().run([one]))
+def alone(one: Request, model: Callable[[], NativeModel] = tiny_model) -> Pixels:
+    [(_, outcome)] = list(engine(model=model).run([one]))
     assert isinstance(outcome, Result), outcome
     return outcome.image
 
@@ -59,14 +61,14 @@ def test_a_row_is_the_same_alone_and_among_any_neighbours(batch: list[Request], 
     """However many calls run at once, and whatever torch's own number of threads."""
     batch = [dataclasses.replace(one, id=str(number)) for number, one in enumerate(batch)]
     torch.set_num_threads(threads)
-    together = {one.id: outcome for one, outcome in engine(lanes, calls).run(batch)}
+    together = {one.id: outcome for one, outcome in engine(lanes, calls, speaking_model).run(batch)}
     assert torch.get_num_threads() == threads
     torch.set_num_threads(1)
     assert set(together) == {one.id for one in batch}
     for one in batch[:3]:
         outcome = together[one.id]
         assert isinstance(outcome, Result), outcome
-        assert np.array_equal(outcome.image, alone(one))
+        assert np.array_equal(outcome.image, alone(one, speaking_model))
 
 
 BASE: dict[str, Any] = {"seed": 3, "contexts": 2, "prompt": "ocean", "num_inference_steps": 4, "guidance_scale": 2.0}
@@ -97,6 +99,15 @@ def test_query_contexts_and_seed_move_the_picture() -> None:
     assert moved(before, alone(dataclasses.replace(base, controls=(Control("gray", picture(77)),)))) > 0
     assert moved(before, alone(dataclasses.replace(base, contexts=(picture(88),)))) > 0
     assert moved(before, alone(request(**(BASE | {"seed": 4})))) > 0
+
+
+def test_a_look_that_words_recall_moves_the_picture_in_its_own_lane() -> None:
+    base = request(**BASE)
+    assert moved(alone(base), alone(base, speaking_model)) > 0
+    silent = dataclasses.replace(base, prompt=None)
+    assert moved(alone(silent), alone(silent, speaking_model)) == 0
+    led = request(**(BASE | {"context_guidance_scale": 3.0}))
+    assert moved(alone(led), alone(led, speaking_model)) == 0
 
 
 def test_the_order_of_contexts_changes_no_bit_and_a_weight_of_nothing_is_absence() -> None:
