@@ -80,7 +80,7 @@ def survey(output: Output, images: int) -> Survey:
         found.even += [(shard, int(made[number - seen])) for number in wanted[first:last]]
         seen, found.rows = seen + len(made), found.rows + len(part)
         for name in SCORE_COLUMNS:
-            if name in part.column_names:
+            if name in part.column_names and part[name].null_count < len(part):
                 found.scores[name].add(shard, part[name].cast(pa.float64()).to_numpy())
         if len(made) < len(part):
             _add_failures(found, shard, part["error_code"].to_pylist())
