@@ -156,7 +156,12 @@ def test_a_prompt_alone_has_a_draft_where_it_tells_of_a_look(row: Callable[..., 
         assert not drafts(silent).any()
 
 
-def test_the_negative_prompt_is_read_for_the_lane_without_the_prompt(row: Callable[..., Request]) -> None:
+def test_lanes_with_contexts_have_one_draft(row: Callable[..., Request]) -> None:
+    given = replace(row("ember tones", guidance_scale=3.0, context_guidance_scale=2.0), negative_prompt="ocean tones")
+    assert torch.equal(drafts(given, Branch(-1.0, contexts=True, prompt=False)), drafts(given))
+
+
+def test_the_negative_prompt_is_read_for_the_lane_without_contexts(row: Callable[..., Request]) -> None:
     given = replace(row("ocean tones", contexts=0), negative_prompt="ember tones")
     assert torch.equal(drafts(given, Branch(-0.5, contexts=False, prompt=False)), drafts(row("ember tones", contexts=0)))
 

@@ -72,7 +72,9 @@ class NativeDrafts:
         if not (request.controls and request.controls[0].kind in PICTURE_KINDS):
             return nothing
         contexts = shown if branch.contexts else []
-        prompt = (request.prompt if branch.prompt else request.negative_prompt) or ""
+        # Guidance is away from a lane's draft, not only from what the U-Net says: of the lanes that see the contexts both are
+        # drawn with the prompt's look, or twice the guidance were a colour as far on the other side of the prompt's.
+        prompt = (request.prompt if branch.contexts else request.negative_prompt) or ""
         if not prompt or (contexts and not words_lead(request.settings)):
             return Wanted(contexts, {})
         words = cache.get(f"words:{prompt}", lambda: self.model.known_words([prompt]))
