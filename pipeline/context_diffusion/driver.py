@@ -52,12 +52,13 @@ def run_generate(
     if options.retry_failed:
         storage.delete(output.success)
     before, efficiency = output.count(), NOTHING_RUN
+    counts = before
     if not storage.exists(output.success):
         efficiency = _make_missing(job, options, output, plan, before, make_engine, on_start)
-        _check_failures(job, plan, after := output.count())
-        if after.rows != plan.rows:
-            raise ClusterError(f"{after.rows} rows in {output.root}, {plan.rows} in the manifest: run it again")
-    return _finish(job, output, before, time.perf_counter() - started, efficiency)
+        _check_failures(job, plan, counts := output.count())
+        if counts.rows != plan.rows:
+            raise ClusterError(f"{counts.rows} rows in {output.root}, {plan.rows} in the manifest: run it again")
+    return _finish(job, output, before, counts, time.perf_counter() - started, efficiency)
 
 
 def _make_missing(
@@ -132,10 +133,11 @@ def _check_failures(job: GenerateJob, plan: Plan, counts: Counts) -> None:
         )
 
 
-def _finish(job: GenerateJob, output: Output, before: Counts, seconds: float, efficiency: Efficiency) -> dict[str, Any]:
+def _finish(
+    job: GenerateJob, output: Output, before: Counts, counts: Counts, seconds: float, efficiency: Efficiency
+) -> dict[str, Any]:
     """summary.json, report.html, checksums.parquet, and _SUCCESS last of all; a finished OUTPUT is left as it is."""
     finished = output.storage.exists(output.success)
-    counts = output.count()
     made = counts.images - before.images
     summary = {
         "output": output.root,
