@@ -11,8 +11,9 @@ from huggingface_hub import constants
 
 from context_diffusion.errors import ModelError
 from context_diffusion.model.hub import commit_of, fetch, split
+from context_diffusion.model.native import NativeModel
 from context_diffusion.model.presets import PRESETS, parts_of
-from context_diffusion.model.source import find_model
+from context_diffusion.model.source import COMPONENTS, find_model
 from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.strict import Parts
 from tiny import tiny_model
@@ -95,6 +96,15 @@ def test_a_native_model_on_the_hub_is_loaded_at_the_commit_that_the_plan_found(c
 def test_a_wrong_name_says_what_to_do(cache: Path, model: str | Parts, told: str) -> None:
     with pytest.raises(ModelError, match=told):
         find_model(model)
+
+
+@pytest.mark.parametrize("part", COMPONENTS)
+def test_a_native_folder_that_lacks_a_component_is_refused_before_any_engine_starts(part: str, tmp_path: Path) -> None:
+    assert set(COMPONENTS) == {*NativeModel.MODULES, "tokenizer"}
+    tiny_model().save_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / part)
+    with pytest.raises(ModelError, match=f"lacks the component {part}/; copy the whole"):
+        find_model(str(tmp_path / "model"))
 
 
 def test_a_commit_is_taken_as_it_is() -> None:

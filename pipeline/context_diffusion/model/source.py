@@ -15,6 +15,8 @@ from context_diffusion.strict import Parts
 
 BUNDLED = Path(__file__).parent / "bundled"
 NATIVE = "ContextDiffusion"  # _class_name in a native model's index
+# Folders of a native model; native.py loads them.
+COMPONENTS = ("vae", "unet", "controlnet", "image_encoder", "text_encoder", "fusion", "memory", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Sou
 
 
 def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None = None) -> Source:
+    for part in COMPONENTS:
+        if not (folder / part).is_dir():
+            raise ModelError(f"model: {folder} lacks the component {part}/; copy the whole model folder")
     return Source(name, folder, parts, digest(folder), index["image_size"], index["context_size"])
 
 
