@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from context_diffusion.control import controls_of
 from context_diffusion.engine.cache import Cache
+from context_diffusion.engine.conditions import weighted_contexts
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_drafts import NativeDrafts
@@ -94,19 +95,13 @@ def test_words_that_name_neither_tell_nothing(prompt: str) -> None:
     assert not any(bundled().memory.says(kind, words) for kind in KINDS)
 
 
-def drafts(one: Request, branch: Branch = BOTH, model: NativeModel | None = None) -> torch.Tensor:
+def drafts(one: Request, branch: Branch = BOTH) -> torch.Tensor:
     """The picture that a lane begins from, (3, H, W); what the detail is given back of is the same one."""
-    found, kept = NativeDrafts(model or bundled()).of(one, branch, shown(one), Cache(10**9))
+    found, kept = NativeDrafts(bundled()).of(one, branch, weighted_contexts(one, 8), Cache(10**9))
     pixels = torch.nn.functional.pixel_shuffle(found["draft"], 4)[0, 6:9]
     if kept:
         assert kept["draft"].shape[-2:] == pixels.shape[-2:]
     return pixels
-
-
-def shown(one: Request) -> list:
-    from context_diffusion.engine.conditions import weighted_contexts
-
-    return weighted_contexts(one, 8)
 
 
 @pytest.fixture(scope="module")

@@ -25,15 +25,19 @@ class Branch:
 
 def words_lead(settings: Settings) -> bool:
     """Whether what the prompt says goes before what contexts show: unless they are guided by more."""
-    context_scale = settings.context_guidance_scale
-    return context_scale is None or max(settings.guidance_scale, 1.0) >= context_scale
+    text_scale, context_scale = _scales(settings)
+    return text_scale >= context_scale
+
+
+def _scales(settings: Settings) -> tuple[float, float]:
+    """Of the prompt and of the contexts."""
+    text_scale, context_scale = max(settings.guidance_scale, 1.0), settings.context_guidance_scale
+    return text_scale, text_scale if context_scale is None else max(context_scale, 1.0)
 
 
 def branches(settings: Settings, has_prompt: bool) -> list[Branch]:
     """The branches of a row, 1 to 3. Without a prompt of its own (that differs from the negative one) e_CT is e_C."""
-    text_scale = max(settings.guidance_scale, 1.0)
-    context_scale = settings.context_guidance_scale
-    context_scale = text_scale if context_scale is None else max(context_scale, 1.0)
+    text_scale, context_scale = _scales(settings)
     if not has_prompt:
         text_scale = 0.0
     found = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from context_diffusion.model.normalization import LEVEL, LUMA
+from context_diffusion.model.normalization import LEVEL, lightness_of
 from context_diffusion.model.waves import draw_waves, waves_of
 
 WAYS, STEPS = 2, 64  # by rank and by deviations; steps of a curve
@@ -67,7 +67,7 @@ def look_of(images: Tensor, side: int) -> Look:
 
 def _lightness(images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> int (N, H·W), 0 to 255."""
-    return (images.float() * images.new_tensor(LUMA, dtype=torch.float32)[:, None, None]).sum(1).round().long().flatten(1)
+    return lightness_of(images.float()).round().long().flatten(1)
 
 
 def tones_of(images: Tensor) -> Tensor:

@@ -15,19 +15,13 @@ from context_diffusion.engine.conditions import Context, content_key, control_sc
 from context_diffusion.engine.guidance import Branch, words_lead
 from context_diffusion.model.draft import CHANNELS, PICTURE_KINDS, STEPS, WAYS, Layout, Look, draft, layout_of, look_of
 from context_diffusion.model.native import NativeModel
+from context_diffusion.model.normalization import lightness_of
 from context_diffusion.model.preconditioning import Drawn
-from context_diffusion.model.recall import KINDS, Kind, describe_colours, describe_relief, lightness_of
+from context_diffusion.model.recall import KINDS, Kind, describe_colours, describe_relief
 from context_diffusion.model.waves import COUNT
 from context_diffusion.schema import Control, Request
 
 BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4))
-
-
-class Seen(NamedTuple):
-    """Of a context."""
-
-    look: Look
-    relief: Tensor  # (1, numbers): recall.describe_relief's
 
 
 class Wanted(NamedTuple):
@@ -88,24 +82,26 @@ class NativeDrafts:
 
     def _shown(self, kind: Kind, contexts: list[Context], cache: Cache) -> Tensor:
         """(1, numbers): what all contexts together show of it."""
-        seen = self._seen(contexts, cache)
         weights = torch.tensor([one.weight for one in contexts], device=self.model.device)[:, None]
         if kind == "texture":
-            return (torch.cat([one.relief for one in seen]) * weights).sum(0, keepdim=True) / weights.sum()
-        colours = torch.cat([one.look.colours for one in seen])
+            reliefs = [cache.get(f"relief:{one.key}", partial(self._relief, one.pixels)) for one in contexts]
+            return (torch.cat(reliefs) * weights).sum(0, keepdim=True) / weights.sum()
+        colours = torch.cat([look.colours for look in self._looks(contexts, cache)])
         return describe_colours((colours * weights[..., None, None]).sum(0, keepdim=True))
 
-    def _seen(self, contexts: list[Context], cache: Cache) -> list[Seen]:
-        return [cache.get(f"look:{one.key}", partial(self._see, one.pixels)) for one in contexts]
+    def _looks(self, contexts: list[Context], cache: Cache) -> list[Look]:
+        return [cache.get(f"look:{one.key}", partial(self._look, one.pixels)) for one in contexts]
 
-    def _see(self, pixels: Any) -> Seen:
-        images = to_tensor(pixels).to(self.model.device)
-        return Seen(look_of(images, self.model.image_size), describe_relief(lightness_of(images)))
+    def _look(self, pixels: Any) -> Look:
+        return look_of(to_tensor(pixels).to(self.model.device), self.model.image_size)
+
+    def _relief(self, pixels: Any) -> Tensor:
+        return describe_relief(lightness_of(to_tensor(pixels).to(self.model.device).float()) / 255)
 
     def _drawn(self, control: Control, wanted: Wanted, cache: Cache) -> tuple[Drawn, Conditions]:
         key = f"{control.kind}:{content_key(control.pixels)}"
         layout = cache.get(f"tones:{key}", partial(self._tones, control))
-        looks = [one.look for one in self._seen(wanted.contexts, cache)]
+        looks = self._looks(wanted.contexts, cache)
         return cache.get(f"draft:{key}:{wanted.key}", partial(self._draw, layout, wanted, looks))
 
     def _draw(self, layout: Layout, wanted: Wanted, looks: list[Look]) -> tuple[Drawn, Conditions]:

@@ -42,8 +42,12 @@ def describe(images: Tensor) -> Tensor:
     order = (pixels * values.new_tensor(LUMA)[:, None]).sum(1).argsort(stable=True, dim=1)
     sorted_pixels = pixels.gather(2, order[:, None].expand(-1, 3, -1))
     tones = sorted_pixels.unflatten(2, (TONES, -1)).mean(3).flatten(1)
-    lightness = (values * values.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
-    return torch.cat([4 * mean - 2, 8 * std - 1, 4 * tones - 2, describe_textures(lightness)], 1)
+    return torch.cat([4 * mean - 2, 8 * std - 1, 4 * tones - 2, describe_textures(lightness_of(values))], 1)
+
+
+def lightness_of(values: Tensor) -> Tensor:
+    """Float (N, 3, H, W) -> (N, 1, H, W), in their units."""
+    return (values * values.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
 
 
 def restore(images: Tensor, contexts: Tensor, weights: Tensor) -> Tensor:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from context_diffusion.model.draft import STEPS, WAYS, curves_of
-from context_diffusion.model.normalization import LUMA
-from context_diffusion.model.textures import ANGLES, PERIODS, SHARES, SIDE, describe_textures
+from context_diffusion.model.textures import ANGLES, PERIODS, SHARES, SIDE, describe_textures, fine_of
 
 Kind = Literal["colours", "texture"]
 KINDS: tuple[Kind, ...] = ("colours", "texture")
@@ -108,16 +107,10 @@ def describe_colours(colours: Tensor) -> Tensor:
     return F.adaptive_avg_pool1d(curve, PLACES).flatten(1)
 
 
-def lightness_of(images: Tensor) -> Tensor:
-    """uint8 (N, 3, S, S) -> (N, 1, S, S) in [0, 1]."""
-    return (images.float() * images.new_tensor(LUMA, dtype=torch.float32)[:, None, None]).sum(1, keepdim=True) / 255
-
-
 def describe_relief(lightness: Tensor) -> Tensor:
     """(N, 1, S, S) in [0, 1] -> (N, numbers): textures.py's, whatever way it is turned, and how its values are spread."""
     found = describe_textures(lightness)
     energies = found[:, :-2].unflatten(1, (len(PERIODS), ANGLES, len(SHARES)))
-    small = F.adaptive_avg_pool2d(lightness, SIDE)
-    fine = (small - F.avg_pool2d(small, 9, 1, 4, count_include_pad=False)).flatten(1)
+    fine = fine_of(F.adaptive_avg_pool2d(lightness, SIDE)).flatten(1)
     spread = torch.quantile(fine / (fine.std(1, keepdim=True) + 0.003), fine.new_tensor(QUANTILES), dim=1).T
     return torch.cat([energies.mean(2).flatten(1), (energies.amax(2) - energies.mean(2)).flatten(1), found[:, -2:], spread], 1)

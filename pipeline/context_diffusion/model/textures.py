@@ -41,6 +41,11 @@ def _filters() -> Tensor:
     return torch.stack(made)[:, None]
 
 
+def fine_of(small: Tensor) -> Tensor:
+    """(N, 1, SIDE, SIDE): what is finer than a ninth of a picture."""
+    return small - F.avg_pool2d(small, 9, 1, 4, count_include_pad=False)
+
+
 def describe_textures(lightness: Tensor) -> Tensor:
     """(N, 1, S, S) in [0, 1] -> (N, TEXTURE_STATISTICS), about -2 to 2: the energies, and the skewness and strength of
     what is finer than a ninth of a picture: dots stand out of their ground, hatching lies in it."""
@@ -49,7 +54,7 @@ def describe_textures(lightness: Tensor) -> Tensor:
     found = F.conv2d(padded, filters().to(small), stride=2)
     energies = (found[:, 0::2].square() + found[:, 1::2].square()).sqrt().flatten(2).sort(2).values
     at = [int(share * energies.shape[2]) for share in SHARES]
-    fine = small - F.avg_pool2d(small, 9, 1, 4, count_include_pad=False)
+    fine = fine_of(small)
     variance, third = (fine.pow(power).mean((1, 2, 3)) for power in (2, 3))
     rest = torch.stack([third / (variance**1.5 + 1e-5), (variance + 1e-4).log() + 6], 1)
     return torch.cat([1.5 * (energies[:, :, at] + FAINT).log().flatten(1) + 6, rest], 1)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from context_diffusion.model.draft import look_of
-from context_diffusion.model.recall import Kind, describe_colours, describe_relief, lightness_of
+from context_diffusion.model.normalization import lightness_of
+from context_diffusion.model.recall import Kind, describe_colours, describe_relief
 from context_diffusion.schema import Pixels
 from context_diffusion.training.data import Pool
 from context_diffusion.training.layouts import Rng
@@ -26,8 +27,10 @@ PART = 64  # pictures at once
 
 
 class Described(NamedTuple):
-    """Of one kind. kept: (S, numbers), of the looks alone; seen: (P, numbers), of pictures."""
+    """Of one kind. looks: (S, ...), as the memory keeps them, with their descriptions kept: (S, numbers); seen:
+    (P, numbers), of pictures."""
 
+    looks: Tensor
     kept: Tensor
     seen: Tensor
 
@@ -35,11 +38,13 @@ class Described(NamedTuple):
 def describe_pool(pool: Pool, side: int) -> dict[Kind, Described]:
     """side: pixels of a kept texture."""
     parts = [_tensor(pool.targets[i : i + PART]) for i in range(0, len(pool.targets), PART)]
-    swatches = torch.cat([describe_colours(swatch(style)) for style in pool.styles])
-    reliefs = torch.cat([describe_relief(relief(style, side)[None, None] + 0.5) for style in pool.styles])
+    swatches = torch.cat([swatch(style) for style in pool.styles])
+    reliefs = torch.stack([relief(style, side) for style in pool.styles])
+    colours = torch.cat([describe_colours(look_of(part, part.shape[2]).colours) for part in parts])
+    textures = torch.cat([describe_relief(lightness_of(part.float()) / 255) for part in parts])
     return {
-        "colours": Described(swatches, torch.cat([describe_colours(look_of(part, part.shape[2]).colours) for part in parts])),
-        "texture": Described(reliefs, torch.cat([describe_relief(lightness_of(part)) for part in parts])),
+        "colours": Described(swatches, describe_colours(swatches), colours),
+        "texture": Described(reliefs, describe_relief(reliefs[:, None] + 0.5), textures),
     }
 
 

@@ -24,7 +24,7 @@ from context_diffusion.model.recall import (
 )
 from context_diffusion.training.data import Pool, make_pool
 from context_diffusion.training.layouts import Rng
-from context_diffusion.training.looks import choose, describe_pool, relief, swatch
+from context_diffusion.training.looks import choose, describe_pool
 from context_diffusion.training.prompts import FILLERS, PALETTE_WORDS, TEXTURE_WORDS, describe
 
 EACH = 6
@@ -45,11 +45,12 @@ def remember(model: NativeModel, seed: int, styles: int = 640, pictures: int = 5
     """Fills model.memory. -> for each kind, how often its limits are right on what they were set by."""
     memory = model.memory.cpu()
     pool, rng = make_pool(seed, styles, pictures, model.image_size), np.random.default_rng((seed, 29))
-    side, chosen = memory.reliefs.shape[1], choose(pool.styles, rng, len(memory.colours), len(memory.reliefs))
-    memory.colours.copy_(torch.cat([swatch(pool.styles[k]) for k in chosen["colours"]]))
-    memory.reliefs.copy_((torch.stack([relief(pool.styles[k], side) for k in chosen["texture"]]) * RELIEF).round())
+    chosen = choose(pool.styles, rng, len(memory.colours), len(memory.reliefs))
+    described = describe_pool(pool, memory.reliefs.shape[1])
+    memory.colours.copy_(described["colours"].looks[chosen["colours"]])
+    memory.reliefs.copy_((described["texture"].looks[chosen["texture"]] * RELIEF).round())
     prompts, shares = _prompts(model, pool, rng), dict[str, float]()
-    for kind, (kept, seen) in describe_pool(pool, side).items():
+    for kind, (_, kept, seen) in described.items():
         keys = _learn(memory, kind, prompts, kept[prompts.picture // pictures], seen[prompts.picture], steps, seed)
         getattr(memory, f"{kind}_keys").copy_(keys(kept[chosen[kind]]))
         shares[kind] = _set_limits(memory, kind, prompts, seen, pool, rng)
