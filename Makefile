@@ -19,9 +19,10 @@ install: .venv/installed ## the package and what its demo and tests need, into .
 	touch $@
 
 packages: ## Debian packages that tests of the longer kind need: an S3 server (Ceph), Java, Chromium; npm's axe. As root, or with sudo
-	test -x "$$(command -v radosgw)" -a -x "$$(command -v java)" -a -x "$$(command -v chromium)" -a -x "$$(command -v npm)" || \
-		($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends \
-		radosgw ceph-mon ceph-osd default-jre-headless chromium fonts-dejavu-core npm)
+	@lacking=""; need() { command -v "$$1" >/dev/null || { shift; lacking="$$lacking $$*"; }; }; \
+	need radosgw radosgw; need ceph-mon ceph-mon; need ceph-osd ceph-osd; need java default-jre-headless; \
+	need chromium chromium fonts-dejavu-core; need npm npm; \
+	test -z "$$lacking" || ($(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends $$lacking)
 	test -e build/axe/package/axe.min.js || \
 		(mkdir -p build/axe && cd build/axe && npm pack --silent axe-core@4 && tar xzf axe-core-*.tgz)
 
