@@ -16,6 +16,7 @@ from context_diffusion.model.fusion import ContextFusion
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.normalization import STATISTICS
 from context_diffusion.model.recall import LookMemory
+from context_diffusion.model.relief import ReliefModel
 from context_diffusion.training.config import SMALL, Architecture
 
 # Latents of 16 channels tell a region's colour through much noise: with a cosine schedule it is decided in the first
@@ -73,6 +74,7 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
         text_encoder=text_encoder,
         fusion=ContextFusion(sizes.width, encoder.model.config.hidden_size, sizes.context_grid, statistics),
         memory=LookMemory(len(tokenizer), side=min(sizes.image_size, 128)),
+        relief=ReliefModel(),
         tokenizer=tokenizer,
         scheduler_config=dict(SCHEDULER),
         image_size=sizes.image_size,

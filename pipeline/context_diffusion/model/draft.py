@@ -4,7 +4,8 @@ U-Net begins from it.
 This is dynamic normalisation carried on: of the query its own statistics are removed, and the contexts' put in their place,
 as whole curves in place of mean and deviation. In two ways, since neither is always right: by rank (histogram matching,
 Gonzalez and Woods) and by distance from the mean in deviations (Reinhard et al. 2001). The contexts' waves (waves.py) are
-added to the tones; the query's own are shown beside them, for they may be its layout or a texture that is to go.
+added to the tones, and of their relief (relief.py) what doesn't repeat; the query's own relief is taken out. Its own waves are
+shown beside the contexts', for they may be its layout or a texture that is to go.
 
 Every function treats its pictures one by one. B rows  M contexts of a row  N pictures  H W pixels
 """
@@ -12,6 +13,7 @@ Every function treats its pictures one by one. B rows  M contexts of a row  N pi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ TEXTURED = slice(3 * WAYS, 3 * WAYS + 3)
 REACH = 2.5  # deviations from the mean that a curve covers
 FALL = 0.7  # steps: how fast a colour's say falls off; where a context has none, the next one speaks
 PICTURE_KINDS = ("gray", "none")  # control maps that show tones; those of edges do not
+VIVID = 1.4  # times as strong as it is told is a context's texture drawn: what is unsure is told too faintly
 LOUD = 4.0  # waves are some .1 to .25 of all tones
 # What a difference of ranks is in deviations, of evenly spread tones.
 RATE = (1.0, math.sqrt(12) / (2 * REACH))
@@ -45,6 +48,7 @@ class Look(NamedTuple):
 
     colours: Tensor
     waves: Tensor  # (N, K, 4)
+    rest: Tensor  # (N, S, S), of their texture, in ranks; mirrored where a picture is larger
 
 
 def shows_tones(kinds: list[str], device: torch.device) -> Tensor:
@@ -52,17 +56,24 @@ def shows_tones(kinds: list[str], device: torch.device) -> Tensor:
     return torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=device)
 
 
-def layout_of(control_maps: Tensor, kinds: list[str]) -> Layout:
-    """uint8 (N, 3, H, W)."""
+def layout_of(control_maps: Tensor, kinds: list[str], texture_of: Callable[[Tensor], Tensor] | None = None) -> Layout:
+    """uint8 (N, 3, H, W); texture_of: ReliefModel.texture, what it finds is taken out of the tones."""
     tones = tones_of(control_maps)
     waves, told = waves_of(tones[:, 0]), shows_tones(kinds, tones.device)
+    if texture_of is not None:
+        tones = (tones - texture_of(tones)[:, None] * tones.new_tensor(RATE)[:, None, None]).clamp(0, 1)
     return Layout(tones * told[:, None, None, None], waves * told[:, None, None])
 
 
-def look_of(images: Tensor, side: int) -> Look:
-    """uint8 (N, 3, S, S); side: pixels of the pictures that are made, in which waves are measured."""
+def look_of(images: Tensor, side: int, texture_of: Callable[[Tensor], Tensor] | None = None) -> Look:
+    """uint8 (N, 3, S, S); side: pixels of the pictures that are made, in which textures are measured; texture_of:
+    ReliefModel.texture. Without it waves are looked for in the tones, where a layout hides some, and there is no rest."""
     tones = tones_of(images)
-    return Look(_colours(images, tones), waves_of(F.adaptive_avg_pool2d(tones[:, 0], side)))
+    small = F.adaptive_avg_pool2d(tones, side)
+    texture = small[:, 0] if texture_of is None else VIVID * texture_of(small)
+    waves = waves_of(texture)
+    rest = torch.zeros_like(texture) if texture_of is None else texture - draw_waves(waves, side, side)
+    return Look(colours_of(images, tones), waves, rest)
 
 
 def _lightness(images: Tensor) -> Tensor:
@@ -82,7 +93,8 @@ def tones_of(images: Tensor) -> Tensor:
     return torch.stack([rank, distance / (2 * REACH) + 0.5], 1).unflatten(2, images.shape[2:])
 
 
-def _colours(images: Tensor, tones: Tensor) -> Tensor:
+def colours_of(images: Tensor, tones: Tensor) -> Tensor:
+    """uint8 (N, 3, S, S) and its tones -> Look.colours."""
     tones = tones.flatten(2)
     steps = (tones * STEPS).long().clamp(max=STEPS - 1)
     pixels = torch.cat([images.float() / 255, torch.ones_like(images[:, :1]).float()], 1).flatten(2) / tones.shape[2]
@@ -93,18 +105,35 @@ def _colours(images: Tensor, tones: Tensor) -> Tensor:
 
 
 def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None = None) -> Tensor:
-    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture in tones to
+    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture in ranks to
     be added -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row without contexts or tones."""
     tones, (height, width) = layouts.tones.float(), layouts.tones.shape[2:]
     curves = curves_of((looks.colours.float() * weights[..., None, None, None]).sum(1))
     shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
     waves = looks.waves.float() * torch.stack([torch.ones_like(shares)] * 2 + [shares] * 2, 2)[:, :, None]
     theirs, own = draw_waves(waves.flatten(1, 2), height, width)[:, None], draw_waves(layouts.waves, height, width)[:, None]
+    theirs = theirs + mirrored(_rest(looks.rest.float(), shares), height, width)[:, None]
     theirs = theirs if relief is None else theirs + relief[:, None]
+    theirs = theirs - theirs.mean((2, 3), keepdim=True)  # a curve of colours has its texture's mean in it
     textured = (tones + theirs * tones.new_tensor(RATE)[:, None, None]).clamp(0, 1)
     parts = [*_dressed(tones, curves), torch.stack(_dressed(textured, curves)).mean(0), LOUD * theirs, LOUD * own]
     told = (weights > 0).any(1) & tones.flatten(1).any(1)
     return torch.cat(parts, 1) * told[:, None, None, None]
+
+
+def _rest(rests: Tensor, shares: Tensor) -> Tensor:
+    """(B, M, S, S) of several contexts -> (B, S, S), as strong as one's: what lies elsewhere in each would cancel out."""
+    mean = (rests * shares[..., None, None]).sum(1)
+    wanted = (rests.square().mean((2, 3)) * shares).sum(1)
+    return mean * (wanted / mean.square().mean((1, 2)).clamp(min=1e-12)).sqrt().clamp(max=2)[:, None, None]
+
+
+def mirrored(fields: Tensor, height: int, width: int) -> Tensor:
+    """(N, S, S) -> (N, H, W), mirrored where a picture is larger."""
+    for dim, size in ((1, height), (2, width)):
+        at = torch.arange(size, device=fields.device) % (2 * fields.shape[dim])
+        fields = fields.index_select(dim, torch.where(at < fields.shape[dim], at, 2 * fields.shape[dim] - 1 - at))
+    return fields
 
 
 def curves_of(colours: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ B samples  N pictures  T text tokens  K tokens a context  L all tokens  D width 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +27,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from context_diffusion.model import native_files
 from context_diffusion.model.detail import denoised
-from context_diffusion.model.draft import TEXTURED, shows_tones
+from context_diffusion.model.draft import TEXTURED, Layout, Look, layout_of, look_of, shows_tones
 from context_diffusion.model.encoders import patch_tokens
 from context_diffusion.model.fusion import ContextFusion
 from context_diffusion.model.normalization import describe, normalise, restore
 from context_diffusion.model.preconditioning import Drawn, levels, precondition
 from context_diffusion.model.recall import LookMemory
+from context_diffusion.model.relief import ReliefModel
 from context_diffusion.training.config import SMALL, Normalization
 
 diffusers.utils.logging.set_verbosity_error()
@@ -50,6 +52,7 @@ class NativeModel:
     text_encoder: CLIPTextModel
     fusion: ContextFusion
     memory: LookMemory
+    relief: ReliefModel
     tokenizer: Any  # a PreTrainedTokenizerFast
     scheduler_config: dict[str, Any]
     image_size: int = 128
@@ -72,6 +75,7 @@ class NativeModel:
         "text_encoder": CLIPTextModel,
         "fusion": ContextFusion,
         "memory": LookMemory,
+        "relief": ReliefModel,
     }
 
     @property
@@ -202,6 +206,18 @@ class NativeModel:
             mid_block_additional_residual=mid,
         ).sample
         return gain * output + known
+
+    def look(self, images: Tensor) -> Look:
+        """uint8 (N, 3, S, S) -> what drafts need of contexts."""
+        return look_of(images, self.image_size, self._texture_of)
+
+    def layout(self, control_maps: Tensor, kinds: list[str]) -> Layout:
+        """uint8 (N, 3, H, W) -> what drafts need of queries."""
+        return layout_of(control_maps, kinds, self._texture_of)
+
+    @property
+    def _texture_of(self) -> Callable[[Tensor], Tensor] | None:
+        return self.relief.texture if self.relief.learned else None
 
     def draw(self, drafts: Tensor) -> Drawn:
         """(B, CHANNELS, H, W) -> with the latents of the textured one, 0 where there is none."""

@@ -13,7 +13,7 @@ from context_diffusion.engine.backbone import Conditions
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.conditions import Context, content_key, control_scales, to_tensor
 from context_diffusion.engine.guidance import Branch, words_lead
-from context_diffusion.model.draft import CHANNELS, PICTURE_KINDS, STEPS, WAYS, Layout, Look, draft, layout_of, look_of
+from context_diffusion.model.draft import CHANNELS, PICTURE_KINDS, STEPS, WAYS, Layout, Look, draft
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.normalization import lightness_of
 from context_diffusion.model.preconditioning import Drawn
@@ -21,7 +21,7 @@ from context_diffusion.model.recall import KINDS, Kind, describe_colours, descri
 from context_diffusion.model.waves import COUNT
 from context_diffusion.schema import Control, Request
 
-BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4))
+BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4), torch.zeros(1, 1, 1))
 
 
 class Wanted(NamedTuple):
@@ -93,7 +93,7 @@ class NativeDrafts:
         return [cache.get(f"look:{one.key}", partial(self._look, one.pixels)) for one in contexts]
 
     def _look(self, pixels: Any) -> Look:
-        return look_of(to_tensor(pixels).to(self.model.device), self.model.image_size)
+        return self.model.look(to_tensor(pixels).to(self.model.device))
 
     def _relief(self, pixels: Any) -> Tensor:
         return describe_relief(lightness_of(to_tensor(pixels).to(self.model.device).float()) / 255)
@@ -107,12 +107,14 @@ class NativeDrafts:
     def _draw(self, layout: Layout, wanted: Wanted, looks: list[Look]) -> tuple[Drawn, Conditions]:
         """A draft, and of it what is needed to give its detail back: nothing where that isn't asked for."""
         memory, weights, relief = self.model.memory, [one.weight for one in wanted.contexts] or [1.0], None
-        colours, waves = (torch.stack(parts, 1).to(layout.tones.device) for parts in zip(*(looks or [BLANK]), strict=True))
+        parts = zip(*(looks or [BLANK]), strict=True)
+        colours, waves, rest = (torch.stack(part, 1).to(layout.tones.device) for part in parts)
         if (number := wanted.recalled.get("colours")) is not None:
             colours = memory.colours[number].expand_as(colours)
         if (number := wanted.recalled.get("texture")) is not None:
-            waves, relief = torch.zeros_like(waves), memory.relief(number, *layout.tones.shape[2:])
-        drafts = draft(layout, Look(colours, waves), torch.tensor([weights], device=self.model.device), relief)
+            waves, rest = torch.zeros_like(waves), torch.zeros_like(rest)
+            relief = memory.relief(number, *layout.tones.shape[2:])
+        drafts = draft(layout, Look(colours, waves, rest), torch.tensor([weights], device=self.model.device), relief)
         drawn = self.model.draw(drafts)
         if not self.model.detail_scale:
             return drawn, {}
@@ -120,4 +122,4 @@ class NativeDrafts:
         return drawn, {"draft": whole, "copy": copy}
 
     def _tones(self, control: Control) -> Layout:
-        return layout_of(to_tensor(control.pixels).to(self.model.device), [control.kind])
+        return self.model.layout(to_tensor(control.pixels).to(self.model.device), [control.kind])

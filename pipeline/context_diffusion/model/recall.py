@@ -20,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from context_diffusion.model.draft import STEPS, WAYS, curves_of
+from context_diffusion.model.draft import STEPS, WAYS, curves_of, mirrored
 from context_diffusion.model.textures import ANGLES, PERIODS, SHARES, SIDE, describe_textures, fine_of
 
 Kind = Literal["colours", "texture"]
@@ -91,14 +91,7 @@ class LookMemory(ModelMixin, ConfigMixin):
 
     def relief(self, number: int, height: int, width: int) -> Tensor:
         """(1, H, W), in tone; mirrored where a picture is larger."""
-        side = self.reliefs.shape[1]
-        down, across = (_mirrored(size, side, self.reliefs.device) for size in (height, width))
-        return self.reliefs[number][down][:, across][None].float() * (VIVID / RELIEF)
-
-
-def _mirrored(size: int, side: int, device: torch.device) -> Tensor:
-    at = torch.arange(size, device=device) % (2 * side)
-    return torch.where(at < side, at, 2 * side - 1 - at)
+        return mirrored(self.reliefs[number][None].float(), height, width) * (VIVID / RELIEF)
 
 
 def describe_colours(colours: Tensor) -> Tensor:

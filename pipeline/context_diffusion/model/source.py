@@ -16,7 +16,7 @@ from context_diffusion.strict import Parts
 BUNDLED = Path(__file__).parent / "bundled"
 NATIVE = "ContextDiffusion"  # _class_name in a native model's index
 # Folders of a native model; native.py loads them.
-COMPONENTS = ("vae", "unet", "controlnet", "image_encoder", "text_encoder", "fusion", "memory", "tokenizer")
+COMPONENTS = ("vae", "unet", "controlnet", "image_encoder", "text_encoder", "fusion", "memory", "relief", "tokenizer")
 
 
 @dataclass(frozen=True)

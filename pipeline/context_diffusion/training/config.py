@@ -66,6 +66,15 @@ class FinetuneSteps(DiffusionSteps):
     auxiliary: float = Field(default=0.0, ge=0, description="of the auxiliary heads, which begin anew; on `keep`'s rows only")
 
 
+class ReliefSteps(StrictModel):
+    """The stage in which textures are learned to be told from layouts; drafts wear the contexts'."""
+
+    steps: int = Field(default=4500, ge=0, description="of the stage, at most `max_steps`; 0: not at all")
+    batch_size: int = Field(default=16, ge=1, description="pictures, each of a layout and a style of its own")
+    learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW: vectors, first and last layers")
+    matrix_learning_rate: float = Field(default=0.01, gt=0, description="of Muon: the matrices within")
+
+
 class Architecture(StrictModel):
     """Sizes of the native model's components."""
 
@@ -157,11 +166,12 @@ class TrainJob(TrainingJob):
     kind: Literal["train"] = Field(description=KIND)
     architecture: Architecture = Architecture()
     memory_steps: int = Field(default=1500, ge=0, description="in which words are learned to be read as looks; 0: not at all")
+    relief: ReliefSteps = ReliefSteps()
     autoencoder: AutoencoderSteps = AutoencoderSteps()
 
     @property
     def smallest_batch(self) -> int:
-        return min(self.autoencoder.batch_size, self.diffusion.batch_size)
+        return min(self.relief.batch_size, self.autoencoder.batch_size, self.diffusion.batch_size)
 
 
 class FinetuneJob(TrainingJob):

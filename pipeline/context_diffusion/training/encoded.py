@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from context_diffusion.images import resize
-from context_diffusion.model.draft import Layout, Look, draft, layout_of, look_of
+from context_diffusion.model.draft import Layout, Look, draft
 from context_diffusion.model.native import NativeModel
 from context_diffusion.schema import Pixels
 from context_diffusion.training.batches import CONTEXTS, Hints, Samples, Summaries
@@ -89,7 +89,8 @@ def encode(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
 def encode_controls(model: NativeModel, maps: Sequence[Pixels] | Pixels, kinds: Sequence[str]) -> tuple[Tensor, Layout]:
     """uint8 (H, W, 3) each -> float16 latents (N, C, h, w) and layouts of this worker's own maps."""
     images = as_images(model, maps)
-    layouts = layout_of(images, list(kinds))
+    with torch.autocast(model.device.type, enabled=False):
+        layouts = model.layout(images, list(kinds))
     with mixed_precision(model.device):
         return model.encode_control(images, list(kinds)).half(), Layout(*(part.half() for part in layouts))
 
@@ -112,7 +113,7 @@ def looks(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Look:
 
     def see(part: NDArray[np.int64]) -> Look:
         with torch.autocast(model.device.type, enabled=False):
-            return look_of(as_images(model, [pictures[i] for i in part]), model.image_size)
+            return model.look(as_images(model, [pictures[i] for i in part]))
 
     return Look(*_in_parts(model, len(pictures), see))
 

@@ -42,7 +42,7 @@ def _unit(field: Tone) -> Tone:
     return np.clip((field - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
 
 
-def _tones(rng: Rng, count: int) -> Tone:
+def random_tones(rng: Rng, count: int) -> Tone:
     """`count` tones, spread over [0, 1] and shuffled, so that neighbours differ."""
     spread = (np.arange(count) + rng.uniform(0.15, 0.85, count)) / count
     return rng.permutation(spread).astype(np.float32)
@@ -67,13 +67,13 @@ def regions(rng: Rng, size: int) -> Tone:
     field = smooth_noise(rng, size, int(rng.integers(2, 9)))
     levels = int(rng.integers(2, 7))
     cuts = np.quantile(field, np.sort(rng.uniform(0.1, 0.9, levels - 1)))
-    return _tones(rng, levels)[np.digitize(field, cuts)]
+    return random_tones(rng, levels)[np.digitize(field, cuts)]
 
 
 def figures(rng: Rng, size: int) -> Tone:
     """1 to 10 figures before a ground."""
     count = int(rng.integers(1, 11))
-    tones = _tones(rng, count + 1)
+    tones = random_tones(rng, count + 1)
     canvas = np.full((size, size), tones[0], np.float32)
     for tone in tones[1:]:
         _fill(canvas, _figure(rng, rng.uniform(0.1, 0.9, 2) * size, rng.uniform(0.06, 0.35) * size), tone)
@@ -91,7 +91,7 @@ def dead_leaves(rng: Rng, size: int) -> Tone:
 
 def lines(rng: Rng, size: int) -> Tone:
     """Thin and thick curves over a ground of one or two tones."""
-    tones = _tones(rng, 4)
+    tones = random_tones(rng, 4)
     canvas = np.where(smooth_noise(rng, size, 2) > rng.uniform(-1, 3), tones[0], tones[1]).astype(np.float32)
     for _ in range(int(rng.integers(2, 14))):
         steps = np.cumsum(rng.normal(0, rng.uniform(0.1, 0.7), 40))
@@ -102,7 +102,7 @@ def lines(rng: Rng, size: int) -> Tone:
 
 def grid(rng: Rng, size: int) -> Tone:
     """One figure again and again, in rows, with jitter: coins, windows, bricks."""
-    tones = _tones(rng, 3)
+    tones = random_tones(rng, 3)
     canvas = np.full((size, size), tones[0], np.float32)
     pitch = size / int(rng.integers(2, 8))
     jitter, radius = rng.uniform(0, 0.15), rng.uniform(0.25, 0.5) * pitch
@@ -117,7 +117,7 @@ def grid(rng: Rng, size: int) -> Tone:
 def landscape(rng: Rng, size: int) -> Tone:
     """Sky, sun, ridges one before the other, trees or houses on the nearest."""
     ridges = int(rng.integers(1, 5))
-    tones: Tone = np.sort(_tones(rng, ridges + 2)).astype(np.float32)
+    tones: Tone = np.sort(random_tones(rng, ridges + 2)).astype(np.float32)
     if rng.random() < 0.5:
         tones = tones[::-1]
     x = np.arange(size)
@@ -156,7 +156,7 @@ def solids(rng: Rng, size: int) -> Tone:
     y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
     light = rng.normal(0, 1, 3) + np.array([0.0, 0.0, 1.0])
     light /= np.linalg.norm(light)
-    tones = _tones(rng, count := int(rng.integers(2, 14)))
+    tones = random_tones(rng, count := int(rng.integers(2, 14)))
     canvas: Tone = (tones[0] + rng.normal(0, 0.2) * x + rng.normal(0, 0.2) * y).astype(np.float32)
     for tone in tones[1:]:
         radius = rng.uniform(0.05, 0.4) / np.sqrt(count / 4)
@@ -188,7 +188,7 @@ def composite(rng: Rng, size: int) -> Tone:
 
 def maze(rng: Rng, size: int) -> Tone:
     """A diagonal wall in each cell of a grid, one way or the other."""
-    tones = _tones(rng, 3)
+    tones = random_tones(rng, 3)
     canvas = np.where(smooth_noise(rng, size, 2) > 0, tones[0], tones[1]).astype(np.float32)
     cells = int(rng.integers(4, 11))
     pitch, thick = size / cells, max(2, int(rng.uniform(0.12, 0.35) * size / cells))
@@ -207,7 +207,7 @@ def rings(rng: Rng, size: int) -> Tone:
         dx, dy = x - rng.uniform(0, size), y - rng.uniform(0, size)
         radius = np.hypot(dx, dy)
         turns = radius * rng.uniform(2, 7) / size + rng.integers(-2, 3) * np.arctan2(dy, dx) / (2 * np.pi)
-        tones = _tones(rng, int(rng.integers(2, 5)))
+        tones = random_tones(rng, int(rng.integers(2, 5)))
         drawn = tones[(np.floor(turns * len(tones)).astype(int)) % len(tones)]
         canvas, nearest = np.where(radius < nearest, drawn, canvas), np.minimum(radius, nearest)
     return canvas.astype(np.float32)
@@ -235,13 +235,17 @@ def make_layout(rng: Rng, size: int = 128, held_out: bool = False) -> tuple[str,
     held_out: every second one of a family that training never sees."""
     families = HELD_OUT_FAMILIES if held_out and rng.random() < 0.5 else FAMILIES
     family = str(rng.choice(list(families)))
-    # Drawn at twice the size: the area filter below is the anti-aliasing.
-    tone = cv2.resize(families[family](rng, 2 * size), (size, size), interpolation=cv2.INTER_AREA)
+    return family, finished(rng, families[family](rng, 2 * size), size)
+
+
+def finished(rng: Rng, tone: Tone, size: int) -> Tone:
+    """A layout drawn at twice the size: the area filter is the anti-aliasing. Some get soft borders, shading, fine detail."""
+    tone = np.asarray(cv2.resize(tone, (size, size), interpolation=cv2.INTER_AREA), np.float32)
     if rng.random() < 0.3:
-        tone = cv2.GaussianBlur(tone, (0, 0), rng.uniform(0.5, 2.5))
+        tone = np.asarray(cv2.GaussianBlur(tone, (0, 0), rng.uniform(0.5, 2.5)))
     if rng.random() < 0.5:
         tone = tone + rng.uniform(0.02, 0.12) * smooth_noise(rng, size, int(rng.integers(1, 4)))
     if rng.random() < 0.3:
         tone = tone + rng.uniform(0.02, 0.1) * (fractal(rng, size, 0.8) - 0.5)
     tone = 0.5 + TONE_SPREAD * (tone - tone.mean()) / max(float(tone.std()), 0.02)
-    return family, np.clip(tone, 0, 1).astype(np.float32)
+    return np.clip(tone, 0, 1).astype(np.float32)

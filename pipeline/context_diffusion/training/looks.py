@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from context_diffusion.model.draft import look_of
+from context_diffusion.model.draft import colours_of, tones_of
 from context_diffusion.model.normalization import lightness_of
 from context_diffusion.model.recall import Kind, describe_colours, describe_relief
 from context_diffusion.schema import Pixels
@@ -40,7 +40,7 @@ def describe_pool(pool: Pool, side: int) -> dict[Kind, Described]:
     parts = [_tensor(pool.targets[i : i + PART]) for i in range(0, len(pool.targets), PART)]
     swatches = torch.cat([swatch(style) for style in pool.styles])
     reliefs = torch.stack([relief(style, side) for style in pool.styles])
-    colours = torch.cat([describe_colours(look_of(part, part.shape[2]).colours) for part in parts])
+    colours = torch.cat([describe_colours(colours_of(part, tones_of(part))) for part in parts])
     textures = torch.cat([describe_relief(lightness_of(part.float()) / 255) for part in parts])
     return {
         "colours": Described(swatches, describe_colours(swatches), colours),
@@ -52,7 +52,8 @@ def swatch(style: Style) -> Tensor:
     """All its colours, from dark to light, as draft.Look has them: (1, WAYS, STEPS, 4)."""
     tones = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
     bare = replace(style, texture="flat", **BARE)  # type: ignore[arg-type]
-    return look_of(_tensor(dress(tones, bare, np.random.default_rng(0))[None]), 64).colours
+    image = _tensor(dress(tones, bare, np.random.default_rng(0))[None])
+    return colours_of(image, tones_of(image))
 
 
 def relief(style: Style, side: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A training run by its kind; the one from nothing: autoencoder, diffusion model, the decoder once more.
+"""A training run by its kind; the one from nothing: relief, autoencoder, diffusion model, the decoder once more, the memory.
 
 Resumes exactly where it stopped."""
 
@@ -18,6 +18,7 @@ from context_diffusion.training.finetune import finetune
 from context_diffusion.training.generated import Generated
 from context_diffusion.training.pools import Pools
 from context_diffusion.training.prompts import vocabulary
+from context_diffusion.training.relief import train_relief
 from context_diffusion.training.remember import remember
 from context_diffusion.training.state import Metrics, save_model
 from context_diffusion.training.workers import Workers
@@ -51,6 +52,7 @@ def train(job: TrainJob, device: torch.device) -> dict[str, Any] | None:
     workers = Workers.here()
     metrics, pools = Metrics(folder, workers.first), Pools(job, job.architecture.image_size, 0 if job.max_steps else 1)
     try:
+        train_relief(job, model, folder, metrics)  # drafts, which the diffusion model begins from, are drawn with it
         train_autoencoder(job, model, pools, folder, metrics)
         summary = train_diffusion(job, model, Generated(model, pools, job.pool_steps), folder, metrics)
         train_decoder(job, model, pools, folder, metrics)
