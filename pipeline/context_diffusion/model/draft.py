@@ -4,8 +4,9 @@ U-Net begins from it.
 This is dynamic normalisation carried on: of the query its own statistics are removed, and the contexts' put in their place,
 as whole curves in place of mean and deviation. In two ways, since neither is always right: by rank (histogram matching,
 Gonzalez and Woods) and by distance from the mean in deviations (Reinhard et al. 2001). The contexts' waves (waves.py) are
-added to the tones, and of their relief (relief.py) what doesn't repeat; the query's own relief is taken out. Its own waves are
-shown beside the contexts', for they may be its layout or a texture that is to go.
+added to the tones, and of their relief (relief.py) what doesn't repeat. The query's own relief stays, for its edges are asked
+for, but where words ask for a texture; its waves are shown beside the contexts', for they may be its layout or a texture that
+is to go.
 
 Every function treats its pictures one by one. B rows  M contexts of a row  N pictures  H W pixels
 """
@@ -40,6 +41,7 @@ class Layout(NamedTuple):
 
     tones: Tensor
     waves: Tensor  # (N, K, 4)
+    texture: Tensor  # (N, H, W), their own, in ranks
 
 
 class Look(NamedTuple):
@@ -57,12 +59,11 @@ def shows_tones(kinds: list[str], device: torch.device) -> Tensor:
 
 
 def layout_of(control_maps: Tensor, kinds: list[str], texture_of: Callable[[Tensor], Tensor] | None = None) -> Layout:
-    """uint8 (N, 3, H, W); texture_of: ReliefModel.texture, what it finds is taken out of the tones."""
+    """uint8 (N, 3, H, W); texture_of: ReliefModel.texture; without it none is told."""
     tones = tones_of(control_maps)
     waves, told = waves_of(tones[:, 0]), shows_tones(kinds, tones.device)
-    if texture_of is not None:
-        tones = (tones - texture_of(tones)[:, None] * tones.new_tensor(RATE)[:, None, None]).clamp(0, 1)
-    return Layout(tones * told[:, None, None, None], waves * told[:, None, None])
+    own = torch.zeros_like(tones[:, 0]) if texture_of is None else texture_of(tones)
+    return Layout(tones * told[:, None, None, None], waves * told[:, None, None], own * told[:, None, None])
 
 
 def look_of(images: Tensor, side: int, texture_of: Callable[[Tensor], Tensor] | None = None) -> Look:
@@ -105,9 +106,12 @@ def colours_of(images: Tensor, tones: Tensor) -> Tensor:
 
 
 def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None = None) -> Tensor:
-    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture in ranks to
-    be added -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row without contexts or tones."""
+    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture in ranks that
+    takes the place of the query's own -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row without contexts or tones."""
     tones, (height, width) = layouts.tones.float(), layouts.tones.shape[2:]
+    rate = tones.new_tensor(RATE)[:, None, None]
+    if relief is not None:
+        tones = (tones - layouts.texture.float()[:, None] * rate).clamp(0, 1)
     curves = curves_of((looks.colours.float() * weights[..., None, None, None]).sum(1))
     shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
     waves = looks.waves.float() * torch.stack([torch.ones_like(shares)] * 2 + [shares] * 2, 2)[:, :, None]
@@ -115,7 +119,7 @@ def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None =
     theirs = theirs + mirrored(_rest(looks.rest.float(), shares), height, width)[:, None]
     theirs = theirs if relief is None else theirs + relief[:, None]
     theirs = theirs - theirs.mean((2, 3), keepdim=True)  # a curve of colours has its texture's mean in it
-    textured = (tones + theirs * tones.new_tensor(RATE)[:, None, None]).clamp(0, 1)
+    textured = (tones + theirs * rate).clamp(0, 1)
     parts = [*_dressed(tones, curves), torch.stack(_dressed(textured, curves)).mean(0), LOUD * theirs, LOUD * own]
     told = (weights > 0).any(1) & tones.flatten(1).any(1)
     return torch.cat(parts, 1) * told[:, None, None, None]
