@@ -32,6 +32,7 @@ from context_diffusion.training.config import (
     FinetuneJob,
     FinetuneSteps,
     Normalization,
+    ReliefSteps,
     TrainJob,
 )
 
@@ -79,6 +80,7 @@ TRAINING = {
     "": TrainJob,
     "architecture.": Architecture,
     "architecture.normalization.": Normalization,
+    "relief.": ReliefSteps,
     "autoencoder.": AutoencoderSteps,
     "diffusion.": DiffusionSteps,
 }

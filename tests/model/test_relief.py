@@ -110,3 +110,22 @@ def test_a_larger_picture_has_it_mirrored() -> None:
     assert torch.equal(large[:, 6, :4], field[:, 0])
     assert torch.equal(large[:, :3, 4:], field[:, :, [3, 2]])
     assert torch.equal(mirrored(field, 2, 2), field[:, :2, :2])
+
+
+def test_a_texture_that_words_ask_for_takes_the_place_of_the_querys_own(relief: ReliefModel) -> None:
+    rng = np.random.default_rng(2)
+    style = replace(make_style(rng), texture="stripes", period=10.0, band="all", strength=0.25, **BARE)  # type: ignore[arg-type]
+    tone = make_layout(rng, 128)[1]
+    striped = tensor(dress(tone, style, rng))
+    stripes = torch.from_numpy(texture_field(style, 128, rng))
+    context = look_of(tensor(np.linspace(0, 255, 128)[None, :, None].repeat(128, 0).repeat(3, 2).astype(np.uint8)), 128)
+    seen = Look(*(part[None] for part in context))._replace(waves=torch.zeros(1, 1, 1, 4))
+    layout = layout_of(striped, ["gray"], relief.texture)
+
+    def share(**more: Tensor) -> float:
+        """Of the stripes that is left in the draft."""
+        made = draft(layout, seen, torch.ones(1, 1), **more)[0, TEXTURED].mean(0)
+        return float((made * stripes).mean() / stripes.square().mean())
+
+    assert abs(share(relief=torch.zeros(1, 128, 128))) < 0.4 * share()
+    assert not layout_of(striped, ["canny"], relief.texture).texture.any()
