@@ -53,7 +53,8 @@ class ReliefModel(ModelMixin, ConfigMixin):
     @property
     def learned(self) -> bool:
         """Whether it says anything: fresh weights call all of a picture its structure."""
-        return bool(self.conv_out.weight.any())
+        weight = self.conv_out.weight
+        return weight.is_meta or bool(weight.any())  # where shapes alone are asked for
 
     def forward(self, tones: Tensor) -> tuple[Tensor, Tensor]:
         """draft.tones_of's (N, 2, H, W) -> structure and texture in ranks, (N, H, W) each. They don't add up to the tones:
