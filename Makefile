@@ -59,7 +59,7 @@ lock: .venv/full ## requirements.lock anew: the newest versions that the oldest 
 chaos: install ## kills parts of running jobs N=20 times and compares with an undisturbed run
 	PYTHONPATH=tests $(BIN)/python tests/chaos.py $(N)
 
-train: install ## trains the bundled model from nothing: four hours on two cores; the same command goes on
+train: install ## trains the bundled model from nothing: four and a half hours on two cores; the same command goes on
 	$(BIN)/context-diffusion run jobs/train.yaml
 
 bench: install ## the measurements of tests/benchmarks/LOG.md
