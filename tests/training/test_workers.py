@@ -65,13 +65,13 @@ def test_a_lost_worker_is_a_fault_from_outside_and_the_last_checkpoint_goes_on(t
         assert process.stdin
         process.stdin.write(wanted.model_dump_json())
         process.stdin.close()
-        while not (tmp_path / "autoencoder.pt").exists():
+        while not (tmp_path / "relief.pt").exists():
             time.sleep(0.2)
         [*_, last] = [pid for pid in _members(process.pid) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         os.kill(last, signal.SIGKILL)
         told = json.loads(process.stdout.read().strip().splitlines()[-1])  # type: ignore[union-attr]
     assert process.returncode == told["exit"] == 75, told
-    assert load_checkpoint(tmp_path / "autoencoder.pt")
+    assert load_checkpoint(tmp_path / "relief.pt")
 
 
 @pytest.mark.parametrize("fault", [ModelError("the cause"), TypeError("the cause")])
