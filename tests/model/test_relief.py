@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from context_diffusion.model.draft import CHANNELS, TEXTURED, Look, draft, layout_of, look_of, mirrored, tones_of
+from context_diffusion.model.draft import CHANNELS, TEXTURED, Layout, Look, draft, layout_of, look_of, mirrored, tones_of, without
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.relief import ReliefModel
 from context_diffusion.model.source import BUNDLED
@@ -120,12 +120,13 @@ def test_a_texture_that_words_ask_for_takes_the_place_of_the_querys_own(relief: 
     stripes = torch.from_numpy(texture_field(style, 128, rng))
     context = look_of(tensor(np.linspace(0, 255, 128)[None, :, None].repeat(128, 0).repeat(3, 2).astype(np.uint8)), 128)
     seen = Look(*(part[None] for part in context))._replace(waves=torch.zeros(1, 1, 1, 4))
-    layout = layout_of(striped, ["gray"], relief.texture)
+    layout = layout_of(striped, ["gray"])
+    bare = without(layout, relief.texture(layout.tones))
 
-    def share(**more: Tensor) -> float:
+    def share(of: Layout) -> float:
         """Of the stripes that is left in the draft."""
-        made = draft(layout, seen, torch.ones(1, 1), **more)[0, TEXTURED].mean(0)
+        made = draft(of, seen, torch.ones(1, 1))[0, TEXTURED].mean(0)
         return float((made * stripes).mean() / stripes.square().mean())
 
-    assert abs(share(relief=torch.zeros(1, 128, 128))) < 0.4 * share()
-    assert not layout_of(striped, ["canny"], relief.texture).texture.any()
+    assert abs(share(bare)) < 0.4 * share(layout)
+    assert not layout_of(striped, ["canny"]).tones.any()

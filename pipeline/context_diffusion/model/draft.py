@@ -41,7 +41,6 @@ class Layout(NamedTuple):
 
     tones: Tensor
     waves: Tensor  # (N, K, 4)
-    texture: Tensor  # (N, H, W), their own, in ranks
 
 
 class Look(NamedTuple):
@@ -58,12 +57,16 @@ def shows_tones(kinds: list[str], device: torch.device) -> Tensor:
     return torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=device)
 
 
-def layout_of(control_maps: Tensor, kinds: list[str], texture_of: Callable[[Tensor], Tensor] | None = None) -> Layout:
-    """uint8 (N, 3, H, W); texture_of: ReliefModel.texture; without it none is told."""
+def layout_of(control_maps: Tensor, kinds: list[str]) -> Layout:
+    """uint8 (N, 3, H, W)."""
     tones = tones_of(control_maps)
     waves, told = waves_of(tones[:, 0]), shows_tones(kinds, tones.device)
-    own = torch.zeros_like(tones[:, 0]) if texture_of is None else texture_of(tones)
-    return Layout(tones * told[:, None, None, None], waves * told[:, None, None], own * told[:, None, None])
+    return Layout(tones * told[:, None, None, None], waves * told[:, None, None])
+
+
+def without(layouts: Layout, texture: Tensor) -> Layout:
+    """Their tones less a texture (N, H, W) in ranks."""
+    return layouts._replace(tones=(layouts.tones - texture[:, None] * layouts.tones.new_tensor(RATE)[:, None, None]).clamp(0, 1))
 
 
 def look_of(images: Tensor, side: int, texture_of: Callable[[Tensor], Tensor] | None = None) -> Look:
@@ -106,12 +109,10 @@ def colours_of(images: Tensor, tones: Tensor) -> Tensor:
 
 
 def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None = None) -> Tensor:
-    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture in ranks that
-    takes the place of the query's own -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row without contexts or tones."""
+    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture in ranks to
+    be added -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row without contexts or tones."""
     tones, (height, width) = layouts.tones.float(), layouts.tones.shape[2:]
     rate = tones.new_tensor(RATE)[:, None, None]
-    if relief is not None:
-        tones = (tones - layouts.texture.float()[:, None] * rate).clamp(0, 1)
     curves = curves_of((looks.colours.float() * weights[..., None, None, None]).sum(1))
     shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
     waves = looks.waves.float() * torch.stack([torch.ones_like(shares)] * 2 + [shares] * 2, 2)[:, :, None]
