@@ -85,7 +85,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     (folder / "jobs").symlink_to(ROOT / "jobs")
     (folder / ".venv").symlink_to(sys.prefix)
-    make = ["make", "-f", str(ROOT / "Makefile"), "-o", ".venv/installed", "demo"]  # -o: what is installed stays
+    make = ["make", "--no-print-directory", "-f", str(ROOT / "Makefile")]  # as a part of `make test-full` it would print them
+    make += ["-o", ".venv/installed", "demo"]  # -o: what is installed stays
     made = subprocess.run(make, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT)
     assert made.returncode == 0, made.stderr
     assert (folder / "build/demo/report.html").exists()

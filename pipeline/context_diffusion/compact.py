@@ -26,7 +26,7 @@ from context_diffusion.schema import FILE, HUGGING_FACE, part_name
 FILE_BYTES = 256 * 2**20  # a file is closed when it holds so much, or `rows`
 HELD_BYTES = 2**30  # of all files that are open, one for each value of the column
 THREADS = 16
-NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # Hive's name for null, which pyarrow, DuckDB and Spark read
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # Hive's name for null, which pyarrow, DuckDB (1.5 on) and Spark read
 
 
 @dataclass
