@@ -28,7 +28,6 @@ from context_diffusion.control import controls_of
 from context_diffusion.engine.conditions import to_tensor
 from context_diffusion.engine.engine import Engine
 from context_diffusion.model.detail import give_back
-from context_diffusion.model.draft import layout_of
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.preconditioning import Drawn
@@ -94,7 +93,7 @@ def drafts(model: NativeModel, requests: list[Request]) -> Tensor:
     shown = [torch.cat([to_tensor(c) for c in one.contexts]) for one in requests]
     looks = model.look(torch.cat(shown))
     controls = [one.controls[0] for one in requests]
-    layouts = layout_of(torch.cat([to_tensor(one.pixels) for one in controls]), [one.kind for one in controls])
+    layouts = model.layout(torch.cat([to_tensor(one.pixels) for one in controls]), [one.kind for one in controls])
     return drafts_of(layouts, looks, np.array([len(contexts) for contexts in shown]))
 
 

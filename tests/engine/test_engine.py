@@ -19,7 +19,7 @@ from context_diffusion.engine.samplers import SAMPLERS
 from context_diffusion.engine.service import EngineService
 from context_diffusion.errors import ErrorCode
 from context_diffusion.model.detail import give_back
-from context_diffusion.model.draft import Look, draft, layout_of
+from context_diffusion.model.draft import Look, draft
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.schema import Control, Failure, Pixels, Request, Result
@@ -137,7 +137,7 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
     latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3)) * model.noise_scale
     layout = model.encode_control(pixels[1:], ["gray"])
     look = Look(*(part[:, None] for part in model.look(pixels[:1])))
-    seen = draft(layout_of(pixels[1:], ["gray"]), look, torch.ones(1, 1))
+    seen = draft(model.layout(pixels[1:], ["gray"]), look, torch.ones(1, 1))
     drafts = [model.draw(seen * 0), model.draw(seen), model.draw(seen)]
     for timestep in scheduler.timesteps:
         time = timestep[None].float()

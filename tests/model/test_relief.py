@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from context_diffusion.model.draft import CHANNELS, TEXTURED, Layout, Look, draft, layout_of, look_of, mirrored, tones_of, without
+from context_diffusion.model.draft import CHANNELS, PLAIN, TEXTURED, Layout, Look, draft, layout_of, look_of, mirrored, tones_of
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.relief import ReliefModel
 from context_diffusion.model.source import BUNDLED
@@ -112,7 +112,7 @@ def test_a_larger_picture_has_it_mirrored() -> None:
     assert torch.equal(mirrored(field, 2, 2), field[:, :2, :2])
 
 
-def test_a_texture_that_words_ask_for_takes_the_place_of_the_querys_own(relief: ReliefModel) -> None:
+def test_the_querys_own_texture_goes_where_contexts_have_none_or_words_ask_for_another(relief: ReliefModel) -> None:
     rng = np.random.default_rng(2)
     style = replace(make_style(rng), texture="stripes", period=10.0, band="all", strength=0.25, **BARE)  # type: ignore[arg-type]
     tone = make_layout(rng, 128)[1]
@@ -120,13 +120,19 @@ def test_a_texture_that_words_ask_for_takes_the_place_of_the_querys_own(relief: 
     stripes = torch.from_numpy(texture_field(style, 128, rng))
     context = look_of(tensor(np.linspace(0, 255, 128)[None, :, None].repeat(128, 0).repeat(3, 2).astype(np.uint8)), 128)
     seen = Look(*(part[None] for part in context))._replace(waves=torch.zeros(1, 1, 1, 4))
-    layout = layout_of(striped, ["gray"])
-    bare = without(layout, relief.texture(layout.tones))
+    layout = layout_of(striped, ["gray"], relief.texture)
+    dots = torch.from_numpy(texture_field(replace(style, texture="dots"), 128, rng))[None]
+    dots -= (dots * stripes).mean() / stripes.square().mean() * stripes
 
-    def share(of: Layout) -> float:
-        """Of the stripes that is left in the draft."""
-        made = draft(of, seen, torch.ones(1, 1))[0, TEXTURED].mean(0)
+    def share(of: Layout, strength: float = 0.0, words: Tensor | None = None) -> float:
+        """Of the stripes that is left in the draft. strength: of the dots that the context has, their deviation in ranks."""
+        rest = strength * dots[None] / dots.std()
+        made = draft(of, seen._replace(rest=rest), torch.ones(1, 1), words)[0, TEXTURED].mean(0)
         return float((made * stripes).mean() / stripes.square().mean())
 
-    assert abs(share(bare)) < 0.4 * share(layout)
-    assert not layout_of(striped, ["canny"]).tones.any()
+    left = share(layout_of(striped, ["gray"]))
+    assert abs(share(layout)) < 0.4 * left
+    assert abs(share(layout, words=0.1 * dots)) < 0.4 * left
+    assert share(layout, 0.1) > 0.8 * left
+    assert share(layout) < share(layout, 1.5 * PLAIN) < share(layout, 0.1), "not all at once"
+    assert not any(part.any() for part in layout_of(striped, ["canny"], relief.texture))

@@ -5,8 +5,8 @@ This is dynamic normalisation carried on: of the query its own statistics are re
 as whole curves in place of mean and deviation. In two ways, since neither is always right: by rank (histogram matching,
 Gonzalez and Woods) and by distance from the mean in deviations (Reinhard et al. 2001). The contexts' waves (waves.py) are
 added to the tones, and of their relief (relief.py) what doesn't repeat. The query's own relief stays, for its edges are asked
-for, but where words ask for a texture; its waves are shown beside the contexts', for they may be its layout or a texture that
-is to go.
+for, but where the contexts have none or words ask for another: there it would be the only one, or stand beside theirs. Its
+waves are shown beside the contexts', for they may be its layout or a texture that is to go.
 
 Every function treats its pictures one by one. B rows  M contexts of a row  N pictures  H W pixels
 """
@@ -32,6 +32,8 @@ FALL = 0.7  # steps: how fast a colour's say falls off; where a context has none
 PICTURE_KINDS = ("gray", "none")  # control maps that show tones; those of edges do not
 VIVID = 1.4  # times as strong as it is told is a context's texture drawn: what is unsure is told too faintly
 LOUD = 4.0  # waves are some .1 to .25 of all tones
+# Deviation, in ranks, of the contexts' texture: up to it they have none, and from twice it on the query keeps its own.
+PLAIN = 0.02
 # What a difference of ranks is in deviations, of evenly spread tones.
 RATE = (1.0, math.sqrt(12) / (2 * REACH))
 
@@ -41,6 +43,7 @@ class Layout(NamedTuple):
 
     tones: Tensor
     waves: Tensor  # (N, K, 4)
+    texture: Tensor  # (N, H, W), in ranks
 
 
 class Look(NamedTuple):
@@ -57,16 +60,12 @@ def shows_tones(kinds: list[str], device: torch.device) -> Tensor:
     return torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=device)
 
 
-def layout_of(control_maps: Tensor, kinds: list[str]) -> Layout:
-    """uint8 (N, 3, H, W)."""
+def layout_of(control_maps: Tensor, kinds: list[str], texture_of: Callable[[Tensor], Tensor] | None = None) -> Layout:
+    """uint8 (N, 3, H, W); texture_of: ReliefModel.texture, without which none is told."""
     tones = tones_of(control_maps)
     waves, told = waves_of(tones[:, 0]), shows_tones(kinds, tones.device)
-    return Layout(tones * told[:, None, None, None], waves * told[:, None, None])
-
-
-def without(layouts: Layout, texture: Tensor) -> Layout:
-    """Their tones less a texture (N, H, W) in ranks."""
-    return layouts._replace(tones=(layouts.tones - texture[:, None] * layouts.tones.new_tensor(RATE)[:, None, None]).clamp(0, 1))
+    texture = torch.zeros_like(tones[:, 0]) if texture_of is None else texture_of(tones)
+    return Layout(tones * told[:, None, None, None], waves * told[:, None, None], texture * told[:, None, None])
 
 
 def look_of(images: Tensor, side: int, texture_of: Callable[[Tensor], Tensor] | None = None) -> Look:
@@ -109,8 +108,8 @@ def colours_of(images: Tensor, tones: Tensor) -> Tensor:
 
 
 def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None = None) -> Tensor:
-    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture in ranks to
-    be added -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row without contexts or tones."""
+    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture in ranks
+    that words ask for -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row without contexts or tones."""
     tones, (height, width) = layouts.tones.float(), layouts.tones.shape[2:]
     rate = tones.new_tensor(RATE)[:, None, None]
     curves = curves_of((looks.colours.float() * weights[..., None, None, None]).sum(1))
@@ -118,12 +117,19 @@ def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None =
     waves = looks.waves.float() * torch.stack([torch.ones_like(shares)] * 2 + [shares] * 2, 2)[:, :, None]
     theirs, own = draw_waves(waves.flatten(1, 2), height, width)[:, None], draw_waves(layouts.waves, height, width)[:, None]
     theirs = theirs + mirrored(_rest(looks.rest.float(), shares), height, width)[:, None]
+    goes = torch.ones_like(theirs[:, :1, :1, :1]) if relief is not None else plainness(theirs)
     theirs = theirs if relief is None else theirs + relief[:, None]
     theirs = theirs - theirs.mean((2, 3), keepdim=True)  # a curve of colours has its texture's mean in it
+    tones = (tones - goes * layouts.texture.float()[:, None] * rate).clamp(0, 1)
     textured = (tones + theirs * rate).clamp(0, 1)
     parts = [*_dressed(tones, curves), torch.stack(_dressed(textured, curves)).mean(0), LOUD * theirs, LOUD * own]
     told = (weights > 0).any(1) & tones.flatten(1).any(1)
     return torch.cat(parts, 1) * told[:, None, None, None]
+
+
+def plainness(textures: Tensor) -> Tensor:
+    """(B, 1, H, W), in ranks -> (B, 1, 1, 1): 1 where there is hardly any, 0 where there surely is one."""
+    return (2 - textures.std((2, 3), correction=0, keepdim=True) / PLAIN).clamp(0, 1)
 
 
 def _rest(rests: Tensor, shares: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ B samples  N pictures  T text tokens  K tokens a context  L all tokens  D width 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from context_diffusion.model import native_files
 from context_diffusion.model.detail import denoised
-from context_diffusion.model.draft import TEXTURED, Look, look_of, shows_tones
+from context_diffusion.model.draft import TEXTURED, Layout, Look, layout_of, look_of, shows_tones
 from context_diffusion.model.encoders import patch_tokens
 from context_diffusion.model.fusion import ContextFusion
 from context_diffusion.model.normalization import describe, normalise, restore
@@ -208,7 +209,15 @@ class NativeModel:
 
     def look(self, images: Tensor) -> Look:
         """uint8 (N, 3, S, S) -> what drafts need of contexts."""
-        return look_of(images, self.image_size, self.relief.texture if self.relief.learned else None)
+        return look_of(images, self.image_size, self._texture_of)
+
+    def layout(self, control_maps: Tensor, kinds: list[str]) -> Layout:
+        """uint8 (N, 3, H, W) -> what drafts need of queries."""
+        return layout_of(control_maps, kinds, self._texture_of)
+
+    @property
+    def _texture_of(self) -> Callable[[Tensor], Tensor] | None:
+        return self.relief.texture if self.relief.learned else None
 
     def draw(self, drafts: Tensor) -> Drawn:
         """(B, CHANNELS, H, W) -> with the latents of the textured one, 0 where there is none."""

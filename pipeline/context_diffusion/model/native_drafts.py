@@ -13,7 +13,7 @@ from context_diffusion.engine.backbone import Conditions
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.conditions import Context, content_key, control_scales, to_tensor
 from context_diffusion.engine.guidance import Branch, words_lead
-from context_diffusion.model.draft import CHANNELS, PICTURE_KINDS, STEPS, WAYS, Layout, Look, draft, layout_of, without
+from context_diffusion.model.draft import CHANNELS, PICTURE_KINDS, STEPS, WAYS, Layout, Look, draft
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.normalization import lightness_of
 from context_diffusion.model.preconditioning import Drawn
@@ -114,8 +114,6 @@ class NativeDrafts:
         if (number := wanted.recalled.get("texture")) is not None:
             waves, rest = torch.zeros_like(waves), torch.zeros_like(rest)
             relief = memory.relief(number, *layout.tones.shape[2:])
-            if self.model.relief.learned:  # it takes the place of the query's own
-                layout = without(layout, self.model.relief.texture(layout.tones))
         drafts = draft(layout, Look(colours, waves, rest), torch.tensor([weights], device=self.model.device), relief)
         drawn = self.model.draw(drafts)
         if not self.model.detail_scale:
@@ -124,4 +122,4 @@ class NativeDrafts:
         return drawn, {"draft": whole, "copy": copy}
 
     def _tones(self, control: Control) -> Layout:
-        return layout_of(to_tensor(control.pixels).to(self.model.device), [control.kind])
+        return self.model.layout(to_tensor(control.pixels).to(self.model.device), [control.kind])

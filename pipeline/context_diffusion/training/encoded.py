@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from context_diffusion.images import resize
-from context_diffusion.model.draft import Layout, Look, draft, layout_of
+from context_diffusion.model.draft import Layout, Look, draft
 from context_diffusion.model.native import NativeModel
 from context_diffusion.schema import Pixels
 from context_diffusion.training.batches import CONTEXTS, Hints, Samples, Summaries
@@ -89,7 +89,8 @@ def encode(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
 def encode_controls(model: NativeModel, maps: Sequence[Pixels] | Pixels, kinds: Sequence[str]) -> tuple[Tensor, Layout]:
     """uint8 (H, W, 3) each -> float16 latents (N, C, h, w) and layouts of this worker's own maps."""
     images = as_images(model, maps)
-    layouts = layout_of(images, list(kinds))
+    with torch.autocast(model.device.type, enabled=False):
+        layouts = model.layout(images, list(kinds))
     with mixed_precision(model.device):
         return model.encode_control(images, list(kinds)).half(), Layout(*(part.half() for part in layouts))
 
