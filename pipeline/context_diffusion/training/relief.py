@@ -72,7 +72,7 @@ def split_loss(relief: nn.Module, split: Split) -> Tensor:
     structure, texture = relief(split.tones)
     wrong = (structure - split.structure).abs().mean() + 2 * (slopes(structure) - slopes(split.structure)).abs().mean()
     unlike = (texture - split.texture).square().mean() + (slopes(texture) - slopes(split.texture)).square().mean()
-    return wrong + 16 * unlike
+    return wrong + 32 * unlike
 
 
 def slopes(fields: Tensor) -> Tensor:
