@@ -12,6 +12,7 @@ from diffusers import AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from context_diffusion.errors import ModelError
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.normalization import normalise
+from context_diffusion.model.source import BUNDLED
 from tiny import picture, tiny_model
 
 
@@ -81,6 +82,10 @@ def test_a_folder_loads_again_and_its_parts_load_with_the_public_classes(tmp_pat
     assert again.latent_shape == model.latent_shape
     for name, public in (("vae", AutoencoderTiny), ("unet", UNet2DConditionModel), ("controlnet", ControlNetModel)):
         public.from_pretrained(tmp_path / name, use_safetensors=True)
+    again.save_pretrained(tmp_path / "twice")
+    for config in (*(tmp_path / "twice").rglob("*.json"), *BUNDLED.rglob("*.json")):
+        assert str(tmp_path) not in (text := config.read_text()), "where a part was loaded from"
+        assert "_name_or_path" not in text
 
 
 def test_a_folder_that_is_no_model_is_told_by_its_missing_part(tmp_path: Path) -> None:

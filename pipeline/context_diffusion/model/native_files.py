@@ -36,10 +36,18 @@ def save(model: Any, folder: Path, dtype: torch.dtype) -> None:
     for name, module in model.modules.items():
         # A copy: there and back again would leave this model's own weights rounded.
         copy.deepcopy(module).to(dtype).save_pretrained(folder / name, safe_serialization=True)
+        _forget_origin(folder / name / "config.json")
     model.tokenizer.save_pretrained(folder / "tokenizer")
     index = {"_class_name": CLASS} | {name: getattr(model, name) for name in VALUES}
     index["normalization"] = model.normalization.model_dump()
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _forget_origin(path: Path) -> None:
+    """diffusers writes where a component was loaded from: a folder of this machine, which is nobody's business."""
+    config = json.loads(path.read_text())
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load(folder: Path, kinds: dict[str, Any]) -> dict[str, Any]:
