@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import s3fs
@@ -19,14 +19,13 @@ from ceph import ACCESS, SECRET
 
 TESTS = Path(__file__).parent
 COMMAND = [sys.executable, "-m", "context_diffusion"]
-SAID: dict[int, IO[bytes]] = {}  # by a driver's pid, what it wrote to stderr
 ENVIRONMENT = os.environ | {"RAY_worker_niceness": "0", "NO_COLOR": "1"}  # of the command line
 
 
 def start(job: dict[str, Any], engine: str, **options: bool) -> subprocess.Popen[str]:
     """A driver in a process and session of its own."""
     environment = os.environ | {"PYTHONPATH": str(TESTS), "RAY_worker_niceness": "0"}
-    said = tempfile.TemporaryFile()  # noqa: SIM115  (`ended` reads it)
+    said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (`ended` reads it; a pipe could fill up)
     process = subprocess.Popen(
         [sys.executable, str(TESTS / "drive.py"), engine, *options],
         stdin=subprocess.PIPE,
@@ -36,7 +35,7 @@ def start(job: dict[str, Any], engine: str, **options: bool) -> subprocess.Popen
         start_new_session=True,
         text=True,
     )
-    SAID[process.pid] = said
+    process.stderr = said
     assert process.stdin
     process.stdin.write(json.dumps(job))
     process.stdin.close()
@@ -46,11 +45,11 @@ def start(job: dict[str, Any], engine: str, **options: bool) -> subprocess.Popen
 def ended(process: subprocess.Popen[str], timeout: float = 120) -> dict[str, Any]:
     """What the driver said last."""
     assert process.stdout
+    assert process.stderr
     lines = process.stdout.read().strip().splitlines()
     process.wait(timeout=timeout)
-    said = SAID.pop(process.pid)
-    said.seek(0)
-    assert lines, f"the driver ended with {process.returncode} and no word: {said.read()[-3000:].decode(errors='replace')}"
+    process.stderr.seek(0)
+    assert lines, f"the driver ended with {process.returncode} and no word: {process.stderr.read()[-3000:]}"
     return json.loads(lines[-1])
 
 

@@ -109,7 +109,7 @@ def colours_of(images: Tensor, tones: Tensor) -> Tensor:
 
 def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None = None) -> Tensor:
     """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture in ranks
-    that words ask for -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row without contexts or tones."""
+    that words ask for, where the looks have none -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row without contexts or tones."""
     tones, (height, width) = layouts.tones.float(), layouts.tones.shape[2:]
     rate = tones.new_tensor(RATE)[:, None, None]
     curves = curves_of((looks.colours.float() * weights[..., None, None, None]).sum(1))
@@ -117,7 +117,7 @@ def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None =
     waves = looks.waves.float() * torch.stack([torch.ones_like(shares)] * 2 + [shares] * 2, 2)[:, :, None]
     theirs, own = draw_waves(waves.flatten(1, 2), height, width)[:, None], draw_waves(layouts.waves, height, width)[:, None]
     theirs = theirs + mirrored(_rest(looks.rest.float(), shares), height, width)[:, None]
-    goes = torch.ones_like(theirs[:, :1, :1, :1]) if relief is not None else plainness(theirs)
+    goes = plainness(theirs)
     theirs = theirs if relief is None else theirs + relief[:, None]
     theirs = theirs - theirs.mean((2, 3), keepdim=True)  # a curve of colours has its texture's mean in it
     tones = (tones - goes * layouts.texture.float()[:, None] * rate).clamp(0, 1)
