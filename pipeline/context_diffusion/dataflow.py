@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +145,7 @@ def run_flow(
     write: WriteShard,
     make_engine: EngineFactory,
     started: Callable[[Any], None],
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Runs the shards that are left; yields each written one, as schema.WRITTEN. Ray is up already. started: given the
     ledger."""
     cluster = ray.cluster_resources()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -89,8 +90,10 @@ def _make_missing(
         ray_session(job.cluster.num_cpus, options.address) as logs,
         Progress(plan.rows, before, logs) as shown,
         RunMetrics(output.root, sum(read.shard.rows for read in reads)) as metrics,
+        # Closed before Ray is: a thread of a flow that is given up would find Ray gone, and end this process.
+        closing(dataflow.run_flow(job, reads, load, write, make_engine or _default_engine, on_start)) as flow,
     ):
-        for counts in dataflow.run_flow(job, reads, load, write, make_engine or _default_engine, on_start):
+        for counts in flow:
             for told in (shown, metrics, trace):
                 told.add(counts)
             _check_failures(job, plan, shown.counts)
