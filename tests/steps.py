@@ -29,7 +29,7 @@ def changed_by_a_step(model: NativeModel, sizes: Architecture, folder: Path, bat
     before = {name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in model.modules.items()}
     run = Run(job, model, folder, {})
     loss = run.train_step(encode_pool(model, pool(sizes.image_size)))
-    assert torch.isfinite(torch.tensor(loss))
+    assert torch.isfinite(loss)
     model.eval()
     for module in run.modules.values():  # back from channels last, whose last bits differ
         module.to(memory_format=torch.contiguous_format)

@@ -187,8 +187,10 @@ def run_flow(
         num_cpus=TASK_CPUS,
         compute=TaskPoolStrategy(shares.loads),
     )
-    for table in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from table.to_pylist()
+    # Not iter_batches: its threads outlive a flow that is given up, find Ray gone, and Ray then ends this process.
+    for bundle in written.iter_internal_ref_bundles():
+        for block in bundle.block_refs:
+            yield from ray.get(block).to_pylist()
 
 
 def _configure(job: GenerateJob) -> None:

@@ -141,7 +141,7 @@ def main() -> None:
         contexts, statistics, query = CHOICES[name]
         weights = given.folder / f"{contexts}-{'token' if statistics == 'token' else 'dropped'}-{query}{encoder}-{given.steps}"
         job = job_of(CHOICES[name], given.encoder, given.steps, weights)
-        pools = Pools(job, job.architecture.image_size, 0)
+        pools = Pools(job, job.architecture.image_size)
         model = trained(job, given.autoencoder, pools)
         model.normalization = model.normalization.model_copy(update={"statistics": statistics})
         found = measure(model, given.rows)

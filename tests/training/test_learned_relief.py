@@ -11,22 +11,32 @@ import torch
 from context_diffusion.training import relief
 from context_diffusion.training.config import ReliefSteps, TrainJob
 from context_diffusion.training.layouts import HELD_OUT_FAMILIES
-from context_diffusion.training.relief import draw, split_loss, train_relief
+from context_diffusion.training.relief import draw, split_loss, split_of, train_relief
 from context_diffusion.training.state import Metrics, load_checkpoint, save_checkpoint
 from context_diffusion.training.varied import VARIED, varied_layout
 from tiny import SIZES, make_tiny
 
+CPU = torch.device("cpu")
 STEPS = ReliefSteps(steps=6, batch_size=4)
 
 
-def job(output: Path) -> TrainJob:
-    return TrainJob(kind="train", output=str(output), cpu_threads=1, checkpoint_every=2, architecture=SIZES, relief=STEPS)
+def job(output: Path, processes: int = 0) -> TrainJob:
+    return TrainJob(
+        kind="train",
+        output=str(output),
+        cpu_threads=1,
+        data_processes=processes,
+        checkpoint_every=2,
+        architecture=SIZES,
+        relief=STEPS,
+    )
 
 
 def test_a_picture_follows_from_its_number_and_texture_is_what_a_flat_style_lacks() -> None:
-    split = draw(3, np.arange(24), 64)
+    drawn = draw(3, np.arange(24), 64)
+    assert all(np.array_equal(a[5:7], b) for a, b in zip(drawn, draw(3, np.array([5, 6]), 64), strict=True))
+    split = split_of(drawn, CPU)
     assert split.tones.shape == (24, 2, 64, 64)
-    assert all(torch.equal(a[5:7], b) for a, b in zip(split, draw(3, np.array([5, 6]), 64), strict=True))
     textured = split.texture.abs().mean((1, 2)) > 0.01
     assert 0.4 < textured.float().mean() < 1
     assert not split.texture[~textured].abs().max() > 0.5
@@ -52,7 +62,7 @@ def test_layouts_follow_from_the_seed_and_differ() -> None:
 
 def test_it_resumes_exactly_and_is_not_trained_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, stopped = make_tiny(SIZES), make_tiny(SIZES)
-    train_relief(job(tmp_path / "a"), whole, folder(tmp_path / "a"), Metrics(tmp_path / "a"))
+    train_relief(job(tmp_path / "a", processes=2), whole, folder(tmp_path / "a"), Metrics(tmp_path / "a"))
 
     def stop(path: Path, state: dict[str, object]) -> None:
         save_checkpoint(path, state)
@@ -80,7 +90,7 @@ def folder(path: Path) -> Path:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    model, split = make_tiny(SIZES), draw(99, np.arange(16), 64)
+    model, split = make_tiny(SIZES), split_of(draw(99, np.arange(16), 64), CPU)
     before = split_loss(model.relief, split)
     steps = ReliefSteps(steps=60, batch_size=4)
     train_relief(job(tmp_path).model_copy(update={"relief": steps}), model, tmp_path, Metrics(tmp_path))

@@ -110,7 +110,7 @@ def test_a_checkpoint_is_due_every_five_minutes_of_computing() -> None:
 def test_a_crop_is_the_same_place_of_picture_and_control_map_whichever_worker_cuts_it() -> None:
     grid = torch.arange(8 * 16 * 16).reshape(8, 1, 16, 16).float()
     fine = grid.repeat_interleave(4, 2).repeat_interleave(4, 3)  # a latent is 4 x 4 pixels
-    samples = Samples(grid, np.zeros((0, 8, 8, 3), np.uint8), np.zeros(8, np.int64), grid + 0.5, [""] * 8, fine)
+    samples = Samples(grid, torch.zeros(0, 3, 8, 8), np.zeros(8, np.int64), grid + 0.5, [""] * 8, fine)
 
     def cut(rows: list[int]) -> Samples:
         mine = replace(samples, latents=grid[rows], controls=grid[rows] + 0.5, drafts=fine[rows])

@@ -35,7 +35,7 @@ class Hints:
 @dataclass(frozen=True)
 class Samples:
     latents: Tensor  # float16 (B, C, h, w), of the targets
-    contexts: NDArray[np.uint8] | Summaries  # (M, H, W, 3), the first sample's first; a frozen encoder saw them before
+    contexts: Tensor | Summaries  # uint8 (M, 3, H, W), the first sample's first; a frozen encoder saw them before
     counts: NDArray[np.int64]  # (B,) how many each sample shows, 0 to CONTEXTS
     controls: Tensor  # float16 (B, C, h, w), of the control maps
     prompts: list[str]

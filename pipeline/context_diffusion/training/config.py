@@ -142,6 +142,9 @@ class TrainingJob(StrictModel):
     )
     workers: int = Field(default=1, ge=1, description="processes, on Ray Train; each takes its share of a batch")
     cpu_threads: int = Field(default=2, ge=1, description="of each worker")
+    data_processes: int = Field(
+        default=1, ge=0, description="of each worker, that make its data ahead; some 14 keep a fast GPU busy"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs, where each worker can have one")
     max_steps: int | None = Field(default=None, ge=1, description="of each stage; left out: the minutes decide")
     diffusion: DiffusionSteps = DiffusionSteps()
@@ -149,6 +152,11 @@ class TrainingJob(StrictModel):
     @property
     def smallest_batch(self) -> int:
         return self.diffusion.batch_size
+
+    @property
+    def processes(self) -> int:
+        """That make data ahead: none for a run of a few steps."""
+        return 0 if self.max_steps else self.data_processes
 
     @model_validator(mode="after")
     def _every_worker_has_a_row(self) -> Self:

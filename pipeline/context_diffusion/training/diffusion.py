@@ -21,7 +21,6 @@ from context_diffusion.model.preconditioning import REST
 from context_diffusion.training.batches import CONTEXTS, Data, Samples, Source, Summaries
 from context_diffusion.training.config import SMALL, TrainingJob
 from context_diffusion.training.curves import draw_curves
-from context_diffusion.training.encoded import as_images
 from context_diffusion.training.losses import AuxiliaryHeads, noised, rest_timesteps, spread_timesteps, update_ema, v_loss
 from context_diffusion.training.optimizer import Optimizer
 from context_diffusion.training.precision import mixed_precision
@@ -66,7 +65,7 @@ def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Pa
     while (share := run.progress.at(run.step)) < 1:
         loss = run.train_step(data.at(run.step))
         if run.step % 25 == 0:
-            metrics.write(stage="diffusion", step=run.step, share=round(share, 4), loss=round(loss, 5))
+            metrics.write(stage="diffusion", step=run.step, share=round(share, 4), loss=round(loss.item(), 5))
         reporting = run.step % job.checkpoint_every == 0
         if run.progress.due() or reporting:
             run.save(done=False)
@@ -134,12 +133,13 @@ class Run:
         }
         save_checkpoint(self.path, state)
 
-    def train_step(self, source: Source) -> float:
+    def train_step(self, source: Source) -> Tensor:
+        """-> the loss, where the model is: to read it each time would be to wait for each step."""
         stage = self.job.diffusion
         self.optimizer.zero_grad()
         mine = self.workers.share(np.arange(stage.batch_size))
         parts = [mine[part :: stage.accumulate] for part in range(stage.accumulate)]
-        loss = sum(self.backward(source, rows, len(rows) / len(mine)) for rows in parts)
+        loss = torch.stack([self.backward(source, rows, len(rows) / len(mine)) for rows in parts]).sum()
         parameters = [*self.modules.parameters(), *self.heads.parameters()]
         self.progress.elapsed = self.workers.average(parameters, self.progress.measured)
         nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
@@ -149,7 +149,7 @@ class Run:
         update_ema(self.average, self.modules, min(stage.ema, self.step / (self.step + 10)))
         return loss
 
-    def backward(self, source: Source, rows: NDArray[np.int64], weight: float) -> float:
+    def backward(self, source: Source, rows: NDArray[np.int64], weight: float) -> Tensor:
         """Adds the gradients of these rows of the step's batch, which seed and step alone decide. -> their loss, weighted."""
         stage, size = self.job.diffusion, self.job.diffusion.batch_size
         rng = np.random.default_rng((self.job.seed, 2, self.step))
@@ -157,7 +157,7 @@ class Run:
         generator = torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step)
         loss = self.loss(samples, rows, size, generator, self.progress.at(self.step) < stage.crops) * weight
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
     def loss(
         self, samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator, crop: bool = False
@@ -169,11 +169,14 @@ class Run:
         told = samples.drafts.flatten(1).any(1).to(device) & model.drafts
         ours = rest_timesteps(size, self.schedule, REST, generator)[rows].to(device)
         timesteps = torch.where(told, ours, spread_timesteps(size, len(self.alphas), generator)[rows].to(device))
-        noise = torch.randn(size, *samples.latents.shape[1:], generator=generator)[rows].to(device)
+        own = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(
+            int(torch.randint(2**62, (), generator=generator))
+        )
+        noise = torch.randn(size, *samples.latents.shape[1:], generator=own, device=device)[rows]
         alphas = self.alphas[timesteps]
         noisy, target = noised(samples.latents.float(), noise, alphas)
-        counts = torch.from_numpy(samples.counts).to(device)
-        shown = torch.arange(CONTEXTS, device=device)[None] < counts[:, None]
+        counts = torch.from_numpy(samples.counts)
+        shown = torch.arange(CONTEXTS)[None] < counts[:, None]  # on the CPU: a mask on a GPU would have to be waited for
         with torch.no_grad(), mixed_precision(device):
             drawn = model.draw(samples.drafts.to(device)) if model.drafts else None
         with mixed_precision(device):
@@ -181,14 +184,14 @@ class Run:
             slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
             slots[shown] = contexts
             text, mask = model.encode_text(list(samples.prompts))
-            hidden, bias = model.fuse(text, mask, slots, shown.float())
+            hidden, bias = model.fuse(text, mask, slots, shown.float().to(device))
             down, mid = model.control(noisy, timesteps, samples.controls.float())
             output = model.predict(noisy, timesteps, hidden, bias, down, mid, drawn)
         loss = v_loss(output, target, alphas, self.job.diffusion.min_snr, told, REST)
         if (hints := samples.hints) is None or not self.job.diffusion.auxiliary:
             return loss
         # Each row counts alike, whatever the number of its contexts.
-        weights = (1 / counts.clamp(min=1) / len(shown))[:, None].expand(shown.shape)[shown]
+        weights = (1 / counts.clamp(min=1) / len(shown))[:, None].expand(shown.shape)[shown].to(device)
         m = len(hints.palettes)
         return loss + self.job.diffusion.auxiliary * self.heads(contexts[:m], hints.palettes, hints.textures, weights[:m])
 
@@ -219,13 +222,13 @@ def cropped(samples: Samples, rows: NDArray[np.int64], size: int, generator: tor
     return replace(samples, latents=cut(samples.latents), controls=cut(samples.controls), drafts=cut(samples.drafts))
 
 
-def context_tokens(model: NativeModel, contexts: NDArray[np.uint8] | Summaries) -> Tensor:
+def context_tokens(model: NativeModel, contexts: Tensor | Summaries) -> Tensor:
     """-> (M, K, D), M may be 0."""
     if isinstance(contexts, tuple):
         return model.fusion.encode(*(part.float() for part in contexts))
     if not len(contexts):
         return model.fusion.null_context[None][:0]  # an encoder cannot take no picture
-    return model.encode_images(as_images(model, contexts))
+    return model.encode_images(contexts)
 
 
 class _Averaged:

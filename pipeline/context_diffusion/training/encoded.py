@@ -41,6 +41,7 @@ class Encoded:
     summaries: Summaries | None  # of each target
     layouts: Layout  # float16, of the control maps
     looks: Look  # float16, of the targets
+    pictures: Tensor  # uint8 (S·P, 3, H, W), the targets, where the model is
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
         pool = self.pool
@@ -49,7 +50,7 @@ class Encoded:
         styles = contexts // (len(pool.targets) // len(pool.styles))
         return Samples(
             self.latents[batch.targets],
-            pool.targets[contexts] if self.summaries is None else tuple(part[contexts] for part in self.summaries),
+            self.pictures[contexts] if self.summaries is None else tuple(part[contexts] for part in self.summaries),
             batch.counts,
             self.controls[batch.controls],
             batch.prompts,
@@ -77,6 +78,7 @@ def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
         summarise(model, pool.targets),
         Layout(*layouts),
         looks(model, pool.targets),
+        as_images(model, pool.targets),
     )
 
 
@@ -127,11 +129,10 @@ def picked(parts: Seen, rows: NDArray[np.int64] | list[int]) -> Seen:
 def drafts(layouts: Layout, looks: Look, counts: NDArray[np.int64]) -> Tensor:
     """Of B samples, each with so many of the looks, the first sample's first -> (B, CHANNELS, H, W)."""
     shown = torch.arange(CONTEXTS) < torch.from_numpy(counts)[:, None]
-    shown = shown.to(layouts.tones.device)
     slots = [part.new_zeros(*shown.shape, *part.shape[1:], dtype=torch.float32) for part in looks]
     for slot, part in zip(slots, looks, strict=True):
-        slot[shown] = part.float()
-    return draft(layouts, Look(*slots), shown.float())
+        slot[shown] = part.float()  # by a mask on the CPU: one on a GPU would have to be waited for
+    return draft(layouts, Look(*slots), shown.float().to(layouts.tones.device))
 
 
 def as_images(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
@@ -141,10 +142,10 @@ def as_images(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor
 
 @torch.no_grad()
 def _in_parts(model: NativeModel, rows: int, see: Callable[[NDArray[np.int64]], Iterable[Tensor]]) -> list[Tensor]:
-    """What `see` makes of so many rows, given by index, as float16, 32 at a time; each worker does its share."""
-    workers = Workers.here()
+    """What `see` makes of so many rows, given by index, as float16, some at a time; each worker does its share."""
+    workers, some = Workers.here(), 32 if model.device.type == "cpu" else 256
     mine = workers.share(np.arange(rows))
     shown = mine if len(mine) else np.arange(1)  # fewer rows than workers: the first one tells the shapes
     with mixed_precision(model.device):
-        parts = [[seen.half() for seen in see(shown[i : i + 32])] for i in range(0, len(shown), 32)]
+        parts = [[seen.half() for seen in see(shown[i : i + some])] for i in range(0, len(shown), some)]
     return [workers.gather(torch.cat(column)[: len(mine)], rows) for column in zip(*parts, strict=True)]

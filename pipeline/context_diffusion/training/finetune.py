@@ -42,7 +42,7 @@ def finetune(job: FinetuneJob, device: torch.device) -> dict[str, Any] | None:
     folder.mkdir(parents=True, exist_ok=True)
     if workers.first:
         tell(pictures)
-    pools = Pools(job, model.image_size, 0 if job.max_steps else 1)
+    pools = Pools(job, model.image_size)
     try:
         summary = train_diffusion(job, model, Own(job, model, pictures, pools), folder, Metrics(folder, workers.first))
     finally:

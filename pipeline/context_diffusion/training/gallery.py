@@ -55,10 +55,11 @@ class Gallery:
         drawn_over = drafts(layouts, picked(self.looks, contexts), np.array(counts))
         return Samples(self.latents[drawn], seen, np.array(counts), controls, prompts, drawn_over)
 
-    def _seen(self, contexts: list[int]) -> NDArray[np.uint8] | Summaries:
+    def _seen(self, contexts: list[int]) -> Tensor | Summaries:
         if self.summaries is not None:
             return tuple(part[contexts] for part in self.summaries)
-        return np.stack([self.pixels[k] for k in contexts]) if contexts else np.zeros((0, *self.pixels[0].shape), np.uint8)
+        shown = np.stack([self.pixels[k] for k in contexts]) if contexts else np.zeros((0, *self.pixels[0].shape), np.uint8)
+        return torch.from_numpy(np.ascontiguousarray(shown.transpose(0, 3, 1, 2))).to(self.latents.device)
 
     def contexts(self, example: Example, rng: Rng) -> list[int]:
         """1 to CONTEXTS of those that the example may be shown."""
@@ -105,9 +106,10 @@ def join(first: Samples, *others: Samples) -> Samples:
     """One after the other; the hints are the first one's."""
     for other in others:
         if isinstance(first.contexts, tuple):
-            contexts: NDArray[np.uint8] | Summaries = tuple(map(torch.cat, zip(first.contexts, other.contexts, strict=True)))
+            contexts: Tensor | Summaries = tuple(map(torch.cat, zip(first.contexts, other.contexts, strict=True)))
         else:
-            contexts = np.concatenate([first.contexts, other.contexts])
+            assert isinstance(other.contexts, Tensor), "both see contexts as pixels, or neither"
+            contexts = torch.cat([first.contexts, other.contexts])
         first = replace(
             first,
             latents=torch.cat([first.latents, other.latents]),

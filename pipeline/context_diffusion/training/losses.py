@@ -78,7 +78,6 @@ class AuxiliaryHeads(nn.Module):
 
 
 def update_ema(average: dict[str, Tensor], modules: nn.Module, decay: float) -> None:
+    now = {name: value for name, value in modules.state_dict().items() if value.is_floating_point()}
     with torch.no_grad():
-        for name, value in modules.state_dict().items():
-            if value.is_floating_point():
-                average[name].lerp_(value, 1 - decay)
+        torch._foreach_lerp_([average[name] for name in now], list(now.values()), 1 - decay)

@@ -1,31 +1,26 @@
-"""Pools by their number, the next one made by another process while this one is used."""
+"""Pools by their number, the next ones made by other processes while one is used."""
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 
+from context_diffusion.training.ahead import Ahead
 from context_diffusion.training.config import TrainingJob
 from context_diffusion.training.data import VALIDATION_SEED, Pool, make_pool
 
 
 class Pools:
-    """`at(number)` gives the pool of that number. workers: 0 makes pools in this process, as they are asked for."""
+    """`at(number)` gives the pool of that number, held until another is asked for."""
 
-    def __init__(self, job: TrainingJob, image_size: int, workers: int = 1) -> None:
+    def __init__(self, job: TrainingJob, image_size: int) -> None:
         self.job, self.image_size = job, image_size
+        self._ahead = Ahead(partial(_pool, job.seed * 1_000_003, job.styles, job.pictures, image_size), job.processes)
         self._current: tuple[int, Pool] | None = None
-        self._next: tuple[int, Future[Pool]] | None = None
         self._validation: Pool | None = None
-        self._executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) if workers else None
 
     def at(self, number: int) -> Pool:
         if self._current is None or self._current[0] != number:
-            ahead = self._next is not None and self._next[0] == number
-            pool = self._next[1].result() if self._next and ahead else make_pool(*self._arguments(number))
-            self._current = (number, pool)
-            if self._executor:
-                self._next = (number + 1, self._executor.submit(make_pool, *self._arguments(number + 1)))
+            self._current = (number, self._ahead.at(number))
         return self._current[1]
 
     def validation(self) -> Pool:
@@ -36,9 +31,8 @@ class Pools:
         return self._validation
 
     def close(self) -> None:
-        if self._executor:
-            self._executor.shutdown(cancel_futures=True)
+        self._ahead.close()
 
-    def _arguments(self, number: int) -> tuple[int, int, int, int]:
-        job = self.job
-        return (job.seed * 1_000_003 + number, job.styles, job.pictures, self.image_size)
+
+def _pool(first: int, styles: int, pictures: int, image_size: int, number: int) -> Pool:
+    return make_pool(first + number, styles, pictures, image_size)

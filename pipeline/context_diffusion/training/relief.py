@@ -6,7 +6,9 @@ known by what it is, not as what no known layout has. B pictures  S pixels
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from context_diffusion.model.draft import tones_of
 from context_diffusion.model.native import NativeModel
 from context_diffusion.schema import Pixels
+from context_diffusion.training.ahead import Ahead
 from context_diffusion.training.config import TrainJob
 from context_diffusion.training.layouts import Rng, Tone
 from context_diffusion.training.looks import BARE
@@ -30,6 +33,9 @@ from context_diffusion.training.workers import Workers
 
 FLATTENED = 0.6  # of the flat styles: so many stay flat
 NOISY = 0.3  # of pictures: with a camera's noise, and less contrast
+
+
+Drawn = tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]  # pictures, their structure and texture
 
 
 class Split(NamedTuple):
@@ -49,20 +55,21 @@ def train_relief(job: TrainJob, model: NativeModel, folder: Path, metrics: Metri
         load_weights(relief, state["relief"], path)
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    for step in range(first, steps):
-        split = draw(job.seed, workers.share(np.arange(step * size, (step + 1) * size)), model.image_size)
-        loss = split_loss(relief, Split(*(part.to(model.device) for part in split)))
-        optimizer.zero_grad()
-        loss.backward()
-        workers.average(relief.parameters(), 0.0)
-        nn.utils.clip_grad_norm_(relief.parameters(), 1.0)
-        optimizer.step(min(1, (step + 1) / 50) * (1 - step / steps))
-        if (step + 1) % 25 == 0:
-            metrics.write(stage="relief", step=step + 1, share=round((step + 1) / steps, 4), loss=round(loss.item(), 5))
-        if (step + 1) % job.checkpoint_every == 0 or step + 1 == steps:
-            state = {"relief": relief.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            if workers.first:
-                save_checkpoint(path, state)
+    ahead = Ahead(partial(_pictures, job.seed, size, workers, model.image_size), job.processes)
+    with closing(ahead) as pictures:
+        for step in range(first, steps):
+            loss = split_loss(relief, split_of(pictures.at(step), model.device))
+            optimizer.zero_grad()
+            loss.backward()
+            workers.average(relief.parameters(), 0.0)
+            nn.utils.clip_grad_norm_(relief.parameters(), 1.0)
+            optimizer.step(min(1, (step + 1) / 50) * (1 - step / steps))
+            if (step + 1) % 25 == 0:
+                metrics.write(stage="relief", step=step + 1, share=round((step + 1) / steps, 4), loss=round(loss.item(), 5))
+            if (step + 1) % job.checkpoint_every == 0 or step + 1 == steps:
+                state = {"relief": relief.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                if workers.first:
+                    save_checkpoint(path, state)
     relief.eval().requires_grad_(False)
 
 
@@ -81,11 +88,21 @@ def slopes(fields: Tensor) -> Tensor:
     return torch.stack([fields[:, 1:, :-1] - corner, fields[:, :-1, 1:] - corner], 1)
 
 
-def draw(seed: int, numbers: NDArray[np.int64], side: int) -> Split:
-    """Of pictures by their numbers, each by its number alone."""
+def draw(seed: int, numbers: NDArray[np.int64], side: int) -> Drawn:
+    """Pictures by their numbers, each by its number alone."""
     drawn = [_picture(np.random.default_rng((seed, 31, int(number))), side) for number in numbers]
-    shown, structure, texture = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
-    return Split(tones_of(shown.permute(0, 3, 1, 2)), structure, texture)
+    shown, structure, texture = (np.stack(part) for part in zip(*drawn, strict=True))
+    return shown, structure.astype(np.float16), texture.astype(np.float16)
+
+
+def _pictures(seed: int, size: int, workers: Workers, side: int, step: int) -> Drawn:
+    """This worker's of a step."""
+    return draw(seed, workers.share(np.arange(step * size, (step + 1) * size)), side)
+
+
+def split_of(drawn: Drawn, device: torch.device) -> Split:
+    shown, structure, texture = (torch.from_numpy(part).to(device) for part in drawn)
+    return Split(tones_of(shown.permute(0, 3, 1, 2)), structure.float(), texture.float())
 
 
 def _picture(rng: Rng, side: int) -> tuple[Pixels, Tone, Tone]:

@@ -50,7 +50,7 @@ def train(job: TrainJob, device: torch.device) -> dict[str, Any] | None:
     folder.mkdir(parents=True, exist_ok=True)
     model = build(job.architecture, vocabulary()).to(device)
     workers = Workers.here()
-    metrics, pools = Metrics(folder, workers.first), Pools(job, job.architecture.image_size, 0 if job.max_steps else 1)
+    metrics, pools = Metrics(folder, workers.first), Pools(job, job.architecture.image_size)
     try:
         train_relief(job, model, folder, metrics)  # drafts, which the diffusion model begins from, are drawn with it
         train_autoencoder(job, model, pools, folder, metrics)
