@@ -1,6 +1,7 @@
 """The engine on a GPU against diffusers' own pipelines, random weights in the true shapes. Torch and diffusers alone, no Ray.
 
-    python tests/benchmarks/bench_gpu.py [--model sd15 --model sdxl] [--rows 96] [--device cuda] [--tiny] [--no-compile]
+    python tests/benchmarks/bench_gpu.py [--model sd15 --model sdxl] [--rows 96] [--batches 1 2 4 8 16] [--device cuda]
+        [--tiny] [--no-compile]
 
 bf16, channels last, fused projections, torch.compile with CUDA graphs on both sides. For each model: the card's own rate of
 matrix products in this run; the engine on uniform and on mixed rows, as a share of that rate by the FLOPs of flops.py; a
@@ -55,11 +56,12 @@ def modules(config: dict[str, Any], up: dict[str, Any], device: torch.device, dt
     vae = VAE | {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2} | small
     own = {k: v for k, v in config.items() if k != "sample_size"}
     # The map's embedding shrinks by 8, as the autoencoder does, whatever the sizes.
-    made = (
-        UNet2DConditionModel(**config, **up),
-        ControlNetModel(**own),
-        AutoencoderKL(**(vae if tiny else VAE), latent_channels=4),
-    )
+    with device:  # billions of random numbers
+        made = (
+            UNet2DConditionModel(**config, **up),
+            ControlNetModel(**own),
+            AutoencoderKL(**(vae if tiny else VAE), latent_channels=4),
+        )
     return [one.eval().requires_grad_(False).to(device, dtype).to(memory_format=torch.channels_last) for one in made]
 
 
@@ -242,7 +244,7 @@ def run_all(engine: Engine, asked: list[Request]) -> None:
 def by_diffusers(config: dict[str, Any], up: dict[str, Any], steps: int, given: SimpleNamespace) -> float:
     """Pictures a second at the best size of a batch."""
     loop, best = Loop(config, up, given), 0.0
-    for count in (1, 2, 4, 8, 16):
+    for count in given.batches:
         with contextlib.suppress(torch.OutOfMemoryError):
             loop(count, 2)  # compiles
             best = max(best, count / timed(given.device, partial(loop, count, steps)))
@@ -254,6 +256,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--model", action="append", choices=MODELS)
     arguments.add_argument("--rows", type=int, default=96)
+    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sizes of diffusers' batches")
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--tiny", action="store_true")
     arguments.add_argument("--no-compile", action="store_true")
@@ -265,7 +268,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     compiled = not asked.no_compile and device.type == "cuda"
-    given = SimpleNamespace(device=device, dtype=dtype, tiny=asked.tiny, rows=asked.rows, compile=compiled)
+    given = SimpleNamespace(device=device, dtype=dtype, tiny=asked.tiny, rows=asked.rows, batches=asked.batches, compile=compiled)
     for name in asked.model or MODELS:
         measure(name, given)
 

@@ -22,6 +22,8 @@ from context_diffusion.model.detail import give_back
 from context_diffusion.model.draft import Look, draft
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
+from context_diffusion.model.source import model_folder
+from context_diffusion.pipeline import SHAPES
 from context_diffusion.schema import Control, Failure, Pixels, Request, Result
 from tiny import picture, request, speaking_model, tiny_model
 
@@ -206,3 +208,31 @@ def test_an_engine_on_a_gpu_tells_of_its_memory() -> None:
     made = Engine(NativeBackbone(tiny_model().to(torch.device("cuda"))), torch.device("cuda"), Shape(2, 8))
     list(made.run([request(1)]))
     assert (made.stats().gpu_bytes or 0) > 0
+
+
+def pictures(backbone: NativeBackbone, device: torch.device, asked: list[Request]) -> dict[str, Pixels]:
+    found = Engine(backbone, device, SHAPES["native", device.type]).run(asked)
+    return {row.id: outcome.image for row, outcome in found if isinstance(outcome, Result)}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+        ),
+    ],
+)
+def test_the_bundled_model_makes_equal_bits_in_any_order_and_alone(kind: str) -> None:
+    device, count = torch.device(kind), 24 if kind == "cuda" else 4
+    backbone = NativeBackbone(NativeModel.from_pretrained(model_folder("bundled")).to(device))
+    steps = [{"num_inference_steps": 2 + number % 4, "guidance_scale": 1.0 if number % 3 else 3.0} for number in range(count)]
+    rows = [
+        dataclasses.replace(request(seed, **own), contexts=(picture(1000 + seed, 128, 128),)) for seed, own in enumerate(steps)
+    ]
+    whole = pictures(backbone, device, rows)
+    assert len(whole) == count
+    for again in (rows, rows[::-1], rows[:1], rows[2:3]):
+        assert all(np.array_equal(image, whole[name]) for name, image in pictures(backbone, device, again).items())

@@ -137,8 +137,13 @@ def stack(conditions: list[Conditions], names: tuple[str, ...]) -> Conditions:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Of torch's within a call: their number changes the last bits."""
+def same_bits(device: torch.device) -> Iterator[None]:
+    """Within it a row's bits don't depend on its place in a call. On a CPU: one thread of torch's, whose number changes them.
+    On a GPU: no TF32, whose kernels add up in another order at another place (3 of 24 rows, seen on an H200)."""
+    if device.type == "cuda":
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

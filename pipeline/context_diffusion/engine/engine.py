@@ -19,7 +19,7 @@ from torch import Tensor
 
 from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.calls import Calls, Shape, one_thread
+from context_diffusion.engine.calls import Calls, Shape, same_bits
 from context_diffusion.engine.conditions import is_finite
 from context_diffusion.engine.guidance import branches_of
 from context_diffusion.engine.lanes import choose
@@ -108,7 +108,7 @@ class Engine:
     def step(self) -> list[Outcome]:
         """Admits waiting rows and moves as many on by one step as fill the chunks; returns the rows that ended. What ended
         in the step before is decoded beside this one."""
-        with one_thread() if self.device.type == "cpu" else nullcontext():
+        with same_bits(self.device):
             return self._step()
 
     def _step(self) -> list[Outcome]:

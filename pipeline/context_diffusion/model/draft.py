@@ -88,7 +88,8 @@ def tones_of(images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W), its lightness counts -> (N, WAYS, H, W) in [0, 1]: each pixel's rank among all, equal ones in
     the middle of theirs, and its distance from the mean."""
     lightness = _lightness(images)
-    counts = torch.zeros(len(images), 256, device=images.device).scatter_add_(1, lightness, torch.ones_like(lightness).float())
+    counts = torch.zeros(len(images), 256, dtype=torch.long, device=images.device)
+    counts.scatter_add_(1, lightness, torch.ones_like(lightness))
     rank = ((counts.cumsum(1) - counts / 2) / lightness.shape[1]).gather(1, lightness)
     light = lightness.float() / 255
     deviation = torch.std(light, 1, correction=0, keepdim=True).clamp(min=LEVEL)
@@ -100,11 +101,12 @@ def colours_of(images: Tensor, tones: Tensor) -> Tensor:
     """uint8 (N, 3, S, S) and its tones -> Look.colours."""
     tones = tones.flatten(2)
     steps = (tones * STEPS).long().clamp(max=STEPS - 1)
-    pixels = torch.cat([images.float() / 255, torch.ones_like(images[:, :1]).float()], 1).flatten(2) / tones.shape[2]
-    sums = torch.zeros(len(images), WAYS, 4, STEPS, device=images.device)
+    # Whole numbers: a GPU adds them up in any order, and fractions would be other bits each time.
+    pixels = torch.cat([images, torch.full_like(images[:, :1], 255)], 1).flatten(2).long()
+    sums = torch.zeros(len(images), WAYS, 4, STEPS, dtype=torch.long, device=images.device)
     for way in range(WAYS):
         sums[:, way].scatter_add_(2, steps[:, way, None].expand(-1, 4, -1), pixels)
-    return sums.transpose(2, 3)
+    return (sums.transpose(2, 3).double() / (255 * tones.shape[2])).float()
 
 
 def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None = None) -> Tensor:

@@ -15,15 +15,17 @@ from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.preconditioning import REST
 from context_diffusion.training.batches import CONTEXTS, Data, Samples, Source, Summaries
+from context_diffusion.training.clipping import LOOK, Clipping
 from context_diffusion.training.config import SMALL, TrainingJob
 from context_diffusion.training.curves import draw_curves
 from context_diffusion.training.losses import AuxiliaryHeads, noised, rest_timesteps, spread_timesteps, update_ema, v_loss
 from context_diffusion.training.optimizer import Optimizer
-from context_diffusion.training.precision import mixed_precision
+from context_diffusion.training.precision import SOUND, mixed_precision
 from context_diffusion.training.samples import save_samples
 from context_diffusion.training.state import (
     Metrics,
@@ -38,6 +40,7 @@ from context_diffusion.training.styles import TEXTURES
 from context_diffusion.training.workers import Workers
 
 VALIDATION_BATCHES = 4
+PADDED = 64  # contexts of a batch: a multiple of it
 TRAINED = ("unet", "controlnet", "image_encoder", "text_encoder", "fusion")
 
 
@@ -63,9 +66,11 @@ def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Pa
     if run.step == 0 and run.workers.first:
         validate()
     while (share := run.progress.at(run.step)) < 1:
-        loss = run.train_step(data.at(run.step))
-        if run.step % 25 == 0:
-            metrics.write(stage="diffusion", step=run.step, share=round(share, 4), loss=round(loss.item(), 5))
+        with sdpa_kernel(SOUND):
+            loss = run.train_step(data.at(run.step))
+        if run.step % LOOK == 0:
+            told = {"loss": round(loss.item(), 5), "left_out": run.clipping.left_out()}
+            metrics.write(stage="diffusion", step=run.step, share=round(share, 4), **told)
         reporting = run.step % job.checkpoint_every == 0
         if run.progress.due() or reporting:
             run.save(done=False)
@@ -103,6 +108,7 @@ class Run:
         torch.manual_seed(job.seed + 1)
         self.heads = AuxiliaryHeads(model.unet.config.cross_attention_dim, len(TEXTURES)).to(model.device)
         self.optimizer = Optimizer(self.modules, self.heads, job.diffusion, self.workers)
+        self.clipping = Clipping([*self.modules.parameters()], [*self.heads.parameters()], model.device)
         self.schedule = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod  # timesteps are drawn on the CPU
         self.alphas = self.schedule.to(model.device)
         self.step, spent = 0, 0.0
@@ -142,7 +148,7 @@ class Run:
         loss = torch.stack([self.backward(source, rows, len(rows) / len(mine)) for rows in parts]).sum()
         parameters = [*self.modules.parameters(), *self.heads.parameters()]
         self.progress.elapsed = self.workers.average(parameters, self.progress.measured)
-        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        self.clipping.bound()
         self.optimizer.step(self.progress.learning_rate(self.step))
         self.step += 1
         # A short memory at first, so that the average isn't that of the first, untrained weights.
@@ -228,7 +234,9 @@ def context_tokens(model: NativeModel, contexts: Tensor | Summaries) -> Tensor:
         return model.fusion.encode(*(part.float() for part in contexts))
     if not len(contexts):
         return model.fusion.null_context[None][:0]  # an encoder cannot take no picture
-    return model.encode_images(contexts)
+    # Of few sizes, for a GPU looks for kernels and memory anew for each.
+    more = contexts[:1].expand(-len(contexts) % (PADDED if model.device.type == "cuda" else 1), -1, -1, -1)
+    return model.encode_images(torch.cat([contexts, more]))[: len(contexts)]
 
 
 class _Averaged:

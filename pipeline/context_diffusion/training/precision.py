@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.attention import SDPBackend
+
+# Of attention. cuDNN's, torch's own choice on an H100 and H200, has a backward pass that gives NaN (pytorch issue 196678).
+SOUND = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def has_bfloat16(device: torch.device) -> bool:
