@@ -14,6 +14,7 @@ from context_diffusion.model.native import NativeModel
 from context_diffusion.training import diffusion, run_training
 from context_diffusion.training.batches import Samples
 from context_diffusion.training.config import DiffusionSteps, TrainJob
+from context_diffusion.training.crops import cropped
 from context_diffusion.training.state import SAVE_SECONDS, Progress, load_checkpoint, save_checkpoint
 from tiny import SIZES
 
@@ -114,7 +115,7 @@ def test_a_crop_is_the_same_place_of_picture_and_control_map_whichever_worker_cu
 
     def cut(rows: list[int]) -> Samples:
         mine = replace(samples, latents=grid[rows], controls=grid[rows] + 0.5, drafts=fine[rows])
-        return diffusion.cropped(mine, np.array(rows), 8, torch.Generator().manual_seed(3))
+        return cropped(mine, np.array(rows), 8, torch.Generator().manual_seed(3))
 
     whole, parts = cut(list(range(8))), [cut([0, 2, 5]), cut([1, 3, 4, 6, 7])]
     assert whole.latents.shape == (8, 1, 8, 8)

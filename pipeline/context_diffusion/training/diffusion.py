@@ -5,7 +5,6 @@ Knows not where its data come from (batches.py). B samples  M contexts of all sa
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,13 @@ from torch.nn.attention import sdpa_kernel
 
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.preconditioning import REST
+from context_diffusion.training.averaging import Averaged, update_ema
 from context_diffusion.training.batches import CONTEXTS, Data, Samples, Source, Summaries
 from context_diffusion.training.clipping import LOOK, Clipping
 from context_diffusion.training.config import SMALL, TrainingJob
+from context_diffusion.training.crops import cropped
 from context_diffusion.training.curves import draw_curves
-from context_diffusion.training.losses import AuxiliaryHeads, noised, rest_timesteps, spread_timesteps, update_ema, v_loss
+from context_diffusion.training.losses import AuxiliaryHeads, noised, rest_timesteps, spread_timesteps, v_loss
 from context_diffusion.training.optimizer import Optimizer
 from context_diffusion.training.precision import SOUND, mixed_precision
 from context_diffusion.training.samples import save_samples
@@ -210,22 +211,8 @@ class Run:
             losses.append(self.loss(samples, rows, len(rows), torch.Generator().manual_seed(number)).item())
         return float(np.mean(losses))
 
-    def averaged(self) -> _Averaged:
-        return _Averaged(self.modules, self.average)
-
-
-def cropped(samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator) -> Samples:
-    """A quarter of each latent picture and of its control map, at the same place. Convolutions learn from it what they
-    learn from the whole, at a quarter of the cost; light that falls over the picture they learn at the end."""
-    side = samples.latents.shape[-1] // 2
-    places = torch.randint(0, side + 1, (size, 2), generator=generator)[rows].tolist()
-
-    def cut(pictures: Tensor) -> Tensor:
-        f = pictures.shape[-1] // (2 * side)  # of these pictures' points a side of a latent
-        parts = zip(pictures, places, strict=True)
-        return torch.stack([one[:, f * y : f * (y + side), f * x : f * (x + side)] for one, (y, x) in parts])
-
-    return replace(samples, latents=cut(samples.latents), controls=cut(samples.controls), drafts=cut(samples.drafts))
+    def averaged(self) -> Averaged:
+        return Averaged(self.modules, self.average)
 
 
 def context_tokens(model: NativeModel, contexts: Tensor | Summaries) -> Tensor:
@@ -237,19 +224,3 @@ def context_tokens(model: NativeModel, contexts: Tensor | Summaries) -> Tensor:
     # Of few sizes, for a GPU looks for kernels and memory anew for each.
     more = contexts[:1].expand(-len(contexts) % (PADDED if model.device.type == "cuda" else 1), -1, -1, -1)
     return model.encode_images(torch.cat([contexts, more]))[: len(contexts)]
-
-
-class _Averaged:
-    """Within it the modules carry the averaged weights, and are in eval mode."""
-
-    def __init__(self, modules: nn.Module, average: dict[str, Tensor]) -> None:
-        self.modules, self.average = modules, average
-
-    def __enter__(self) -> None:
-        self.kept = {name: value.clone() for name, value in self.modules.state_dict().items()}
-        self.modules.load_state_dict(self.average)
-        self.modules.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.modules.load_state_dict(self.kept)
-        self.modules.train()

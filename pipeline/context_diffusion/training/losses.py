@@ -75,9 +75,3 @@ class AuxiliaryHeads(nn.Module):
         return (weights * (self.palette(pooled) - palettes).square().mean(1)).sum() + 0.1 * (
             weights * F.cross_entropy(self.texture(pooled), textures, reduction="none")
         ).sum()
-
-
-def update_ema(average: dict[str, Tensor], modules: nn.Module, decay: float) -> None:
-    now = {name: value for name, value in modules.state_dict().items() if value.is_floating_point()}
-    with torch.no_grad():
-        torch._foreach_lerp_([average[name] for name in now], list(now.values()), 1 - decay)
