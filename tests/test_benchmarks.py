@@ -25,3 +25,4 @@ def test_the_gpu_benchmark_runs_in_small_on_a_cpu() -> None:
     for model in ("sd15", "sdxl"):
         assert f"{model}: matrix products" in told.stdout
     assert told.stdout.count("engine to diffusers: uniform") == 2
+    assert told.stdout.count("equal to the bit: 16 of 16") == 2

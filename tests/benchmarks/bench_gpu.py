@@ -4,9 +4,9 @@
         [--tiny] [--no-compile]
 
 bf16, channels last, fused projections, torch.compile with CUDA graphs on both sides. For each model: the card's own rate of
-matrix products in this run; the engine on uniform and on mixed rows, as a share of that rate by the FLOPs of flops.py; a
-diffusers loop, compiled, at the best batch size that fits; peak memory; where a step's time goes. --tiny: small shapes, to
-see that it runs where there is no GPU.
+matrix products in this run; the engine on uniform and on mixed rows, as a share of that rate by the FLOPs of flops.py;
+whether rows in another order are equal to the bit; a diffusers loop, compiled, at the best batch size that fits; peak
+memory. --tiny: small shapes, to see that it runs where there is no GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.engine.samplers import make_scheduler
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
-from context_diffusion.schema import Request
+from context_diffusion.schema import Request, Result
 
 TINY: dict[str, Any] = {
     "sample_size": 8,
@@ -231,9 +231,21 @@ def by_engine(
         spent[what] = timed(given.device, partial(run_all, engine, asked))
         told = f"{given.rows / spent[what]:.3f} pictures/s, occupancy {engine.occupancy.share:.3f}"
         print(f"  engine, {what}: {told}", flush=True)
+    print(f"  rows in another order, equal to the bit: {equal_rows(Engine(backbone, given.device, shape), side)}", flush=True)
     if given.device.type == "cuda":
         print(f"  peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
     return spent
+
+
+def equal_rows(engine: Engine, side: int) -> str:
+    """Of rows that fill several chunks, how many are the same pictures when the last comes first. One engine, whose cache
+    keeps what stands for the encoders' random values."""
+    asked = rows(2 * engine.shape.lanes, side, 3, True)
+    made = [
+        {row.id: outcome.image for row, outcome in engine.run(some) if isinstance(outcome, Result)}
+        for some in (asked, asked[::-1])
+    ]
+    return f"{sum(np.array_equal(made[0][name], made[1][name]) for name in made[0])} of {len(asked)}"
 
 
 def run_all(engine: Engine, asked: list[Request]) -> None:
