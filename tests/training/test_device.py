@@ -14,9 +14,11 @@ import torch.fx.experimental._config as fx
 from context_diffusion.errors import ConfigError
 from context_diffusion.model.build import build
 from context_diffusion.model.native import NativeModel
+from context_diffusion.model.source import model_folder
 from context_diffusion.ray_train import _device
 from context_diffusion.training import autoencoder, run_training
 from context_diffusion.training.config import TrainJob
+from context_diffusion.training.data import make_pool
 from context_diffusion.training.diffusion import Run
 from context_diffusion.training.encoded import encode_pool
 from context_diffusion.training.run import find_device
@@ -81,3 +83,17 @@ def test_a_run_on_a_gpu_resumes_and_leaves_a_model_that_loads_anywhere(tmp_path:
     assert summary["steps"] == 4
     assert np.isfinite(summary["validation_loss"])
     assert NativeModel.from_pretrained(summary["model"]).device.type == "cpu"
+
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize(("kind", "size"), [("cpu", 4), pytest.param("cuda", 64, marks=GPU)])
+def test_the_bundled_models_gradients_are_numbers(tmp_path: Path, kind: str, size: int) -> None:
+    """cuDNN's attention gave NaN at the second step on an H200, whatever the batch."""
+    model = NativeModel.from_pretrained(model_folder("bundled")).to(kind)
+    run = Run(job(tmp_path, max_steps=100, diffusion={"batch_size": size}), model, tmp_path, {})
+    source = encode_pool(model, make_pool(5, size, 5))
+    losses = [run.train_step(source) for _ in range(size // 2)]
+    assert run.clipping.left_out() == 0
+    assert torch.stack(losses).isfinite().all()

@@ -67,8 +67,7 @@ def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Pa
     if run.step == 0 and run.workers.first:
         validate()
     while (share := run.progress.at(run.step)) < 1:
-        with sdpa_kernel(SOUND):
-            loss = run.train_step(data.at(run.step))
+        loss = run.train_step(data.at(run.step))
         if run.step % LOOK == 0:
             told = {"loss": round(loss.item(), 5), "left_out": run.clipping.left_out()}
             metrics.write(stage="diffusion", step=run.step, share=round(share, 4), **told)
@@ -162,7 +161,8 @@ class Run:
         rng = np.random.default_rng((self.job.seed, 2, self.step))
         samples = source.samples(rng, size, stage.context_dropout, stage.prompt_dropout, rows)
         generator = torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step)
-        loss = self.loss(samples, rows, size, generator, self.progress.at(self.step) < stage.crops) * weight
+        with sdpa_kernel(SOUND):
+            loss = self.loss(samples, rows, size, generator, self.progress.at(self.step) < stage.crops) * weight
         loss.backward()
         return loss.detach()
 
