@@ -67,7 +67,8 @@ bench: install ## the measurements of tests/benchmarks/LOG.md
 	$(BIN)/python tests/benchmarks/engine.py --trace jobs/slots.png
 	$(BIN)/python tests/benchmarks/flops.py
 
-bench-gpu: install ## the engine on a GPU against diffusers, random weights in the true shapes
+bench-gpu: install ## the tests that need a GPU; the engine on it against diffusers, random weights in the true shapes
+	$(BIN)/pytest -m gpu
 	$(BIN)/python tests/benchmarks/bench_gpu.py
 
 clean: ## removes build/ and caches; .venv stays
