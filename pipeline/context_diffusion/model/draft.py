@@ -30,7 +30,7 @@ TEXTURED = slice(3 * WAYS, 3 * WAYS + 3)
 REACH = 2.5  # deviations from the mean that a curve covers
 FALL = 0.7  # steps: how fast a colour's say falls off; where a context has none, the next one speaks
 PICTURE_KINDS = ("gray", "none")  # control maps that show tones; those of edges do not
-VIVID = 1.2  # times as strong as it is told is a context's texture drawn: what is unsure is told too faintly
+VIVID = 1.15  # times as strong as it is told is a context's texture drawn: what is unsure is told too faintly
 LOUD = 4.0  # waves are some .1 to .25 of all tones
 # Deviation, in ranks, of the contexts' texture: up to it they have none, and from twice it on the query keeps its own.
 PLAIN = 0.02
