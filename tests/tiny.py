@@ -6,6 +6,7 @@ import copy
 from functools import cache
 
 import numpy as np
+import pytest
 import torch
 
 from context_diffusion.config import Settings
@@ -15,6 +16,7 @@ from context_diffusion.model.native import NativeModel
 from context_diffusion.schema import Pixels, Request
 from context_diffusion.training.config import Architecture
 
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))  # of a parameter
 SIZES = Architecture(
     image_size=64, vae_width=16, latent_channels=4, channels=[32, 32], width=32, context_patch=16, context_grid=2, text_length=8
 )

@@ -25,7 +25,7 @@ from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.source import model_folder
 from context_diffusion.pipeline import SHAPES
 from context_diffusion.schema import Control, Failure, Pixels, Request, Result
-from tiny import picture, request, speaking_model, tiny_model
+from tiny import GPU, picture, request, speaking_model, tiny_model
 
 
 def engine(lanes: int = 8, threads: int = 1, model: Callable[[], NativeModel] = tiny_model) -> Engine:
@@ -215,16 +215,7 @@ def pictures(backbone: NativeBackbone, device: torch.device, asked: list[Request
     return {row.id: outcome.image for row, outcome in found if isinstance(outcome, Result)}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_the_bundled_model_makes_equal_bits_in_any_order_and_alone(kind: str) -> None:
     device, count = torch.device(kind), 24 if kind == "cuda" else 4
     backbone = NativeBackbone(NativeModel.from_pretrained(model_folder("bundled")).to(device))

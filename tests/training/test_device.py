@@ -23,7 +23,7 @@ from context_diffusion.training.diffusion import Run
 from context_diffusion.training.encoded import encode_pool
 from context_diffusion.training.run import find_device
 from steps import pool
-from tiny import SIZES
+from tiny import GPU, SIZES
 
 
 def job(folder: Path, **more: object) -> TrainJob:
@@ -68,7 +68,7 @@ def test_all_that_a_step_computes_with_is_where_the_model_is(tmp_path: Path, mon
     run, encoded = Run(job(tmp_path), model, tmp_path, {}), encode_pool(model, pool(64))
     samples = encoded.samples(np.random.default_rng(1), 4, 0.0, 0.5, np.arange(4))
     hints = replace(samples.hints, palettes=encoded.palettes.repeat(3, 1), textures=encoded.textures.repeat(3))  # type: ignore[type-var]
-    samples = replace(samples, counts=np.full(4, 3), contexts=encoded.pictures[:12], hints=hints)
+    samples = replace(samples, counts=np.full(4, 3), contexts=encoded.shown[:12], hints=hints)
     run.loss(samples, np.arange(4), 4, torch.Generator().manual_seed(1)).backward()
     grads = [parameter.grad for parameter in run.modules.parameters() if parameter.grad is not None]
     assert {value.device.type for value in (*grads, *run.average.values())} == {"meta"}
@@ -83,9 +83,6 @@ def test_a_run_on_a_gpu_resumes_and_leaves_a_model_that_loads_anywhere(tmp_path:
     assert summary["steps"] == 4
     assert np.isfinite(summary["validation_loss"])
     assert NativeModel.from_pretrained(summary["model"]).device.type == "cpu"
-
-
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.mark.parametrize(("kind", "size"), [("cpu", 4), pytest.param("cuda", 64, marks=GPU)])

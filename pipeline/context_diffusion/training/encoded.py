@@ -38,10 +38,9 @@ class Encoded:
     controls: Tensor  # float16 (layouts · 2, C, h, w)
     palettes: Tensor  # (S, 24), about unit deviation
     textures: Tensor  # (S,)
-    summaries: Summaries | None  # of each target
+    shown: Tensor | Summaries  # of each target, what a batch shows of it as a context
     layouts: Layout  # float16, of the control maps
     looks: Look  # float16, of the targets
-    pictures: Tensor  # uint8 (S·P, 3, H, W), the targets, where the model is
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
         pool = self.pool
@@ -50,7 +49,7 @@ class Encoded:
         styles = contexts // (len(pool.targets) // len(pool.styles))
         return Samples(
             self.latents[batch.targets],
-            self.pictures[contexts] if self.summaries is None else tuple(part[contexts] for part in self.summaries),
+            tuple(part[contexts] for part in self.shown) if isinstance(self.shown, tuple) else self.shown[contexts],
             batch.counts,
             self.controls[batch.controls],
             batch.prompts,
@@ -75,10 +74,9 @@ def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
         controls,
         torch.from_numpy(palettes).to(model.device),
         textures.to(model.device),
-        summarise(model, pool.targets),
+        as_images(model, pool.targets) if (summaries := summarise(model, pool.targets)) is None else summaries,
         Layout(*layouts),
         looks(model, pool.targets),
-        as_images(model, pool.targets),
     )
 
 
@@ -137,7 +135,12 @@ def drafts(layouts: Layout, looks: Look, counts: NDArray[np.int64]) -> Tensor:
 
 def as_images(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
     """uint8 (H, W, 3) each -> uint8 (N, 3, H, W), where the model is."""
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(pictures).transpose(0, 3, 1, 2))).to(model.device)
+    return channels_first(pictures, model.device)
+
+
+def channels_first(pictures: Sequence[Pixels] | Pixels, device: torch.device) -> Tensor:
+    """uint8 (H, W, 3) each -> uint8 (N, 3, H, W) there."""
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(pictures).transpose(0, 3, 1, 2))).to(device)
 
 
 @torch.no_grad()

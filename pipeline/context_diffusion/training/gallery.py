@@ -15,7 +15,7 @@ from context_diffusion.model.draft import Layout, Look
 from context_diffusion.schema import Pixels
 from context_diffusion.training.batches import CONTEXTS, Samples, Source, Summaries
 from context_diffusion.training.data import KIND_SHARES, KINDS, shift_exposure
-from context_diffusion.training.encoded import drafts, picked
+from context_diffusion.training.encoded import channels_first, drafts, picked
 from context_diffusion.training.layouts import Rng
 from context_diffusion.training.pictures import Example
 from context_diffusion.training.styles import dress, make_style
@@ -59,7 +59,7 @@ class Gallery:
         if self.summaries is not None:
             return tuple(part[contexts] for part in self.summaries)
         shown = np.stack([self.pixels[k] for k in contexts]) if contexts else np.zeros((0, *self.pixels[0].shape), np.uint8)
-        return torch.from_numpy(np.ascontiguousarray(shown.transpose(0, 3, 1, 2))).to(self.latents.device)
+        return channels_first(shown, self.latents.device)
 
     def contexts(self, example: Example, rng: Rng) -> list[int]:
         """1 to CONTEXTS of those that the example may be shown."""

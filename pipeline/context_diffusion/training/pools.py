@@ -14,13 +14,13 @@ class Pools:
 
     def __init__(self, job: TrainingJob, image_size: int) -> None:
         self.job, self.image_size = job, image_size
-        self._ahead = Ahead(partial(_pool, job.seed * 1_000_003, job.styles, job.pictures, image_size), job.processes)
+        self._ahead = Ahead(partial(make_pool, styles=job.styles, pictures=job.pictures, size=image_size), job.processes)
         self._current: tuple[int, Pool] | None = None
         self._validation: Pool | None = None
 
     def at(self, number: int) -> Pool:
         if self._current is None or self._current[0] != number:
-            self._current = (number, self._ahead.at(number))
+            self._current = (number, self._ahead.at(self.job.seed * 1_000_003 + number))
         return self._current[1]
 
     def validation(self) -> Pool:
@@ -32,7 +32,3 @@ class Pools:
 
     def close(self) -> None:
         self._ahead.close()
-
-
-def _pool(first: int, styles: int, pictures: int, image_size: int, number: int) -> Pool:
-    return make_pool(first + number, styles, pictures, image_size)
