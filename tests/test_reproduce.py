@@ -49,7 +49,7 @@ def run(folder: Path, model: str, count: int = 2, **more: Any) -> list[Path]:
     plan = open_plan(job, output, STORAGE)
     service = EngineService(ContextDiffusion.from_pretrained(model, "cpu").engine())
     engine = GuardedEngine(service, Ledger(), job)
-    load = LoadImages(job, [str(folder / "in")], plan.model.image_size, plan.model.context_size, STORAGE)
+    load = LoadImages(job, [str(folder / "in")], plan.model.image_size, plan.model.contexts, STORAGE)
     write = WriteShard(job, output, f"{plan.model.name}@{plan.model.revision}")
     for shard in read_shards(output, 0):
         [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()

@@ -180,14 +180,15 @@ class GenerateJob(StrictModel):
     model: Annotated[str, Field(min_length=1)] | Parts = Field(
         default="bundled", description="bundled, sd15, sdxl, a folder, a hub id, or a mapping of parts: see below"
     )
-    control: ControlName | Annotated[list[ControlName], Field(min_length=1)] = Field(
-        default="gray",
-        description="the query's control map, or one for each ControlNet; none: its own pixels, disabled: no ControlNet runs",
+    control: ControlName | Annotated[list[ControlName], Field(min_length=1)] | None = Field(
+        default=None,
+        description="the query's control map, or one for each ControlNet; none: its own pixels, disabled: no ControlNet runs; "
+        "default: the map that the model's ControlNet was trained on",
     )
     columns: Annotated[
         dict[str, str], known_columns("id", "query", "context", "prompt", "negative_prompt", *Settings.model_fields)
     ] = Field(default={}, description="our column name -> the manifest's")
-    settings: Settings = Field(default=Settings(), description="defaults of the row settings")
+    settings: Settings = Field(default=Settings(), description="defaults of the row settings, over the model's own")
     matrix: Matrix = Field(default={}, description="row setting -> values: an image of each row for every combination")
     rows_per_part: int = Field(
         default=64, ge=1, le=100_000, description="rows of a shard; small manifests and a matrix take fewer"
@@ -266,7 +267,8 @@ class GenerateJob(StrictModel):
 
     @property
     def control_kinds(self) -> list[str]:
-        """Of the ControlNets that run."""
+        """The map of each ControlNet that runs, once model/defaults.py has filled `control` in."""
+        assert self.control is not None, "resolved_job comes first"
         return control_kinds(self.control)
 
     @property

@@ -17,9 +17,10 @@ from context_diffusion.errors import (
     ClusterError,
     TooManyFailuresError,
 )
+from context_diffusion.model.defaults import resolved_job
 from context_diffusion.output import Output
 from context_diffusion.plan import Plan, open_plan, read_shards
-from context_diffusion.progress import NOTHING_RUN, Efficiency, Progress
+from context_diffusion.progress import Progress
 from context_diffusion.report import cost, write_report
 from context_diffusion.schema import Counts
 from context_diffusion.stages import LoadImages, ReadShard
@@ -52,14 +53,14 @@ def run_generate(
     plan = open_plan(job, output, storage, options.accept_change, options.extend)
     if options.retry_failed:
         storage.delete(output.success)
-    before, efficiency = output.count(), NOTHING_RUN
-    counts = before
+    counts = before = output.count()
+    occupancy = None
     if not storage.exists(output.success):
-        efficiency = _make_missing(job, options, output, plan, before, make_engine, on_start)
+        occupancy = _make_missing(job, options, output, plan, before, make_engine, on_start)
         _check_failures(job, plan, counts := output.count())
         if counts.rows != plan.rows:
             raise ClusterError(f"{counts.rows} rows in {output.root}, {plan.rows} in the manifest: run it again")
-    return _finish(job, output, before, counts, time.perf_counter() - started, efficiency)
+    return _finish(job, output, before, counts, time.perf_counter() - started, occupancy)
 
 
 def _make_missing(
@@ -70,17 +71,18 @@ def _make_missing(
     before: Counts,
     make_engine: Callable[..., Any] | None,
     on_start: Callable[[Any], None],
-) -> Efficiency:
-    """-> that of this run's engines."""
+) -> float | None:
+    """Make the shards that are left. Returns the occupancy of this run's engines."""
     done = output.finished()
     if options.retry_failed:
         done -= _shards_with_failures(output)
         before = Counts()
     _check_failures(job, plan, before)
-    job = job.model_copy(update={"model": plan.model.parts or job.model})  # the plan's: engines load it, pictures tell it
+    # The plan's model: engines load it, and images name it.
+    job = resolved_job(job, plan.model.defaults).model_copy(update={"model": plan.model.parts or job.model})
     reads, load, write = around_engine(job, output, plan, done, options.retry_failed)
     if not reads:
-        return NOTHING_RUN
+        return None
     from context_diffusion import dataflow  # here, not above: a wrong job is refused before Ray is imported
     from context_diffusion.metrics import RunMetrics
     from context_diffusion.ray_session import ray_session
@@ -97,7 +99,7 @@ def _make_missing(
             for told in (shown, metrics, trace):
                 told.add(counts)
             _check_failures(job, plan, shown.counts)
-        return shown.efficiency
+        return shown.occupancy
 
 
 def _default_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> Any:
@@ -118,7 +120,7 @@ def around_engine(
         if shard.number not in done
     ]
     allow = job.allow or [parent(file.uri) for file in plan.files]
-    load = LoadImages(job, allow, model.image_size, model.context_size, storage)
+    load = LoadImages(job, allow, model.image_size, model.contexts, storage)
     return reads, load, WriteShard(job, output, f"{model.name}@{model.revision}", redo=redo)
 
 
@@ -137,7 +139,7 @@ def _check_failures(job: GenerateJob, plan: Plan, counts: Counts) -> None:
 
 
 def _finish(
-    job: GenerateJob, output: Output, before: Counts, counts: Counts, seconds: float, efficiency: Efficiency
+    job: GenerateJob, output: Output, before: Counts, counts: Counts, seconds: float, occupancy: float | None
 ) -> dict[str, Any]:
     """summary.json, report.html, checksums.parquet, and _SUCCESS last of all; a finished OUTPUT is left as it is."""
     finished = output.storage.exists(output.success)
@@ -148,7 +150,7 @@ def _finish(
         "skipped": before.rows,
         "seconds": round(seconds, 2),
         "images_per_second": round(made / seconds, 3),
-        **efficiency,
+        "occupancy": occupancy,
         **cost(job.cluster.price_per_hour, made / seconds),
         "exit": EXIT_ROWS_FAILED if counts.failed else EXIT_OK,
     }

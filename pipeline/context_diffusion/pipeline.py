@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, overload
 
 import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from context_diffusion.config import Fit, GenerateJob, Settings, control_kinds
+from context_diffusion.config import Fit, GenerateJob, Settings
+from context_diffusion.context_images import ImageProcessor
 from context_diffusion.control import CONTROLS, controls_of
 from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.calls import Shape
 from context_diffusion.engine.engine import Engine, Progress
-from context_diffusion.engine.operations import NotCounted, Operations
 from context_diffusion.engine.service import EngineService
-from context_diffusion.errors import ModelError
+from context_diffusion.errors import ConfigError, ModelError
 from context_diffusion.images import Size, output_size
+from context_diffusion.model.defaults import Defaults, resolved_control, resolved_settings
 from context_diffusion.model.native import NativeModel
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.source import find_model
 from context_diffusion.schema import Failure, Pixels, Request, Result, derive_seed
 from context_diffusion.strict import Parts
-from context_diffusion.tensors import to_resized
+from context_diffusion.tensors import to_context, to_resized
 
 # By model and kind of device. The native model on two cores: chunks of 2, 4 and 8 lanes took .73, .56 and .51 s a picture
 # of 20 guided steps; a picture alone pays for the empty lanes of its chunk.
@@ -53,10 +54,12 @@ class ContextDiffusion:
         device: torch.device,
         cpu_threads: int = CPU_THREADS,
         unsafe: Callable[[Pixels], bool] | None = None,
+        defaults: Defaults | None = None,
     ) -> None:
-        """kind: of SHAPES; cpu_threads: calls of the model at once, on a CPU; unsafe: a safety checker."""
+        """kind: of SHAPES; cpu_threads: calls of the model at once, on a CPU; unsafe: a safety checker; defaults: what holds
+        where a call leaves it out."""
         self.backbone, self.device, self.shape, self.unsafe = backbone, device, SHAPES[kind, device.type], unsafe
-        self.threads = cpu_threads
+        self.threads, self.defaults = cpu_threads, defaults or Defaults()
 
     @classmethod
     def from_pretrained(
@@ -73,17 +76,18 @@ class ContextDiffusion:
             raise ModelError(f"model: {error}") from None
         if source.folder:
             native = NativeModel.from_pretrained(source.folder).to(where)
-            return cls(NativeBackbone(native), "native", where, cpu_threads)
+            return cls(NativeBackbone(native), "native", where, cpu_threads, defaults=source.defaults)
         from context_diffusion.model.stable_backbone import StableBackbone  # diffusers' pipelines: some seconds
         from context_diffusion.model.stable_diffusion import load
 
         assert source.parts
         loaded = load(source.parts, where)
-        return cls(StableBackbone(loaded), "sdxl" if loaded.xl else "sd", where, cpu_threads, loaded.unsafe)
+        assert isinstance(source.contexts, ImageProcessor)
+        backbone, kind = StableBackbone(loaded, source.contexts), "sdxl" if loaded.xl else "sd"
+        return cls(backbone, kind, where, cpu_threads, loaded.unsafe, source.defaults)
 
-    def engine(self, operations: Operations | None = None) -> Engine:
-        counted = operations or NotCounted()
-        return Engine(self.backbone, self.device, self.shape, unsafe=self.unsafe, operations=counted, threads=self.threads)
+    def engine(self) -> Engine:
+        return Engine(self.backbone, self.device, self.shape, unsafe=self.unsafe, threads=self.threads)
 
     @overload
     def __call__(
@@ -100,15 +104,16 @@ class ContextDiffusion:
         prompt: str | None = None,
         *,
         negative_prompt: str | None = None,
-        control: str | Sequence[str] = "gray",
+        control: str | list[str] | None = None,
         fit: Fit = "crop",
         callback: Callable[[Progress], None] | None = None,
         **settings: Any,
     ) -> Any:
         """query and each context: a tensor of load_image_as_tensor, PIL image, array, path, URI or bytes.
 
-        settings: the row settings, num_inference_steps, guidance_scale, seed, ...; callback: told of each step, with a
-        preview. -> a PIL image, or a list of them where num_images is over 1; a safety checker's verdict is its
+        control: the query's map for each ControlNet; default: what they were trained on. settings: the row settings,
+        num_inference_steps, guidance_scale, seed, ..., over the model's own; callback: told of each step, with a preview.
+        -> a PIL image, or a list of them where num_images is over 1; a safety checker's verdict is its
         info["unsafe"]. Raises ValueError for a wrong setting, RowError where the row cannot be made.
         """
         requests = self.requests(query, context, prompt, negative_prompt, control, fit, settings)
@@ -136,27 +141,30 @@ class ContextDiffusion:
         context: list[Any],
         prompt: str | None,
         negative_prompt: str | None,
-        control: str | Sequence[str],
+        control: str | list[str] | None,
         fit: Fit,
         settings: dict[str, Any],
     ) -> list[Request]:
         """The requests of one row: what a job makes of the same pictures and settings."""
-        kinds = control_kinds(control)
+        try:
+            kinds = resolved_control(self.defaults, control)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         for kind in kinds:
             if kind not in CONTROLS:
                 raise ValueError(f"control is one of {', '.join(CONTROLS)} or disabled, not {kind!r}")
         if not isinstance(context, list | tuple) or not context:
             raise ValueError("context is a list of one or more pictures")
         try:
-            checked = Settings.model_validate(settings)
+            checked = resolved_settings(self.defaults, Settings.model_validate(settings))
         except ValidationError as error:
             raise ValueError(f"row settings: {error}") from None
 
         def size(wide: int, tall: int) -> Size:
             return output_size(fit, wide, tall, checked.width, checked.height, self.backbone.image_size)
 
-        pixels, side = to_resized(query, size, fit), self.backbone.context_size
-        contexts = tuple(to_resized(picture, lambda *_: (side, side), "crop") for picture in context)
+        pixels = to_resized(query, size, fit)
+        contexts = tuple(to_context(image, self.backbone.contexts) for image in context)
         seed = checked.seed
         if seed is None:
             seed = derive_seed(0, hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest())
@@ -178,4 +186,4 @@ class ContextDiffusion:
 def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> EngineService:
     """The engine of a job: what each actor of the flow holds."""
     pipeline = ContextDiffusion.from_pretrained(job.model, cpu_threads=job.cluster.cpu_threads)
-    return EngineService(pipeline.engine(Operations()), broken)
+    return EngineService(pipeline.engine(), broken)

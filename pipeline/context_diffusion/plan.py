@@ -20,6 +20,7 @@ from context_diffusion.config import GenerateJob
 from context_diffusion.errors import OutputConflictError
 from context_diffusion.manifest import ManifestFile, expand, open_file
 from context_diffusion.matrix import combinations
+from context_diffusion.model.defaults import resolved_job
 from context_diffusion.model.source import Source, find_model
 from context_diffusion.output import Output, to_parquet
 from context_diffusion.recipe import versions
@@ -62,6 +63,7 @@ def open_plan(job: GenerateJob, output: Output, storage: Storage, accept_change:
         _write_plan(job, output, storage)
     record = output.read_json(output.plan)
     model = find_model(job.model, record["model"]["commits"])
+    job = resolved_job(job, model.defaults)
     _check_same(record, job, model, output, accept_change, extend)
     if differing := _differing(record, job, storage):
         if not extend:
@@ -84,6 +86,7 @@ def read_shards(output: Output, file: int) -> Iterator[Shard]:
 
 def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
     model = find_model(job.model)
+    job = resolved_job(job, model.defaults)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scanned = Scan(job, files, storage)
     size, first, records = part_rows(scanned.rows, job.rows_per_part, len(combinations(job.matrix))), 0, []

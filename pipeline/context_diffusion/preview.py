@@ -15,6 +15,7 @@ from context_diffusion.errors import ConfigError, JobError, ManifestError
 from context_diffusion.jobfile import parse
 from context_diffusion.making import Maker, inputs_of
 from context_diffusion.manifest import Row, expand, open_file, scan_parquet, scan_text
+from context_diffusion.model.defaults import resolved_job
 from context_diffusion.model.source import find_model
 from context_diffusion.rows import column_names, read_table, row_id
 from context_diffusion.schema import ID, SETTINGS, Failure, Pixels, Request, Result
@@ -54,12 +55,13 @@ def setting_grid(job: GenerateJob, axes: list[Axis], wanted: str | None) -> tupl
     """One row's pictures, a column for each value of the first setting, a line for each of the second, below its query and
     contexts. wanted: the row's id, else the first. -> the id, rows of a sheet. Raises JobError."""
     storage, model = Storage(job.storage_options), find_model(job.model)
+    job = resolved_job(job, model.defaults)
     uri, raw = _find_row(job, storage, wanted)
     names = column_names(job)
     (across, columns), (down, lines) = axes[0], axes[1] if axes[1:] else ("", [None])
     row = raw | {names[ID]: row_id(raw, names), names["num_images"]: 1}  # a seed may follow from the id
     varied = [row | {names[across]: x} | ({names[down]: y} if down else {}) for y, x in itertools.product(lines, columns)]
-    load = LoadImages(job, _allowed(job, storage), model.image_size, model.context_size, storage)
+    load = LoadImages(job, _allowed(job, storage), model.image_size, model.contexts, storage)
     table = load(read_table(varied, 0, job, parent(uri), pa.schema([])))
     for told, changed in zip(table.to_pylist(), varied, strict=True):
         if told["error_code"]:

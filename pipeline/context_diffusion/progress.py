@@ -13,8 +13,6 @@ from context_diffusion.log import LOG, LogFormat
 from context_diffusion.schema import COUNTED, STAGES, Counts
 
 EVERY_SECONDS = 10.0
-Efficiency = dict[str, float | None]  # of a run: `Progress.efficiency`
-NOTHING_RUN: Efficiency = {"occupancy": None, "flops_share": None}
 
 
 class Progress:
@@ -61,12 +59,10 @@ class Progress:
             self._line()
 
     @property
-    def efficiency(self) -> Efficiency:
-        """occupancy: of the model's calls, lane-steps that rows used, of those that there was room for. flops_share: of
-        the operations that diffusers must run for the rows in one batch, those that were run."""
-        pairs = {"occupancy": ("used_lane_steps", "paid_lane_steps"), "flops_share": ("flops", "reference_flops")}
-        sums = {name: [self._sums[part] for part in parts] for name, parts in pairs.items()}
-        return {name: round(part / whole, 4) if whole else None for name, (part, whole) in sums.items()}
+    def occupancy(self) -> float | None:
+        """The share of the lane-steps in this run's calls of the model that rows used; None where none was called."""
+        used, paid = (self._sums[name] for name in COUNTED)
+        return round(used / paid, 4) if paid else None
 
     @property
     def _pace(self) -> float:

@@ -42,7 +42,7 @@ def make_again(found: Found, allow: list[str], model: str | None) -> Again:
     told, source = found.told, model_of(found, model)
     job = job_of(told, found.uri, source.parts or str(source.folder), found.planned)
     storage = Storage(job.storage_options)
-    load = LoadImages(job, allow or allowed(found), source.image_size, source.context_size, storage)
+    load = LoadImages(job, allow or allowed(found), source.image_size, source.contexts, storage)
     table = load(pa.Table.from_pylist([read_again(found, storage)], READ))
     [loaded] = table.to_pylist()
     if loaded["error_code"]:

@@ -64,14 +64,13 @@ MADE = pa.schema(
         ("lanes", pa.int32()),
         ("device", pa.string()),
         ("prompt_truncated", pa.bool_()),
+        ("vae_tiled", pa.bool_()),
         ("unsafe", pa.bool_()),
         ("used_lane_steps", pa.int64()),
         ("paid_lane_steps", pa.float64()),
-        ("flops", pa.float64()),
-        ("reference_flops", pa.float64()),
     ]
 )
-COUNTED = ("used_lane_steps", "paid_lane_steps", "flops", "reference_flops")  # summed over a run
+COUNTED = ("used_lane_steps", "paid_lane_steps")  # summed over a run
 STAGES = ("load", "generate", "write")  # each leaves a column STAGE_span, the same in all rows of a shard
 SPAN = pa.struct([("began", pa.float64()), ("seconds", pa.float64())])  # began: since the epoch
 FAILURES_TOLD = 20  # of a shard, one by one
@@ -133,6 +132,7 @@ OUTPUT = pa.schema(
         ("device", pa.string()),
         ("lanes", pa.int32()),
         ("prompt_truncated", pa.bool_()),
+        ("vae_tiled", pa.bool_()),  # decoded in tiles, for want of memory: other pixels than whole
         ("created_at", pa.timestamp("ms", tz="UTC")),
     ]
 )
@@ -175,8 +175,7 @@ class Result:
     prompt_truncated: bool = False
     used_lane_steps: int = 0  # what the row asked of the model
     paid_lane_steps: float = 0.0  # and its share of what the calls had room for
-    flops: float = 0.0  # executed, and those that diffusers would have run: engine/operations.py
-    reference_flops: float = 0.0
+    vae_tiled: bool = False  # decoded in tiles, for want of memory
     unsafe: bool | None = None  # by the model's safety checker; None: none ran
 
 

@@ -6,6 +6,7 @@ ReadShards -> load_images -> generate (around an engine) -> WriteShard (writing.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from context_diffusion.config import Fit, GenerateJob, Settings
+from context_diffusion.context_images import ContextPreprocessing
 from context_diffusion.control import controls_of
 from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.images import Size, decode_resized, output_size, statistics
@@ -45,7 +47,7 @@ from context_diffusion.sources import Source, read_bytes
 from context_diffusion.storage import Storage, parent
 
 KEPT = Kept(64 * 2**20)  # pictures of this process, whatever shards it loads
-Seen = dict[tuple[str, Fit, int | None, int | None], Pixels]
+Seen = dict[tuple[str, Hashable], Pixels]
 Made = tuple[Request | None, Result | Failure | None]  # None: the row failed before it came to the engine
 
 
@@ -98,7 +100,7 @@ class LoadImages:
     job: GenerateJob
     allow: list[str]
     image_size: int
-    context_size: int
+    preprocessing: ContextPreprocessing  # of contexts
     storage: Storage
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -126,7 +128,7 @@ class LoadImages:
     def _load(self, row: dict[str, Any], seen: Seen) -> dict[str, Any]:
         settings = Settings.model_validate_json(row["settings"])
         query = self._resized(row[QUERY], self.job.fit, settings.width, settings.height, seen)
-        contexts = [self._resized(c, "crop", self.context_size, self.context_size, seen) for c in row[CONTEXT]]
+        contexts = [self._context(source, seen) for source in row[CONTEXT]]
         mean, std = statistics(query)
         return {
             "query_image": to_image(query),
@@ -149,25 +151,32 @@ class LoadImages:
         return tuple(map(Control, kinds, maps))
 
     def _resized(self, source: Source, fit: Fit, width: int | None, height: int | None, seen: Seen) -> Pixels:
-        """Contexts repeat over rows: what comes from a URI is kept, at its small size, for the shard's other rows."""
-        key = (source["path"], fit, width, height)
-        if source["bytes"] is None and key in seen:
-            return seen[key]
-        data = read_bytes(source, self.allow, self.job.limits, self.storage)
-        pixels = KEPT.get(
-            data,
-            (fit, width, height, self.image_size, self.job.limits.max_pixels),
-            lambda: self._decoded(data, source, fit, width, height),
-        )
-        if source["bytes"] is None:
-            seen[key] = pixels
-        return pixels
-
-    def _decoded(self, data: bytes, source: Source, fit: Fit, width: int | None, height: int | None) -> Pixels:
         def size(wide: int, tall: int) -> Size:
             return output_size(fit, wide, tall, width, height, self.image_size)
 
-        return decode_resized(data, self.job.limits, source["path"] or "inline image", size, fit)
+        def decode(data: bytes, name: str) -> Pixels:
+            return decode_resized(data, self.job.limits, name, size, fit)
+
+        return self._loaded(source, (fit, width, height, self.image_size), decode, seen)
+
+    def _context(self, source: Source, seen: Seen) -> Pixels:
+        def decode(data: bytes, name: str) -> Pixels:
+            return self.preprocessing.decode(data, self.job.limits, name)
+
+        return self._loaded(source, self.preprocessing, decode, seen)
+
+    def _loaded(self, source: Source, way: Hashable, decode: Callable[[bytes, str], Pixels], seen: Seen) -> Pixels:
+        """Sources repeat over rows: the small pixels of a URI are kept for the shard's other rows. way: what `decode` depends
+        on."""
+        key = (source["path"], way)
+        if source["bytes"] is None and key in seen:
+            return seen[key]
+        data = read_bytes(source, self.allow, self.job.limits, self.storage)
+        name = source["path"] or "inline image"
+        pixels = KEPT.get(data, (way, self.job.limits.max_pixels), lambda: decode(data, name))
+        if source["bytes"] is None:
+            seen[key] = pixels
+        return pixels
 
 
 def _without_bytes(column: pa.ChunkedArray) -> pa.Array:

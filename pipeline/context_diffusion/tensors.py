@@ -14,14 +14,13 @@ import torch
 from PIL import Image
 
 from context_diffusion.config import Fit, Limits
+from context_diffusion.context_images import CLIP_MEAN, CLIP_STD, ContextPreprocessing
 from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.images import Size, decode_image, decode_resized, resize, shown
 from context_diffusion.schema import Pixels
 from context_diffusion.storage import Storage
 
 Normalization = Literal["dynamic", "clip", "none"]
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]  # openai/CLIP, clip.py
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 LEVEL = 1 / 255
 # What leaves a picture's values and channels as they are.
 REMEMBERING = {"to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "pin_memory", "clone", "detach",
@@ -125,6 +124,13 @@ def to_resized(source: Any, size_of: Callable[[int, int], Size], fit: Fit) -> Pi
         return decode_resized(file[0], Limits(), file[1], size_of, fit)
     pixels = to_pixels(source)
     return resize(pixels, *size_of(pixels.shape[1], pixels.shape[0]), fit)
+
+
+def to_context(source: Any, preprocessing: ContextPreprocessing) -> Pixels:
+    """Turn a context of any kind into the pixels that the encoder reads, in the same way as a job."""
+    if (file := _file(source)) is not None:
+        return preprocessing.decode(file[0], Limits(), file[1])
+    return preprocessing.apply(to_pixels(source))
 
 
 def _file(source: Any) -> tuple[bytes, str] | None:

@@ -12,6 +12,7 @@ from context_diffusion.config import GenerateJob
 from context_diffusion.making import write_sheet
 from context_diffusion.manifest import ManifestFile, expand, open_file
 from context_diffusion.matrix import combinations
+from context_diffusion.model.defaults import resolved_job
 from context_diffusion.model.source import find_model
 from context_diffusion.output import Output
 from context_diffusion.plan import part_rows
@@ -32,11 +33,12 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None, pri
     """
     storage = Storage(job.storage_options)
     model = find_model(job.model)
+    job = resolved_job(job, model.defaults)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scan = Scan(job, files, storage)
     size = part_rows(scan.rows, job.rows_per_part, len(combinations(job.matrix)))
     shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
-    load = LoadImages(job, job.allow or [parent(file.uri) for file in files], model.image_size, model.context_size, storage)
+    load = LoadImages(job, job.allow or [parent(file.uri) for file in files], model.image_size, model.contexts, storage)
     looked, problems, kept = 0, [], []
     for table in _sample(job, files, scan, shards, sample, storage):
         loaded = load(table)

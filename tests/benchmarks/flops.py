@@ -15,12 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from context_diffusion.model.sharing import SharedStart
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from context_diffusion.engine.calls import stack
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
-from context_diffusion.model.sharing import SharedStart
 
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SDXL: dict[str, Any] = {

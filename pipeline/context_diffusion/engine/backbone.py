@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from context_diffusion.context_images import ContextPreprocessing
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.schema import Request
@@ -37,25 +38,24 @@ class Backbone(Protocol):
 
     scheduler_config: dict[str, Any]
     image_size: int  # pixels, the size it was trained for
-    context_size: int  # pixels of a context picture
+    contexts: ContextPreprocessing  # how a context image of any size becomes the encoder's pixels
     context_slots: int  # contexts that a row may have
     noise_scale: float  # of the noise that sampling begins with; 1: as trained
     latent_channels: int
     latent_factor: int  # pixels a side of a latent
+    tiles: bool  # whether `decode` can work in tiles
     # How the names of the lanes' conditions begin that `predict` and `control` read.
     predict_reads: tuple[str, ...]
     control_reads: tuple[str, ...]
-    shares: bool  # whether the lanes of a row have anything in common
 
-    def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
-        """Raises RowError for a row that the model cannot take."""
+    def branches(self, request: Request) -> list[Branch]:
+        """Return the guidance branches that the row needs, 1 to 3. Raises RowError for guidance that the model lacks."""
+
+    def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
+        """Encode the row's prompts, contexts and control maps. Raises RowError for a row that the model cannot take."""
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         """The query's latents (1, C, h, w) float32, for image to image; draws what the model's own pipeline draws."""
-
-    def share(self, latents: Tensor, timesteps: Tensor, control: Conditions | None) -> Conditions:
-        """Once a row and step: what its lanes have in common in `predict`, or with `control` in the ControlNet; it comes
-        back among their conditions. Asked only of a backbone that `shares`."""
 
     def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         """-> the ControlNet's residuals, one a skip connection and the middle one last."""
@@ -63,5 +63,7 @@ class Backbone(Protocol):
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
         """-> the model's output (B, C, h, w)."""
 
-    def decode(self, latents: Tensor, request: Request, kept: Conditions) -> Tensor:
-        """One row's latents (1, C, h, w) float32 -> (1, 3, H, W) in [0, 1]. kept: what `encode` kept for this."""
+    def decode(self, latents: Tensor, request: Request, kept: Conditions, tiled: bool = False) -> Tensor:
+        """Decode one row's latents (1, C, h, w) float32 to an image (1, 3, H, W) in [0, 1].
+
+        kept: what `encode` kept for this. tiled: decode in tiles, which takes less memory and changes pixels."""

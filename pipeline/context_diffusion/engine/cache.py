@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from context_diffusion.engine.operations import NotCounted, Operations
-
 Value = TypeVar("Value")
 
 
@@ -21,21 +19,17 @@ class Cache:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.size = limit, 0
-        self.operations: Operations = NotCounted()
         self.hits: Counter[str] = Counter()
         self.misses: Counter[str] = Counter()
         self._values: OrderedDict[str, tuple[Any, int]] = OrderedDict()
 
     def get(self, key: str, make: Callable[[], Value]) -> Value:
         kind = key.partition(":")[0]
-        cost = self.operations.cost((kind,), make)
-        self.operations.wanted += cost
         if key in self._values:
             self.hits[kind] += 1
             self._values.move_to_end(key)
             return self._values[key][0]
         self.misses[kind] += 1
-        self.operations.done += cost
         value = make()
         self._values[key] = value, size_of(value)
         self.size += self._values[key][1]

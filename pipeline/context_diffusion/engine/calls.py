@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from context_diffusion.engine.backbone import Backbone, Conditions
-from context_diffusion.engine.operations import BRANCHES, Operations
 from context_diffusion.engine.slots import Slot
 
 Residuals = dict[tuple[int, str], list[Tensor]]
@@ -35,17 +34,17 @@ class Shape:
 
 @dataclass
 class Calls:
-    """backbone and its device; operations: counts what each call costs; threads: calls at once, on a CPU."""
+    """Runs the backbone's calls on its device. threads: calls that run at once, on a CPU."""
 
     backbone: Backbone
     device: torch.device
     shape: Shape
-    operations: Operations
     threads: int = 1
 
     def __post_init__(self) -> None:
         many = self.threads > 1 and self.device.type == "cpu"
-        self._pool = ThreadPoolExecutor(self.threads, "calls") if many else None
+        # Each thread sets its own number of torch's threads: another engine of this process may just have changed it.
+        self._pool = ThreadPoolExecutor(self.threads, "calls", torch.set_num_threads, (1,)) if many else None
 
     def _each(self, call: Callable[[list[Any]], Any], items: list[Any], size: int) -> Iterator[Any]:
         """The results of calls for chunks of the items, in order."""
@@ -54,51 +53,20 @@ class Calls:
 
     def guided(self, slots: list[Slot]) -> tuple[Tensor, int]:
         """-> the guided outputs (R, C, h, w), and the lanes that the calls had room for."""
-        shared = self._share(slots)
-        residuals = self._control(slots, shared)
+        residuals = self._control(slots)
         work = [(row, lane) for row, slot in enumerate(slots) for lane in range(slot.lanes)]
         guided: list[Any] = [0] * len(slots)
-        outputs = self._each(lambda part: self._predict(slots, part, shared, residuals), work, self.shape.chunk)
+        outputs = self._each(lambda part: self._predict(slots, part, residuals), work, self.shape.chunk)
         for (row, lane), output in zip(work, chain.from_iterable(outputs), strict=True):
             guided[row] = guided[row] + slots[row].weights[lane] * output
         return torch.cat(guided), -(-len(work) // self.shape.chunk) * self.shape.chunk
-
-    def reference(self, slot: Slot) -> float:
-        """FLOPs of a step of the row in a batch of diffusers: U-Net and ControlNet for both branches. What diffusers
-        projects and embeds anew at each step is left out, so it is rather too little."""
-        size, controlled = tuple(slot.latents.shape), slot.encoded.control is not None
-        lane = self.operations.known(("predict", size, controlled)) or self.operations.known(("predict", size, not controlled))
-        row = self.operations.known(("share", size, False))
-        if controlled:
-            row += self.operations.known(("share", size, True)) + self.operations.known(("control", size))
-        return BRANCHES * (lane / self.shape.chunk + row / self.shape.control)
 
     def _inputs(self, slots: list[Slot]) -> tuple[Tensor, Tensor]:
         """Latents as the model takes them, and their timesteps."""
         times = torch.stack([slot.timestep for slot in slots]).to(self.device)
         return torch.cat([slot.model_input for slot in slots]), times
 
-    def _share(self, slots: list[Slot]) -> list[Conditions]:
-        """What the lanes of each row have in common at this step."""
-        found: list[Conditions] = [{} for _ in slots]
-        if not self.backbone.shares:
-            return found
-        controlled = [row for row, slot in enumerate(slots) if slot.controlled]
-        for rows, with_control in ((list(range(len(slots))), False), (controlled, True)):
-
-            def share(part: list[int], with_control: bool = with_control) -> list[Conditions]:
-                padded = [slots[row] for row in _padded(part, self.shape.control)]
-                control = stack([slot.encoded.control or {} for slot in padded], ("",)) if with_control else None
-                latents, times = self._inputs(padded)
-                key = ("share", (1, *latents.shape[1:]), with_control)
-                made = self.operations.call(key, lambda: self.backbone.share(latents, times, control))
-                return [{name: value[place : place + 1] for name, value in made.items()} for place in range(len(part))]
-
-            for row, made in zip(rows, chain.from_iterable(self._each(share, rows, self.shape.control)), strict=True):
-                found[row] |= made
-        return found
-
-    def _control(self, slots: list[Slot], shared: list[Conditions]) -> Residuals:
+    def _control(self, slots: list[Slot]) -> Residuals:
         """The ControlNet's residuals of each row that is in its window, by row and control key: once for all the lanes
         that have the key."""
         wanted: dict[tuple[int, str], tuple[int, int]] = {}
@@ -110,25 +78,21 @@ class Calls:
         def control(part: list[tuple[int, int]]) -> Iterator[list[Tensor]]:
             places = _padded(part, self.shape.control)
             latents, times = self._inputs([slots[row] for row, _ in places])
-            lanes = stack([slots[row].encoded.lanes[lane] | shared[row] for row, lane in places], self.backbone.control_reads)
+            lanes = stack([slots[row].encoded.lanes[lane] for row, lane in places], self.backbone.control_reads)
             maps = stack([slots[row].encoded.control or {} for row, _ in places], ("",))
-            key = ("control", (1, *latents.shape[1:]))
-            residuals = self.operations.call(key, lambda: self.backbone.control(latents, times, lanes, maps))
+            residuals = self.backbone.control(latents, times, lanes, maps)
             return ([residual[number : number + 1] for residual in residuals] for number in range(len(part)))
 
         made = chain.from_iterable(self._each(control, list(wanted.values()), self.shape.control))
         return dict(zip(wanted, made, strict=True))
 
-    def _predict(self, slots: list[Slot], part: list[tuple[int, int]], shared: list[Conditions], residuals: Residuals) -> Any:
+    def _predict(self, slots: list[Slot], part: list[tuple[int, int]], residuals: Residuals) -> Any:
         """One call of the model for up to P lanes, padded to P with copies of the first. -> their outputs (1, C, h, w)."""
         places = _padded(part, self.shape.chunk)
         latents, times = self._inputs([slots[row] for row, _ in places])
-        lanes = stack([slots[row].encoded.lanes[lane] | shared[row] for row, lane in places], self.backbone.predict_reads)
+        lanes = stack([slots[row].encoded.lanes[lane] for row, lane in places], self.backbone.predict_reads)
         given = _filled([residuals.get((row, slots[row].encoded.control_keys[lane])) for row, lane in places])
-        key = ("predict", (1, *latents.shape[1:]), given is not None)
-        return (
-            self.operations.call(key, lambda: self.backbone.predict(latents, times, lanes, given)).float().split(1)[: len(part)]
-        )
+        return self.backbone.predict(latents, times, lanes, given).float().split(1)[: len(part)]
 
 
 def stack(conditions: list[Conditions], names: tuple[str, ...]) -> Conditions:

@@ -21,15 +21,27 @@ from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.calls import Calls, Shape, same_bits
 from context_diffusion.engine.conditions import is_finite
-from context_diffusion.engine.guidance import branches_of
 from context_diffusion.engine.lanes import choose
-from context_diffusion.engine.operations import NotCounted, Operations
 from context_diffusion.engine.slots import Slot, advance, open_slot
 from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.schema import EngineStats, Failure, Pixels, Request, Result
 
 Outcome = tuple[Request, Result | Failure]
 CACHE_BYTES = 2**30
+
+
+TOO_LARGE = Failure(
+    ErrorCode.OUT_OF_MEMORY, "the row alone does not fit into the device's memory: try a smaller width and height"
+)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A finished row with its uint8 image (H, W, 3) on the device; None: it did not fit into memory."""
+
+    slot: Slot
+    image: Tensor | None
+    tiled: bool
 
 
 @dataclass(frozen=True)
@@ -68,16 +80,14 @@ class Engine:
     slots: list[Slot] = field(default_factory=list)
     occupancy: Occupancy = field(default_factory=Occupancy)
     cache: Cache = field(default_factory=lambda: Cache(CACHE_BYTES))
-    operations: Operations = field(default_factory=NotCounted)
     threads: int = 1
 
     def __post_init__(self) -> None:
-        self.calls = Calls(self.backbone, self.device, self.shape, self.operations, self.threads)
-        self.cache.operations = self.operations
+        self.calls = Calls(self.backbone, self.device, self.shape, self.threads)
         # Of the rows that go on in a step, and of those at hand; fewer where memory is short.
         self.lanes, self.room = self.shape.lanes, self.shape.lanes + self.shape.chunk
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._decoding: list[tuple[Slot, Tensor]] = []
+        self._decoding: list[Decoded] = []
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -86,7 +96,7 @@ class Engine:
         """Frees the row's lanes; it has no outcome. Does nothing for a row that has ended."""
         self.waiting = deque(one for one in self.waiting if one is not request)
         self.slots = [slot for slot in self.slots if slot.request is not request]
-        self._decoding = [one for one in self._decoding if one[0].request is not request]
+        self._decoding = [decoded for decoded in self._decoding if decoded.slot.request is not request]
 
     @property
     def idle(self) -> bool:
@@ -117,27 +127,40 @@ class Engine:
         try:
             for shape in dict.fromkeys(slot.latents.shape for slot in self.slots):
                 self._advance([slot for slot in self.slots if slot.latents.shape == shape])
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             failed += self._make_room()
         ended = [slot for slot in self.slots if not slot.left]
         self.slots = [slot for slot in self.slots if slot.left]
-        self._decoding = [(slot, self._decode(slot)) for slot in ended]
+        self._decoding = [self._decode(slot) for slot in ended]
         done, self._decoding = (decoding, self._decoding) if self._stream else ([*decoding, *self._decoding], [])
-        return failed + [(slot.request, self._finish(slot, image)) for slot, image in done]
+        return failed + [(decoded.slot.request, self._finish(decoded)) for decoded in done]
 
     def _admit(self) -> list[Outcome]:
-        """Opens slots, first come first served: a chunk more than can go on at once, to choose from. Rows that cannot be
-        made come back."""
+        """Open slots, first come first served: a chunk more than can advance at once, to choose from. Returns the rows that
+        cannot be generated: whatever goes wrong with one of them is its own failure, unless the device itself is lost."""
         failed: list[Outcome] = []
         resident = sum(slot.lanes for slot in self.slots)
-        while self.waiting and (not self.slots or resident + len(branches_of(self.waiting[0])) <= self.room):
-            request = self.waiting.popleft()
+        while self.waiting:
+            request = self.waiting[0]
             try:
-                self.slots.append(open_slot(request, self.backbone, self.device, self.cache))
-            except RowError as error:
-                failed.append((request, Failure(error.code, error.message)))
+                lanes = len(self.backbone.branches(request))
+                if self.slots and resident + lanes > self.room:
+                    break
+                slot = open_slot(request, self.backbone, self.device, self.cache)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                if is_out_of_memory(error) and self.slots:
+                    self.room = resident  # it is tried again when one of these rows has finished
+                    self._free_memory()
+                    break
+                failed.append((self.waiting.popleft(), failure_of(error)))
                 continue
-            resident += self.slots[-1].lanes
+            self.waiting.popleft()
+            self.slots.append(slot)
+            resident += lanes
         return failed
 
     def _advance(self, slots: list[Slot]) -> None:
@@ -147,44 +170,70 @@ class Engine:
             return
         if not self.waiting:
             slots.sort(key=lambda slot: -slot.left)
-        started, done = perf_counter(), self.operations.done
+        started = perf_counter()
         slots = [slots[i] for i in choose([slot.lanes for slot in slots], self.shape.chunk, self.lanes)]
         outputs, paid = self.calls.guided(slots)
         advance(slots, outputs)
         used = sum(slot.lanes for slot in slots)
         self.occupancy.used += used
         self.occupancy.paid += paid
-        seconds, flops = perf_counter() - started, self.operations.done - done
+        seconds = perf_counter() - started
         for slot in slots:
-            slot.charge(slot.lanes / used, seconds, paid, flops, self.calls.reference(slot))
+            slot.charge(slot.lanes / used, seconds, paid)
             if self.callback:
                 self.callback(Progress(slot.request, slot.step, len(slot.table), lambda slot=slot: self._preview(slot)))  # type: ignore[misc]
 
-    def _decode(self, slot: Slot) -> Tensor:
-        """-> uint8 (H, W, 3) on the device, on a stream of its own where there is one."""
+    def _decode(self, slot: Slot) -> Decoded:
+        """Decode a finished row, whole; after out-of-memory in tiles, then with fewer rows beside it."""
+        tiled = False
+        while True:
+            try:
+                return Decoded(slot, self._pixels(slot, tiled), tiled)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._free_memory()
+                if self.backbone.tiles and not tiled:
+                    tiled = True
+                elif self.slots:
+                    self._keep(len(self.slots) // 2)
+                else:
+                    return Decoded(slot, None, tiled)
+
+    def _pixels(self, slot: Slot, tiled: bool) -> Tensor:
+        """Return uint8 (H, W, 3) on the device, on a stream of its own where there is one."""
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         started = perf_counter()
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            done = self.operations.done
-            pixels = self.operations.call(
-                ("decode", tuple(slot.latents.shape)), lambda: self.backbone.decode(slot.latents, slot.request, slot.encoded.kept)
-            )[0]
-            slot.flops, slot.reference = (sum_ + self.operations.done - done for sum_ in (slot.flops, slot.reference))
+            pixels = self.backbone.decode(slot.latents, slot.request, slot.encoded.kept, tiled)[0]
             image = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
         slot.seconds += perf_counter() - started
         return image
 
-    def _finish(self, slot: Slot, image: Tensor) -> Result | Failure:
+    def _finish(self, decoded: Decoded) -> Result | Failure:
+        slot = decoded.slot
+        if decoded.image is None:
+            return TOO_LARGE
         if self._stream:
             self._stream.synchronize()
         if not is_finite(slot.latents):
             return Failure(ErrorCode.ENGINE_ERROR, "the latents are not finite: try a smaller guidance_scale")
-        started, pixels = perf_counter(), image.cpu().numpy()
+        started = perf_counter()
+        pixels = decoded.image.cpu().numpy()
         unsafe = self.unsafe(pixels) if self.unsafe else None
         slot.seconds += perf_counter() - started
-        cost = slot.used, slot.paid, slot.flops, slot.reference
-        return Result(pixels, slot.seconds, slot.lanes, self.device.type, slot.encoded.truncated, *cost, unsafe=unsafe)
+        return Result(
+            pixels,
+            slot.seconds,
+            slot.lanes,
+            self.device.type,
+            slot.encoded.truncated,
+            slot.used,
+            slot.paid,
+            vae_tiled=decoded.tiled,
+            unsafe=unsafe,
+        )
 
     def _preview(self, slot: Slot) -> Pixels:
         assert slot.x0 is not None
@@ -193,17 +242,37 @@ class Engine:
         return (pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
     def _make_room(self) -> list[Outcome]:
-        """After the device's memory was not enough: the newer half of the rows waits once more, from the start; a row that
-        was alone fails."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        """After a step ran out of memory: the newer half of the rows waits again, from the start; a row that was alone
+        fails."""
+        self._free_memory()
         if len(self.slots) == 1:
             [slot], self.slots = self.slots, []
-            message = "one row alone does not fit into the device's memory: try a smaller width and height"
-            return [(slot.request, Failure(ErrorCode.OUT_OF_MEMORY, message))]
-        keep = len(self.slots) // 2
-        self.waiting.extendleft(slot.request for slot in reversed(self.slots[keep:]))
-        self.slots = self.slots[:keep]
+            return [(slot.request, TOO_LARGE)]
+        self._keep(len(self.slots) // 2)
+        return []
+
+    def _keep(self, rows: int) -> None:
+        """Keep the oldest rows; the others wait again."""
+        self.waiting.extendleft(slot.request for slot in reversed(self.slots[rows:]))
+        self.slots = self.slots[:rows]
         self.room = sum(slot.lanes for slot in self.slots)
         self.lanes = min(self.lanes, max(self.room, self.shape.chunk))
-        return []
+
+    def _free_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception says that memory, the device's or the machine's, was not enough."""
+    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return allocator or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def failure_of(error: Exception) -> Failure:
+    """A row's failure, from whatever its admission raised."""
+    if isinstance(error, RowError):
+        return Failure(error.code, error.message)
+    if is_out_of_memory(error):
+        return TOO_LARGE
+    return Failure(ErrorCode.ENGINE_ERROR, " ".join(f"{type(error).__name__}: {error}".split())[:500])

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from context_diffusion.config import Settings
-from context_diffusion.schema import Request
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ def _scales(settings: Settings) -> tuple[float, float]:
     return text_scale, text_scale if context_scale is None else max(context_scale, 1.0)
 
 
-def branches(settings: Settings, has_prompt: bool) -> list[Branch]:
+def guidance_branches(settings: Settings, has_prompt: bool) -> list[Branch]:
     """The branches of a row, 1 to 3. Without a prompt of its own (that differs from the negative one) e_CT is e_C."""
     text_scale, context_scale = _scales(settings)
     if not has_prompt:
@@ -46,7 +45,3 @@ def branches(settings: Settings, has_prompt: bool) -> list[Branch]:
         Branch(text_scale, contexts=True, prompt=True),
     ]
     return [branch for branch in found if branch.weight != 0.0]
-
-
-def branches_of(request: Request) -> list[Branch]:
-    return branches(request.settings, (request.prompt or "") != (request.negative_prompt or ""))

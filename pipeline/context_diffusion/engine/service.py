@@ -16,21 +16,26 @@ Done = Future[Result | Failure]
 class EngineService:
     """Runs an Engine in a thread of its own. `generate` may be called from several threads at once.
 
-    broken: called with the exception when the engine itself fails (device lost); its callers get it too.
+    broken: called with the exception when the engine itself fails (device lost); callers get it too, at once and later.
     """
 
     def __init__(self, engine: Engine, broken: Callable[[BaseException], None] | None = None) -> None:
         self.engine, self.broken = engine, broken
         self._inbox: queue.SimpleQueue[tuple[Request, Done]] = queue.SimpleQueue()
-        # One entry a request object: two callers may hand in equal requests.
+        # Keyed by the request object: two callers may hand in equal requests.
         self._futures: dict[int, Done] = {}
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()  # of the inbox and the error: nothing enters once the engine is broken
         threading.Thread(target=self._loop, name="engine", daemon=True).start()
 
     def generate(self, requests: list[Request]) -> list[Result | Failure]:
-        """Blocks until all are made; results in the order of the requests."""
+        """Block until all are finished; results in the order of the requests. Raises what broke the engine."""
         futures: list[Done] = [Future() for _ in requests]
-        for request, future in zip(requests, futures, strict=True):
-            self._inbox.put((request, future))
+        with self._lock:
+            if self._error:
+                raise self._error
+            for request, future in zip(requests, futures, strict=True):
+                self._inbox.put((request, future))
         return [future.result() for future in futures]
 
     def stats(self) -> EngineStats:
@@ -43,16 +48,24 @@ class EngineService:
                 for request, outcome in self.engine.step():
                     self._futures.pop(id(request)).set_result(outcome)
         except BaseException as error:
-            # The engine's state is unknown now: nobody may wait for it, and nobody may use it again.
-            for future in self._futures.values():
-                future.set_exception(error)
+            self._fail(error)
             if self.broken:
                 self.broken(error)
             raise
 
     def _take(self) -> None:
-        """Moves what callers handed in to the engine; waits where there is nothing to do."""
+        """Move what callers handed in to the engine; wait where there is nothing to do."""
         while self.engine.idle or not self._inbox.empty():
             request, future = self._inbox.get()
             self._futures[id(request)] = future
             self.engine.add(request)
+
+    def _fail(self, error: BaseException) -> None:
+        """Give the error to all callers: the engine's state is unknown now, and nobody may wait for it or use it again."""
+        with self._lock:
+            self._error = error
+            while not self._inbox.empty():
+                _, future = self._inbox.get()
+                future.set_exception(error)
+        for future in self._futures.values():
+            future.set_exception(error)

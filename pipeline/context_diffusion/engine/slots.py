@@ -15,7 +15,6 @@ from torch import Tensor
 from context_diffusion.engine.backbone import Backbone, Encoded
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.conditions import control_window, start_step
-from context_diffusion.engine.guidance import branches_of
 from context_diffusion.engine.samplers import Table, make_table
 from context_diffusion.schema import Request
 
@@ -36,14 +35,12 @@ class Slot:
     seconds: float = 0.0
     used: int = 0  # lane-steps, and the share of those that the calls had room for
     paid: float = 0.0
-    flops: float = 0.0  # and what diffusers would have run for it
-    reference: float = 0.0
 
-    def charge(self, share: float, seconds: float, paid: float, flops: float, reference: float) -> None:
-        """Its share of what a step cost."""
-        self.used, self.paid = self.used + self.lanes, self.paid + share * paid
-        self.seconds, self.flops = self.seconds + share * seconds, self.flops + share * flops
-        self.reference += reference
+    def charge(self, share: float, seconds: float, paid: float) -> None:
+        """Add the row's share of what a step cost."""
+        self.used += self.lanes
+        self.paid += share * paid
+        self.seconds += share * seconds
 
     @property
     def lanes(self) -> int:
@@ -72,21 +69,18 @@ def open_slot(request: Request, backbone: Backbone, device: torch.device, cache:
     assert settings.seed is not None, "the seed is derived before the engine"
     first = start_step(settings.num_inference_steps, settings.strength)
     table = make_table(settings.scheduler, settings.num_inference_steps, backbone.scheduler_config, first)
-    wanted, operations = branches_of(request), cache.operations
-    done, asked = operations.done, operations.wanted
-    encoded = backbone.encode(request, wanted, cache)
+    branches = backbone.branches(request)
+    encoded = backbone.encode(request, branches, cache)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     return Slot(
         request,
         table,
         initial_latents(request, table, backbone, generator).to(device),
         encoded,
-        [branch.weight for branch in wanted],
+        [branch.weight for branch in branches],
         control_window(len(table), settings.control_guidance_start, settings.control_guidance_end),
         generator,
         seconds=time.perf_counter() - started,
-        flops=operations.done - done,
-        reference=operations.wanted - asked,
     )
 
 

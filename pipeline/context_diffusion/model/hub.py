@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from context_diffusion.errors import ModelError
 
@@ -56,6 +56,19 @@ def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
         raise ModelError(f"model: {part!r} is neither a folder that is here nor a hub id: {error}") from error
     except Exception as error:  # no such file, no room, no network
         raise ModelError(f"model: {part}: cannot get {name or 'its files'} of the hub: {_hint(error)}") from error
+
+
+def fetch_optional(part: str, name: str, revision: dict[str, str]) -> Path | None:
+    """Fetch a file that a part may lack; None where it does. Raises ModelError where that cannot be found out."""
+    try:
+        path = fetch(part, name, revision)
+    except ModelError as error:
+        # Offline, a file that the cache lacks counts as absent; with a network, an answer is needed.
+        absent = isinstance(error.__cause__, EntryNotFoundError)
+        if absent and (constants.is_offline_mode() or not isinstance(error.__cause__, LocalEntryNotFoundError)):
+            return None
+        raise
+    return path if path.is_file() else None
 
 
 def _hint(error: Exception) -> str:

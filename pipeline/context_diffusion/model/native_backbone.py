@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from context_diffusion.context_images import ContextPreprocessing, SquareCrop
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.conditions import content_key, control_scales, slots_of, to_tensor, weighted_contexts
-from context_diffusion.engine.guidance import Branch
+from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
 from context_diffusion.model.detail import give_back
 from context_diffusion.model.native import NativeModel
@@ -32,21 +33,24 @@ class NativeBackbone:
         self.layout_embedding = self.controlnet.controlnet_cond_embedding
         self.controlnet.controlnet_cond_embedding = nn.Identity()
         self.scheduler_config: dict[str, Any] = model.scheduler_config
-        self.image_size, self.context_size, self.context_slots = model.image_size, model.context_size, model.context_slots
-        self.noise_scale = model.noise_scale
+        self.image_size, self.context_slots, self.noise_scale = model.image_size, model.context_slots, model.noise_scale
+        self.contexts: ContextPreprocessing = SquareCrop(model.context_size)
+        self.tiles = False
         self.predict_reads: tuple[str, ...] = ("",)
         self.control_reads: tuple[str, ...] = ()
-        self.shares = False  # prompts and contexts modulate all residual blocks
         self.latent_channels, self.latent_factor = model.latent_shape[0], model.image_size // model.latent_shape[1]
 
-    def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
+    def branches(self, request: Request) -> list[Branch]:
+        return guidance_branches(request.settings, (request.prompt or "") != (request.negative_prompt or ""))
+
+    def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         model, shown = self.model, weighted_contexts(request, self.context_slots)
         tokens = [cache.get(f"context:{one.key}", partial(self._context, one.pixels)) for one in shown]
         scale = request.settings.context_scale
         contexts, weights = slots_of(tokens, [one.weight * scale for one in shown], self.context_slots)
         lanes: list[Conditions] = []
         kept = Conditions()
-        for branch in wanted:
+        for branch in branches:
             # The last branch is shown all that the row has: of its draft the detail is given back.
             drawn, kept = self.drafts.of(request, branch, shown, cache) if model.drafts else ({}, kept)
             prompt = (request.prompt if branch.prompt else request.negative_prompt) or ""
@@ -77,9 +81,6 @@ class NativeBackbone:
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         return self.model.encode_pixels(to_tensor(request.query).to(self.model.device)).float()
 
-    def share(self, latents: Tensor, timesteps: Tensor, control: Conditions | None) -> Conditions:
-        raise NotImplementedError
-
     def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         down, mid = self.controlnet(
             latents.to(self.model.dtype),
@@ -109,7 +110,7 @@ class NativeBackbone:
         )[0]
         return gain * output + known
 
-    def decode(self, latents: Tensor, request: Request, kept: Conditions) -> Tensor:
+    def decode(self, latents: Tensor, request: Request, kept: Conditions, tiled: bool = False) -> Tensor:
         images = self.model.decode(latents).float()
         if kept:
             images = give_back(images, kept["draft"], kept["copy"], kept["share"])

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from context_diffusion.context_images import ContextPreprocessing, ImageProcessor, SquareCrop, image_processor
 from context_diffusion.errors import ModelError
-from context_diffusion.model.hub import commit_of, fetch, split
+from context_diffusion.model.defaults import Defaults, stable_diffusion_defaults
+from context_diffusion.model.hub import commit_of, fetch, fetch_optional, split
 from context_diffusion.model.presets import PRESETS, parts_of
 from context_diffusion.strict import Parts
 
 BUNDLED = Path(__file__).parent / "bundled"
 NATIVE = "ContextDiffusion"  # _class_name in a native model's index
+PREPROCESSOR = "preprocessor_config.json"
 # Folders of a native model; native.py loads them.
 COMPONENTS = ("vae", "unet", "controlnet", "image_encoder", "text_encoder", "fusion", "memory", "relief", "tokenizer")
 
@@ -24,7 +28,8 @@ class Source:
     """A model as it was found. folder: of a native one; parts: of all others and of what the hub holds, every hub id at a
     commit.
 
-    revision: a digest; other weights are another model. image_size, context_size: pixels.
+    revision: a digest; other weights are another model. image_size: pixels. contexts: how context images are prepared.
+    defaults: what holds where a job leaves it out.
     """
 
     name: str
@@ -32,7 +37,8 @@ class Source:
     parts: Parts | None
     revision: str
     image_size: int
-    context_size: int
+    contexts: ContextPreprocessing
+    defaults: Defaults = field(default_factory=Defaults)
 
 
 def model_folder(model: str) -> Path:
@@ -67,29 +73,53 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Sou
     index = read_json(parts.base, "model_index.json", parts.revision)
     if index.get("_class_name") == NATIVE:
         return _native(name, fetch(parts.base, "", parts.revision), index, parts if away else None)
-    return Source(name, None, parts, _revision(parts), *_sizes(parts))
+    return _stable_diffusion(name, parts, index)
 
 
 def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None = None) -> Source:
     for part in COMPONENTS:
         if not (folder / part).is_dir():
             raise ModelError(f"model: {folder} lacks the component {part}/; copy the whole model folder")
-    return Source(name, folder, parts, digest(folder), index["image_size"], index["context_size"])
+    return Source(name, folder, parts, digest(folder), index["image_size"], SquareCrop(index["context_size"]))
 
 
-def _sizes(parts: Parts) -> tuple[int, int]:
-    unet, vae = (read_json(parts.base, f"{name}/config.json", parts.revision) for name in ("unet", "vae"))
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    encoder = read_json(parts.image_encoder, "config.json", parts.revision) if parts.image_encoder else {"image_size": 224}
-    return unet["sample_size"] * factor, encoder["image_size"]
+def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> Source:
+    """A Stable Diffusion with its parts. index: the base's model_index.json."""
+    unet, vae, scheduler = (
+        read_json(parts.base, f"{folder}/{file}", parts.revision)
+        for folder, file in (("unet", "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json"))
+    )
+    image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    xl = "StableDiffusionXL" in str(index.get("_class_name"))
+    defaults = stable_diffusion_defaults(xl, scheduler, parts.controlnets)
+    return Source(name, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults)
+
+
+def _preprocessing(parts: Parts, index: dict[str, Any]) -> ImageProcessor:
+    """What the image encoder's own preprocessor_config.json says; without one the base's, where it fits the encoder, else
+    CLIP's at the encoder's size: what diffusers takes."""
+    if parts.image_encoder is None:
+        return image_processor(None, 224, parts.base)
+    side = read_json(parts.image_encoder, "config.json", parts.revision)["image_size"]
+    if path := fetch_optional(parts.image_encoder, PREPROCESSOR, parts.revision):
+        return image_processor(_parsed(path, parts.image_encoder), side, parts.image_encoder)
+    if any(index.get("feature_extractor") or []):
+        path = fetch_optional(parts.base, f"feature_extractor/{PREPROCESSOR}", parts.revision)
+        with suppress(ModelError):  # made for another encoder: the base's safety checker, at another size
+            if path:
+                return image_processor(_parsed(path, parts.base), side, parts.base)
+    return image_processor(None, side, parts.image_encoder)
 
 
 def read_json(part: str, name: str, revision: dict[str, str]) -> dict[str, Any]:
-    path = fetch(part, name, revision)
+    return _parsed(fetch(part, name, revision), part)
+
+
+def _parsed(path: Path, part: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"model: {part}: no readable {name} ({error})") from error
+        raise ModelError(f"model: {part}: no readable {path.name} ({error})") from error
 
 
 def _revision(parts: Parts) -> str:

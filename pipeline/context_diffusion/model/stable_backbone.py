@@ -12,49 +12,48 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from context_diffusion.context_images import ContextPreprocessing, ImageProcessor
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.conditions import content_key, control_scales, slots_of, to_tensor, weighted_contexts
-from context_diffusion.engine.guidance import Branch
+from context_diffusion.engine.guidance import Branch, guidance_branches
+from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
 from context_diffusion.model.fusion import ABSENT, log_weights
 from context_diffusion.model.normalization import normalise
-from context_diffusion.model.sharing import SharedStart
 from context_diffusion.model.stable_diffusion import StableDiffusion
 from context_diffusion.model.text import PromptEncoder
 from context_diffusion.schema import Control, Pixels, Request
 
-TILED = 2**20  # pixels from which on the autoencoder works in tiles
-
 
 class StableBackbone:
-    """engine/backbone.py's interface."""
+    """engine/backbone.py's interface. contexts: what the image encoder's preprocessor does."""
 
-    def __init__(self, model: StableDiffusion) -> None:
+    def __init__(self, model: StableDiffusion, contexts: ImageProcessor) -> None:
         pipe = model.pipe
         self.model, self.unet, self.vae, self.controlnets = model, pipe.unet, pipe.vae, model.controlnets
         self.text = PromptEncoder(pipe, model.xl, model.parts.clip_skip, model.parts.prompt_chunks)
-        self.contexts = _ContextEncoder(pipe, model.parts.normalization) if pipe.unet.config.encoder_hid_dim_type else None
+        adapted = pipe.unet.config.encoder_hid_dim_type
+        self.encoder = _ContextEncoder(pipe, contexts, model.parts.normalization) if adapted else None
         self.layers = attend_by_lanes(self.unet, "unet.")
         self.control_layers = [attend_by_lanes(net, f"net{n}.") for n, net in enumerate(self.controlnets)]
         # Of the control maps alone: once a row, not once a step.
         self.map_embeddings = [net.controlnet_cond_embedding for net in self.controlnets]
         for net in self.controlnets:
             net.controlnet_cond_embedding = nn.Identity()
-        self.start = SharedStart(self.unet, "start.unet.")
-        self.control_starts = [SharedStart(net, f"net{n}.start.") for n, net in enumerate(self.controlnets)]
+        # An LCM's U-Net reads the guidance scale as a number: one lane does both branches.
+        self.guidance_width: int | None = self.unet.config.time_cond_proj_dim
         self.scheduler_config: dict[str, Any] = dict(pipe.scheduler.config)
         self.latent_channels = self.vae.config.latent_channels
         self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_size = self.unet.config.sample_size * self.latent_factor
-        self.context_size = pipe.image_encoder.config.image_size if self.contexts else 224
+        self.contexts: ContextPreprocessing = contexts
+        self.tiles = True
         self.context_slots, self.noise_scale = 8, 1.0
         both = ("bias", "text_embeds", "time_ids")
-        self.predict_reads: tuple[str, ...] = ("unet.", "start.", "context_", *both)
+        self.predict_reads: tuple[str, ...] = ("unet.", "guidance", "context_", *both)
         self.control_reads: tuple[str, ...] = ("net", *both)
-        self.shares = bool(self.start.given)
 
     @property
     def device(self) -> torch.device:
@@ -64,15 +63,29 @@ class StableBackbone:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_out.weight.dtype
 
-    def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
+    def branches(self, request: Request) -> list[Branch]:
+        settings = request.settings
+        if self.guidance_width is None:
+            differs = self.text.key(request.prompt, False) != self.text.key(request.negative_prompt, True)
+            return guidance_branches(settings, differs)
+        if settings.context_guidance_scale not in (None, settings.guidance_scale):
+            message = (
+                "context_guidance_scale: this model reads one guidance scale, for prompt and contexts together; "
+                "leave it out, and set context_scale for the contexts' strength"
+            )
+            raise RowError(ErrorCode.INVALID_SETTING, message)
+        return [Branch(1.0, contexts=True, prompt=True)]
+
+    def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         contexts = self._contexts(request, cache)
+        both = self._time_ids(request) | self._guidance(request)
         lanes, keys, truncated = [], [], False
-        for branch in wanted:
+        for branch in branches:
             prompt, negative = (request.prompt, False) if branch.prompt else (request.negative_prompt, True)
-            key = f"text:{negative}:{prompt}"
+            key = f"text:{self.text.key(prompt, negative)}"
             text, cut = cache.get(key, partial(self._text, prompt, negative))
             truncated |= cut
-            lanes.append(text | contexts[branch.contexts] | self._time_ids(request))
+            lanes.append(text | contexts[branch.contexts] | both)
             keys.append(key)
         return Encoded(lanes, self._control(request, cache), keys, truncated)
 
@@ -90,17 +103,17 @@ class StableBackbone:
 
     def _contexts(self, request: Request, cache: Cache) -> dict[bool, Conditions]:
         """With the contexts shown, and without: then the IP-Adapter sees an empty picture's features, as it was trained."""
-        if self.contexts is None:
+        if self.encoder is None:
             return {False: {}, True: {}}
         shown = weighted_contexts(request, self.context_slots)
-        given = [cache.get(f"context:{one.key}", partial(self.contexts.encode, one.pixels)) for one in shown]
-        none = cache.get("context:", self.contexts.none)
+        given = [cache.get(f"context:{one.key}", partial(self.encoder.encode, one.pixels)) for one in shown]
+        none = cache.get("context:", self.encoder.none)
         scale = none.new_full((1, 1, 1), request.settings.context_scale)
         found: dict[bool, Conditions] = {}
         for present, tokens, weights in ((True, given, [one.weight for one in shown]), (False, [none], [1.0])):
             slots, padded = slots_of(tokens, weights, self.context_slots)
             bias = log_weights(padded).repeat_interleave(slots.shape[2], 1)[:, None, None].to(slots.dtype)
-            kept = self.contexts.keys_and_values(slots.flatten(1, 2))
+            kept = self.encoder.keys_and_values(slots.flatten(1, 2))
             found[present] = kept | {"context_bias": bias, "context_scale": scale * bool(padded.any())}
         return found
 
@@ -109,6 +122,14 @@ class StableBackbone:
             return {}
         height, width = request.query.shape[:2]
         return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)}
+
+    def _guidance(self, request: Request) -> Conditions:
+        """The guidance scale's embedding (1, guidance_width), as diffusers' pipelines make it of an LCM."""
+        if self.guidance_width is None:
+            return {}
+        scale = torch.tensor([request.settings.guidance_scale - 1])
+        embedded = self.model.pipe.get_guidance_scale_embedding(scale, embedding_dim=self.guidance_width)
+        return {"guidance": embedded.to(self.device, self.dtype)}
 
     def _control(self, request: Request, cache: Cache) -> Conditions | None:
         if not request.controls:
@@ -127,19 +148,9 @@ class StableBackbone:
         latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample(generator)
         return (latents * self.vae.config.scaling_factor).float()
 
-    def share(self, latents: Tensor, timesteps: Tensor, control: Conditions | None) -> Conditions:
-        latents = latents.to(self.dtype)
-        if control is None:
-            return self.start.make(latents, timesteps)
-        found: Conditions = {}
-        for n, start in enumerate(self.control_starts):
-            found |= start.make(latents, timesteps, control[f"map{n}"])
-        return found
-
     def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         total: list[Tensor] = []
-        for n, (net, start) in enumerate(zip(self.controlnets, self.control_starts, strict=True)):
-            start.use(lanes)
+        for n, net in enumerate(self.controlnets):
             down, mid = net(
                 latents.to(self.dtype),
                 timesteps,
@@ -149,34 +160,27 @@ class StableBackbone:
                 cross_attention_kwargs={"lanes": lanes},
                 return_dict=False,
             )
-            start.use(None)
             scaled = [residual * control[f"scale{n}"] for residual in (*down, mid)]
             total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
         return total
 
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
-        self.start.use(lanes)
-        output = self.unet(
+        return self.unet(
             latents.to(self.dtype),
             timesteps,
             encoder_hidden_states=None,
+            timestep_cond=lanes.get("guidance"),
             added_cond_kwargs=_added(lanes),
             cross_attention_kwargs={"lanes": lanes},
             down_block_additional_residuals=None if residuals is None else tuple(residuals[:-1]),
             mid_block_additional_residual=None if residuals is None else residuals[-1],
             return_dict=False,
         )[0]
-        self.start.use(None)
-        return output
 
-    def decode(self, latents: Tensor, request: Request, kept: Conditions) -> Tensor:
-        tiled = latents.shape[2] * latents.shape[3] * self.latent_factor**2 > TILED
-        (self.vae.enable_tiling if tiled else self.vae.disable_tiling)()
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        vae = self.vae.float() if upcast else self.vae
-        images = vae.decode((latents / self.vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float()
-        if upcast:
-            self.vae.half()
+    def decode(self, latents: Tensor, request: Request, kept: Conditions, tiled: bool = False) -> Tensor:
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        decode = self.vae.tiled_decode if tiled else self.vae.decode
+        images = decode(scaled, return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1)
 
 
@@ -188,8 +192,8 @@ def _added(lanes: Conditions) -> dict[str, Tensor]:
 class _ContextEncoder:
     """The image encoder and the IP-Adapter's parts, taken out of the U-Net, which would run them at every step."""
 
-    def __init__(self, pipe: Any, normalization: Any) -> None:
-        self.encoder, self.normalization = pipe.image_encoder, normalization
+    def __init__(self, pipe: Any, preprocessing: ImageProcessor, normalization: Any) -> None:
+        self.encoder, self.normalization, self.scale = pipe.image_encoder, normalization, preprocessing.scale
         [self.project] = pipe.unet.encoder_hid_proj.image_projection_layers
         self.keys = {
             f"unet.{name.removesuffix('.processor')}": (processor.to_k_ip[0], processor.to_v_ip[0])
@@ -198,15 +202,13 @@ class _ContextEncoder:
         }
         pipe.unet.encoder_hid_proj = None
         pipe.unet.register_to_config(encoder_hid_dim_type=None)
-        extractor = pipe.feature_extractor
-        self.mean = torch.tensor(extractor.image_mean if extractor else OPENAI_CLIP_MEAN)[:, None, None]
-        self.std = torch.tensor(extractor.image_std if extractor else OPENAI_CLIP_STD)[:, None, None]
+        self.mean, self.std = (torch.tensor(part)[:, None, None] for part in (preprocessing.mean, preprocessing.std))
 
     def encode(self, pixels: Pixels) -> Tensor:
         """uint8 (S, S, 3) -> (1, K, D)."""
         image = to_tensor(pixels)
         if self.normalization == "none":
-            values = (image / 255 - self.mean) / self.std
+            values = (image * self.scale - self.mean) / self.std
         else:
             values, _, _ = normalise(image, self.normalization)
         return self._features(values.to(self.encoder.device, self.encoder.dtype), empty=False)

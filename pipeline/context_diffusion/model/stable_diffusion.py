@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProjection, IPAdapterPlusImageProjection
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import nn
 
@@ -22,6 +23,7 @@ from context_diffusion.model.source import read_json
 from context_diffusion.strict import Parts
 
 diffusers.utils.logging.set_verbosity_error()
+ADAPTERS = (ImageProjection, IPAdapterPlusImageProjection, IPAdapterFullImageProjection)  # IP-Adapters that read images
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -63,6 +65,8 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
     for module in [*pipe.components.values(), *controlnets, checker]:
         if isinstance(module, nn.Module):
             module.to(device).eval().requires_grad_(False)
+    if xl and dtype == torch.float16 and pipe.vae.config.force_upcast:
+        pipe.vae.float()  # for good, in both directions: half precision overflows in it, so diffusers' XL pipelines upcast
     return StableDiffusion(pipe, controlnets, parts, xl, SafetyChecker(checker) if checker else None)
 
 
@@ -123,7 +127,10 @@ def _load_ip_adapter(pipe: Any, parts: Parts, path: Path) -> None:
     except Exception as error:
         raise ModelError(f"model: ip_adapter {path} doesn't fit {parts.base}: {error}") from error
     [layer] = pipe.unet.encoder_hid_proj.image_projection_layers
-    plain = isinstance(layer, diffusers.models.embeddings.ImageProjection)
+    if not isinstance(layer, ADAPTERS):
+        known = ", ".join(kind.__name__ for kind in ADAPTERS)
+        raise ModelError(f"model: ip_adapter {path.name} is a {type(layer).__name__}, which is not supported; known are {known}")
+    plain = isinstance(layer, ImageProjection)
     encoder = pipe.image_encoder.config
     width = encoder.projection_dim if plain else encoder.hidden_size
     wanted = layer.image_embeds.in_features if plain else getattr(getattr(layer, "proj_in", None), "in_features", width)

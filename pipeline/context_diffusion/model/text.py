@@ -18,6 +18,15 @@ class PromptEncoder:
         self.pipe, self.xl, self.clip_skip, self.chunks = pipe, xl, clip_skip, chunks
         self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2] if xl else [pipe.tokenizer]
         self.length = min(tokenizer.model_max_length for tokenizer in self.tokenizers)
+        self.zeros = xl and bool(pipe.config.force_zeros_for_empty_prompt)
+
+    def key(self, prompt: str | None, negative: bool) -> str:
+        """Name what is encoded: equal keys, equal embeddings. None is no text at all: zeros for an XL model that says so, else
+        what a negative prompt of "" is; a prompt of "" is a text, with clip_skip as the others."""
+        if prompt is None:
+            return "none" if self.zeros else "text:"
+        skipped = f"skip {self.clip_skip}:" if self.clip_skip and not negative else ""
+        return f"{skipped}text:{prompt}"
 
     def tokens(self, text: str) -> int:
         """With begin and end, by the tokenizer that makes most of it."""
@@ -51,11 +60,9 @@ class PromptEncoder:
         return padded, encoded[0][1], mask
 
     def _encode(self, text: str | None, negative: bool) -> tuple[Tensor, Tensor | None]:
-        """As the prompt of a pipeline without guidance; a negative one as diffusers has it: without clip_skip, and zeros
-        where an XL pipeline is told so."""
-        empty = negative and not text
-        zeros = self.xl and empty and text is None and self.pipe.config.force_zeros_for_empty_prompt
-        skip = None if negative else self.clip_skip
+        """Encode as the prompt of a pipeline without guidance; a negative one as diffusers does, without clip_skip."""
+        zeros = self.zeros and text is None
+        skip = None if negative or text is None else self.clip_skip
         told = {"device": self.pipe.unet.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         if not self.xl and skip:
             return self._skipped(text or "", skip), None

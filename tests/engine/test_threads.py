@@ -1,0 +1,76 @@
+"""Calls of the model that run at once don't change one another's rows: through the engine of a job, for every backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_diffusers import reference, row
+
+from context_diffusion.config import GenerateJob
+from context_diffusion.pipeline import make_engine
+from context_diffusion.schema import Pixels, Request, Result
+from tiny import request, tiny_model
+from tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
+
+RUNS = 20
+THREADS = (2, 4)
+# One to three contexts, guidance 1 to 5.
+MIXED: list[dict[str, Any]] = [
+    {"contexts": 1, "guidance_scale": 1.0, "scheduler": "euler", "num_inference_steps": 2},
+    {"contexts": 2, "guidance_scale": 5.0, "prompt": "a red house", "num_inference_steps": 3},
+    {"contexts": 3, "guidance_scale": 3.0, "prompt": "a boat", "negative_prompt": "grey", "num_inference_steps": 2},
+    {"contexts": 1, "guidance_scale": 2.0, "scheduler": "dpmpp_2m", "control_guidance_end": 0.6, "num_inference_steps": 3},
+]
+
+
+def generate(model: Any, rows: list[Request], threads: int, runs: int) -> list[list[Pixels]]:
+    job = GenerateJob.model_validate(
+        {"kind": "generate", "manifest": "m", "output": "o", "model": model, "cluster": {"cpu_threads": threads}}
+    )
+    engine = make_engine(job, pytest.fail)
+    images = []
+    for _ in range(runs):
+        results = engine.generate(rows)
+        assert all(isinstance(result, Result) for result in results), results
+        images.append([result.image for result in results if isinstance(result, Result)])
+    return images
+
+
+def assert_equal_bits(model: Any, rows: list[Request]) -> list[Pixels]:
+    """-> the images of the rows, the same in all runs and at each number of threads."""
+    [expected] = generate(model, rows, 1, 1)
+    for threads in THREADS:
+        for number, images in enumerate(generate(model, rows, threads, RUNS)):
+            for index, (image, first) in enumerate(zip(images, expected, strict=True)):
+                difference = np.abs(image.astype(int) - first.astype(int)).max()
+                assert not difference, f"row {index}, run {number}, {threads} threads: {difference} of 255"
+    return expected
+
+
+@pytest.mark.parametrize("xl", [False, True], ids=["sd15", "sdxl"])
+def test_threads_change_no_row_of_stable_diffusion_and_each_is_what_diffusers_makes(tmp_path: Path, xl: bool) -> None:
+    base = make_base(tmp_path, xl)
+    model = {
+        "base": base,
+        "controlnet": [make_controlnet(tmp_path, xl, seed) for seed in (1, 2)],
+        "image_encoder": make_image_encoder(tmp_path),
+        **make_ip_adapter(tmp_path, base, plus=True, xl=xl),
+    }
+    rows = [row(number, **settings) for number, settings in enumerate(MIXED)]
+    for image, request_ in zip(assert_equal_bits(model, rows), rows, strict=True):
+        _, theirs = reference(model, request_, xl)
+        assert np.abs(image.astype(int) - theirs.astype(int)).max() <= 1, request_.id
+
+
+def test_threads_change_no_row_of_the_native_model(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    rows = [
+        request(1, contexts=1, prompt="ocean", guidance_scale=1.0),
+        request(2, contexts=2, guidance_scale=5.0, num_inference_steps=4),
+        request(3, contexts=3, prompt="dots", guidance_scale=3.0, context_guidance_scale=2.0),
+        request(4, contexts=1, prompt="forest", guidance_scale=2.0, scheduler="dpmpp_2m", control_guidance_end=0.6),
+    ]
+    assert_equal_bits(str(tmp_path / "model"), rows)
