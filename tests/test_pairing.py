@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from context_diffusion.config import GenerateJob
+from context_diffusion.context_images import SquareCrop
 from context_diffusion.errors import ContextDiffusionError
 from context_diffusion.output import Output
 from context_diffusion.pairing import Pairing, write_manifest
@@ -49,8 +50,9 @@ def read(folder: Path, out: str) -> list[dict[str, Any]]:
     job = GenerateJob.model_validate(job_values(str(folder / out), folder / f"output-{out}"))
     output = Output(job.output, STORAGE)
     plan = open_plan(job, output, STORAGE)
+    job = plan.job
     tables = [ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()[0] for shard in read_shards(output, 0)]
-    return LoadImages(job, [str(folder)], 64, 64, STORAGE)(pa.concat_tables(tables)).to_pylist()
+    return LoadImages(job, [str(folder)], 64, SquareCrop(64), STORAGE)(pa.concat_tables(tables)).to_pylist()
 
 
 def test_all_is_each_with_each(folders: Path) -> None:

@@ -47,6 +47,7 @@ def run(folder: Path, model: str, count: int = 2, **more: Any) -> list[Path]:
     job = GenerateJob.model_validate(values)
     output = Output(job.output, STORAGE)
     plan = open_plan(job, output, STORAGE)
+    job = plan.job
     service = EngineService(ContextDiffusion.from_pretrained(model, "cpu").engine())
     engine = GuardedEngine(service, Ledger(), job)
     load = LoadImages(job, [str(folder / "in")], plan.model.image_size, plan.model.contexts, STORAGE)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from context_diffusion.closing import close, verify
 from context_diffusion.config import GenerateJob
+from context_diffusion.context_images import SquareCrop
 from context_diffusion.encoding import read_metadata
 from context_diffusion.ledger import GuardedEngine, Ledger
 from context_diffusion.output import Output, members
@@ -56,7 +57,8 @@ def flow(
     job = GenerateJob.model_validate(job_values(str(manifest), folder / "out", **more))
     output = Output(job.output, STORAGE)
     plan = open_plan(job, output, STORAGE)
-    load = LoadImages(job, [str(folder / "in")], 64, 64, STORAGE)
+    job = plan.job
+    load = LoadImages(job, [str(folder / "in")], 64, SquareCrop(64), STORAGE)
     guarded = GuardedEngine(engine or FakeEngine(), Ledger(), job)
     write = WriteShard(job, output, "fake@1")
     for shard in read_shards(output, 0):
@@ -212,6 +214,7 @@ def test_columns_named_like_ours_are_kept_under_another_name(tmp_path: Path) -> 
     job = GenerateJob.model_validate(job_values(str(manifest), tmp_path / "out"))
     output = Output(job.output, STORAGE)
     plan = open_plan(job, output, STORAGE)
+    job = plan.job
     [shard] = read_shards(output, 0)
     [read] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()
     assert read["passed:manifest_sha256"].to_pylist() == [1, 2, 3, 4]
@@ -242,7 +245,11 @@ def test_of_rows_made_anew_the_driver_hears_them_alone_beside_the_whole_part(tmp
     job, output = make(tmp_path, 4, {1: {"query": "later.png"}, 3: {"context": []}}, settings={"num_images": 2})
     (tmp_path / "in" / "later.png").write_bytes((tmp_path / "in" / "picture-0.png").read_bytes())
     plan = open_plan(job, output, STORAGE)
-    load, write = LoadImages(job, [str(tmp_path / "in")], 64, 64, STORAGE), WriteShard(job, output, "fake@1", redo=True)
+    job = plan.job
+    load, write = (
+        LoadImages(job, [str(tmp_path / "in")], 64, SquareCrop(64), STORAGE),
+        WriteShard(job, output, "fake@1", redo=True),
+    )
     [shard] = read_shards(output, 0)
     [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE, output)()
     [told] = write(generate(load(table), GuardedEngine(FakeEngine(), Ledger(), job), job)).to_pylist()

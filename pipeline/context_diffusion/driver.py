@@ -17,7 +17,6 @@ from context_diffusion.errors import (
     ClusterError,
     TooManyFailuresError,
 )
-from context_diffusion.model.defaults import resolved_job
 from context_diffusion.output import Output
 from context_diffusion.plan import Plan, open_plan, read_shards
 from context_diffusion.progress import Progress
@@ -79,7 +78,7 @@ def _make_missing(
         before = Counts()
     _check_failures(job, plan, before)
     # The plan's model: engines load it, and images name it.
-    job = resolved_job(job, plan.model.defaults).model_copy(update={"model": plan.model.parts or job.model})
+    job = plan.job.model_copy(update={"model": plan.model.parts or job.model})
     reads, load, write = around_engine(job, output, plan, done, options.retry_failed)
     if not reads:
         return None

@@ -33,8 +33,10 @@ SHARD_COLUMNS = ("number", "file", "first_row", "rows", "group", "offset", "size
 
 @dataclass(frozen=True)
 class Plan:
-    """What plan.json says. passed: the manifest's columns that we don't know, with their types."""
+    """What plan.json says. job: the one at hand, with what it leaves out filled in by its model. passed: the manifest's
+    columns that we don't know, with their types."""
 
+    job: GenerateJob
     files: list[ManifestFile]
     shards_of: list[int]
     rows: int
@@ -73,7 +75,7 @@ def open_plan(job: GenerateJob, output: Output, storage: Storage, accept_change:
     passed = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["passed"])))
     files = [ManifestFile(f["uri"], f["format"], f["columns"], f["groups"]) for f in record["manifest"]]
     shards_of = [f["shards"] for f in record["manifest"]]
-    return Plan(files, shards_of, record["rows"], record["rows_per_part"], passed, model)
+    return Plan(job, files, shards_of, record["rows"], record["rows_per_part"], passed, model)
 
 
 def read_shards(output: Output, file: int) -> Iterator[Shard]:

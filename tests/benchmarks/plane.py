@@ -30,6 +30,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from context_diffusion.config import GenerateJob
+from context_diffusion.context_images import SquareCrop
 from context_diffusion.driver import around_engine
 from context_diffusion.output import Output
 from context_diffusion.plan import open_plan
@@ -78,7 +79,7 @@ def ours(manifest: Path, out: Path) -> None:
     storage = Storage()
     output = Output(str(out), storage)
     plan = open_plan(job, output, storage)
-    plan = replace(plan, model=replace(plan.model, context_size=CONTEXT))  # as a large model's
+    plan = replace(plan, model=replace(plan.model, contexts=SquareCrop(CONTEXT)))  # as a large model's
     reads, load, write = around_engine(job, output, plan, set(), redo=False)
     with ray_session(2, None):
         for _ in dataflow.run_flow(job, reads, load, write, echo, lambda _: None):  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ rows = st.builds(
     prompt=st.sampled_from([None, "ocean", "dots forest"]),
     size=st.sampled_from([(64, 64), (64, 96)]),
     num_inference_steps=st.integers(1, 4),
-    scheduler=st.sampled_from(list(SAMPLERS)),
+    scheduler=st.sampled_from([name for name in SAMPLERS if name != "flow_euler"]),
     guidance_scale=st.sampled_from([1.0, 2.0]),
     context_guidance_scale=st.sampled_from([None, 1.0, 3.0]),
     control=st.sampled_from(["gray", "canny", "none", "soft_edges", "disabled"]),

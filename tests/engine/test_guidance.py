@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from context_diffusion.config import Settings
 from context_diffusion.engine.conditions import control_window, start_step
-from context_diffusion.engine.guidance import branches
+from context_diffusion.engine.guidance import guidance_branches
 
 scales = st.floats(0, 20).map(lambda value: round(value, 2))
 
@@ -17,7 +17,7 @@ scales = st.floats(0, 20).map(lambda value: round(value, 2))
 def test_the_branches_add_up_to_the_formula(text: float, context: float, outputs: tuple[float, float, float]) -> None:
     e0, e_context, e_both = outputs
     wanted = e0 + max(context, 1) * (e_context - e0) + max(text, 1) * (e_both - e_context)  # 1 or less: no guidance
-    found = branches(Settings(guidance_scale=text, context_guidance_scale=context), has_prompt=True)
+    found = guidance_branches(Settings(guidance_scale=text, context_guidance_scale=context), has_prompt=True)
     values = {(False, False): e0, (True, False): e_context, (True, True): e_both}
     assert sum(b.weight * values[b.contexts, b.prompt] for b in found) == pytest.approx(wanted, abs=1e-6)
 
@@ -37,7 +37,7 @@ def test_the_branches_add_up_to_the_formula(text: float, context: float, outputs
 )
 def test_a_row_pays_for_the_lanes_that_it_needs(text: float, context: float | None, prompt: bool, lanes: int) -> None:
     settings = Settings(guidance_scale=text, context_guidance_scale=context)
-    assert len(branches(settings, prompt)) == lanes
+    assert len(guidance_branches(settings, prompt)) == lanes
 
 
 @given(st.integers(1, 100), st.floats(0, 0.9), st.floats(0.01, 1))

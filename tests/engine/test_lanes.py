@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from context_diffusion.config import Settings
+from context_diffusion.context_images import SquareCrop
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.calls import Shape
 from context_diffusion.engine.engine import Engine, Progress
-from context_diffusion.engine.guidance import Branch
+from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.engine.lanes import choose
 from context_diffusion.errors import ErrorCode
 from context_diffusion.schema import Failure, Request, Result
@@ -42,23 +44,24 @@ class Numbers:
     """A backbone of almost no work at the real seam, so that thousands of rows can run; it counts what it is called with."""
 
     scheduler_config = {"beta_schedule": "linear", "prediction_type": "epsilon", "num_train_timesteps": 1000}
-    image_size, context_size, context_slots, noise_scale, latent_channels, latent_factor = 8, 8, 1, 1.0, 1, 8
+    image_size, context_slots, noise_scale, latent_channels, latent_factor = 8, 1, 1.0, 1, 8
+    contexts, tiles = SquareCrop(8), True
     predict_reads: tuple[str, ...] = ("",)
     control_reads: tuple[str, ...] = ()
-    shares = False
 
     def __init__(self, room: int = 10**9) -> None:
         self.called, self.room = 0, room
-        self.resident: set[str] = set()
+        self.fails: dict[str, Callable[[str], Exception | None]] = {}  # by what is called: an error for a row's id
 
-    def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
-        return Encoded([{"row": torch.tensor([[float(request.id)]])} for _ in wanted], None, [""] * len(wanted))
+    def branches(self, request: Request) -> list[Branch]:
+        return guidance_branches(request.settings, has_prompt=True)
+
+    def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
+        self._fail_at("encode", request)
+        return Encoded([{"row": torch.tensor([[float(request.id)]])} for _ in branches], None, [""] * len(branches))
 
     def encode_query(self, request: Request, generator: torch.Generator) -> torch.Tensor:
         return torch.zeros(1, 1, 1, 1)
-
-    def share(self, *_: object) -> Conditions:
-        raise AssertionError("it shares nothing")
 
     def control(self, *_: object) -> list[torch.Tensor]:
         raise AssertionError("no row has a control map")
@@ -69,8 +72,13 @@ class Numbers:
         self.called += len(latents)
         return latents * 0 + lanes["row"][:, :, None, None]
 
-    def decode(self, latents: torch.Tensor, request: Request, kept: Conditions) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, request: Request, kept: Conditions, tiled: bool = False) -> torch.Tensor:
+        self._fail_at("decode in tiles" if tiled else "decode", request)
         return latents.sigmoid().expand(1, 3, 8, 8)
+
+    def _fail_at(self, what: str, request: Request) -> None:
+        if error := self.fails.get(what, lambda _: None)(request.id):
+            raise error
 
     engine: Engine
 
@@ -168,3 +176,64 @@ def test_the_cache_keeps_what_was_used_last_within_its_bytes() -> None:
         before = cache.hits["text"]
         cache.get(f"text:{key}", lambda: torch.zeros(100))
         assert (cache.hits["text"] > before) == hit, key
+
+
+def outcomes_of(busy: Engine, rows: list[Request]) -> dict[str, Result | Failure]:
+    return {row.id: outcome for row, outcome in busy.run(rows)}
+
+
+@pytest.mark.parametrize("error", [KeyError("weights"), RuntimeError("shapes\ndiffer"), torch.OutOfMemoryError("small")])
+def test_whatever_goes_wrong_at_one_rows_admission_is_that_rows_failure(error: Exception) -> None:
+    busy = engine()
+    busy.backbone.fails["encode"] = lambda row: error if row == "2" else None  # type: ignore[attr-defined]
+    outcomes = outcomes_of(busy, [numbered(number, 3, 2) for number in range(5)])
+    failed = outcomes.pop("2")
+    assert all(isinstance(outcome, Result) for outcome in outcomes.values())
+    assert isinstance(failed, Failure)
+    expected = ErrorCode.OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ErrorCode.ENGINE_ERROR
+    assert failed.code == expected
+    assert "\n" not in failed.message
+
+
+def test_a_lost_device_is_no_rows_failure() -> None:
+    busy = engine()
+    busy.backbone.fails["encode"] = lambda _: torch.AcceleratorError("device lost")  # type: ignore[attr-defined]
+    with pytest.raises(torch.AcceleratorError):
+        outcomes_of(busy, [numbered(0, 3, 1)])
+
+
+def test_a_row_that_does_not_fit_beside_others_is_admitted_after_them() -> None:
+    busy, seen = engine(), list[int]()
+
+    def short(row: str) -> Exception | None:
+        seen.append(len(busy.slots))
+        return torch.OutOfMemoryError("small") if len(busy.slots) > 1 else None
+
+    busy.backbone.fails["encode"] = short  # type: ignore[attr-defined]
+    outcomes = outcomes_of(busy, [numbered(number, 3, 2) for number in range(5)])
+    assert all(isinstance(outcome, Result) for outcome in outcomes.values())
+    assert max(seen) == 2
+
+
+def test_an_image_that_cannot_be_decoded_whole_is_decoded_in_tiles_and_says_so() -> None:
+    busy = engine()
+    busy.backbone.fails["decode"] = lambda row: torch.OutOfMemoryError("small") if row == "1" else None  # type: ignore[attr-defined]
+    outcomes = outcomes_of(busy, [numbered(number, 3, 2) for number in range(3)])
+    tiled = {row: outcome.vae_tiled for row, outcome in outcomes.items() if isinstance(outcome, Result)}
+    assert tiled == {"0": False, "1": True, "2": False}
+
+
+def test_an_image_that_fits_in_tiles_only_without_neighbours_waits_for_room_and_one_that_never_fits_fails_alone() -> None:
+    busy = engine()
+
+    def short(row: str) -> Exception | None:
+        return torch.OutOfMemoryError("small") if row == "1" or busy.slots else None
+
+    busy.backbone.fails |= {"decode": short, "decode in tiles": short}  # type: ignore[attr-defined]
+    rows = [numbered(number, 3 + number, 2) for number in range(4)]
+    outcomes = outcomes_of(busy, rows)
+    failed = outcomes.pop("1")
+    assert isinstance(failed, Failure)
+    assert failed.code == ErrorCode.OUT_OF_MEMORY
+    assert set(outcomes) == {"0", "2", "3"}
+    assert all(isinstance(outcome, Result) for outcome in outcomes.values())

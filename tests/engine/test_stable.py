@@ -198,7 +198,7 @@ def test_pickles_are_refused() -> None:
 
 def test_other_weights_are_another_revision(model: Model, tmp_path: Path) -> None:
     first = find_model(Parts.model_validate(model))
-    assert (first.image_size, first.context_size) == (SIDE, 32)
+    assert (first.image_size, first.contexts.size) == (SIDE, 32)
     assert find_model(Parts.model_validate(model)) == first
     other = make_controlnet(tmp_path, seed=9)
     assert find_model(Parts.model_validate(model | {"controlnet": other})).revision != first.revision

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.guidance import branches_of
 from context_diffusion.model.detail import denoised, give_back, noise_of
 from context_diffusion.model.native_backbone import NativeBackbone
 from tiny import picture, request, tiny_model
@@ -70,7 +69,7 @@ def test_a_picture_without_noise_stays() -> None:
 def test_a_row_is_given_as_much_as_its_contexts_and_its_layout_say(told: dict[str, float], share: float) -> None:
     model = dataclasses.replace(tiny_model(), detail_scale=0.8)
     backbone, one = NativeBackbone(model), request(1, contexts=2, **told)
-    kept = backbone.encode(one, branches_of(one), Cache(10**8)).kept
+    kept = backbone.encode(one, backbone.branches(one), Cache(10**8)).kept
     assert kept["share"].item() == pytest.approx(0.8 * share)
     latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     plain = backbone.decode(latents, one, {})
@@ -82,11 +81,11 @@ def test_a_row_is_given_as_much_as_its_contexts_and_its_layout_say(told: dict[st
 def test_without_contexts_or_tones_there_is_no_draft_to_give() -> None:
     backbone = NativeBackbone(tiny_model())
     edges = request(1, contexts=1, control="canny")
-    assert backbone.encode(edges, branches_of(edges), Cache(10**8)).kept == {}
+    assert backbone.encode(edges, backbone.branches(edges), Cache(10**8)).kept == {}
 
 
 def test_a_scale_of_nothing_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, one = dataclasses.replace(tiny_model(), detail_scale=0.0), request(1, contexts=1)
     monkeypatch.setattr(model, "detail", None)  # what would be called is not there
     backbone = NativeBackbone(model)
-    assert backbone.encode(one, branches_of(one), Cache(10**8)).kept == {}
+    assert backbone.encode(one, backbone.branches(one), Cache(10**8)).kept == {}

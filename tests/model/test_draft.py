@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.guidance import branches_of
 from context_diffusion.model.draft import CHANNELS, Look, colours_of, draft, layout_of, look_of, tones_of
 from context_diffusion.model.native_backbone import NativeBackbone
 from context_diffusion.model.preconditioning import REST
@@ -106,7 +105,8 @@ def test_edge_maps_have_no_tones() -> None:
 )
 def test_only_the_lane_that_sees_the_contexts_sees_the_draft(changes: dict[str, object], drawn: list[bool]) -> None:
     one = request(1, **({"guidance_scale": 2.0} | changes))
-    encoded = NativeBackbone(tiny_model()).encode(one, branches_of(one), Cache(2**20))
+    backbone = NativeBackbone(tiny_model())
+    encoded = backbone.encode(one, backbone.branches(one), Cache(2**20))
     assert [bool(lane["draft"].any()) for lane in encoded.lanes] == drawn
 
 
@@ -118,7 +118,7 @@ def test_the_draft_leaves_with_the_layout() -> None:
         one = request(5, controlnet_conditioning_scale=0.0)
         [control] = one.controls
         one = dataclasses.replace(one, controls=(dataclasses.replace(control, pixels=picture(seed)),))
-        encoded = backbone.encode(one, branches_of(one), Cache(2**20))
+        encoded = backbone.encode(one, backbone.branches(one), Cache(2**20))
         assert encoded.control
         latents = torch.randn(1, *backbone.model.latent_shape, generator=generator.manual_seed(0))
         residuals = backbone.control(latents, torch.tensor([500.0]), {}, encoded.control)

@@ -113,7 +113,7 @@ def test_a_model_around_each_trains_saves_loads_and_makes_pictures(kind: str, tm
     again = NativeModel.from_pretrained(tmp_path / "model")
     assert type(again.image_encoder) is CLASSES[kind][0]
     found = find_model(str(tmp_path / "model"))
-    assert (found.image_size, found.context_size) == (64, CLASSES[kind][1])
+    assert (found.image_size, found.contexts.size) == (64, CLASSES[kind][1])
     row = request(4, contexts=2, prompt="ocean", guidance_scale=2.0, num_inference_steps=2)
     others = [dataclasses.replace(row, contexts=pair) for pair in ((picture(9), row.contexts[1]), (row.contexts[0], picture(9)))]
     [image] = make(model, [row])

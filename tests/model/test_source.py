@@ -50,7 +50,7 @@ def test_a_hub_id_in_the_cache_is_found_without_a_network_at_its_commit(cache: P
     found = find_model(Parts(base="someone/base", image_encoder="someone/parts/deep/encoder"))
     assert found.parts is not None
     assert found.parts.revision == {"someone/base": COMMIT, "someone/parts": COMMIT}
-    assert (found.image_size, found.context_size) == (64, 48)
+    assert (found.image_size, found.contexts.size) == (64, 48)
     assert find_model("someone/base").name == "someone/base"
 
 

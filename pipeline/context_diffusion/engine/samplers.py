@@ -23,16 +23,15 @@ from torch import Tensor
 from context_diffusion.config import SchedulerName
 from context_diffusion.errors import ErrorCode, ModelError, RowError
 
-_DPM = {"solver_order": 2, "thresholding": False, "use_karras_sigmas": False}
-# Its class in diffusers, and what it sets over the model's scheduler_config.
+# Its class in diffusers, and what its name says over the model's scheduler_config, which holds for all else.
 SAMPLERS: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpmpp_2m": ("DPMSolverMultistepScheduler", _DPM | {"algorithm_type": "dpmsolver++"}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", _DPM | {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
-    "dpmpp_sde": ("DPMSolverMultistepScheduler", _DPM | {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "lcm": ("LCMScheduler", {}),
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
@@ -58,18 +57,38 @@ class Table:
 
 
 def make_scheduler(scheduler: SchedulerName, num_inference_steps: int, config: Mapping[str, Any]) -> Any:
-    """The diffusers scheduler that a sampler stands for, with its timesteps. Raises RowError for so many steps that it
-    doesn't have, ModelError for a config whose step is not linear."""
+    """Make the diffusers scheduler that a sampler stands for, with its timesteps. Raises RowError where the model's
+    scheduler_config and the sampler do not go together or have no such number of steps, ModelError for a config whose step
+    is not linear."""
     if config.get("clip_sample") or config.get("thresholding"):
         raise ModelError("scheduler_config: clip_sample and thresholding are not linear; set both to false")
+    if reason := _unsuitable(scheduler, config):
+        raise RowError(ErrorCode.INVALID_SETTING, f"scheduler {scheduler}: {reason}")
     name, own = SAMPLERS[scheduler]
-    made = getattr(diffusers, name).from_config(dict(config) | {"clip_sample": False} | own)
     try:
+        made = getattr(diffusers, name).from_config(dict(config) | {"clip_sample": False} | own)
         made.set_timesteps(num_inference_steps)
-    except ValueError as error:
-        message = f"scheduler {scheduler} has no {num_inference_steps} steps: {' '.join(str(error).split())}"
+    except (ValueError, ImportError) as error:
+        message = f"scheduler {scheduler} with {num_inference_steps} steps: {' '.join(str(error).split())}"
         raise RowError(ErrorCode.INVALID_SETTING, message) from None
     return made
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler_config is that of a flow-matching model."""
+    flow_class = str(config.get("_class_name", "")).startswith("FlowMatch")
+    return flow_class or config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas"))
+
+
+def _unsuitable(scheduler: SchedulerName, config: Mapping[str, Any]) -> str | None:
+    """Why the sampler cannot follow the model's scheduler_config; None where it can."""
+    if is_flow(config) != (scheduler == "flow_euler"):
+        suitable = [name for name in SAMPLERS if (name == "flow_euler") == is_flow(config)]
+        kind = "a flow" if is_flow(config) else str(config.get("prediction_type", "epsilon"))
+        return f"the model predicts {kind}; choose {', '.join(suitable)}"
+    if scheduler.startswith("dpmpp") and (order := config.get("solver_order", 2)) > 2:
+        return f"the model's scheduler_config has solver_order {order}, supported are 1 and 2"
+    return None
 
 
 def make_table(scheduler: SchedulerName, num_inference_steps: int, config: Mapping[str, Any], first: int = 0) -> Table:
