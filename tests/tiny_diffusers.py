@@ -16,7 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProjection
+from diffusers.models.embeddings import ImageProjection, IPAdapterFaceIDImageProjection, IPAdapterPlusImageProjection
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import save_file
@@ -37,13 +37,14 @@ from context_diffusion.schema import Pixels
 SIDE, WIDTH, VISION = 64, 32, 64  # pixels, text, image encoder
 
 
-def make_base(folder: Path, xl: bool = False, seed: int = 0) -> str:
+def make_base(folder: Path, xl: bool = False, seed: int = 0, guidance_width: int | None = None) -> str:
+    """guidance_width: of the guidance scale's embedding, which an LCM's U-Net reads."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "words")
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
     )
-    parts: dict[str, Any] = {"vae": _vae(), "unet": _unet(xl), "tokenizer": tokenizer, "scheduler": scheduler}
+    parts: dict[str, Any] = {"vae": _vae(), "unet": _unet(xl, guidance_width), "tokenizer": tokenizer, "scheduler": scheduler}
     parts["text_encoder"] = _text(CLIPTextModel, tokenizer)
     if xl:
         pipe = StableDiffusionXLPipeline(
@@ -110,8 +111,11 @@ def _sizes(xl: bool) -> dict[str, Any]:
     return sizes
 
 
-def _unet(xl: bool) -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(sample_size=SIDE // 2, up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **_sizes(xl))
+def _unet(xl: bool, guidance_width: int | None = None) -> UNet2DConditionModel:
+    up_blocks = ("CrossAttnUpBlock2D", "UpBlock2D")
+    unet = UNet2DConditionModel(sample_size=SIDE // 2, up_block_types=up_blocks, time_cond_proj_dim=guidance_width, **_sizes(xl))
+    if guidance_width:
+        nn.init.normal_(unet.time_embedding.cond_proj.weight, std=2.0)
     return _loud(_loud(unet, 1.6 if xl else 2.6, "attn2"), 2.0, "attn2.to_v")
 
 
@@ -164,6 +168,18 @@ def make_safety_checker(folder: Path, pictures: list[Pixels]) -> str:
         checker.concept_embeds_weights[0] = (embeds @ nn.functional.normalize(checker.concept_embeds[:1]).T).median() + 1e-5
     checker.save_pretrained(folder / "safety_checker", safe_serialization=True)
     return str(folder / "safety_checker")
+
+
+def make_face_adapter(folder: Path) -> dict[str, str]:
+    """A FaceID adapter: its projection reads a face's embedding. -> the `model:` keys."""
+    layer = IPAdapterFaceIDImageProjection(WIDTH, 512, 2, 4)
+    published = {"ff.net.0.proj": "proj.0", "ff.net.2": "proj.2"}
+    weights = {"ip_adapter.1.to_k_ip.weight": torch.zeros(32, WIDTH)}
+    for name, value in layer.state_dict().items():
+        known = next((part for part in published if part in name), "")
+        weights[f"image_proj.{name.replace(known, published.get(known, ''))}"] = value
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "face.safetensors")
+    return {"ip_adapter": str(folder), "ip_adapter_weight_name": "face.safetensors"}
 
 
 def make_ip_adapter(folder: Path, base: str, plus: bool = False, xl: bool = False) -> dict[str, str]:

@@ -97,7 +97,8 @@ def _check_id(row: str) -> None:
 
 
 def _prompt(value: Any, name: str, job: GenerateJob) -> str | None:
-    if value is None or value == "":
+    """The cell's text; "" is a prompt that says nothing, null is none: some models tell them apart."""
+    if value is None:
         return None
     text = str(value)
     if len(text) > job.limits.max_prompt_characters:

@@ -26,12 +26,13 @@ from flops import SD15, SDXL, UP, VAE, costs
 from torch import Tensor
 
 from context_diffusion.config import Settings
+from context_diffusion.context_images import ContextPreprocessing, ImageProcessor
 from context_diffusion.control import controls_of
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.cache import Cache
 from context_diffusion.engine.calls import Shape
 from context_diffusion.engine.engine import Engine
-from context_diffusion.engine.guidance import Branch
+from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.engine.samplers import make_scheduler
 from context_diffusion.model.attention import attend_by_lanes, keys_and_values
 from context_diffusion.schema import Request, Result
@@ -77,16 +78,19 @@ class Shapes:
         self.image_size = config["sample_size"] * 8
         self.latent_side = config["sample_size"]
         self.latent_factor = 8
-        self.context_size, self.context_slots, self.noise_scale, self.latent_channels = 224, 8, 1.0, 4
+        self.contexts: ContextPreprocessing = ImageProcessor(224, 224)
+        self.tiles, self.context_slots, self.noise_scale, self.latent_channels = False, 8, 1.0, 4
         self.predict_reads = ("unet.", "context_", "text_embeds", "time_ids")
         self.control_reads = ("net", "text_embeds", "time_ids")
-        self.shares = False  # its side channel is not for CUDA graphs
         if given.compile:
             self.predict, self.control = (torch.compile(f, mode="reduce-overhead") for f in (self.predict, self.control))  # type: ignore[method-assign]
 
-    def encode(self, request: Request, wanted: list[Branch], cache: Cache) -> Encoded:
+    def branches(self, request: Request) -> list[Branch]:
+        return guidance_branches(request.settings, has_prompt=True)
+
+    def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         lanes, keys = [], []
-        for branch in wanted:
+        for branch in branches:
             key = f"text:{branch.prompt}"
             lanes.append(cache.get(f"{key}:{branch.contexts}", self._lane))
             keys.append(key)
@@ -113,9 +117,6 @@ class Shapes:
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
 
-    def share(self, *_: Any) -> Conditions:
-        raise NotImplementedError
-
     def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
         told = {"added_cond_kwargs": _added(lanes), "cross_attention_kwargs": {"lanes": lanes}, "return_dict": False}
         down, mid = self.net(latents.to(self.dtype), timesteps, None, control["map"], **told)
@@ -126,7 +127,7 @@ class Shapes:
         told |= {"down_block_additional_residuals": tuple(residuals[:-1]), "mid_block_additional_residual": residuals[-1]}
         return self.unet(latents.to(self.dtype), timesteps, None, **told, return_dict=False)[0].clone()
 
-    def decode(self, latents: Tensor, request: Request, kept: Conditions) -> Tensor:
+    def decode(self, latents: Tensor, request: Request, kept: Conditions, tiled: bool = False) -> Tensor:
         images = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1)
 
@@ -211,7 +212,7 @@ def measure(name: str, given: SimpleNamespace) -> None:
     spent = by_engine(name, config, up, steps, shape, given)
     if not given.tiny:
         c = costs(config, "addition_embed_type" in config)
-        work = given.rows * (steps * 2 * (c.start + c.unet + c.net_start + c.net) + c.decode)
+        work = given.rows * (steps * 2 * (c.unet + c.net) + c.decode)
         print(f"  engine, uniform: {work / spent['uniform'] / rate:.3f} of the matrix products' rate")
     best = by_diffusers(config, up, steps, given)
     # Batches of mixed rows take as many steps as their longest row.

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from context_diffusion.model.sharing import SharedStart
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,10 +82,6 @@ def costs(config: dict[str, Any], xl: bool) -> SimpleNamespace:
         full - cost(lambda: keys_and_values(layers, text))
     )  # to the contexts alone
     hint = empty(1, config.get("block_out_channels", (320,))[0], side, side)
-    starts = SharedStart(unet, "unet."), SharedStart(net, "net.")
-    found.start, found.net_start = (cost(lambda start=start: start.make(latents, time, 0.0)) for start in starts)  # type: ignore[misc]
-    for start in starts:
-        start.use(start.make(latents, time, 0.0))
     found.unet = cost(lambda: unet(latents, time, None, added_cond_kwargs=added, cross_attention_kwargs=given))
     found.net = cost(lambda: net(latents, time, None, hint, added_cond_kwargs=added, cross_attention_kwargs=given))
     # diffusers projects the contexts' keys and values at every step too: as many numbers as a prompt's, by tokens.
@@ -106,7 +101,7 @@ def report(name: str, c: SimpleNamespace, steps: int) -> None:
     }
     for what, (lanes, texts) in kinds.items():
         once = texts * c.text + lanes * c.context + c.map + c.decode
-        ours = steps * (c.start + lanes * c.unet + c.net_start + texts * c.net) + once
+        ours = steps * (lanes * c.unet + texts * c.net) + once
         print(f"{name}, {steps} steps, {what}: {ours / 1e12:.1f} of {reference / 1e12:.1f} TFLOP: {ours / reference:.3f}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -48,8 +49,11 @@ def row(number: int, **own: Any) -> Request:
     return Request(f"row-{number}", 0, query, controls_of(query, kinds), shown, prompt, negative, settings)
 
 
-def reference(model: Model, one: Request, xl: bool) -> tuple[torch.Tensor, Pixels]:
-    """By diffusers alone: its pipeline for that kind of row, its scheduler, one call. -> latents and picture."""
+def reference(
+    model: Model, one: Request, xl: bool, contexts: list[Image.Image] | None = None, skip: int | None = None
+) -> tuple[torch.Tensor, Pixels]:
+    """By diffusers alone: its pipeline for that kind of row, its scheduler, one call. contexts: the originals, of any size,
+    in place of the request's pixels; skip: clip_skip. -> latents and picture."""
     settings = one.settings
     pipe = pipeline_of(json.dumps(model), xl, bool(one.controls), settings.strength is not None)
     if "ip_adapter" in model:
@@ -57,10 +61,11 @@ def reference(model: Model, one: Request, xl: bool) -> tuple[torch.Tensor, Pixel
     name, own = REFERENCES[settings.scheduler]
     pipe.scheduler = getattr(diffusers, name).from_pretrained(model["base"], subfolder="scheduler", **own)
     told: dict[str, Any] = {"prompt": one.prompt or "", "negative_prompt": one.negative_prompt}
+    told |= {"clip_skip": skip} if skip else {}
     if xl and one.prompt is None and one.negative_prompt is None:  # no text at all: what the pipeline has for it
         told = {"prompt_embeds": torch.zeros(1, 77, 64), "pooled_prompt_embeds": torch.zeros(1, 32)}
     if "ip_adapter" in model:
-        told["ip_adapter_image"] = [[Image.fromarray(context) for context in one.contexts]]
+        told["ip_adapter_image"] = [contexts or [Image.fromarray(context) for context in one.contexts]]
     maps = [Image.fromarray(control.pixels) for control in one.controls]
     if one.controls:
         told |= {"control_guidance_start": settings.control_guidance_start, "control_guidance_end": settings.control_guidance_end}
@@ -93,17 +98,24 @@ def pipeline_of(parts: str, xl: bool, controlled: bool, from_image: bool) -> Any
     pipe = getattr(diffusers, f"{name}Pipeline").from_pretrained(model["base"], use_safetensors=True, **own)
     if "ip_adapter" in model:
         pipe.image_encoder = CLIPVisionModelWithProjection.from_pretrained(model["image_encoder"])
-        pipe.feature_extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        pipe.feature_extractor = preprocessor(model["image_encoder"])
         pipe.load_ip_adapter(model["ip_adapter"], "", model["ip_adapter_weight_name"], image_encoder_folder=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def preprocessor(encoder: str) -> CLIPImageProcessor:
+    """The encoder's own, as a user of diffusers loads it; without one what the pipeline makes for an encoder of 32 pixels."""
+    if (Path(encoder) / "preprocessor_config.json").exists():
+        return CLIPImageProcessor.from_pretrained(encoder)
+    return CLIPImageProcessor(size=32, crop_size=32)
 
 
 def made(model: Model, rows: list[Request]) -> dict[str, tuple[torch.Tensor, Pixels]]:
     """By our engine, all rows together."""
     pipeline = ContextDiffusion.from_pretrained(model, device="cpu", cpu_threads=1)
     kept, decode = {}, pipeline.backbone.decode
-    pipeline.backbone.decode = lambda z, one, told: kept.setdefault(one.id, z) is z and decode(z, one, told)  # type: ignore[method-assign]
+    pipeline.backbone.decode = lambda z, one, *told: kept.setdefault(one.id, z) is z and decode(z, one, *told)  # type: ignore[method-assign]
     found = {}
     for one, outcome in pipeline.generate(rows):
         assert isinstance(outcome, Result), outcome

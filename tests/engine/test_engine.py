@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -184,6 +186,46 @@ def test_the_service_answers_each_caller_in_its_order_and_breaks_loudly() -> Non
         for one, outcome in zip(batch, outcomes, strict=True):
             assert isinstance(outcome, Result)
             assert np.array_equal(outcome.image, alone(one))
+
+
+def test_nobody_waits_for_a_broken_engine() -> None:
+    """Those whose rows are under way, those in the inbox, and those who come later all get the error."""
+    began, go = threading.Event(), threading.Event()
+    broken: list[BaseException] = []
+
+    class Lost:
+        idle = False
+
+        def add(self, request: Request) -> None:
+            began.set()
+
+        def step(self) -> list[Any]:
+            if began.is_set():
+                go.wait(10)
+                raise RuntimeError("the device is lost")
+            return []
+
+    lost = Lost()
+    service = EngineService(lost, broken.append)  # type: ignore[arg-type]
+    errors: list[str] = []
+
+    def call() -> None:
+        with pytest.raises(RuntimeError) as caught:
+            service.generate([request(1)])
+        errors.append(str(caught.value))
+
+    callers = [threading.Thread(target=call, daemon=True) for _ in range(2)]
+    callers[0].start()
+    assert began.wait(10)
+    callers[1].start()
+    while service._inbox.empty():
+        time.sleep(0.01)
+    go.set()
+    for caller in callers:
+        caller.join(10)
+    call()
+    assert errors == ["the device is lost"] * 3
+    assert len(broken) == 1
 
 
 def test_an_engine_tells_of_its_rows_and_caches() -> None:

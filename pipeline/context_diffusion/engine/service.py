@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -48,10 +49,10 @@ class EngineService:
                 for request, outcome in self.engine.step():
                     self._futures.pop(id(request)).set_result(outcome)
         except BaseException as error:
+            logging.getLogger(__name__).error("the engine failed", exc_info=error)
             self._fail(error)
             if self.broken:
                 self.broken(error)
-            raise
 
     def _take(self) -> None:
         """Move what callers handed in to the engine; wait where there is nothing to do."""
