@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ports import free_port, free_ports
+
 PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "ceph-authtool", "monmaptool")
 ACCESS, SECRET = "test", "testtest-testtest"
 PATIENCE_S = 60.0
@@ -81,12 +83,6 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def answers(port: int) -> bool:
     with socket.socket() as one:
         one.settimeout(1)
@@ -116,7 +112,7 @@ class Gateway:
     def start(self) -> None:
         for name in ("mon", "osd"):
             (self.folder / name).mkdir(parents=True)
-        fsid, v1, v2 = str(uuid.uuid4()), free_port(), free_port()
+        fsid, (v1, v2) = str(uuid.uuid4()), free_ports(2)
         config = CONFIG.format(fsid=fsid, folder=self.folder, port=self.port, v1=v1, v2=v2)
         (self.folder / "ceph.conf").write_text(config)
         for user, rights in (("mon.", ["mon"]), ("client.admin", ["mon", "osd", "mgr"])):

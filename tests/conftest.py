@@ -10,15 +10,29 @@ import pytest
 
 STARTED = time.monotonic()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; without a network each try would wait half a minute
-# The order of `make test-full`: what no other test covers comes first. (pytest sorts overlapping paths its own way.)
-ORDER = ("store", "report", "flow", "cluster", "infra")
-LAST = "test_twenty_kills_lose_and_double_nothing"  # a minute or two each
+# The order of `make test-full`: what no other test covers comes first, always. (pytest sorts overlapping paths its own way.)
+FIRST = ("tests/store", "tests/flow/test_cli.py", "tests/flow/test_disk.py", "tests/cluster/test_submit.py")
+KILLS = "test_twenty_kills_lose_and_double_nothing"  # a minute or two each: each kill is a group of its own
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if "TEST_SECONDS" in os.environ:
-        places = {part: number for number, part in enumerate(ORDER)}
-        items.sort(key=lambda item: (LAST in item.name, min(places.get(part, len(ORDER)) for part in item.path.parts)))
+    """In `make test-full` the groups behind FIRST begin at another one with each commit, so that the time left reaches all of
+    them in turn."""
+    if "TEST_SECONDS" not in os.environ:
+        return
+    groups = list(dict.fromkeys(map(_group, items)))
+    others = [group for group in groups if group[0] == len(FIRST)]
+    # Coprime to most numbers of groups, and as many as the time reaches: the next commit goes on where this one ends.
+    start = 7 * int(os.environ.get("TEST_TURN", "0")) % max(len(others), 1)
+    places = {group: place for place, group in enumerate([*sorted(set(groups) - set(others)), *others[start:], *others[:start]])}
+    items.sort(key=lambda item: places[_group(item)])
+
+
+def _group(item: pytest.Item) -> tuple[int, str]:
+    """What is left out together: its place in FIRST, and a file, or one of the kills."""
+    path = item.path.relative_to(item.config.rootpath).as_posix()
+    place = next((number for number, first in enumerate(FIRST) if path.startswith(first)), len(FIRST))
+    return place, f"{path} {item.name}" if KILLS in item.name else path
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import socket
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +23,7 @@ from context_diffusion.machine import extras, lacks, machine_checks
 from context_diffusion.storage import Storage
 from driving import COMMAND, ENVIRONMENT
 from inputs import write_pictures
+from ports import free_port
 
 STORAGE = Storage(deadline_s=1)
 UNDETECTED = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # typer's own way to name the shell
@@ -146,16 +146,11 @@ def test_doctor_looks_at_all_and_ends_with_2_where_something_is_broken(tmp_path:
     assert not (tmp_path / "new").exists()
     assert len(err.splitlines()) == len(checks)
     code, out, err = call(
-        "doctor", str(tmp_path / "gone"), "--model", "no-such-model", "--address", f"http://127.0.0.1:{closed_port()}"
+        "doctor", str(tmp_path / "gone"), "--model", "no-such-model", "--address", f"http://127.0.0.1:{free_port()}"
     )
     broken = [check["name"] for check in json.loads(out)["checks"] if not check["ok"]]
     assert (code, json.loads(out)["exit"], broken) == (2, 2, ["storage", "cluster", "model"])
     assert err.count("BROKEN") == 3
-
-
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def test_a_package_that_is_too_old_or_missing_is_named() -> None:

@@ -19,6 +19,7 @@ LAYERS = [
         "allow",
         "guard",
         "images",
+        "context_images",
         "contact",
         "encoding",
         "recipe",
@@ -33,7 +34,7 @@ LAYERS = [
         "evaluation",
         "training.config",
     },
-    {"model.source", "model.hub", "model.presets"},
+    {"model.source", "model.defaults", "model.hub", "model.presets"},
     {
         "output",
         "closing",

@@ -24,6 +24,8 @@ from context_diffusion.errors import EXITS, REMEDIES, ErrorCode
 from context_diffusion.evaluation.config import EvaluateJob
 from context_diffusion.jobfile import check_job, parse
 from context_diffusion.metrics import METRICS, exported
+from context_diffusion.model.defaults import Defaults, resolved_settings, stable_diffusion_defaults
+from context_diffusion.model.presets import PRESETS
 from context_diffusion.strict import Parts
 from context_diffusion.training.config import (
     Architecture,
@@ -101,6 +103,26 @@ TABLES = {
     "codes": listed("| error code | what to do |", {f"`{code}`": REMEDIES.get(code, "") for code in ErrorCode}),
 }
 
+PRESET_SETTINGS = ("num_inference_steps", "scheduler", "guidance_scale", "context_scale", "controlnet_conditioning_scale")
+
+
+def presets() -> str:
+    """What each named model is used with where a job leaves it out."""
+    own = {
+        "bundled": (128, Defaults()),
+        "sd15": (512, stable_diffusion_defaults(False, {"_class_name": "PNDMScheduler"}, PRESETS["sd15"].controlnets)),
+        "sdxl": (1024, stable_diffusion_defaults(True, {"_class_name": "EulerDiscreteScheduler"}, PRESETS["sdxl"].controlnets)),
+    }
+    lines = {}
+    for name, (size, defaults) in own.items():
+        used = resolved_settings(defaults, Settings()).model_dump()
+        scale = used["controlnet_conditioning_scale"]
+        values = [*(used[setting] for setting in PRESET_SETTINGS[:-1]), *(scale if isinstance(scale, list) else [scale])]
+        lines[f"`{name}`"] = " | ".join(map(str, [size, "+".join(defaults.control or ()), *values]))
+    return listed(f"| model | pixels | control | {' | '.join(PRESET_SETTINGS)} |", lines)
+
+
+TABLES["presets"] = presets()
 PAGES = {
     README: TABLES,
     ROOT / "jobs/README.md": {"files": heads("jobs", "*.yaml", "*.py", "*/*.py")},

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from context_diffusion.supervise import _members
+from context_diffusion.supervise import _members, end_session
+from ports import free_port, free_ports
 
 TOKEN = "a-token-of-this-test-and-no-other-0123456789"
 
@@ -61,16 +61,10 @@ class Cluster:
         return self.process.stdout.readline().strip()
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return int(listening.getsockname()[1])
-
-
 def start_cluster(python: str = sys.executable, nodes: int = 2) -> Iterator[Cluster]:
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0", "NO_COLOR": "1"}
     environment |= {"PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"}  # entrypoints say `python`
-    command = [python, str(Path(__file__).with_name("up.py")), *(str(free_port()) for _ in range(1 + nodes))]
+    command = [python, str(Path(__file__).with_name("up.py")), *map(str, free_ports(1 + nodes))]
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -82,7 +76,9 @@ def start_cluster(python: str = sys.executable, nodes: int = 2) -> Iterator[Clus
     finally:
         assert process.stdin
         process.stdin.close()
-        process.wait(timeout=60)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a busy machine: its end is no test's matter
+            process.wait(timeout=60)
+        end_session(process.pid)
 
 
 @pytest.fixture(scope="module")

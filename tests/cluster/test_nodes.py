@@ -92,7 +92,11 @@ def test_weights_are_fetched_once_for_two_nodes_and_then_by_no_engine(cluster: C
     for name, made in (("base", make_base(tmp_path / "made")), ("net", make_controlnet(tmp_path / "made"))):
         shutil.copytree(made, tmp_path / "hub" / "someone" / name)
     values = job_values(write_manifest(tmp_path / "in", 3), tmp_path / "out")
-    values |= {"model": {"base": "someone/base", "controlnet": "someone/net"}, "settings": {"num_inference_steps": 2}}
+    values |= {
+        "model": {"base": "someone/base", "controlnet": "someone/net"},
+        "control": "canny",
+        "settings": {"num_inference_steps": 2},
+    }
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump(values))
     with hub_of(tmp_path / "hub") as (endpoint, fetched):

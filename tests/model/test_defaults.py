@@ -112,7 +112,7 @@ def test_presets_have_settings_of_their_own_size_and_controlnets_that_are_known(
 
 
 def test_a_controlnet_of_unknown_kind_must_be_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = {"base": make_base(tmp_path), "controlnet": make_controlnet(tmp_path)}
     write_manifest(tmp_path / "in", 2)
@@ -122,7 +122,7 @@ def test_a_controlnet_of_unknown_kind_must_be_told(
     for command in ("validate", "run"):
         monkeypatch.setattr("sys.argv", ["context-diffusion", command, str(tmp_path / "job.json")])
         assert cli._run() == 2
-        assert "set control to canny, gray" in capsys.readouterr().err
+        assert "set control to canny, gray" in capfd.readouterr().err
     assert not (tmp_path / "out" / "plan.json").exists()
     pipeline = ContextDiffusion.from_pretrained(model, device="cpu")
     with pytest.raises(ValueError, match=r"control: .*controlnet1 was trained on is unknown"):
