@@ -19,7 +19,7 @@ from diffusers import (
 from diffusers.models.embeddings import ImageProjection, IPAdapterFaceIDImageProjection, IPAdapterPlusImageProjection
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -170,14 +170,18 @@ def make_safety_checker(folder: Path, pictures: list[Pixels]) -> str:
     return str(folder / "safety_checker")
 
 
-def make_face_adapter(folder: Path) -> dict[str, str]:
+def make_face_adapter(folder: Path, base: str) -> dict[str, str]:
     """A FaceID adapter: its projection reads a face's embedding. -> the `model:` keys."""
-    layer = IPAdapterFaceIDImageProjection(WIDTH, 512, 2, 4)
+    plain = make_ip_adapter(folder, base)
+    weights = {
+        name: value
+        for name, value in load_file(Path(plain["ip_adapter"]) / plain["ip_adapter_weight_name"]).items()
+        if name.startswith("ip_adapter.")
+    }
     published = {"ff.net.0.proj": "proj.0", "ff.net.2": "proj.2"}
-    weights = {"ip_adapter.1.to_k_ip.weight": torch.zeros(32, WIDTH)}
-    for name, value in layer.state_dict().items():
+    for name, value in IPAdapterFaceIDImageProjection(512, WIDTH, 2, 4).state_dict().items():
         known = next((part for part in published if part in name), "")
-        weights[f"image_proj.{name.replace(known, published.get(known, ''))}"] = value
+        weights[f"image_proj.{name.replace(known, published[known]) if known else name}"] = value
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "face.safetensors")
     return {"ip_adapter": str(folder), "ip_adapter_weight_name": "face.safetensors"}
 

@@ -233,8 +233,9 @@ def test_half_precision_keeps_the_autoencoder_of_xl_in_float32_in_both_direction
 
 
 def test_an_adapter_for_faces_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
-    model = {"base": make_base(tmp_path), "image_encoder": make_image_encoder(tmp_path), **make_face_adapter(tmp_path)}
-    with pytest.raises(ModelError, match=r"ip_adapter .*face\.safetensors"):
+    base = make_base(tmp_path)
+    model = {"base": base, "image_encoder": make_image_encoder(tmp_path), **make_face_adapter(tmp_path, base)}
+    with pytest.raises(ModelError, match=r"face\.safetensors is a IPAdapterFaceIDImageProjection, which is not supported"):
         ContextDiffusion.from_pretrained(model, device="cpu")
 
 
