@@ -19,6 +19,7 @@ LAYERS = [
         "allow",
         "guard",
         "images",
+        "colour_profiles",
         "context_images",
         "contact",
         "encoding",

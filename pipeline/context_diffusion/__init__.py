@@ -20,6 +20,10 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """torch and diffusers load when a name of the API is first used, not at import."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("context-diffusion")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

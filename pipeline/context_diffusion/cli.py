@@ -5,6 +5,7 @@ Logs and progress go to stderr; the last line of stdout is one JSON object; exit
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 import traceback
@@ -55,7 +56,28 @@ rows failed, 2 the job is wrong, 4 too many rows failed, 75, 143, 130 and 1: sto
 
 FINISHED = (EXIT_OK, EXIT_ROWS_FAILED)
 
-app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, help=ABOUT)
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help=ABOUT,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(importlib.metadata.version("context-diffusion"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="the version, and nothing else")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -69,6 +69,13 @@ class Settings(StrictModel):
     num_images: int = Field(default=1, ge=1, le=64, description="images of this row")
 
     @model_validator(mode="after")
+    def _seeds_fit(self) -> Self:
+        if self.seed is not None and self.seed + self.num_images > 2**63:
+            last = f"seed + {self.num_images - 1}"
+            raise ValueError(f"seed ({self.seed}): the last of num_images ({self.num_images}) has {last}, over 2^63 - 1")
+        return self
+
+    @model_validator(mode="after")
     def _window_is_open(self) -> Self:
         if self.control_guidance_start >= self.control_guidance_end:
             raise ValueError(

@@ -17,6 +17,7 @@ Knows nothing of the rest of the package.
 
 from __future__ import annotations
 
+import re
 import traceback
 from enum import StrEnum
 from typing import Any
@@ -155,16 +156,22 @@ class RowError(ContextDiffusionError):
         return f"{self.code}: {self.message}"
 
 
+def one_line(text: str, most: int = 1000) -> str:
+    """A message as one line without a terminal's colours, cut at `most` characters."""
+    line = " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
 def classify(error: Exception) -> dict[str, Any]:
-    """An exception that crossed Ray -> exit code and message: ours travel as the cause of Ray's."""
+    """An exception that crossed Ray -> exit code and message, one line: ours travel as the cause of Ray's."""
     chain: BaseException | None = error
     while chain is not None:
         ours = chain if isinstance(chain, ContextDiffusionError) else getattr(chain, "cause", None)
         if isinstance(ours, ContextDiffusionError):
-            return {"exit": ours.exit_code, "error": str(ours)}
+            return {"exit": ours.exit_code, "error": one_line(str(ours))}
         chain = chain.__cause__ or (ours if isinstance(ours, BaseException) else None)
     name = type(error).__module__.split(".")[0]
     if name == "ray" or isinstance(error, TimeoutError):
-        return {"exit": ClusterError.exit_code, "error": f"{type(error).__name__}: {error}"[:2000]}
+        return {"exit": ClusterError.exit_code, "error": one_line(f"{type(error).__name__}: {error}")}
     traceback.print_exception(error)
-    return {"exit": EXIT_UNEXPECTED, "error": f"{type(error).__name__}: {error}"}
+    return {"exit": EXIT_UNEXPECTED, "error": one_line(f"{type(error).__name__}: {error}")}

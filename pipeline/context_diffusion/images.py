@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
+from context_diffusion.colour_profiles import in_srgb, without_text
 from context_diffusion.config import Fit, Limits
 from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.schema import Pixels
@@ -77,7 +78,7 @@ def _shown(image: Image.Image, name: str) -> Pixels:
 def open_image(data: bytes, limits: Limits, name: str) -> Image.Image:
     """Reads the header only, and checks the size that it tells."""
     try:
-        image = _read_header(data)
+        image = _read_header(without_text(data))
     except Exception as error:
         code, what = ErrorCode.NOT_AN_IMAGE, f"not one of {', '.join(FORMATS)}"
         if _is_cut_off(data):
@@ -127,12 +128,12 @@ def _is_cut_off(data: bytes) -> bool:
 
 
 def shown(image: Image.Image) -> Pixels:
-    """What a viewer shows of a Pillow image of any mode, (H, W, 3): oriented, over white, 8 bit."""
+    """What a viewer shows of a Pillow image of any mode, (H, W, 3): oriented, in sRGB, over white, 8 bit."""
     image.load()
     if _orientation(image) != 1:
         with contextlib.suppress(Exception):  # a viewer shows a picture with a broken EXIF block as it lies
             image = ImageOps.exif_transpose(image)
-    return _to_rgb(image)
+    return _to_rgb(in_srgb(image))
 
 
 def _to_rgb(image: Image.Image) -> Pixels:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from context_diffusion.errors import ManifestError
 from context_diffusion.parquet import NotParquetError, read_parquet_file
 from context_diffusion.schema import Shard
-from context_diffusion.storage import Storage
+from context_diffusion.storage import Storage, normal, parent
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -42,16 +42,29 @@ def expand(manifests: list[str], storage: Storage) -> list[str]:
     """Paths, URLs, globs and folders -> files, each list entry's in sorted order."""
     found: list[str] = []
     for entry in manifests:
-        if GLOB & set(entry):
-            files = storage.glob(entry)
-        elif storage.is_folder(entry):
-            files = [uri for suffix in FORMATS for uri in storage.glob(f"{entry.rstrip('/')}/**/*{suffix}")]
+        if storage.is_folder(entry):
+            below = visible(storage.files(entry), normal(entry))
+            files = [uri for suffix in FORMATS for uri in below if uri.endswith(suffix)]
+        elif storage.exists(entry):  # whatever signs its name holds
+            files = [entry]
         else:
-            files = [entry] if storage.exists(entry) else []
+            files = storage.glob(entry) if GLOB & set(entry) else []
         if not files:
             raise ManifestError(f"{entry}: there is no such manifest (Parquet, JSONL or CSV file, folder or glob)")
         found += files
     return found
+
+
+def visible(files: list[str], folder: str) -> list[str]:
+    """The files below a folder that are meant as data: not what lies in an OUTPUT below it, and none whose name or folder
+    begins with a dot or an underscore, as checkpoints, logs and other programs' leavings do. (`_x=1` is a partition.)"""
+    outputs = [f"{parent(uri)}/" for uri in files if uri.endswith("/plan.json") and parent(uri) != folder]
+
+    def hidden(uri: str) -> bool:
+        names = uri.removeprefix(folder).strip("/").split("/")
+        return any(name.startswith((".", "__MACOSX")) or (name.startswith("_") and "=" not in name) for name in names)
+
+    return [uri for uri in files if not hidden(uri) and not uri.startswith(tuple(outputs))]
 
 
 def open_file(uri: str, storage: Storage) -> ManifestFile:
@@ -67,6 +80,8 @@ def open_file(uri: str, storage: Storage) -> ManifestFile:
     if form == "csv":
         with storage.open(uri) as file:
             columns = next(_csv_records(uri, file, 0))[2]
+        if repeated := sorted({name for name in columns if columns.count(name) > 1}):
+            raise ManifestError(f"{uri}: the header names {', '.join(repeated)} more than once: which is meant?")
     return ManifestFile(uri, form, columns, [])
 
 
@@ -158,12 +173,17 @@ def _json_rows(uri: str, handle: BinaryIO, first: int) -> Iterator[tuple[int, in
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = json.loads(line.decode("utf-8-sig"), parse_constant=_constant)
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"{uri}: line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ManifestError(f"{uri}: line {number} is not a JSON object but {type(row).__name__}")
         yield begin, end, row
+
+
+def _constant(name: str) -> float | None:
+    """NaN, as pandas writes what is missing, is null."""
+    return None if name == "NaN" else float(name)
 
 
 def _csv_records(uri: str, handle: BinaryIO, first: int) -> Iterator[tuple[int, int, list[str]]]:

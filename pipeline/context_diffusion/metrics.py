@@ -7,6 +7,7 @@ Every node's metrics port shows them to Prometheus, under the names that `export
 from __future__ import annotations
 
 import collections
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,14 +61,26 @@ class Metrics:
         for name in names:
             metric = METRICS[name]
             self._known[name] = metric.kind(PREFIX + name, metric.what, ("output", *metric.labels))
-            self._known[name].set_default_tags(common)
+            self._known[name].set_default_tags(_ascii(common))
 
     def count(self, name: str, value: float = 1, **labels: str) -> None:
         if value > 0:
-            self._known[name].inc(value, labels)
+            self._record(name, "inc", value, labels)
 
     def set(self, name: str, value: float, **labels: str) -> None:
-        self._known[name].set(value, labels)
+        self._record(name, "set", value, labels)
+
+    def _record(self, name: str, how: str, value: float, labels: dict[str, str]) -> None:
+        """Record a value. A metric that Ray refuses is missed, and the run goes on."""
+        try:
+            getattr(self._known[name], how)(value, _ascii(labels))
+        except Exception as error:
+            logging.getLogger(__name__).warning("the metric %s was not recorded: %r", name, error)
+
+
+def _ascii(labels: dict[str, str]) -> dict[str, str]:
+    """Ray's labels are ASCII; other characters become escapes: jos\\xe9."""
+    return {name: value.encode("ascii", "backslashreplace").decode() for name, value in labels.items()}
 
 
 def _repeat(look: Callable[[], None], until: threading.Event) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from context_diffusion.errors import JobError, ManifestError
 from context_diffusion.images import ENDINGS
-from context_diffusion.manifest import FORMATS
+from context_diffusion.manifest import FORMATS, visible
 from context_diffusion.output import to_parquet
 from context_diffusion.schema import CONTEXT, ID, PROMPT, QUERY
 from context_diffusion.storage import Storage, normal, parent
@@ -127,7 +127,7 @@ def _pictures(option: str, folder: str, storage: Storage) -> list[str]:
     root = normal(folder)
     if not storage.is_folder(root):
         raise ManifestError(f"{option} {folder}: there is no such folder")
-    found = [uri for uri in storage.files(root) if uri.lower().endswith(ENDINGS)]
+    found = [uri for uri in visible(storage.files(root), root) if uri.lower().endswith(ENDINGS)]
     if not found:
         raise ManifestError(f"{option} {folder}: no pictures in it ({', '.join(ENDINGS)})")
     return sorted(found, key=lambda uri: uri.removeprefix(root).split("/"))

@@ -11,7 +11,6 @@ import json
 from functools import cache
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from context_diffusion.config import GenerateJob, Settings
@@ -87,15 +86,9 @@ def told_in(data: bytes, name: str) -> Told:
 
 
 def told_by(row: dict[str, Any], record: Any) -> Told:
-    """The same of a row of OUTPUT and its plan.json. Its settings were stored as float32: 1.1 is 1.1 again."""
-    told = {key: _shortest(row[key]) for key in ROW if row.get(key) is not None}
+    """The same of a row of OUTPUT and its plan.json."""
+    told = {key: row[key] for key in ROW if row.get(key) is not None}
     return told | {"versions": record["versions"]}
-
-
-def _shortest(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_shortest(one) for one in value]
-    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def settings_of(told: Told, name: str) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -38,8 +39,8 @@ def column_names(job: GenerateJob) -> dict[str, str]:
 
 def row_id(row: Row, names: dict[str, str]) -> str:
     """The id that the row gives, or one derived from all of it."""
-    given = row.get(names[ID])
-    return derive_id(row) if given is None or given == "" else str(given)
+    given = _storable({"id": row.get(names[ID])})["id"]
+    return derive_id(_storable(row)) if given is None or given == "" else str(given)
 
 
 def passed_name(name: str) -> str:
@@ -59,9 +60,12 @@ def read_table(rows: list[Row], shard: int, job: GenerateJob, base: str, passed:
 
 
 def _storable(row: Row) -> Row:
-    """Half a surrogate pair is JSON but no UTF-8: such text would end the shard, so it is marked where it stands."""
+    """Half a surrogate pair is JSON but no UTF-8: such text would end the shard, so it is marked where it stands. NaN is what
+    is missing: null."""
 
     def mend(value: Any) -> Any:
+        if isinstance(value, float) and math.isnan(value):
+            return None
         if isinstance(value, str):
             return value.encode("utf-8", "replace").decode() if any("\ud800" <= c <= "\udfff" for c in value) else value
         return [mend(item) for item in value] if isinstance(value, list) else value

@@ -92,10 +92,9 @@ class Scan:
             return
         if file.format == "csv":
             self._check_columns(file.uri, file.columns)
-        last = 0
+        last, keys = 0, dict[str, None]()  # a JSONL row may lack what is null
         for begin, end, row in scan_text(file, self.storage):
-            if file.format == "jsonl" and not self.rows_of[number]:
-                self._check_columns(file.uri, list(row))
+            keys |= dict.fromkeys(row)
             for name, value in row.items():
                 self._see(name, pa.string() if file.format == "csv" else _json_type(value))
             self.rows_of[number] += 1
@@ -103,6 +102,8 @@ class Scan:
             last = end
             yield row_id(row, self.names), f"{begin} {row}\n"
         self.bounds[number].append(last)
+        if file.format == "jsonl" and self.rows_of[number]:
+            self._check_columns(file.uri, list(keys))
 
     def _check_columns(self, uri: str, columns: list[str]) -> None:
         missing = [self.names[name] for name in (QUERY, CONTEXT) if self.names[name] not in columns]

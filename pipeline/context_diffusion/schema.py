@@ -91,14 +91,14 @@ SETTING_TYPES: dict[str, pa.DataType] = {
     "seed": pa.int64(),
     "num_inference_steps": pa.int32(),
     "scheduler": pa.string(),
-    "guidance_scale": pa.float32(),
-    "context_guidance_scale": pa.float32(),
-    "controlnet_conditioning_scale": pa.list_(pa.float32()),  # of each ControlNet
-    "control_guidance_start": pa.float32(),
-    "control_guidance_end": pa.float32(),
-    "context_scale": pa.float32(),
-    "context_weights": pa.list_(pa.float32()),
-    "strength": pa.float32(),
+    "guidance_scale": pa.float64(),
+    "context_guidance_scale": pa.float64(),
+    "controlnet_conditioning_scale": pa.list_(pa.float64()),  # of each ControlNet
+    "control_guidance_start": pa.float64(),
+    "control_guidance_end": pa.float64(),
+    "context_scale": pa.float64(),
+    "context_weights": pa.list_(pa.float64()),
+    "strength": pa.float64(),
     "num_images": pa.int32(),
 }
 SCORE_COLUMNS = tuple(column for columns in COLUMNS_BY_SCORE.values() for column in columns)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 import tenacity
 from fsspec.core import url_to_fs
 
-from context_diffusion.errors import ConfigError, ErrorCode, RowError, StorageError
+from context_diffusion.errors import ConfigError, ErrorCode, RowError, StorageError, one_line
 from context_diffusion.local_files import create_file, removed_again, replace_file
 
 T = TypeVar("T")
@@ -49,8 +49,11 @@ def is_local(uri: str) -> bool:
 
 
 def normal(uri: str) -> str:
-    """One spelling: an absolute path, or scheme://... without a slash at its end."""
-    return local_path(uri) if is_local(uri) else uri.rstrip("/")
+    """One spelling: an absolute path, or scheme://... in lower case, without a slash at its end."""
+    if is_local(uri):
+        return local_path(uri)
+    scheme, rest = uri.split("://", 1)
+    return f"{scheme.lower()}://{rest}".rstrip("/")
 
 
 def parent(uri: str) -> str:
@@ -140,7 +143,10 @@ class Storage:
         Raises RowError with the URI; StorageError where the store itself is away.
         """
         guarded = http_client is not None and protocol(uri) in ("http", "https")
-        fs, path = self._fs(uri, get_client=http_client) if guarded else self._fs(uri)
+        try:
+            fs, path = self._fs(uri, get_client=http_client) if guarded else self._fs(uri)
+        except ConfigError as error:  # a protocol whose package is not installed: this row's failure, not the job's
+            raise RowError(ErrorCode.UNREADABLE_FILE, one_line(str(error))) from None
         try:
             size = self._try(uri, lambda: fs.info(path))
             if size["type"] == "directory":

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from test_diffusers import SIDE, row
 from transformers import CLIPImageProcessor
 
@@ -136,6 +137,17 @@ def test_clip_skip_and_a_lora_are_what_diffusers_makes_of_them(model: Model, tmp
     by_diffusers = np.asarray(theirs(**told).images[0])
     assert np.abs(ours.astype(int) - by_diffusers).max() <= 1
     assert np.abs(ours.astype(int) - image(load({"base": model["base"]}), one)).max() > 20
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model.blocks."])
+def test_a_lora_that_changes_nothing_is_refused(model: Model, tmp_path: Path, prefix: str) -> None:
+    """PEFT's own file has no prefix; those of Flux and Wan name layers that Stable Diffusion lacks."""
+    weights = {}
+    for part, shape in (("lora_A", (2, 32)), ("lora_B", (32, 2))):
+        weights[f"{prefix}down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.{part}.weight"] = torch.ones(shape)
+    save_file(weights, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match=r"lora .*other\.safetensors"):
+        load({"base": model["base"], "lora": str(tmp_path / "other.safetensors")})
 
 
 def test_the_safety_checkers_verdict_is_diffusers_and_changes_no_pixel(

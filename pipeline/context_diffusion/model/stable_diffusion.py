@@ -112,11 +112,26 @@ def _fuse_loras(pipe: Any, parts: Parts) -> None:
         path = fetch(folder or ".", file, parts.revision)
         try:
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"lora{number}")
+            _check_lora(pipe, f"lora{number}", name, parts.base)
             pipe.fuse_lora(lora_scale=scale, adapter_names=[f"lora{number}"])
             pipe.unload_lora_weights()
+        except ModelError:
+            raise
         except Exception as error:
             hint = "; pip install 'context-diffusion[lora]'" if "PEFT" in str(error) else ""
             raise ModelError(f"model: lora {name} cannot be loaded into {parts.base}: {error}{hint}") from error
+
+
+def _check_lora(pipe: Any, adapter: str, name: str, base: str) -> None:
+    """Raise ModelError where a LoRA changes nothing: diffusers leaves keys that fit no layer aside, all of them too."""
+    for component in pipe.get_list_adapters():
+        layers = getattr(pipe, component).named_modules()
+        if any(adapter in getattr(layer, "lora_B", {}) and layer.lora_B[adapter].weight.any() for _, layer in layers):
+            return
+    raise ModelError(
+        f"model: lora {name} changes no weight of {base}: its keys fit none of its layers; "
+        "was it made for another kind of model, or saved without the prefix unet.?"
+    )
 
 
 def _load_ip_adapter(pipe: Any, parts: Parts, path: Path) -> None:
