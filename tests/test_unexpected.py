@@ -20,7 +20,7 @@ import context_diffusion
 from context_diffusion.config import GenerateJob, Limits, Settings
 from context_diffusion.errors import ErrorCode, ManifestError, RowError, classify
 from context_diffusion.images import decode_image
-from context_diffusion.manifest import expand, open_file
+from context_diffusion.manifest import expand, open_file, rows_of
 from context_diffusion.output import Output
 from context_diffusion.pairing import Pairing, write_manifest
 from context_diffusion.plan import Plan, open_plan, read_shards
@@ -42,7 +42,7 @@ def planned(folder: Path, name: str, **more: Any) -> tuple[Plan, list[dict[str, 
     for number in range(len(plan.files)):
         for shard in read_shards(output, number):
             [table] = ReadShard(plan.job, plan.files[number], shard, plan.passed, STORAGE)()
-            rows += table.to_pylist()
+            rows += rows_of(table)
     return plan, rows
 
 
@@ -82,6 +82,50 @@ def test_an_error_is_one_line_without_colours() -> None:
     assert "\n" not in told
     assert "\x1b" not in told
     assert len(told) <= 1000
+
+
+def test_columns_that_we_do_not_know_are_copied_whatever_their_type(tmp_path: Path) -> None:
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(8, dtype=np.int32).reshape(2, 2, 2))
+    late = pa.array([300_000_000_000_000, None], pa.timestamp("ms"))
+    columns: dict[str, Any] = {
+        "query": ["a.png"] * 2,
+        "context": [["a.png"]] * 2,
+        "tensor": tensors,
+        "flag": pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1, 0], pa.int8())),
+        "day": pa.array([20000, None], pa.date32()),
+        "late": late,
+        "raw": pa.array([b"\xff", None]),
+        "short": pa.array([1, 2], pa.int16()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "m.parquet")
+    plan, rows = planned(tmp_path, "m.parquet")
+    assert len({row["id"] for row in rows}) == 2, "derived ids, of values that Python has none for too"
+    [read] = [
+        ReadShard(plan.job, plan.files[0], shard, plan.passed, STORAGE)()[0]
+        for shard in read_shards(Output(plan.job.output, STORAGE), 0)
+    ]
+    assert read["passed:late"].combine_chunks().equals(late)
+    assert read["passed:tensor"].to_pylist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [read[f"passed:{name}"].type for name in ("flag", "day", "raw", "short")] == [
+        pa.int8(), pa.date32(), pa.binary(), pa.int16()]  # fmt: skip
+
+
+def test_types_that_differ_over_files_are_widened_or_refused_with_both_names(tmp_path: Path) -> None:
+    def write(name: str, **columns: Any) -> None:
+        (tmp_path / "m.parquet").mkdir(exist_ok=True)
+        table = {"id": [name], "query": ["a.png"], "context": [["a.png"]], **columns}
+        pq.write_table(pa.table(table), tmp_path / "m.parquet" / f"{name}.parquet")
+
+    write("a", n=pa.array([None], pa.null()), m=pa.array([1], pa.int32()), raw=pa.array([b"\xff"]))
+    write("b", n=pa.array([5], pa.int64()), m=pa.array([2**40], pa.int64()), raw=pa.array([None], pa.null()))
+    _, rows = planned(tmp_path, "m.parquet")
+    assert [row["passed:n"] for row in rows] == [None, 5]
+    assert [row["passed:m"] for row in rows] == [1, 2**40]
+    assert [row["passed:raw"] for row in rows] == [b"\xff", None]
+    write("c", n=pa.array(["text"]))
+    expanded = GenerateJob.model_validate(job_values(str(tmp_path / "m.parquet"), tmp_path / "other"))
+    with pytest.raises(ManifestError, match=r"'n' is int64 in .*\.parquet and string in .*c\.parquet"):
+        open_plan(expanded, Output(expanded.output, STORAGE), STORAGE)
 
 
 # C. Missing values and types

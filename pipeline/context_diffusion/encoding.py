@@ -94,7 +94,7 @@ def read_metadata(data: bytes) -> dict[str, str]:
 
     Raises RowError as decode_image does, for the header.
     """
-    image = open_image(data, Limits(), "image")
+    image = open_image(data, Limits(), "image", texts=True)
     if image.format == "PNG":
         texts = {str(key): text for key, text in image.info.items() if isinstance(text, str)}
         return {key: str(text) for key, text in texts.items() if key != XMP_KEY}  # plain str: Pillow's has a language

@@ -75,10 +75,10 @@ def _shown(image: Image.Image, name: str) -> Pixels:
         raise _row_error(error, ErrorCode.TRUNCATED_IMAGE, f"{name}: the picture is cut off or damaged") from error
 
 
-def open_image(data: bytes, limits: Limits, name: str) -> Image.Image:
-    """Reads the header only, and checks the size that it tells."""
+def open_image(data: bytes, limits: Limits, name: str, texts: bool = False) -> Image.Image:
+    """Read the header only, and check the size that it tells. texts: keep a PNG's texts, whose size Pillow limits."""
     try:
-        image = _read_header(without_text(data))
+        image = _read_header(data if texts else without_text(data))
     except Exception as error:
         code, what = ErrorCode.NOT_AN_IMAGE, f"not one of {', '.join(FORMATS)}"
         if _is_cut_off(data):

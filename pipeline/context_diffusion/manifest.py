@@ -104,7 +104,7 @@ def scan_parquet(file: ManifestFile, storage: Storage, columns: list[str] | None
     """All rows of a Parquet file, these columns of them (None: all)."""
     for group in range(len(file.groups)):
         for batch in _row_group(file, group, storage, columns).to_batches(4096):
-            yield from batch.to_pylist()
+            yield from rows_of(batch)
 
 
 def read_text(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:
@@ -120,14 +120,30 @@ def read_text(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:
     return rows
 
 
-def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:
-    """The rows of a shard of a Parquet file. Its row group stays in this process for the shards that follow: a group
+def rows_of(table: pa.Table | pa.RecordBatch) -> list[Row]:
+    """The rows of a table. What Python has no value for, such as a time past the year 9999, becomes text."""
+    columns = [_plain_values(column) for column in table.columns]
+    return [dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _plain_values(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except (OverflowError, ValueError, ImportError, pa.ArrowException):
+        try:
+            return column.cast(pa.string()).to_pylist()
+        except pa.ArrowException:
+            return [str(hash(cell)) for cell in column]
+
+
+def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> pa.Table:
+    """Read the rows of a shard of a Parquet file. Its row group stays in this process for the shards that follow: a group
     cannot be entered in the middle, and Ray Data would join the blocks of a task that read it all."""
     key = (file.uri, shard.group)
     if key not in _last_group or len(_last_group[key]) < shard.first_row + shard.rows:  # the file may have grown
         _last_group.clear()
         _last_group[key] = _row_group(file, shard.group, storage)
-    rows = _last_group[key].slice(shard.first_row, shard.rows).to_pylist()
+    rows = _last_group[key].slice(shard.first_row, shard.rows)
     if len(rows) != shard.rows:
         raise ManifestError(f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?")
     return rows

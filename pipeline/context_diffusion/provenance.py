@@ -21,7 +21,7 @@ from context_diffusion.model.source import find_model
 from context_diffusion.output import Output
 from context_diffusion.plan import read_shards
 from context_diffusion.recipe import Told, parts_of, settings_of, sources_of, told_by, told_in
-from context_diffusion.schema import CONTEXT, CONTROL_IMAGE, ID, NEGATIVE_PROMPT, PROMPT, QUERY, READ
+from context_diffusion.schema import CONTEXT, CONTROL_IMAGE, ID, NEGATIVE_PROMPT, OUTPUT, PROMPT, QUERY, READ
 from context_diffusion.stages import ReadShard
 from context_diffusion.storage import Storage, normal, parent
 
@@ -79,7 +79,7 @@ def _row(found: Found) -> dict[str, Any] | None:
     if found.output is None or not found.output.storage.exists(found.output.part(found.shard)):
         return None
     name = found.uri.removeprefix(f"{found.output.root}/")
-    return next((row for row in found.output.read_part(found.shard).to_pylist() if row["file_name"] == name), None)
+    return next((row for row in found.output.read_part(found.shard, OUTPUT.names).to_pylist() if row["file_name"] == name), None)
 
 
 def model_of(found: Found, given: str | None) -> Model:

@@ -48,12 +48,18 @@ def passed_name(name: str) -> str:
     return f"manifest_{name}" if name in OUTPUT.names else name
 
 
-def read_table(rows: list[Row], shard: int, job: GenerateJob, base: str, passed: pa.Schema) -> pa.Table:
-    """One shard. base: the manifest's folder, for relative URIs; passed: the manifest's columns that we don't know."""
+def read_table(
+    rows: list[Row], shard: int, job: GenerateJob, base: str, passed: pa.Schema, source: pa.Table | None = None
+) -> pa.Table:
+    """Make the READ table of one shard. base: the manifest's folder, for relative URIs; passed: the manifest's columns that
+    we don't know; source: the rows as Arrow, where the file has them so: those columns are copied from it as they are."""
     names = column_names(job)
     read = [_read_row(_storable(row), shard, job, base, names) for row in rows]
     columns = {name: pa.array([row[name] for row in read], READ.field(name).type) for name in READ.names}
     for field in passed:
+        if source is not None and field.name in source.column_names:
+            columns[PASSED + passed_name(field.name)] = _cast(as_storage(source[field.name]), field.type)
+            continue
         values = [_as_type(row.get(field.name), field.type) for row in rows]
         columns[PASSED + passed_name(field.name)] = pa.array(values, field.type)
     return pa.table(columns)
@@ -143,6 +149,25 @@ def _plain(value: Any, name: str) -> Any:
     if integer and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
+
+
+def as_storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of an extension type (a tensor, bool8) as what it is stored as: readers need not know the extension."""
+    if not isinstance(column.type, pa.BaseExtensionType):
+        return column
+    return pa.chunked_array([chunk.storage for chunk in column.chunks], storage_type(column.type))
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column as its type over the whole manifest; lists and structs beside a text file's column become JSON."""
+    try:
+        return column.cast(kind)
+    except pa.ArrowException:
+        return pa.chunked_array([pa.array([_as_type(value, kind) for value in column.to_pylist()], kind)])
+
+
+def storage_type(kind: pa.DataType) -> pa.DataType:
+    return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
 def _as_type(value: Any, kind: pa.DataType) -> Any:

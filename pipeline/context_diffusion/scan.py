@@ -13,7 +13,7 @@ import pyarrow as pa
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ManifestError
 from context_diffusion.manifest import ManifestFile, parquet_schema, scan_parquet, scan_text
-from context_diffusion.rows import column_names, row_id
+from context_diffusion.rows import column_names, row_id, storage_type
 from context_diffusion.schema import CONTEXT, ID, MANIFEST_COLUMNS, QUERY, Shard
 from context_diffusion.storage import Storage
 from context_diffusion.unique import UniqueIds, name_duplicates
@@ -34,6 +34,8 @@ class Scan:
         self.rows_of = [0] * len(files)
         self.bounds = [array("q") for _ in files]  # JSONL, CSV: where each row begins, and the end; 8 bytes a row
         self.types: dict[str, pa.DataType] = {}
+        self.declared: dict[str, str | None] = {}  # the Parquet file that a column was first seen in
+        self.ours = {self.names[name] for name in MANIFEST_COLUMNS}
         with UniqueIds() as unique:
             for row in chain.from_iterable(self._ids(number) for number in range(len(files))):
                 unique.add(row)
@@ -84,7 +86,7 @@ class Scan:
         if file.format == "parquet":
             self._check_columns(file.uri, file.columns)
             for field in parquet_schema(file.uri, self.storage):
-                self._see(field.name, field.type)
+                self._see(field.name, storage_type(field.type), file.uri)
             rows = scan_parquet(file, self.storage, [self.names[ID]] if self.names[ID] in file.columns else None)
             for row in rows:
                 self.rows_of[number] += 1
@@ -115,13 +117,29 @@ class Scan:
             )
         self.has_ids = self.names[ID] in columns
 
-    def _see(self, name: str, kind: pa.DataType | None) -> None:
-        """Notes the type of a column that we don't know; columns of several types become text."""
-        if name in {self.names[ours] for ours in MANIFEST_COLUMNS} or kind is None:
+    def _see(self, name: str, kind: pa.DataType | None, uri: str | None = None) -> None:
+        """Note the type of a column that we don't know. uri: the Parquet file that declares it. Types that differ are widened,
+        and where a text file has a part in it they become text. Raises ManifestError for Parquet files that don't go together,
+        and for bytes, which are no text."""
+        if name in self.ours or kind is None:
             return
-        known = self.types.get(name, kind)
-        numbers = {pa.int64(), pa.float64()}
-        self.types[name] = known if known == kind else pa.float64() if {known, kind} == numbers else pa.string()
+        known = self.types.setdefault(name, kind)
+        first = self.declared.setdefault(name, uri)
+        if known == kind:
+            return
+        binary = any(map(pa.types.is_binary, (known, kind)))
+        try:
+            if not (uri and first) and (binary or pa.types.is_boolean(known) or pa.types.is_boolean(kind)):
+                raise pa.ArrowTypeError("text files hold no bytes, and write no booleans as numbers")
+            schemas = [pa.schema([(name, one)]) for one in (known, kind)]
+            self.types[name] = pa.unify_schemas(schemas, promote_options="permissive").field(name).type
+        except pa.ArrowException:
+            if binary or (uri and first):
+                raise ManifestError(
+                    f"the column {name!r} is {known} in {first or 'a text file'} and {kind} in {uri or 'a text file'}: "
+                    "write it with one type"
+                ) from None
+            self.types[name] = pa.string()
 
 
 def _json_type(value: Any) -> pa.DataType | None:

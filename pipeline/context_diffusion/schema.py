@@ -235,6 +235,11 @@ def from_image(value: dict[str, Any] | None) -> Pixels | None:
     return np.frombuffer(value["data"], np.uint8).reshape(value["height"], value["width"], 3)
 
 
+def known_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a table in flight, without the columns that we don't know: those stay in Arrow."""
+    return table.select([name for name in table.column_names if not name.startswith(PASSED)]).to_pylist()
+
+
 def required(value: dict[str, Any] | None) -> Pixels:
     """from_image where there must be one."""
     pixels = from_image(value)

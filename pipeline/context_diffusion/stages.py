@@ -19,10 +19,10 @@ from context_diffusion.control import controls_of
 from context_diffusion.errors import ErrorCode, RowError
 from context_diffusion.images import Size, decode_resized, output_size, statistics
 from context_diffusion.kept import Kept
-from context_diffusion.manifest import ManifestFile, read_parquet, read_text
+from context_diffusion.manifest import ManifestFile, Row, read_parquet, read_text, rows_of
 from context_diffusion.matrix import images_of
 from context_diffusion.output import Output
-from context_diffusion.rows import read_table
+from context_diffusion.rows import column_names, read_table
 from context_diffusion.schema import (
     CONTEXT,
     CONTROL_IMAGE,
@@ -40,6 +40,7 @@ from context_diffusion.schema import (
     Request,
     Result,
     Shard,
+    known_rows,
     required,
     to_image,
 )
@@ -82,9 +83,15 @@ class ReadShard:
     redo: Output | None = None  # --retry-failed: only the rows that failed there, where the shard has a part
 
     def __call__(self) -> list[pa.Table]:
-        read = read_parquet if self.file.format == "parquet" else read_text
-        rows = read(self.file, self.shard, self.storage)
-        table = read_table(rows, self.shard.number, self.job, parent(self.file.uri), self.passed)
+        source, rows = None, list[Row]()
+        if self.file.format == "parquet":
+            source = read_parquet(self.file, self.shard, self.storage)
+            names = column_names(self.job)
+            known = [name for name in source.column_names if name in names.values()]
+            rows = rows_of(source.select(known) if names[ID] in known else source)  # a derived id is of the whole row
+        else:
+            rows = read_text(self.file, self.shard, self.storage)
+        table = read_table(rows, self.shard.number, self.job, parent(self.file.uri), self.passed, source)
         return [self._failed(table, self.redo) if self.redo else table]
 
     def _failed(self, table: pa.Table, output: Output) -> pa.Table:
@@ -106,7 +113,7 @@ class LoadImages:
     def __call__(self, table: pa.Table) -> pa.Table:
         began, seen = time.time(), Seen()
         rows, codes, messages = [], [], []
-        for row in table.to_pylist():
+        for row in known_rows(table):
             loaded: dict[str, Any] = dict.fromkeys(LOADED.names)
             code, message = row["error_code"], row["error_message"]
             if code is None:
@@ -201,7 +208,7 @@ def span(began: float) -> dict[str, float]:
 def requests_of(table: pa.Table, job: GenerateJob) -> list[list[Request]]:
     """The images to make of each row: none for a failed one, num_images at each combination of the matrix for the others."""
     wanted: list[list[Request]] = []
-    for row in table.to_pylist():
+    for row in known_rows(table):
         wanted.append([])
         if row["error_code"] is not None:
             continue

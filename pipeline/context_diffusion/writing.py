@@ -33,6 +33,7 @@ from context_diffusion.schema import (
     STAGES,
     WRITTEN,
     from_image,
+    known_rows,
     required,
 )
 from context_diffusion.stages import span
@@ -49,7 +50,7 @@ class WriteShard:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         began, shard = time.time(), table["shard"][0].as_py()
-        flow = [row | self._scores(row) for row in table.to_pylist()]
+        flow = [row | self._scores(row) for row in known_rows(table)]
         kept = self._kept(shard, flow)
         made = [self._row(flow[number]) for number in kept]
         rows, pictures = [row for row, _ in made], [picture for _, picture in made]
