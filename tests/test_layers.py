@@ -19,6 +19,7 @@ LAYERS = [
         "allow",
         "guard",
         "images",
+        "close_names",
         "colour_profiles",
         "context_images",
         "contact",

@@ -17,8 +17,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import context_diffusion
+from context_diffusion.close_names import column_warnings
 from context_diffusion.config import GenerateJob, Limits, Settings
-from context_diffusion.errors import ErrorCode, ManifestError, RowError, classify
+from context_diffusion.errors import ErrorCode, ManifestError, OutputConflictError, RowError, classify
 from context_diffusion.images import decode_image
 from context_diffusion.manifest import expand, open_file, rows_of
 from context_diffusion.output import Output
@@ -27,7 +28,9 @@ from context_diffusion.plan import Plan, open_plan, read_shards
 from context_diffusion.rows import row_id
 from context_diffusion.stages import ReadShard
 from context_diffusion.storage import Storage, normal
+from context_diffusion.validate import validate_job
 from inputs import job_values
+from inputs import write_manifest as make_manifest
 from test_writing import make
 
 STORAGE = Storage(deadline_s=1)
@@ -126,6 +129,49 @@ def test_types_that_differ_over_files_are_widened_or_refused_with_both_names(tmp
     expanded = GenerateJob.model_validate(job_values(str(tmp_path / "m.parquet"), tmp_path / "other"))
     with pytest.raises(ManifestError, match=r"'n' is int64 in .*\.parquet and string in .*c\.parquet"):
         open_plan(expanded, Output(expanded.output, STORAGE), STORAGE)
+
+
+# B. Settings that silently do nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("steps", "num_inference_steps"),
+        ("cfg_scale", "guidance_scale"),
+        ("guidance", "guidance_scale"),
+        ("Sampler", "scheduler"),
+        ("guidence_scale", "guidance_scale"),
+        ("negativ_prompt", "negative_prompt"),
+        ("likes", None),
+        ("photographer", None),
+        ("url", None),
+    ],
+)
+def test_a_column_that_was_probably_meant_as_ours_is_told(name: str, ours: str | None) -> None:
+    told = column_warnings([name])
+    assert bool(told) is bool(ours)
+    assert not ours or (repr(ours) in told[0] and f"{{{ours}: {name}}}" in told[0])
+
+
+def test_validate_tells_what_a_run_would_end_with(tmp_path: Path) -> None:
+    manifest = make_manifest(tmp_path / "in", 8, {1: {"query": "gone.png"}})
+    job = GenerateJob.model_validate(job_values(manifest, tmp_path / "out"))
+    assert validate_job(job, 8)["exit"] == 3
+    assert validate_job(job, 1)["exit"] == 0, "the first row is good"
+    assert validate_job(job.model_copy(update={"max_failed": 0}), 8)["exit"] == 4
+    open_plan(job, Output(job.output, STORAGE), STORAGE)
+    assert validate_job(job, 8)["exit"] == 3
+    with pytest.raises(OutputConflictError, match="seed: 0 there, 7 here"):
+        validate_job(job.model_copy(update={"seed": 7}), 8)
+
+
+def test_validate_warns_of_columns_that_do_nothing(tmp_path: Path) -> None:
+    line = {"query": "a.png", "context": "a.png", "steps": 3}
+    (tmp_path / "m.jsonl").write_text(json.dumps(line))
+    job = GenerateJob.model_validate(job_values(str(tmp_path / "m.jsonl"), tmp_path / "out"))
+    [warning] = validate_job(job, 0)["warnings"]
+    assert "num_inference_steps" in warning
 
 
 # C. Missing values and types

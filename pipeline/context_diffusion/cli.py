@@ -200,8 +200,9 @@ def validate(
     pictures: Annotated[str | None, typer.Option(metavar="FILE.png", help="makes their images, and tells time and cost")] = None,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="of an engine's machine, in your currency")] = None,
 ) -> None:
-    """Checks job, model, manifest and storage; loads the pictures of some rows. Starts no Ray and leaves OUTPUT as it is. Of a
-    file with several jobs each that generates.
+    """Checks job, model, manifest, storage and OUTPUT; loads the pictures of some rows. Starts no Ray and leaves OUTPUT as it is.
+    Ends with 3 where sampled rows would fail (4: more than max_failed allows), with 2 where `run` would. Of a file with several
+    jobs each that generates.
 
     Example: context-diffusion validate jobs/demo.yaml --sample 4 --pictures sample.png --price-per-hour 2.5
     """
@@ -219,6 +220,8 @@ def validate(
         if len(jobs) > 1:
             errors.print(_named(one))
         told.append(found := validate_job(one, sample, sheet, price_per_hour))
+        for line in found["warnings"]:
+            errors.print(f"warning: {line}")
         for problem in found["problems"]:
             errors.print(f"row {problem['id']}: {problem['error_code']}: {problem['error_message']}")
         for code in dict.fromkeys(problem["error_code"] for problem in found["problems"]):
@@ -226,7 +229,9 @@ def validate(
         errors.print(f"{found['rows']} rows in {found['shards']} shards; {len(found['problems'])} of those looked at would fail")
         for line in estimate_lines(found) if sheet else []:
             errors.print(line)
-    print_summary({**told[-1], **({"jobs": told} if len(jobs) > 1 else {}), "exit": EXIT_OK})
+    code = max(found["exit"] for found in told)
+    print_summary({**told[-1], **({"jobs": told} if len(jobs) > 1 else {}), "exit": code})
+    raise typer.Exit(code)
 
 
 for command in (

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from context_diffusion.close_names import column_warnings
 from context_diffusion.closing import close
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import (
@@ -17,6 +18,7 @@ from context_diffusion.errors import (
     ClusterError,
     TooManyFailuresError,
 )
+from context_diffusion.log import LOG
 from context_diffusion.output import Output
 from context_diffusion.plan import Plan, open_plan, read_shards
 from context_diffusion.progress import Progress
@@ -50,6 +52,8 @@ def run_generate(
     storage = Storage(job.storage_options)
     output = Output(normal(job.output), storage)
     plan = open_plan(job, output, storage, options.accept_change, options.extend)
+    for line in column_warnings(plan.passed.names):
+        LOG.tell("warning", f"warning: {line}", level="warning", message=line)
     if options.retry_failed:
         storage.delete(output.success)
     counts = before = output.count()

@@ -81,9 +81,13 @@ def check_ready(jobs: RayJobs, job: Job, sample: int = 8) -> dict[str, Any]:
     jobs.submit(name, f"printf %s {shlex.quote(json.dumps(job, ensure_ascii=False))} | {shlex.join(command)}")
     told: list[str] = []
     code = jobs.follow(name, told.append, every_s=1)
-    if code == 0:
-        return last_line("\n".join(told))
-    error = str(last_line("\n".join(told)).get("error") or "\n".join(told[-5:]))
+    summary = last_line("\n".join(told))
+    if code in FINISHED:  # where some rows would fail the job's own limit decides
+        return summary
+    failed = [str(problem.get("error_message")) for problem in summary.get("problems", [])]
+    if failed:
+        raise WrongJobError(f"{len(failed)} of {summary.get('sampled')} sampled rows would fail, such as: {failed[0]}")
+    error = str(summary.get("error") or "\n".join(told[-5:]))
     if "there is no such manifest" in error:
         raise NotReadyError(error)
     raise (WrongJobError if code in WRONG else BrokenOffError)(error)

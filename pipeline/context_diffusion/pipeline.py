@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from context_diffusion.close_names import probable
 from context_diffusion.config import Fit, GenerateJob, Settings
 from context_diffusion.context_images import ImageProcessor
 from context_diffusion.control import CONTROLS, controls_of
@@ -153,12 +154,21 @@ class ContextDiffusion:
         for kind in kinds:
             if kind not in CONTROLS:
                 raise ValueError(f"control is one of {', '.join(CONTROLS)} or disabled, not {kind!r}")
-        if not isinstance(context, list | tuple) or not context:
-            raise ValueError("context is a list of one or more pictures")
+        context = list(context) if isinstance(context, list | tuple) else [context]
+        if not context:
+            raise ValueError("context: give one image or a list of them")
+        for name in settings:
+            if name not in Settings.model_fields:
+                close = probable(name, Settings.model_fields)
+                hint = f"did you mean {close}?" if close else f"known are {', '.join(Settings.model_fields)}"
+                raise ValueError(f"{name} is not a setting; {hint}")
         try:
             checked = resolved_settings(self.defaults, Settings.model_validate(settings))
         except ValidationError as error:
-            raise ValueError(f"row settings: {error}") from None
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "settings"
+            message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+            raise ValueError(f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
 
         def size(wide: int, tall: int) -> Size:
             return output_size(fit, wide, tall, checked.width, checked.height, self.backbone.image_size)

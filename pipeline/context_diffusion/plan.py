@@ -78,6 +78,15 @@ def open_plan(job: GenerateJob, output: Output, storage: Storage, accept_change:
     return Plan(job, files, shards_of, record["rows"], record["rows_per_part"], passed, model)
 
 
+def check_output(job: GenerateJob, model: Source, output: Output) -> None:
+    """Raise OutputConflictError where a run would, since OUTPUT belongs to another job, manifest or version. job: with its
+    model's defaults."""
+    record = output.read_json(output.plan)
+    _check_same(record, job, model, output, accept_change=False, extend=False)
+    if differing := _differing(record, job, output.storage):
+        raise OutputConflictError(f"{differing}; if the manifest only grew, `run --extend` makes what is new")
+
+
 def read_shards(output: Output, file: int) -> Iterator[Shard]:
     """The shards of one manifest file."""
     table = pq.read_table(io.BytesIO(output.storage.read(output.shards(file))))

@@ -8,14 +8,16 @@ from typing import Any
 
 import pyarrow as pa
 
+from context_diffusion.close_names import column_warnings
 from context_diffusion.config import GenerateJob
+from context_diffusion.errors import EXIT_OK, EXIT_ROWS_FAILED, EXIT_TOO_MANY_FAILED
 from context_diffusion.making import write_sheet
 from context_diffusion.manifest import ManifestFile, expand, open_file
 from context_diffusion.matrix import combinations
 from context_diffusion.model.defaults import resolved_job
 from context_diffusion.model.source import find_model
 from context_diffusion.output import Output
-from context_diffusion.plan import part_rows
+from context_diffusion.plan import check_output, part_rows
 from context_diffusion.scan import Scan
 from context_diffusion.schema import ID, Shard
 from context_diffusion.stages import LoadImages, ReadShard
@@ -28,8 +30,9 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None, pri
     shards, problems of the sampled rows. pictures: where a sheet of their images goes; with it, and the price of an
     engine's machine and hour, what the job will take.
 
-    Raises JobError for what stops the job, StorageError where OUTPUT cannot be written; bad rows are only told, for a run
-    turns them into failed rows.
+    Raises JobError for what stops the job, StorageError where OUTPUT cannot be written. Bad rows are told, for a run turns
+    them into failed rows; `exit` is what a run would end with by them: 3 where some of the sample fail, 4 where they are more
+    than max_failed allows.
     """
     storage = Storage(job.storage_options)
     model = find_model(job.model)
@@ -47,7 +50,8 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None, pri
         problems += [row for row in told if row["error_code"] is not None]
         kept += [loaded] if pictures else []
     output = Output(normal(job.output), storage)
-    begun = storage.exists(output.plan)
+    if begun := storage.exists(output.plan):
+        check_output(job, model, output)
     once = storage.try_writing(output.root)
     figures: dict[str, Any] = {}
     if pictures:
@@ -61,10 +65,20 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None, pri
         "shards": len(shards),
         "sampled": looked,
         "problems": problems,
+        "warnings": column_warnings(scan.passed().names),
+        "exit": _exit_code(job, scan.rows, looked, len(problems)),
         "model_revision": model.revision,
         "creates_once": once,
         **figures,
     }
+
+
+def _exit_code(job: GenerateJob, rows: int, sampled: int, failed: int) -> int:
+    """What a run would end with, were all rows as the sampled ones."""
+    if not failed:
+        return EXIT_OK
+    expected = max(failed, rows * failed // sampled)
+    return EXIT_TOO_MANY_FAILED if expected > job.failures_allowed(rows) else EXIT_ROWS_FAILED
 
 
 def _sample(

@@ -81,7 +81,7 @@ def test_neither_torch_nor_ray_is_imported_for_what_needs_neither() -> None:
 def test_a_run_from_validate_to_verify(tmp_path: Path) -> None:
     job = write_job(tmp_path, changes={3: {"scheduler": "magic"}}, score=["layout", "style"])
     code, checked, told = call("validate", job, "--sample", "8")
-    assert (code, checked["rows"], len(checked["problems"])) == (0, 8, 1)
+    assert (code, checked["rows"], len(checked["problems"])) == (3, 8, 1)
     assert "magic" in told
     assert not (tmp_path / "out").exists()
 
