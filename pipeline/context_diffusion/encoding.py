@@ -13,6 +13,7 @@ from isal import isal_zlib
 from PIL import ExifTags, Image, PngImagePlugin
 
 from context_diffusion.config import Limits
+from context_diffusion.errors import RowError
 from context_diffusion.images import open_image
 from context_diffusion.schema import Pixels
 
@@ -94,7 +95,10 @@ def read_metadata(data: bytes) -> dict[str, str]:
 
     Raises RowError as decode_image does, for the header.
     """
-    image = open_image(data, Limits(), "image", texts=True)
+    try:
+        image = open_image(data, Limits(), "image", texts=True)
+    except RowError:  # a text that Pillow refuses: an image for all that, whose texts are not read
+        image = open_image(data, Limits(), "image")
     if image.format == "PNG":
         texts = {str(key): text for key, text in image.info.items() if isinstance(text, str)}
         return {key: str(text) for key, text in texts.items() if key != XMP_KEY}  # plain str: Pillow's has a language
