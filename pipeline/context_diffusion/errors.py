@@ -157,9 +157,10 @@ class RowError(ContextDiffusionError):
 
 
 def one_line(text: str, most: int = 1000) -> str:
-    """A message as one line without a terminal's colours, cut at `most` characters."""
+    """A message as one line without a terminal's colours; of a long one the middle is cut, for a traceback's reason stands at
+    its end."""
     line = " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).split())
-    return line if len(line) <= most else f"{line[: most - 3]}..."
+    return line if len(line) <= most else f"{line[: most // 3]} ... {line[len(line) - most * 2 // 3 + 5 :]}"
 
 
 def classify(error: Exception) -> dict[str, Any]:
