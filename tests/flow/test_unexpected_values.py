@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from context_diffusion.config import GenerateJob
@@ -34,3 +37,23 @@ def test_a_metric_that_ray_refuses_is_missed(caplog: pytest.LogCaptureFixture, m
     monkeypatch.setattr(metrics._known["images"], "inc", lambda *_: 1 / 0)
     metrics.count("images", 1)
     assert "was not recorded" in caplog.text
+
+
+@pytest.mark.usefixtures("shared_ray")
+def test_columns_of_any_type_go_through_a_run(tmp_path: Path) -> None:
+    from ray.data.extensions import ArrowTensorArray
+
+    table = pq.read_table(write_manifest(tmp_path / "in", 8))
+    late = pa.array([300_000_000_000_000] * 8, pa.timestamp("ms"))
+    table = table.append_column("late", late).append_column("day", pa.array(range(8), pa.int32()).cast(pa.date32()))
+    table = table.append_column("tensor", ArrowTensorArray.from_numpy(np.arange(32).reshape(8, 2, 2)))
+    fixed = pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(16, dtype=np.int32).reshape(8, 2))
+    table = table.append_column("fixed", fixed)
+    pq.write_table(table, tmp_path / "in" / "odd.parquet")
+    values = job_values(str(tmp_path / "in" / "odd.parquet"), tmp_path / "out", settings={"num_inference_steps": 1})
+    assert run_generate(GenerateJob.model_validate(values), Options())["exit"] == 0
+    parts = pa.concat_tables([pq.read_table(path) for path in sorted((tmp_path / "out" / "data").iterdir())])
+    assert len(parts) == 8
+    assert set(parts["late"].cast(pa.int64()).to_pylist()) == {300_000_000_000_000}
+    assert sorted(parts["fixed"].to_pylist()) == [[2 * n, 2 * n + 1] for n in range(8)]
+    assert len(parts["tensor"]) == len(parts["day"]) == 8
