@@ -201,7 +201,7 @@ def test_ids_that_stand_twice_are_named_whichever_bucket_they_fall_in(monkeypatc
             unique.add(row_id)
         repeated = unique.duplicates()
     assert unique.count == 3003
-    assert sorted(name_duplicates(repeated, iter(ids))) == ["row 17", "row 2999"]
+    assert sorted(name_duplicates(repeated, ((name, "a place") for name in ids))) == ["row 17", "row 2999"]
 
 
 def test_a_store_that_fails_while_a_parquet_file_is_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,33 @@ def test_validate_warns_of_columns_that_do_nothing(tmp_path: Path) -> None:
     assert "num_inference_steps" in warning
 
 
+def test_folders_that_name_columns_are_read_as_columns(tmp_path: Path) -> None:
+    row = {"query": "a.png", "context": "a.png"}
+    for steps, form in ((3, "jsonl"), (4, "csv"), (5, "parquet")):
+        folder = tmp_path / "rows" / f"num_inference_steps={steps}" / "day=2026-11-29" / "prompt=a%20cat"
+        folder.mkdir(parents=True)
+        if form == "jsonl":
+            (folder / "a.jsonl").write_text(json.dumps(row))
+        elif form == "csv":
+            (folder / "a.csv").write_text("query,context\na.png,a.png\n")
+        else:
+            pq.write_table(pa.Table.from_pylist([row]), folder / "a.parquet")
+    _, rows = planned(tmp_path, "rows")
+    assert sorted(json.loads(row["settings"])["num_inference_steps"] for row in rows) == [3, 4, 5]
+    assert {row["prompt"] for row in rows} == {"a cat"}
+    assert {row["passed:day"] for row in rows} == {"2026-11-29"}
+    assert len({row["id"] for row in rows}) == 3
+
+
+def test_a_duplicate_id_names_both_rows_and_files(tmp_path: Path) -> None:
+    line = {"query": "a.png", "context": "a.png"}
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "a.jsonl").write_text("\n".join(json.dumps(line | {"id": name}) for name in "xyz"))
+    (tmp_path / "m" / "b.jsonl").write_text("\n".join(json.dumps(line | {"id": name}) for name in "uyvw"))
+    with pytest.raises(ManifestError, match=r"'y': row 2 of .*a\.jsonl and row 2 of .*b\.jsonl"):
+        planned(tmp_path, "m")
+
+
 # C. Missing values and types
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +26,7 @@ T = TypeVar("T")
 Row = dict[str, Any]
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 GLOB = set("*?[")
+PARTITION, HIVE_NULL = re.compile(r"[A-Za-z_]\w*=."), "__HIVE_DEFAULT_PARTITION__"  # folders that name a column
 LINE_BYTES = 64 * 2**20  # of a JSON line, or of a line of a CSV cell: a file without line ends is not read whole
 CELL_CHARACTERS = 16 * 2**20  # of a CSV cell: a quote that is never closed
 
@@ -85,19 +88,29 @@ def open_file(uri: str, storage: Storage) -> ManifestFile:
     return ManifestFile(uri, form, columns, [])
 
 
+def partitions(uri: str) -> dict[str, str | None]:
+    """The columns that a file's folders name, as Hive writes them: `num_inference_steps=3/`. A column of the file itself goes
+    before them."""
+    pairs = [folder.split("=", 1) for folder in uri.split("/")[:-1] if PARTITION.match(folder)]
+    return {unquote(name): None if value == HIVE_NULL else unquote(value) for name, value in pairs}
+
+
 def parquet_schema(uri: str, storage: Storage) -> pa.Schema:
     return _parquet(uri, storage, lambda file: file.schema_arrow, "not a readable Parquet file")
 
 
 def scan_text(file: ManifestFile, storage: Storage) -> Iterator[tuple[int, int, Row]]:
     """All rows of a JSONL or CSV file with the bytes that each stands in: (begin, end, row). Memory stays flat."""
+    folders = partitions(file.uri)
     with storage.open(file.uri) as handle:
         if file.format == "jsonl":
-            yield from _json_rows(file.uri, handle, 0)
+            rows = _json_rows(file.uri, handle, 0)
         else:
             records = _csv_records(file.uri, handle, 0)
             next(records)  # the header
-            yield from _csv_rows(file, records)
+            rows = _csv_rows(file, records)
+        for begin, end, row in rows:
+            yield begin, end, folders | row
 
 
 def scan_parquet(file: ManifestFile, storage: Storage, columns: list[str] | None) -> Iterator[Row]:
@@ -110,11 +123,11 @@ def scan_parquet(file: ManifestFile, storage: Storage, columns: list[str] | None
 def read_text(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:
     """The rows of a shard of a JSONL or CSV file, from its bytes alone."""
     data = storage.read_range(file.uri, shard.offset, shard.size)
-    handle = io.BytesIO(data)
+    handle, folders = io.BytesIO(data), partitions(file.uri)
     if file.format == "jsonl":
-        rows = [row for *_, row in _json_rows(file.uri, handle, shard.first_row)]
+        rows = [folders | row for *_, row in _json_rows(file.uri, handle, shard.first_row)]
     else:
-        rows = [row for *_, row in _csv_rows(file, _csv_records(file.uri, handle, shard.first_row + 1))]
+        rows = [folders | row for *_, row in _csv_rows(file, _csv_records(file.uri, handle, shard.first_row + 1))]
     if len(rows) != shard.rows:
         raise ManifestError(f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?")
     return rows
@@ -154,7 +167,11 @@ _last_group: dict[tuple[str, int], pa.Table] = {}
 
 def _row_group(file: ManifestFile, group: int, storage: Storage, columns: list[str] | None = None) -> pa.Table:
     wrong = f"row group {group} cannot be read as Parquet"
-    return _parquet(file.uri, storage, lambda opened: opened.read_row_group(group, columns), wrong)
+    table = _parquet(file.uri, storage, lambda opened: opened.read_row_group(group, columns), wrong)
+    for name, value in partitions(file.uri).items():
+        if columns is None and name not in table.column_names:
+            table = table.append_column(name, pa.array([value] * len(table), pa.string()))
+    return table
 
 
 def _parquet(uri: str, storage: Storage, read: Callable[[pq.ParquetFile], T], wrong: str) -> T:

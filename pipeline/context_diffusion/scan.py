@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ManifestError
-from context_diffusion.manifest import ManifestFile, parquet_schema, scan_parquet, scan_text
+from context_diffusion.manifest import ManifestFile, parquet_schema, partitions, scan_parquet, scan_text
 from context_diffusion.rows import column_names, row_id, storage_type
 from context_diffusion.schema import CONTEXT, ID, MANIFEST_COLUMNS, QUERY, Shard
 from context_diffusion.storage import Storage
@@ -44,10 +44,14 @@ class Scan:
         if not self.rows:
             raise ManifestError(f"{', '.join(job.manifests)}: the manifest has no rows")
         if repeated:
-            again = chain.from_iterable(self._ids(number) for number in range(len(files)))
-            shown = ", ".join(repr(name) for name in name_duplicates(repeated, again))
+            named = (
+                (name, f"row {count} of {files[number].uri}")
+                for number in range(len(files))
+                for count, name in enumerate(self._ids(number), 1)
+            )
+            shown = "; ".join(f"{name!r}: {' and '.join(places)}" for name, places in name_duplicates(repeated, named).items())
             hint = "" if self.has_ids else "; the manifest has no id column, so equal rows have equal ids"
-            raise ManifestError(f"{len(repeated)} id(s) stand more than once in the manifest, such as {shown}{hint}")
+            raise ManifestError(f"{len(repeated)} duplicate id(s) in the manifest, such as {shown}{hint}")
 
     def cut(self, number: int, size: int, first: int, done: int = 0) -> Iterator[Shard]:
         """The shards of a file from its row `done` on; the first one's number is `first`."""
@@ -82,9 +86,12 @@ class Scan:
     def _rows(self, number: int) -> Iterator[tuple[str, str]]:
         """Each row's id, and what the digest takes of it."""
         file = self.files[number]
+        folders = [name for name in partitions(file.uri) if name not in file.columns]
         self.rows_of[number], self.bounds[number] = 0, array("q")
         if file.format == "parquet":
-            self._check_columns(file.uri, file.columns)
+            self._check_columns(file.uri, [*file.columns, *folders])
+            for name in folders:
+                self._see(name, pa.string(), file.uri)
             for field in parquet_schema(file.uri, self.storage):
                 self._see(field.name, storage_type(field.type), file.uri)
             rows = scan_parquet(file, self.storage, [self.names[ID]] if self.names[ID] in file.columns else None)
@@ -93,7 +100,7 @@ class Scan:
                 yield (name := row_id(row, self.names)), f"{name}\n"
             return
         if file.format == "csv":
-            self._check_columns(file.uri, file.columns)
+            self._check_columns(file.uri, [*file.columns, *folders])
         last, keys = 0, dict[str, None]()  # a JSONL row may lack what is null
         for begin, end, row in scan_text(file, self.storage):
             keys |= dict.fromkeys(row)

@@ -53,15 +53,16 @@ class UniqueIds:
         self._buckets[number].clear()
 
 
-def name_duplicates(digests: set[bytes], ids: Iterable[str], most: int = 5) -> list[str]:
-    """The first few ids whose digest is among `digests`: a second pass over the manifest, for the message."""
-    names: list[str] = []
-    for row_id in ids:
-        if _digest(row_id) in digests and row_id not in names:
-            names.append(row_id)
-            if len(names) == most:
+def name_duplicates(digests: set[bytes], ids: Iterable[tuple[str, str]], most: int = 5) -> dict[str, list[str]]:
+    """The first few ids whose digest is among `digests`, each with the first two places where it stands: a second pass over the
+    manifest, for the message. ids: with their places."""
+    places: dict[str, list[str]] = {}
+    for row_id, place in ids:
+        if _digest(row_id) in digests and (row_id in places or len(places) < most):
+            places.setdefault(row_id, []).append(place)
+            if len(places) == min(most, len(digests)) and all(len(found) > 1 for found in places.values()):
                 break
-    return names
+    return {row_id: found[:2] for row_id, found in places.items()}
 
 
 def _digest(row_id: str) -> bytes:
