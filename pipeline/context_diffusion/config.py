@@ -201,7 +201,7 @@ class GenerateJob(StrictModel):
         default=64, ge=1, le=100_000, description="rows of a shard; small manifests and a matrix take fewer"
     )
     allow: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], description="URI prefixes that rows may read; left out: the manifest's own folder or bucket"
+        default=[], description="URI prefixes that rows may read; default: the manifest's folder and below"
     )
     storage_options: StorageOptions = Field(
         default={}, description="fsspec options by protocol, no secrets: {s3: {endpoint_url: ...}}"
