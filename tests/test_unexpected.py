@@ -97,6 +97,7 @@ def test_columns_that_we_do_not_know_are_copied_whatever_their_type(tmp_path: Pa
         "flag": pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1, 0], pa.int8())),
         "day": pa.array([20000, None], pa.date32()),
         "late": late,
+        "deep": pa.array([[300_000_000_000_000], None], pa.list_(pa.timestamp("ms"))),
         "raw": pa.array([b"\xff", None]),
         "short": pa.array([1, 2], pa.int16()),
     }

@@ -146,7 +146,8 @@ def _plain_values(column: Any) -> list[Any]:
         try:
             return column.cast(pa.string()).to_pylist()
         except pa.ArrowException:
-            return [str(hash(cell)) for cell in column]
+            array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+            return [array.slice(number, 1).to_string() for number in range(len(array))]  # nested: as Arrow prints it
 
 
 def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> pa.Table:
