@@ -73,6 +73,9 @@ def told(copy: Path) -> str:
 def test_each_recipe_fits_the_files_that_it_changes(copy: Path) -> None:
     assert list(RECIPES) == list(ADDED)
     assert all((copy / where).exists() for where, _ in ADDED.values())
+    ruff = [sys.executable, "-m", "ruff", "check", "--select", "F821", "--no-cache", "--output-format", "concise"]
+    undefined = subprocess.run([*ruff, "pipeline", "tests"], cwd=copy, capture_output=True, text=True)
+    assert undefined.returncode == 0, undefined.stdout
 
 
 @pytest.mark.slow
