@@ -20,8 +20,11 @@ from packaging.requirements import Requirement
 from context_diffusion.cli import app
 from context_diffusion.doctor import cluster, readable, weights, writable
 from context_diffusion.machine import extras, lacks, machine_checks
+from context_diffusion.model.hub import split
+from context_diffusion.model.presets import PRESETS
 from context_diffusion.storage import Storage
 from driving import COMMAND, ENVIRONMENT
+from hub import hub_of
 from inputs import write_pictures
 from ports import free_port
 
@@ -151,6 +154,25 @@ def test_doctor_looks_at_all_and_ends_with_2_where_something_is_broken(tmp_path:
     broken = [check["name"] for check in json.loads(out)["checks"] if not check["ok"]]
     assert (code, json.loads(out)["exit"], broken) == (2, 2, ["storage", "cluster", "model"])
     assert err.count("BROKEN") == 3
+
+
+def test_doctor_says_what_forbids_the_download_of_weights(tmp_path: Path) -> None:
+    """As `validate` and `run` would find, which cannot begin then."""
+    away = {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}", "HF_HUB_OFFLINE": "0"}
+    code, out, _ = call("doctor", "--model", "sd15", RAY_ADDRESS="", **away)
+    [check] = [check for check in json.loads(out)["checks"] if not check["ok"]]
+    assert (code, check["name"]) == (2, "model")
+    assert f"the hub at {away['HF_ENDPOINT']} is out of reach: ConnectError" in check["told"]
+    with hub_of(tmp_path / "hub") as (endpoint, _):  # it has none of them
+        code, out, _ = call("doctor", "--model", "sd15", RAY_ADDRESS="", **away | {"HF_ENDPOINT": endpoint})
+        assert code == 2
+        assert "needs HF_TOKEN" in out
+        for part in PRESETS["sd15"].all:
+            path = tmp_path / "hub" / split(part)[0] / "config.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+        code, out, _ = call("doctor", "--model", "sd15", RAY_ADDRESS="", **away | {"HF_ENDPOINT": endpoint})
+        assert code == 0, out
 
 
 def test_a_package_that_is_too_old_or_missing_is_named() -> None:

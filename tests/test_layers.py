@@ -43,6 +43,8 @@ LAYERS = [
         "compact",
         "scan",
         "plan",
+        "replan",
+        "shards",
         "pairing",
         "jobfile",
         "report",

@@ -14,7 +14,8 @@ from context_diffusion.context_images import SquareCrop
 from context_diffusion.errors import ContextDiffusionError
 from context_diffusion.output import Output
 from context_diffusion.pairing import Pairing, write_manifest
-from context_diffusion.plan import open_plan, read_shards
+from context_diffusion.plan import open_plan
+from context_diffusion.shards import read_shards
 from context_diffusion.stages import LoadImages, ReadShard
 from context_diffusion.storage import Storage
 from inputs import job_values, write_pictures

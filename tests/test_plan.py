@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from context_diffusion.config import GenerateJob
-from context_diffusion.errors import ManifestError, OutputConflictError
+from context_diffusion.errors import ManifestError, OutputConflictError, StorageError
 from context_diffusion.jobfile import load_job
 from context_diffusion.output import Output
-from context_diffusion.plan import open_plan, part_rows, read_shards
+from context_diffusion.plan import open_plan, part_rows
+from context_diffusion.shards import read_shards
 from context_diffusion.stages import ReadShard
 from context_diffusion.storage import Storage
 from inputs import job_values, rows, write_manifest, write_pictures
@@ -254,3 +256,101 @@ def test_the_plan_and_its_shards_lie_on_s3(s3: str, tmp_path: Path) -> None:
     found = read_all(job(f"{s3}/in/manifest.parquet", Path("unused"), rows_per_part=5).model_copy(), output)
     assert found[0]["query"]["path"] == f"{s3}/in/picture-0.png"
     assert len(found) == 12
+
+
+def write_rows(folder: Path, table: list[dict[str, Any]], form: str, **options: Any) -> str:
+    path = folder / f"manifest.{form}"
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(table), path, **options)
+    elif form == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows({**row, "context": json.dumps(row["context"])} for row in table)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
+def test_corrected_cells_are_read_where_they_stand_now(tmp_path: Path, form: str) -> None:
+    """Longer cells move all that follows, and a Parquet file may come back in other row groups."""
+    table, output = rows(90, write_pictures(tmp_path)), Output(str(tmp_path / "out"), STORAGE)
+    planned = job(write_rows(tmp_path, table, form, row_group_size=30), tmp_path / "out", rows_per_part=7)
+    before, shards = read_all(planned, output), list(read_shards(output, 0))
+    output.storage.replace(output.success, b"")
+    table[40]["prompt"] = "a much longer prompt than the one that stood here"
+    write_rows(tmp_path, table, form)
+    with pytest.raises(OutputConflictError, match=r"changed since.*--retry-failed"):
+        open_plan(planned, output, STORAGE)
+    open_plan(planned, output, STORAGE, retry_failed=True)
+    after = read_all(planned, output)
+    assert [new["prompt"] for new, old in zip(after, before, strict=True) if new != old] == [table[40]["prompt"]]
+    assert [(s.number, s.rows) for s in read_shards(output, 0)] == [(s.number, s.rows) for s in shards]
+    assert not output.storage.exists(output.success)
+    if form == "parquet":
+        write_rows(tmp_path, table, form, row_group_size=45)
+        with pytest.raises(OutputConflictError, match="which cut the planned rows 44 to 50"):
+            open_plan(planned, output, STORAGE, retry_failed=True)
+
+
+def finish(output: Output, table: list[dict[str, Any]]) -> None:
+    """Parts of the rows' ids, as far as a plan looks at them."""
+    for shard in read_shards(output, 0):
+        ids = [row["id"] for row in table if row["shard"] == shard.number]
+        path = Path(output.part(shard.number))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"id": ids}), path)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
+def test_rows_that_moved_are_not_retried_in_places_of_others(tmp_path: Path, form: str) -> None:
+    table, output = rows(12, write_pictures(tmp_path)), Output(str(tmp_path / "out"), STORAGE)
+    planned = job(write_rows(tmp_path, table, form), tmp_path / "out")
+    finish(output, read_all(planned, output))
+
+    def retry(table: list[dict[str, Any]], **more: Any) -> None:
+        write_rows(tmp_path, table, form)
+        open_plan(job(str(tmp_path / f"manifest.{form}"), tmp_path / "out", **more), output, STORAGE, retry_failed=True)
+
+    with pytest.raises(OutputConflictError, match=r"row 5 of .* has the id 'row-005', and had 'row-004'"):
+        retry([*table[:4], table[5], table[4], *table[6:]])
+    with pytest.raises(OutputConflictError, match="had 12 rows and has 11"):
+        retry(table[:-1])
+    with pytest.raises(OutputConflictError, match="had 12 rows and has 13"):
+        retry([*table, table[0] | {"id": "another"}])
+    with pytest.raises(OutputConflictError, match="seed: 0 there, 1 here"):
+        retry(table, seed=1)
+    with pytest.raises(OutputConflictError, match=r"limits\.max_contexts: \d+ there, 3 here.*--retry-failed"):
+        open_plan(job(str(tmp_path / f"manifest.{form}"), tmp_path / "out", limits={"max_contexts": 3}), output, STORAGE)
+    renamed = [{("layout" if name == "query" else name): value for name, value in row.items()} for row in table]
+    retry(renamed, columns={"query": "layout"})
+    assert json.loads(Path(output.plan).read_text())["job"]["columns"] == {"query": "layout"}
+
+
+def test_a_correction_that_is_broken_off_is_done_by_the_next(tmp_path: Path) -> None:
+    """Between the offsets and plan.json: until then the plan fits neither version, or its bytes would be another row's."""
+
+    class Full(Storage):
+        def replace(self, uri: str, data: bytes) -> None:
+            if "/plan/" in uri:
+                super().replace(uri, data)
+                raise StorageError("no space left")
+            super().replace(uri, data)
+
+    table, output = rows(12, write_pictures(tmp_path)), Output(str(tmp_path / "out"), STORAGE)
+    planned = job(write_rows(tmp_path, table, "jsonl"), tmp_path / "out")
+    read_all(planned, output)
+    original = Path(planned.manifests[0]).stat().st_mtime_ns
+    table[0]["prompt"] = "another, which is longer"
+    write_rows(tmp_path, table, "jsonl")
+    full = Full(deadline_s=1)
+    with pytest.raises(StorageError):
+        open_plan(planned, Output(output.root, full), full, retry_failed=True)
+    table = rows(12, write_pictures(tmp_path))
+    write_rows(tmp_path, table, "jsonl")
+    os.utime(planned.manifests[0], ns=(original, original))
+    with pytest.raises(OutputConflictError, match="changed since"):
+        open_plan(planned, output, STORAGE)
+    open_plan(planned, output, STORAGE, retry_failed=True)
+    assert [row["prompt"] for row in read_all(planned, output)] == [row["prompt"] for row in table]

@@ -24,9 +24,10 @@ from context_diffusion.ledger import GuardedEngine, Ledger
 from context_diffusion.manifest import _last_group
 from context_diffusion.output import Output
 from context_diffusion.pipeline import ContextDiffusion
-from context_diffusion.plan import open_plan, read_shards
+from context_diffusion.plan import open_plan
 from context_diffusion.provenance import find
 from context_diffusion.reproduce import Again, make_again, writer
+from context_diffusion.shards import read_shards
 from context_diffusion.stages import LoadImages, ReadShard, generate
 from context_diffusion.storage import Storage
 from context_diffusion.writing import WriteShard

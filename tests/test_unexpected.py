@@ -24,8 +24,9 @@ from context_diffusion.images import decode_image
 from context_diffusion.manifest import expand, open_file, rows_of
 from context_diffusion.output import Output
 from context_diffusion.pairing import Pairing, write_manifest
-from context_diffusion.plan import Plan, open_plan, read_shards
+from context_diffusion.plan import Plan, open_plan
 from context_diffusion.rows import row_id
+from context_diffusion.shards import read_shards
 from context_diffusion.stages import ReadShard
 from context_diffusion.storage import Storage, normal
 from context_diffusion.validate import validate_job

@@ -23,8 +23,9 @@ from context_diffusion.encoding import read_metadata
 from context_diffusion.ledger import GuardedEngine, Ledger
 from context_diffusion.output import Output, members
 from context_diffusion.placing import safe_name, to_tar
-from context_diffusion.plan import open_plan, read_shards
+from context_diffusion.plan import open_plan
 from context_diffusion.schema import FAILURES_TOLD, OUTPUT
+from context_diffusion.shards import read_shards
 from context_diffusion.stages import Engine, LoadImages, ReadShard, generate
 from context_diffusion.storage import Storage
 from context_diffusion.writing import WriteShard
@@ -248,7 +249,7 @@ def test_of_rows_made_anew_the_driver_hears_them_alone_beside_the_whole_part(tmp
     job = plan.job
     load, write = (
         LoadImages(job, [str(tmp_path / "in")], 64, SquareCrop(64), STORAGE),
-        WriteShard(job, output, "fake@1", redo=True),
+        WriteShard(job, output, "fake@1", redo=frozenset({0})),
     )
     [shard] = read_shards(output, 0)
     [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE, output)()

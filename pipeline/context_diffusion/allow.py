@@ -9,7 +9,7 @@ import socket
 from urllib.parse import unquote, urlsplit
 
 from context_diffusion.errors import ErrorCode, RowError
-from context_diffusion.storage import is_local, local_path, normal, protocol
+from context_diffusion.storage import is_local, local_path, normal, parent, protocol
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address in its last four bytes
 PROTOCOLS = {"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "hf", "memory"}
@@ -35,7 +35,9 @@ def check_allowed(uri: str, allow: list[str]) -> None:
         path = _canonical(uri)
         prefixes = [_canonical(prefix) for prefix in allow if not is_local(prefix)]
     if not any(path == prefix or path.startswith(prefix.rstrip("/") + "/") for prefix in prefixes):
-        raise forbidden(uri, f"it lies outside of {', '.join(allow)}; name its folder in the job's `allow:`")
+        listed = ", ".join(allow if len(allow) <= 3 else ["...", allow[-1]])
+        hint = f"add its folder to the job, `allow: [{listed}, {parent(uri)}]`, then run again with --retry-failed"
+        raise forbidden(uri, f"it lies outside of {', '.join(allow)}; {hint}")
     if protocol(uri) in ("http", "https"):
         _check_host(uri)
 

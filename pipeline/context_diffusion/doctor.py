@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from context_diffusion.errors import ContextDiffusionError
 from context_diffusion.machine import Check, machine_checks, model_cache
-from context_diffusion.model.hub import split
+from context_diffusion.model.hub import obstacle_to, split
 from context_diffusion.model.presets import PRESETS, parts_of
 from context_diffusion.model.source import find_model
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address, known_token
@@ -79,14 +79,13 @@ def weights(model: str) -> Check:
         except ContextDiffusionError as error:
             return Check("model", False, _plain(error), {"model": model, "cached": False})
         return Check("model", True, f"{model}: here, revision {found.revision}", {"model": model, "cached": True})
-    from huggingface_hub import constants
-
     parts = parts_of(model)
     missing = [part for part in parts.all if not kept(part, parts.revision)]
-    told = f"{model}: not kept here yet: {', '.join(missing)}" if missing else f"{model}: all of its parts are kept here"
-    offline = bool(missing) and constants.is_offline_mode()
-    told += "; HF_HUB_OFFLINE forbids the download" if offline else "; a run downloads them once a node" if missing else ""
-    return Check("model", not offline, told, {"model": model, "cached": not missing})
+    if not missing:
+        return Check("model", True, f"{model}: all of its parts are kept here", {"model": model, "cached": True})
+    message, obstacle = f"{model}: not kept here yet: {', '.join(missing)}", obstacle_to(split(missing[0])[0], PATIENCE_S)
+    message += f"; {obstacle}" if obstacle else "; a run downloads them once a node"
+    return Check("model", not obstacle, message, {"model": model, "cached": False})
 
 
 def kept(part: str, revision: dict[str, str]) -> bool:

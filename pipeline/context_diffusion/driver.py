@@ -20,10 +20,11 @@ from context_diffusion.errors import (
 )
 from context_diffusion.log import LOG
 from context_diffusion.output import Output
-from context_diffusion.plan import Plan, open_plan, read_shards
+from context_diffusion.plan import Plan, open_plan
 from context_diffusion.progress import Progress
 from context_diffusion.report import cost, write_report
 from context_diffusion.schema import Counts
+from context_diffusion.shards import read_shards
 from context_diffusion.stages import LoadImages, ReadShard
 from context_diffusion.storage import Storage, normal, parent
 from context_diffusion.trace import Trace
@@ -51,7 +52,7 @@ def run_generate(
     started = time.perf_counter()
     storage = Storage(job.storage_options)
     output = Output(normal(job.output), storage)
-    plan = open_plan(job, output, storage, options.accept_change, options.extend)
+    plan = open_plan(job, output, storage, options.accept_change, options.extend, options.retry_failed)
     for line in column_warnings(plan.passed.names):
         LOG.tell("warning", f"warning: {line}", level="warning", message=line)
     if options.retry_failed:
@@ -76,14 +77,15 @@ def _make_missing(
     on_start: Callable[[Any], None],
 ) -> float | None:
     """Make the shards that are left. Returns the occupancy of this run's engines."""
-    done = output.finished()
+    done, redo = output.finished(), set[int]()
     if options.retry_failed:
-        done -= _shards_with_failures(output)
+        redo = _shards_with_failures(output)
+        done -= redo
         before = Counts()
     _check_failures(job, plan, before)
     # The plan's model: engines load it, and images name it.
     job = plan.job.model_copy(update={"model": plan.model.parts or job.model})
-    reads, load, write = around_engine(job, output, plan, done, options.retry_failed)
+    reads, load, write = around_engine(job, output, plan, done, frozenset(redo))
     if not reads:
         return None
     from context_diffusion import dataflow  # here, not above: a wrong job is refused before Ray is imported
@@ -112,12 +114,13 @@ def _default_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -
 
 
 def around_engine(
-    job: GenerateJob, output: Output, plan: Plan, done: set[int], redo: bool
+    job: GenerateJob, output: Output, plan: Plan, done: set[int], redo: frozenset[int]
 ) -> tuple[list[ReadShard], LoadImages, WriteShard]:
-    """What stands around the engine: a read task for each shard that is left, what loads and what writes it."""
+    """What stands around the engine: a read task for each shard that is left, what loads and what writes it. redo: shards
+    with a part of which only the failed rows are made."""
     model, storage = plan.model, output.storage
     reads = [
-        ReadShard(job, replace(file, groups=[]), shard, plan.passed, storage, output if redo else None)
+        ReadShard(job, replace(file, groups=[]), shard, plan.passed, storage, output if shard.number in redo else None)
         for number, file in enumerate(plan.files)
         for shard in read_shards(output, number)
         if shard.number not in done

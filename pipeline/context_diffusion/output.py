@@ -93,6 +93,10 @@ class Output:
         except NotParquetError as error:
             raise StorageError(f"{self.part(shard)}: not a readable Parquet file: {error}") from error
 
+    def ids(self, shard: int) -> list[str]:
+        """The ids of a finished shard's rows, in their order in the manifest."""
+        return list(dict.fromkeys(self.read_part(shard, ["id"])["id"].to_pylist()))
+
     def picture(self, row: dict[str, Any]) -> bytes:
         """A finished row's picture file: from the row itself, a tar, or a file of its own."""
         if row.get("image"):

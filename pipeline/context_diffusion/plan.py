@@ -6,29 +6,29 @@ plan.json is written last of the plan: it exists = the plan stands, and every la
 from __future__ import annotations
 
 import base64
-import io
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from context_diffusion import replan
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import OutputConflictError
 from context_diffusion.manifest import ManifestFile, expand, open_file
 from context_diffusion.matrix import combinations
 from context_diffusion.model.defaults import resolved_job
 from context_diffusion.model.source import Source, find_model
-from context_diffusion.output import Output, to_parquet
+from context_diffusion.output import Output
 from context_diffusion.recipe import versions
 from context_diffusion.scan import Scan
-from context_diffusion.schema import Shard
+from context_diffusion.shards import file_record, write_shards
 from context_diffusion.storage import Storage, normal
 
-SHARD_COLUMNS = ("number", "file", "first_row", "rows", "group", "offset", "size")
+CORRECTED = ("allow", "limits", "columns")  # keys that --retry-failed lets differ: rows may have failed because of them
+OTHERWISE = "if the manifest only grew, `run --extend` makes what is new; if rows were corrected, `run --retry-failed` takes them"
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,16 @@ def part_rows(rows: int, rows_per_part: int, images: int = 1) -> int:
     return max(1, min(rows_per_part, max(4, -(-rows // 8))) // images)
 
 
-def open_plan(job: GenerateJob, output: Output, storage: Storage, accept_change: bool = False, extend: bool = False) -> Plan:
+def open_plan(
+    job: GenerateJob,
+    output: Output,
+    storage: Storage,
+    accept_change: bool = False,
+    extend: bool = False,
+    retry_failed: bool = False,
+) -> Plan:
     """The plan of OUTPUT: the one that stands there, if it is this job's, else a new one. extend: the manifest may have
-    grown; shards of what is new are added.
+    grown, and shards of what is new are added. retry_failed: its cells may be other, and so may CORRECTED of the job's keys.
 
     Raises ManifestError, OutputConflictError.
     """
@@ -66,13 +73,17 @@ def open_plan(job: GenerateJob, output: Output, storage: Storage, accept_change:
     record = output.read_json(output.plan)
     model = find_model(job.model, record["model"]["commits"])
     job = resolved_job(job, model.defaults)
-    _check_same(record, job, model, output, accept_change, extend)
-    if differing := _differing(record, job, storage):
-        if not extend:
-            hint = "if the manifest only grew, --extend makes what is new, else choose another `output:`"
-            raise OutputConflictError(f"{differing}; {hint}")
-        record = _extend(record, job, output, storage)
+    changed = _changed_keys(record, job)
+    may_change = {*(["manifest"] if extend else []), *(CORRECTED if retry_failed else [])}
+    _check_same(record, [key for key in changed if key.split(".")[0] not in may_change], job, model, output, accept_change)
     passed = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["passed"])))
+    differing = _differing(record, job, storage)
+    if differing and extend:
+        record = replan.extend(record, job, output, storage)
+    elif retry_failed and (differing or changed):
+        record = replan.correct(record, job, output, storage, passed)
+    elif differing:
+        raise OutputConflictError(f"{differing}; {OTHERWISE}, else choose another `output:`")
     files = [ManifestFile(f["uri"], f["format"], f["columns"], f["groups"]) for f in record["manifest"]]
     shards_of = [f["shards"] for f in record["manifest"]]
     return Plan(job, files, shards_of, record["rows"], record["rows_per_part"], passed, model)
@@ -82,17 +93,9 @@ def check_output(job: GenerateJob, model: Source, output: Output) -> None:
     """Raise OutputConflictError where a run would, since OUTPUT belongs to another job, manifest or version. job: with its
     model's defaults."""
     record = output.read_json(output.plan)
-    _check_same(record, job, model, output, accept_change=False, extend=False)
+    _check_same(record, _changed_keys(record, job), job, model, output, accept_change=False)
     if differing := _differing(record, job, output.storage):
-        raise OutputConflictError(f"{differing}; if the manifest only grew, `run --extend` makes what is new")
-
-
-def read_shards(output: Output, file: int) -> Iterator[Shard]:
-    """The shards of one manifest file."""
-    table = pq.read_table(io.BytesIO(output.storage.read(output.shards(file))))
-    for batch in table.to_batches(4096):
-        columns = [batch.column(name).to_pylist() for name in SHARD_COLUMNS]
-        yield from (Shard(*values) for values in zip(*columns, strict=True))
+        raise OutputConflictError(f"{differing}; {OTHERWISE}")
 
 
 def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
@@ -104,8 +107,8 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
     for number in range(len(files)):
         shards = list(scanned.cut(number, size, first))
         first += len(shards)
-        _write_shards(output, number, shards)
-        records.append(_file_record(scanned, number, len(shards)))
+        write_shards(output, number, shards)
+        records.append(file_record(scanned, number, len(shards)))
     record = {
         "job": job.model_dump(mode="json"),
         "rows": scanned.rows,
@@ -120,72 +123,6 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
     output.storage.create(output.plan, json.dumps(record, indent=2).encode())
 
 
-def _extend(record: Any, job: GenerateJob, output: Output, storage: Storage) -> Any:
-    """Adds the shards of what is new; those that stand stay as they are. _SUCCESS goes first, plan.json is changed last, so
-    a run that is broken off in between is extended by the next. -> the new record. Raises OutputConflictError."""
-    old = record["manifest"]
-    files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
-    scanned = Scan(job, files, storage, [file["rows"] for file in old])
-    _check_grown(old, scanned)
-    output.storage.delete(output.success)
-    first, records = sum(file["shards"] for file in old), []
-    for number in range(len(files)):
-        known = list(read_shards(output, number))[: old[number]["shards"]] if number < len(old) else []
-        new = list(scanned.cut(number, record["rows_per_part"], first, old[number]["rows"] if known else 0))
-        first += len(new)
-        if new:
-            _write_shards(output, number, [*known, *new])
-        records.append(_file_record(scanned, number, len(known) + len(new)))
-    record |= {"job": job.model_dump(mode="json"), "rows": scanned.rows, "manifest": records}
-    output.storage.replace(output.plan, json.dumps(record, indent=2).encode())
-    return record
-
-
-def _check_grown(old: list[Any], scanned: Scan) -> None:
-    """Are the new files and rows all at the end?"""
-    for number, file in enumerate(old):
-        told, now = f"--extend: {file['uri']}", scanned.files[number] if number < len(scanned.files) else None
-        if now is None or normal(now.uri) != file["uri"]:
-            raise OutputConflictError(
-                f"{told} was file {number + 1} of the manifest and is no more: new files come after the old"
-            )
-        if (rows := scanned.rows_of[number]) < file["rows"]:
-            raise OutputConflictError(f"{told} had {file['rows']} rows and has {rows}: rows were taken away")
-        if scanned.marked[number] != file["digest"] or now.columns != file["columns"]:
-            raise OutputConflictError(f"{told}: its first {file['rows']} rows or its columns changed")
-        if not _groups_grew(file["groups"], now.groups):
-            raise OutputConflictError(
-                f"{told}: its row groups were of {file['groups']} rows and are of {now.groups}: write new ones after the old"
-            )
-
-
-def _groups_grew(old: list[int], now: list[int]) -> bool:
-    """The last one may have more rows, others come after it."""
-    return not old or (now[: len(old) - 1] == old[:-1] and len(now) >= len(old) and now[len(old) - 1] >= old[-1])
-
-
-def _file_record(scanned: Scan, number: int, shards: int) -> dict[str, Any]:
-    file = scanned.files[number]
-    return {
-        "uri": normal(file.uri),
-        "format": file.format,
-        "columns": file.columns,
-        "groups": file.groups,
-        "rows": scanned.rows_of[number],
-        "digest": scanned.digests[number],
-        "shards": shards,
-        **scanned.storage.fingerprint(file.uri),
-    }
-
-
-def _write_shards(output: Output, number: int, shards: list[Shard]) -> None:
-    data = to_parquet(pa.Table.from_pylist([vars(shard) for shard in shards], _SHARD_SCHEMA))
-    output.storage.replace(output.shards(number), data)
-
-
-_SHARD_SCHEMA = pa.schema([(name, pa.int64()) for name in SHARD_COLUMNS])
-
-
 def _flat(keys: dict[str, Any]) -> dict[str, Any]:
     """{"settings": {"seed": 1}} -> {"settings.seed": 1}, as `--set` names them."""
     flat: dict[str, Any] = {}
@@ -194,16 +131,24 @@ def _flat(keys: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _check_same(record: Any, job: GenerateJob, model: Source, output: Output, accept_change: bool, extend: bool) -> None:
-    """Is the plan that stands in OUTPUT this job's, by these versions?"""
+def _changed_keys(record: Any, job: GenerateJob) -> list[str]:
+    """The dotted keys that change pixels or the cut into shards and differ between the plan's job and this one."""
     there, ours = _flat(GenerateJob.model_validate(record["job"]).pixel_keys()), _flat(job.pixel_keys())
-    changed = [
-        f"{key}: {there.get(key)!r} there, {ours.get(key)!r} here"
-        for key in sorted(ours | there)
-        if ours.get(key) != there.get(key) and not (extend and key == "manifest")
-    ]
+    return [key for key in sorted(ours | there) if ours.get(key) != there.get(key)]
+
+
+def _check_same(
+    record: Any, changed: Sequence[str], job: GenerateJob, model: Source, output: Output, accept_change: bool
+) -> None:
+    """Raise OutputConflictError where the plan that stands in OUTPUT is not this job's, by these versions. changed: keys
+    that differ and may not."""
     if changed:
-        raise OutputConflictError(f"{output.root} holds another job's output ({'; '.join(changed)}); choose another `output:`")
+        there, ours = _flat(GenerateJob.model_validate(record["job"]).pixel_keys()), _flat(job.pixel_keys())
+        differences = "; ".join(f"{key}: {there.get(key)!r} there, {ours.get(key)!r} here" for key in changed)
+        hint = "choose another `output:`"
+        if all(key.split(".")[0] in CORRECTED for key in changed):
+            hint = "--retry-failed makes the failed rows with what the job says now, else " + hint
+        raise OutputConflictError(f"{output.root} holds another job's output ({differences}); {hint}")
     if model.revision != record["model"]["revision"]:
         raise OutputConflictError(f"{output.root} was begun with other weights of the model {record['model']['name']!r}")
     differ = [f"{k} {v} there, {versions()[k]} here" for k, v in record["versions"].items() if versions()[k] != v]

@@ -19,9 +19,9 @@ from context_diffusion.model.presets import PRESETS
 from context_diffusion.model.source import Source as Model
 from context_diffusion.model.source import find_model
 from context_diffusion.output import Output
-from context_diffusion.plan import read_shards
 from context_diffusion.recipe import Told, parts_of, settings_of, sources_of, told_by, told_in
-from context_diffusion.schema import CONTEXT, CONTROL_IMAGE, ID, NEGATIVE_PROMPT, OUTPUT, PROMPT, QUERY, READ
+from context_diffusion.schema import CONTEXT, CONTROL_IMAGE, ID, NEGATIVE_PROMPT, OUTPUT, PROMPT, QUERY, READ, is_derived
+from context_diffusion.shards import read_shards
 from context_diffusion.stages import ReadShard
 from context_diffusion.storage import Storage, normal, parent
 
@@ -125,8 +125,9 @@ def _of_manifest(found: Found, storage: Storage) -> dict[str, Any]:
             if shard.number == found.shard:
                 manifest = ManifestFile(file["uri"], file["format"], file["columns"], file["groups"])
                 [table] = ReadShard(found.planned, manifest, shard, pa.schema([]), storage)()
-                for row in table.to_pylist():
-                    if row[ID] == found.told[ID]:
-                        return row
+                planned = found.output.ids(shard.number)  # a corrected row keeps the id that was derived from the old one
+                for row, before in zip(table.to_pylist(), planned, strict=False):
+                    if found.told[ID] in (row[ID], before if is_derived(row[ID]) else None):
+                        return dict(row)
                 raise JobError(f"{file['uri']} has no row {found.told[ID]!r} any more, and its sources lay in it")
     raise JobError(f"{found.output.root}: no shard {found.shard} is planned")

@@ -37,10 +37,16 @@ def column_names(job: GenerateJob) -> dict[str, str]:
     return {name: job.columns.get(name, name) for name in MANIFEST_COLUMNS}
 
 
+def given_id(row: Row, names: dict[str, str]) -> str | None:
+    """The id that the row itself gives; None where it gives none."""
+    given = _storable({"id": row.get(names[ID])})["id"]
+    return None if given is None or given == "" else str(given)
+
+
 def row_id(row: Row, names: dict[str, str]) -> str:
     """The id that the row gives, or one derived from all of it."""
-    given = _storable({"id": row.get(names[ID])})["id"]
-    return derive_id(_storable(row)) if given is None or given == "" else str(given)
+    given = given_id(row, names)
+    return derive_id(_storable(row)) if given is None else given
 
 
 def passed_name(name: str) -> str:
@@ -49,12 +55,24 @@ def passed_name(name: str) -> str:
 
 
 def read_table(
-    rows: list[Row], shard: int, job: GenerateJob, base: str, passed: pa.Schema, source: pa.Table | None = None
+    rows: list[Row],
+    shard: int,
+    job: GenerateJob,
+    base: str,
+    passed: pa.Schema,
+    source: pa.Table | None = None,
+    ids: list[str] | None = None,
 ) -> pa.Table:
-    """Make the READ table of one shard. base: the manifest's folder, for relative URIs; passed: the manifest's columns that
-    we don't know; source: the rows as Arrow, where the file has them so: those columns are copied from it as they are."""
+    """Make the READ table of one shard.
+
+    base: the manifest's folder, for relative URIs; passed: the manifest's columns that we don't know; source: the rows as
+    Arrow, where the file has them so: those columns are copied from it as they are; ids: those that the rows were planned
+    with, where the rows may say something else now.
+    """
     names = column_names(job)
-    read = [_read_row(_storable(row), shard, job, base, names) for row in rows]
+    storable = [_storable(row) for row in rows]
+    named = ids or [row_id(row, names) for row in storable]
+    read = [_read_row(row, name, shard, job, base, names) for row, name in zip(storable, named, strict=True)]
     columns = {name: pa.array([row[name] for row in read], READ.field(name).type) for name in READ.names}
     for field in passed:
         if source is not None and field.name in source.column_names:
@@ -79,9 +97,9 @@ def _storable(row: Row) -> Row:
     return {name: mend(value) for name, value in row.items()}
 
 
-def _read_row(row: Row, shard: int, job: GenerateJob, base: str, names: dict[str, str]) -> Row:
+def _read_row(row: Row, name: str, shard: int, job: GenerateJob, base: str, names: dict[str, str]) -> Row:
     read: Row = dict.fromkeys(READ.names)
-    read["shard"], read[ID] = shard, row_id(row, names)
+    read["shard"], read[ID] = shard, name
     try:
         read[PROMPT], read[NEGATIVE_PROMPT] = (_prompt(row.get(names[n]), n, job) for n in (PROMPT, NEGATIVE_PROMPT))
         read[QUERY] = as_source(row.get(names[QUERY]), base)

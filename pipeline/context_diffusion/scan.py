@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import pyarrow as pa
 
 from context_diffusion.config import GenerateJob
-from context_diffusion.errors import ManifestError
+from context_diffusion.errors import ManifestError, OutputConflictError
 from context_diffusion.manifest import ManifestFile, parquet_schema, partitions, scan_parquet, scan_text
-from context_diffusion.rows import column_names, row_id, storage_type
+from context_diffusion.rows import column_names, given_id, row_id, storage_type
 from context_diffusion.schema import CONTEXT, ID, MANIFEST_COLUMNS, QUERY, Shard
 from context_diffusion.storage import Storage
 from context_diffusion.unique import UniqueIds, name_duplicates
@@ -23,11 +23,19 @@ class Scan:
     """One pass over the manifest: counts, byte offsets, types of passed columns; ids checked for uniqueness.
 
     digests: of each file's rows, as far as a scan sees them: a text file's whole rows and where they begin, the ids of a
-    Parquet file. marks: rows of each file after which `marked` keeps the digest too: has it only grown since?
+    Parquet file. marks: rows of each file after which `marked` keeps the digest too: has it only grown since? planned: the ids
+    that a file's rows were planned with, None where a row has none yet: a derived one stays, a given one must be equal.
     """
 
-    def __init__(self, job: GenerateJob, files: list[ManifestFile], storage: Storage, marks: Sequence[int] = ()) -> None:
-        self.job, self.files, self.storage = job, files, storage
+    def __init__(
+        self,
+        job: GenerateJob,
+        files: list[ManifestFile],
+        storage: Storage,
+        marks: Sequence[int] = (),
+        planned: Callable[[int], Iterator[str | None]] | None = None,
+    ) -> None:
+        self.job, self.files, self.storage, self.planned = job, files, storage, planned
         self.names = column_names(job)
         self.marks = [*marks, *[0] * (len(files) - len(marks))]
         self.digests, self.marked = [""] * len(files), [""] * len(files)
@@ -76,15 +84,22 @@ class Scan:
     def _ids(self, number: int) -> Iterator[str]:
         """The ids of a file's rows; on the way, what else the plan must know of it."""
         digest = hashlib.blake2b(digest_size=16)
-        for count, (row, seen) in enumerate(self._rows(number), 1):
+        planned = self.planned(number) if self.planned else repeat(None)
+        for count, (row, given, seen) in enumerate(self._rows(number), 1):
             digest.update(seen.encode("utf-8", "surrogatepass"))
             if count == self.marks[number]:
                 self.marked[number] = digest.hexdigest()
-            yield row
+            before = next(planned, None)
+            if given and before is not None and before != row:
+                raise OutputConflictError(
+                    f"--retry-failed: row {count} of {self.files[number].uri} has the id {row!r}, and had {before!r} when it was "
+                    "planned: rows are matched by their place, so none may be moved, added in between or removed"
+                )
+            yield before or row
         self.digests[number] = digest.hexdigest()
 
-    def _rows(self, number: int) -> Iterator[tuple[str, str]]:
-        """Each row's id, and what the digest takes of it."""
+    def _rows(self, number: int) -> Iterator[tuple[str, bool, str]]:
+        """Each row's id, whether the row itself gives it, and what the digest takes of it."""
         file = self.files[number]
         folders = [name for name in partitions(file.uri) if name not in file.columns]
         self.rows_of[number], self.bounds[number] = 0, array("q")
@@ -97,7 +112,7 @@ class Scan:
             rows = scan_parquet(file, self.storage, [self.names[ID]] if self.names[ID] in file.columns else None)
             for row in rows:
                 self.rows_of[number] += 1
-                yield (name := row_id(row, self.names)), f"{name}\n"
+                yield (name := row_id(row, self.names)), given_id(row, self.names) is not None, f"{name}\n"
             return
         if file.format == "csv":
             self._check_columns(file.uri, [*file.columns, *folders])
@@ -109,7 +124,7 @@ class Scan:
             self.rows_of[number] += 1
             self.bounds[number].append(begin)
             last = end
-            yield row_id(row, self.names), f"{begin} {row}\n"
+            yield row_id(row, self.names), given_id(row, self.names) is not None, f"{begin} {row}\n"
         self.bounds[number].append(last)
         if file.format == "jsonl" and self.rows_of[number]:
             self._check_columns(file.uri, list(keys))

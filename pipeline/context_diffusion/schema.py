@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -261,6 +262,11 @@ def derive_id(row: dict[str, Any]) -> str:
 
     text = json.dumps(row, sort_keys=True, default=plain, ensure_ascii=True)
     return "row-" + hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def is_derived(row_id: str) -> bool:
+    """Whether an id looks like one of `derive_id`."""
+    return re.fullmatch("row-[0-9a-f]{20}", row_id) is not None
 
 
 @dataclass

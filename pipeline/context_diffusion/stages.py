@@ -80,7 +80,7 @@ class ReadShard:
     shard: Shard
     passed: pa.Schema
     storage: Storage
-    redo: Output | None = None  # --retry-failed: only the rows that failed there, where the shard has a part
+    redo: Output | None = None  # --retry-failed: only the rows that failed in the shard's part there
 
     def __call__(self) -> list[pa.Table]:
         source, rows = None, list[Row]()
@@ -91,11 +91,12 @@ class ReadShard:
             rows = rows_of(source.select(known) if names[ID] in known else source)  # a derived id is of the whole row
         else:
             rows = read_text(self.file, self.shard, self.storage)
-        table = read_table(rows, self.shard.number, self.job, parent(self.file.uri), self.passed, source)
+        ids = self.redo.ids(self.shard.number) if self.redo else None
+        table = read_table(rows, self.shard.number, self.job, parent(self.file.uri), self.passed, source, ids)
         return [self._failed(table, self.redo) if self.redo else table]
 
     def _failed(self, table: pa.Table, output: Output) -> pa.Table:
-        part = output.read_part(self.shard.number)
+        part = output.read_part(self.shard.number, [ID, "status"])
         failed = part.filter(pc.equal(part["status"], "failed"))[ID].combine_chunks()
         return table.filter(pc.is_in(table[ID], failed))
 

@@ -46,7 +46,7 @@ class WriteShard:
     job: GenerateJob
     output: Output
     model: str
-    redo: bool = False  # --retry-failed: the table holds rows that failed; the part is replaced, its other rows stay
+    redo: frozenset[int] = frozenset()  # --retry-failed: of these shards only the failed rows are in the flow; the others stay
 
     def __call__(self, table: pa.Table) -> pa.Table:
         began, shard = time.time(), table["shard"][0].as_py()
@@ -56,9 +56,9 @@ class WriteShard:
         rows, pictures = [row for row, _ in made], [picture for _, picture in made]
         place(self.output, self.job, shard, rows, pictures)
         part = self._part(table, kept, rows)
-        if self.redo:
+        if shard in self.redo:
             part = _over(self.output.read_part(shard), part)
-        put = self.output.storage.replace if self.redo else self.output.storage.create
+        put = self.output.storage.replace if shard in self.redo else self.output.storage.create
         data = to_parquet(part, ("image",))
         put(self.output.part(shard), data)
         apart = [] if self.job.pictures_in == "parquet" else [picture for picture in pictures if picture]

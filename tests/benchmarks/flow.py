@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from context_diffusion.config import GenerateJob
 from context_diffusion.driver import Options, run_generate
 from context_diffusion.output import Output
-from context_diffusion.plan import open_plan, read_shards
+from context_diffusion.plan import open_plan
+from context_diffusion.shards import read_shards
 from context_diffusion.stages import ReadShard
 from context_diffusion.storage import Storage
 from inputs import job_values

@@ -80,7 +80,7 @@ def ours(manifest: Path, out: Path) -> None:
     output = Output(str(out), storage)
     plan = open_plan(job, output, storage)
     plan = replace(plan, model=replace(plan.model, contexts=SquareCrop(CONTEXT)))  # as a large model's
-    reads, load, write = around_engine(job, output, plan, set(), redo=False)
+    reads, load, write = around_engine(job, output, plan, set(), frozenset())
     with ray_session(2, None):
         for _ in dataflow.run_flow(job, reads, load, write, echo, lambda _: None):  # type: ignore[arg-type]
             pass

@@ -99,7 +99,7 @@ def make_parts(values: dict[str, Any], begin: int, end: int) -> None:
     job = GenerateJob.model_validate(values)
     output, engine = Output(job.output, Storage()), Alone()
     plan = open_plan(job, output, output.storage)
-    reads, load, write = around_engine(job, output, plan, set(), redo=False)
+    reads, load, write = around_engine(job, output, plan, set(), frozenset())
     for read in reads[begin:end]:
         [table] = read()
         write(generate(load(table), engine, job))

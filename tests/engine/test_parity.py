@@ -96,7 +96,7 @@ def test_images_of_any_size_through_a_job(model: Model, tmp_path: Path) -> None:
     )  # fmt: skip
     output = Output(job.output, Storage())
     plan = open_plan(job, output, Storage())
-    reads, load, write = around_engine(plan.job, output, plan, set(), redo=False)
+    reads, load, write = around_engine(plan.job, output, plan, set(), frozenset())
     engine = GuardedEngine(make_engine(plan.job, pytest.fail), Ledger(), plan.job)
     for read in reads:
         [table] = read()
@@ -214,7 +214,7 @@ def test_the_manifest_keeps_an_empty_prompt_apart_from_none(tmp_path: Path) -> N
     )
     output = Output(job.output, Storage())
     plan = open_plan(job, output, Storage())
-    reads, _, _ = around_engine(plan.job, output, plan, set(), redo=False)
+    reads, _, _ = around_engine(plan.job, output, plan, set(), frozenset())
     assert [line["prompt"] for read in reads for [table] in [read()] for line in table.to_pylist()] == prompts
 
 

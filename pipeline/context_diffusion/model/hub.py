@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from context_diffusion.errors import ModelError
+from context_diffusion.errors import ModelError, one_line
 
 
 def split(part: str) -> tuple[str, str]:
@@ -69,6 +69,19 @@ def fetch_optional(part: str, name: str, revision: dict[str, str]) -> Path | Non
             return None
         raise
     return path if path.is_file() else None
+
+
+def obstacle_to(repo: str, timeout_s: float) -> str | None:
+    """What forbids to download a repository now; None where the hub answers for it. Downloads nothing."""
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE forbids the download"
+    try:
+        HfApi().model_info(repo, timeout=timeout_s)
+    except HfHubHTTPError as error:
+        return f"the hub refuses {repo}: {one_line(str(error))}; a private or gated one needs HF_TOKEN"
+    except Exception as error:  # what a network's absence leads the client to
+        return f"the hub at {constants.ENDPOINT} is out of reach: {type(error).__name__}: {one_line(str(error))}"
+    return None
 
 
 def _hint(error: Exception) -> str:
