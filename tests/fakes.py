@@ -55,6 +55,16 @@ def dies_once(job: GenerateJob, broken: Broken) -> FakeEngine:
     return FakeEngine(seconds=0.01, deadly="row-120", once=Path(f"{job.output}.died"))
 
 
+def loads_long(job: GenerateJob, broken: Broken) -> FakeEngine:
+    """As one that reads 13 GB of weights: longer than the time that a flow may stand still."""
+    time.sleep(14)
+    return FakeEngine()
+
+
+def hangs(job: GenerateJob, broken: Broken) -> FakeEngine:
+    return FakeEngine(seconds=3600)
+
+
 def cannot_start(job: GenerateJob, broken: Broken) -> FakeEngine:
     raise RuntimeError("the device of this test does not exist")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import context_diffusion
 
 PACKAGE = Path(context_diffusion.__file__).parent
-RAY = {"dataflow.py", "metrics.py", "ray_session.py", "ray_train.py", "warming.py"}
+RAY = {"dataflow.py", "metrics.py", "ray_session.py", "ray_train.py", "standstill.py", "warming.py"}
 TORCH = ("model/", "engine/", "training/", "evaluation/prompt.py", "evaluation/similarity.py", "pipeline.py", "tensors.py")
 # A layer may import itself and what stands before it. (model/source.py and the configuration of training are the
 # layers' faces to the driver: no torch in them. The job that reads and writes scores stands above the scores.)
@@ -26,6 +26,7 @@ LAYERS = [
         "encoding",
         "recipe",
         "kept",
+        "waiting",
         "nightly",
         "ray_jobs",
         "parquet",

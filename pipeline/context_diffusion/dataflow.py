@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +24,9 @@ from context_diffusion.errors import ClusterError
 from context_diffusion.ledger import GuardedEngine, Ledger
 from context_diffusion.metrics import EngineMetrics, Metrics
 from context_diffusion.stages import Engine, LoadImages, ReadShard, Watched, generate
+from context_diffusion.standstill import Needs, Standstill, awaited_of, lacking
 from context_diffusion.storage import normal
+from context_diffusion.waiting import Waiting
 from context_diffusion.writing import WriteShard
 
 EngineFactory = Callable[[GenerateJob, Callable[[BaseException], None]], Engine]
@@ -119,10 +123,12 @@ class Generate:
     """The actor: one engine, fed by several shards at once."""
 
     def __init__(self, job: GenerateJob, make_engine: EngineFactory, ledger: Any) -> None:
-        self.job = job
-        engine = make_engine(job, _end_process)
-        self.guarded = GuardedEngine(engine, _LedgerProxy(ledger), job)
+        self.job, told = job, _LedgerProxy(ledger)
         own = ray.get_runtime_context().get_actor_id()[:8]
+        told.engine_loads(own)
+        engine = make_engine(job, _end_process)
+        told.engine_ready(own)
+        self.guarded = GuardedEngine(engine, told, job)
         self.metrics = EngineMetrics(engine.stats, normal(job.output), own) if isinstance(engine, Watched) else None
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -150,8 +156,10 @@ def run_flow(
     ledger."""
     cluster = ray.cluster_resources()
     shares = share_out(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
-    _configure(job)
+    _wait_for_resources(job, shares)
     ledger = ray.remote(num_cpus=0, max_concurrency=64)(_CountedLedger).remote(normal(job.output))
+    needs = _needs(shares)
+    _configure(job, partial(Standstill, ledger, job.cluster.no_progress_timeout_s, needs))
     started(_LedgerProxy(ledger))
     shards = ray.data.read_datasource(_Shards(reads), override_num_blocks=len(reads), num_cpus=TASK_CPUS)
     loaded = shards.map_batches(
@@ -187,16 +195,43 @@ def run_flow(
         num_cpus=TASK_CPUS,
         compute=TaskPoolStrategy(shares.loads),
     )
-    # Not iter_batches: its threads outlive a flow that is given up, find Ray gone, and Ray then ends this process.
-    for bundle in written.iter_internal_ref_bundles():
-        for block in bundle.block_refs:
-            yield from ray.get(block).to_pylist()
+    with Waiting(lambda: awaited_of(ledger, needs)):
+        # Not iter_batches: its threads outlive a flow that is given up, find Ray gone, and Ray then ends this process.
+        for bundle in written.iter_internal_ref_bundles():
+            for block in bundle.block_refs:
+                yield from ray.get(block).to_pylist()
 
 
-def _configure(job: GenerateJob) -> None:
+def _needs(shares: Resources) -> Needs:
+    return Needs(shares.least, shares.engine_cpus, shares.engine_gpus)
+
+
+def _wait_for_resources(job: GenerateJob, shares: Resources) -> None:
+    """Wait until the cluster has room for one engine and the tasks that feed it, where it has that much at all: what it
+    would have to grow by is asked for by the flow. Raises ClusterError where others hold it for too long."""
+    needs = {"CPU": shares.engine_cpus + shares.load_cpus + 2 * TASK_CPUS, "GPU": shares.engine_gpus}
+
+    def lacks(resources: dict[str, float]) -> bool:
+        return any(resources.get(name, 0) < need - 1e-6 for name, need in needs.items())
+
+    if lacks(ray.cluster_resources()):
+        return
+    until = time.monotonic() + job.cluster.no_progress_timeout_s
+    with Waiting(lambda: f"other work holds the cluster: {lacking(_needs(shares))}"):
+        while lacks(ray.available_resources()):
+            if time.monotonic() > until:
+                raise ClusterError(
+                    f"other work held the cluster for {job.cluster.no_progress_timeout_s} s: {lacking(_needs(shares))}; "
+                    "run the job again when it is free, or give it more nodes"
+                )
+            time.sleep(0.5)
+
+
+def _configure(job: GenerateJob, standstill: Callable[[], Standstill]) -> None:
     context = DataContext.get_current()
     context.target_max_block_size = None  # a shard's block is never split
-    context.execution_no_progress_timeout_s = job.cluster.no_progress_timeout_s
+    context.execution_no_progress_timeout_s = -1
+    context.custom_execution_callback_classes = [standstill]
     # The pool grows when its engines have more shards than they work at; of Ray's own 1.75 ours would never have so many.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1 + 0.5 / job.cluster.shards_per_actor
     context.raise_original_map_exception = True  # else the cause of a stage's error is lost on the way to the driver

@@ -30,6 +30,21 @@ class Ledger:
         self._deaths: dict[tuple[int, int], int] = {}
         self._made: set[int] = set()
         self._stopping = False
+        self._loading: set[str] = set()
+        self._ready: set[str] = set()
+
+    def engine_loads(self, engine: str) -> None:
+        """An engine's process began to load the model, perhaps again."""
+        self._loading.add(engine)
+        self._ready.discard(engine)
+
+    def engine_ready(self, engine: str) -> None:
+        self._loading.discard(engine)
+        self._ready.add(engine)
+
+    def state(self) -> tuple[int, int, int, int]:
+        """How many engines load the model and how many are ready; how many shards are held, and how many were made."""
+        return len(self._loading), len(self._ready), len(self._held), len(self._made)
 
     def stop(self) -> None:
         """No shard begins any more."""
