@@ -43,9 +43,9 @@ def reproduce(
 
 def preview(
     job: JobFile,
+    grid: Annotated[list[str], typer.Option(metavar="SETTING=VALUE,...", help="its columns; a second one: lines")],
     out: Annotated[str, typer.Option(metavar="FILE.png", help="where the sheet goes")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[SETTING=VALUE,...]", help="as --grid")] = None,
-    grid: Annotated[list[str] | None, typer.Option(metavar="SETTING=VALUE,...", help="its columns; a second one: lines")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[SETTING=VALUE,...]", help="the lines, as --grid")] = None,
     row: Annotated[str | None, typer.Option(metavar="ID", help="of the manifest; default: its first")] = None,
     sets: Sets = None,
 ) -> None:
@@ -56,7 +56,7 @@ def preview(
     from context_diffusion.making import png_uri, write_sheet
     from context_diffusion.preview import axes_of, setting_grid
 
-    uri, axes = png_uri("--out", out), axes_of([*(grid or []), *(more or [])])
+    uri, axes = png_uri("--out", out), axes_of([*grid, *(more or [])])
     made, cells = setting_grid(load_generating(job, sets)[0], axes, row)
     write_sheet(uri, cells)
     errors.print(f"row {made}: {uri}")
