@@ -26,6 +26,8 @@ from context_diffusion.model.source import read_json
 from context_diffusion.strict import Parts
 
 diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 ADAPTERS = (ImageProjection, IPAdapterPlusImageProjection, IPAdapterFullImageProjection)  # IP-Adapters that read images
 NAMED = 3  # of the keys of a LoRA that fit no layer
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
