@@ -18,6 +18,9 @@ def reproduce(
     allow: Annotated[
         list[str] | None, typer.Option(metavar="PREFIX", help="what it may read; default: what its job might")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="of its relative sources, which it may read; default: its manifest's")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="where the model lies; default: what its job says")] = None,
 ) -> None:
     """Makes a picture again from what it says, or its OUTPUT, and compares: code 0 identical, 3 differs, 2 cannot be made.
@@ -29,7 +32,7 @@ def reproduce(
 
     write = writer(output)
     found = find(file)
-    again = make_again(found, allow or [], model)
+    again = make_again(found, allow or [], model, base)
     write(again)
     verdict = "identical" if again.identical else "differs"
     errors.print(f"{file}: {verdict}{', although other than then:' if again.identical and again.differs else ''}")

@@ -165,7 +165,7 @@ def test_queries_and_contexts_are_embedded_once_where_the_job_may_read_them(tmp_
     assert all(row["made"] is not None and row["query"]["picture"] is not None for row in made)
     assert all((tmp_path / "out" / row["whole"]).is_file() for row in made)
     assert len(data["pictures"]) == len(made) + 6, "six files are queries and contexts of all rows"
-    assert rows["row-003"]["query"] == {"uri": str(tmp_path / "in" / "gone.png"), "picture": None}
+    assert rows["row-003"]["query"] == {"uri": "gone.png", "picture": None}
 
 
 def green_in_red(width: int, height: int) -> bytes:

@@ -17,8 +17,8 @@ from context_diffusion.config import Fit, GenerateJob, Limits
 from context_diffusion.errors import ContextDiffusionError, ErrorCode, RowError, StorageError
 from context_diffusion.images import Size, decode_resized, open_image
 from context_diffusion.output import Output
-from context_diffusion.sources import read_bytes
-from context_diffusion.storage import Storage, parent
+from context_diffusion.sources import INLINE, read_bytes
+from context_diffusion.storage import Storage, parent, resolve
 
 MADE_SIDE, SOURCE_SIDE = 256, 128  # pixels of a thumbnail's longer side
 THREADS = 4  # each may decode a picture of limits.max_pixels
@@ -37,7 +37,7 @@ class Pictures:
         # Columns without which a row's picture is not found; a part's pictures are held by one thread at a time.
         self.columns = ["image"] if job.pictures_in == "parquet" else []
         self.threads = 1 if self.columns else THREADS
-        self._fit = job.fit
+        self._fit, self._base = job.fit, output.base()
         self._allow = job.allow or [parent(file["uri"]) for file in plan["manifest"]]
         self._storage = Storage(job.storage_options, deadline_s=PATIENCE_S)
         self._in_vain, self._tars = 0, threading.Lock()
@@ -72,10 +72,10 @@ class Pictures:
         """WebP of a query or context; None where it was inline in the manifest, is gone, or may not be read.
 
         frame: of a query, `frame_of` its row; left out: the whole picture."""
-        if uri is None or uri == "inline" or self._in_vain >= PATIENCE:
+        if uri is None or uri == INLINE or self._in_vain >= PATIENCE:
             return None
         try:
-            data = read_bytes({"bytes": None, "path": uri}, self._allow, self._limits, self._storage)
+            data = read_bytes({"bytes": None, "path": resolve(uri, self._base)}, self._allow, self._limits, self._storage)
             return thumbnail(data, SOURCE_SIDE, self._limits, frame, self._fit)
         except StorageError:
             self._in_vain += 1
