@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 import typer
+from PIL import Image
 
 from context_diffusion.cli import app
 from driving import ENVIRONMENT
