@@ -42,6 +42,7 @@ LAYERS = [
         "closing",
         "compact",
         "scan",
+        "schemes",
         "plan",
         "pairing",
         "jobfile",

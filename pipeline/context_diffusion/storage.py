@@ -118,6 +118,10 @@ class Storage:
             hint = f": pip install 'context-diffusion[{extra}]'" if extra and isinstance(error, ImportError) else ""
             raise ConfigError(f"{uri}: the protocol {scheme}:// cannot be used: {error}{hint}") from error
 
+    def check(self, uri: str) -> None:
+        """Raises ConfigError where its protocol cannot be used: its package is missing. Connects to nothing."""
+        self._fs(uri)
+
     def _try(self, uri: str, action: Callable[[], T]) -> T:
         """Runs an action with retries; what remains becomes a StorageError, what is final is raised as it is."""
         retrying = tenacity.Retrying(
