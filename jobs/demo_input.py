@@ -19,9 +19,14 @@ from context_diffusion.training.styles import PALETTES, TEXTURES, Style, dress, 
 
 # Those that lie in the package itself; skimage.data's others would be downloaded.
 PHOTOGRAPHS = [
-    "astronaut", "coffee", "chelsea", "rocket", "camera", "retina", "coins", "hubble_deep_field", "horse",
-    "immunohistochemistry", "brick", "moon", "grass",
+    "astronaut", "coffee", "chelsea", "rocket", "camera", "retina", "coins", "horse", "immunohistochemistry", "brick", "grass",
 ]  # fmt: skip
+QUERIES = [
+    "astronaut", "coffee", "chelsea", "rocket", "camera", "retina", "coins", "camera", "horse", "immunohistochemistry", "brick",
+    "coffee", "grass", "astronaut",
+]  # fmt: skip
+# Every other of those is dressed in another photograph: pairs that show something at 128 pixels.
+WORN = ["retina", "coffee", "immunohistochemistry", "chelsea", "astronaut", "chelsea", "camera"]
 PROMPTS = ["autumn colours", "ocean colours", "dots", "a forest picture of hills", "violet tones and wavy texture", "striped"]
 
 
@@ -66,12 +71,16 @@ def main(target: str) -> None:
     rng = np.random.default_rng(2026)
     photographs = write_photographs(folder)
     layouts, styles = write_drawn(folder, rng)
+
+    def photograph(wanted: str, number: int) -> str:
+        return name if (name := f"{wanted}.jpg") in photographs else photographs[number % len(photographs)]
+
     rows = []
     for number in range(28):
-        query = photographs[number // 2 % len(photographs)] if number % 2 == 0 else layouts[number // 2 % len(layouts)]
+        query = photograph(QUERIES[number // 2], number) if number % 2 == 0 else layouts[number // 2 % len(layouts)]
         contexts = styles[number % len(styles)][: 1 + number % 3]
         if number % 4 == 2:  # a photograph dressed in another one
-            contexts = [photographs[(number // 2 + 4) % len(photographs)]]
+            contexts = [photograph(WORN[number // 4], number)]
         rows.append(
             {
                 "id": f"demo-{number:02d}",

@@ -56,6 +56,12 @@ def test_the_module_is_the_command_and_its_help_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_what_preview_needs_is_shown_as_needed() -> None:
+    _, out, _ = call("preview", "--help", COLUMNS="140")
+    assert re.search(r"--grid .*\[required\]", out)
+    assert re.search(r"--out .*\[required\]", out)
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_can_be_shown_and_completes(shell: str) -> None:
     code, script, _ = call("--show-completion", shell, **UNDETECTED)
@@ -112,7 +118,7 @@ def test_stdout_holds_the_result_alone(tmp_path: Path) -> None:
         (["preview", "jobs/demo.yaml", "--grid", "guidance_scale=1", "--out", "grid.jpg"], "--out grid.jpg: the sheet is a PNG"),
         (["preview", "jobs/demo.yaml", "--grid", "guidance=1", "--out", "grid.png"], "did you mean 'guidance_scale'?"),
         (["preview", "jobs/demo.yaml", "--grid", "num_images=1,2", "--out", "grid.png"], "no setting that a grid can vary"),
-        (["preview", "jobs/demo.yaml", "--out", "grid.png"], "takes one setting or two, columns and lines, not 0"),
+        (["preview", "jobs/demo.yaml", "--out", "grid.png"], "Missing option '--grid'"),
         (["preview", "nowhere.yaml", "--grid", "seed=1", "--out", "grid.png"], "nowhere.yaml: cannot read the job file"),
         (["preview", "jobs/demo.yaml", "--grid", "seed=1", "seed=2", "--out", "g.png"], "seed stands twice"),
         (["preview", "jobs/demo.yaml", "--grid", "seed=[1", "--out", "g.png"], "the values are not YAML"),

@@ -43,6 +43,7 @@ LAYERS = [
         "closing",
         "compact",
         "scan",
+        "schemes",
         "plan",
         "replan",
         "shards",

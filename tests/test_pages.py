@@ -12,8 +12,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
+from PIL import Image
 
 from context_diffusion.cli import app
 from driving import ENVIRONMENT
@@ -117,6 +119,9 @@ def test_the_readmes_commands_run_on_what_make_demo_left(demo: Path) -> None:
         if arguments[0] == "run":
             assert (told["ok"], told["skipped"]) == (28, 28), "nothing was left to do"
         ran.append(arguments[0])
+    made = [np.asarray(Image.open(path)) for path in (demo / "build" / "demo" / "images").rglob("*.png")]
+    assert len(made) == 28
+    assert min(pixels.std() for pixels in made) > 20, "a picture of almost one colour shows nothing"
     first, then = ["doctor", "validate", "run", "status", "report", "verify", "reproduce"], ["run", "run", "compact"]
     assert ran == [*first, *then, "reproduce", "run"]
     assert (demo / "build/compacted").exists()

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from context_diffusion import ContextDiffusion, cli
+from context_diffusion import ContextDiffusion, cli, trial
 from context_diffusion.config import GenerateJob
 from context_diffusion.contact import GAP, SIDE, contact_sheet
 from context_diffusion.errors import ContextDiffusionError, StorageError
+from context_diffusion.making import Maker
 from context_diffusion.preview import axes_of, setting_grid
-from context_diffusion.schema import derive_id, derive_seed
+from context_diffusion.schema import Request, derive_id, derive_seed
+from context_diffusion.stages import LoadImages
 from context_diffusion.validate import validate_job
 from inputs import job_values, write_manifest
 from own import write_base
@@ -128,6 +131,85 @@ def test_a_sample_s_pictures_and_what_the_job_will_take(tmp_path: Path, base: st
     assert "15 images, " in err
     assert "on 2 engines like this one" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_warm_up_of_an_engine_is_no_part_of_the_estimate(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: the first image with all its steps takes 600 s, as one whose kernels are built, each other 2 s."""
+    clock, warm = [0.0], [False]
+    make = Maker.make
+
+    def slow(maker: Maker, requests: list[Request]) -> Any:
+        whole = any(request.settings.num_inference_steps > 1 for request in requests)
+        clock[0] += 2.0 * len(requests) + (600 if whole and not warm[0] else 0)
+        warm[0] |= whole
+        return make(maker, requests)
+
+    monkeypatch.setattr(Maker, "make", slow)
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: clock[0])
+    job = make_job(tmp_path, base, {n: {"num_inference_steps": 3} for n in range(6)})
+    told = validate_job(job, 3, str(tmp_path / "sheet.png"))
+    assert (told["measured_images"], told["warm_up_seconds"]) == (3, 602)
+    assert 0 < told["filled"] <= 1
+    assert told["seconds_per_image"] == pytest.approx(2.0 * told["filled"], abs=0.01)
+    assert told["estimated_seconds"] == pytest.approx(6 * 2.0 * told["filled"], abs=1)
+    assert any("not counted" in line for line in trial.estimate_lines(told))
+
+
+def sampled_contexts(job: GenerateJob, monkeypatch: pytest.MonkeyPatch, sample: int) -> list[list[str]]:
+    """The contexts of the rows that were looked at."""
+    seen: list[list[str]] = []
+    load = LoadImages.__call__
+
+    def watched(self: LoadImages, table: Any) -> Any:
+        seen.extend([source["path"] for source in row] for row in table["context"].to_pylist())
+        return load(self, table)
+
+    monkeypatch.setattr(LoadImages, "__call__", watched)
+    validate_job(job, sample)
+    return seen
+
+
+@pytest.mark.parametrize("queries_first", [True, False])
+def test_a_sample_of_all_pairs_shows_different_contexts(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, queries_first: bool
+) -> None:
+    """Six contexts, four queries: of 24 rows every sixth has the same context."""
+    pairs = [(query, context) for query in range(4) for context in range(6)]
+    pairs = pairs if queries_first else sorted(pairs, key=lambda pair: pair[1])
+    changes = {n: {"query": f"picture-{q}.png", "context": [f"picture-{c}.png"]} for n, (q, c) in enumerate(pairs)}
+    job = GenerateJob.model_validate(job_values(write_manifest(tmp_path / "in", 24, changes), tmp_path / "out", model=base))
+    seen = sampled_contexts(job, monkeypatch, 4)
+    assert len(seen) == 4
+    assert len({str(context) for context in seen}) == 4
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl", "csv", "structs"])
+def test_a_protocol_whose_package_is_missing_is_told_whatever_row_names_it(tmp_path: Path, base: str, form: str) -> None:
+    job = make_job(tmp_path, base)
+    rows = [{"id": f"r{n}", "query": "picture-0.png", "context": ["picture-1.png"]} for n in range(1000)]
+    rows[500] |= {"query": "gs://bucket/query.png", "context": ["picture-1.png", "GS://bucket/context.png"]}
+    rows[700] |= {"context": ["picture-1.png", "abfs://store/context.png"]}
+    manifest = tmp_path / "in" / f"rows.{'parquet' if form == 'structs' else form}"
+    if form == "jsonl":
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif form == "csv":
+        lines = [[row["id"], row["query"], json.dumps(row["context"]).replace('"', '""')] for row in rows]
+        manifest.write_text("id,query,context\n" + "".join(f'{a},{b},"{c}"\n' for a, b, c in lines))
+    else:
+        if form == "structs":
+            for row in rows:
+                row["query"] = {"bytes": None, "path": row["query"]}
+                row["context"] = [{"bytes": None, "path": path} for path in row["context"]]
+        pq.write_table(pa.Table.from_pylist(rows), manifest, row_group_size=300)
+    told = validate_job(job.model_copy(update={"manifest": str(manifest)}), 1)
+    assert (told["rows"], told["problems"], told["exit"]) == (1000, [], 3)
+    assert told["missing_packages"] == {"gs": 1, "abfs": 1}
+    first, second = told["warnings"]
+    assert "gs://bucket/query.png: the protocol gs:// cannot be used" in first
+    assert "pip install 'context-diffusion[gcs]'; 1 rows name it" in first
+    assert "pip install 'context-diffusion[azure]'" in second
+    few = job.model_copy(update={"manifest": str(manifest), "max_failed": 1})
+    assert validate_job(few, 1)["exit"] == 4, "both rows would fail"
 
 
 def test_validate_says_where_output_cannot_be_written_and_leaves_no_trace(tmp_path: Path, base: str) -> None:

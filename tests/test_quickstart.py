@@ -28,6 +28,8 @@ def test_the_notebook_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monkey
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path / "jobs")}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    printed = [output.text for output in outputs if output.output_type == "stream"]
+    assert not [text for text in printed if "\x1b" in text], "plain lines, no bar's escape codes"
     results = [ast.literal_eval(output.data["text/plain"]) for output in outputs if output.output_type == "execute_result"]
     row, summary, identical = (result for result in results if not isinstance(result, list))
     assert (row["id"], summary["ok"], summary["exit"], identical) == ("demo-00", 4, 0, True)

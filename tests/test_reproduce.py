@@ -51,8 +51,8 @@ def run(folder: Path, model: str, count: int = 2, **more: Any) -> list[Path]:
     job = plan.job
     service = EngineService(ContextDiffusion.from_pretrained(model, "cpu").engine())
     engine = GuardedEngine(service, Ledger(), job)
-    load = LoadImages(job, [str(folder / "in")], plan.model.image_size, plan.model.contexts, STORAGE)
-    write = WriteShard(job, output, f"{plan.model.name}@{plan.model.revision}")
+    load = LoadImages(job, job.allow or [str(folder / "in")], plan.model.image_size, plan.model.contexts, STORAGE)
+    write = WriteShard(job, output, f"{plan.model.name}@{plan.model.revision}", str(folder / "in"))
     for shard in read_shards(output, 0):
         [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()
         write(generate(load(table), engine, job))
@@ -82,8 +82,8 @@ def pictures(made: Path) -> list[Path]:
     return sorted((made / "out" / "images").rglob("*.png"))
 
 
-def again(path: Path, allow: list[str] | None = None, model: str | None = None) -> Again:
-    return make_again(find(str(path)), allow or [], model)
+def again(path: Path, allow: list[str] | None = None, model: str | None = None, base: Path | None = None) -> Again:
+    return make_again(find(str(path)), allow or [], model, base and str(base))
 
 
 def retold(path: Path, **changes: Any) -> bytes:
@@ -110,9 +110,55 @@ def test_a_picture_alone_says_enough_where_the_user_lets_it_read(made: Path, tmp
     alone.write_bytes(pictures(made)[2].read_bytes())
     with pytest.raises(JobError, match="--model"):
         again(alone)
-    with pytest.raises(JobError, match=r"forbidden_uri.*--allow"):
+    with pytest.raises(JobError, match=r"missing_file.*--base"):
         again(alone, model=base)
-    assert again(alone, [str(made / "in")], base).identical
+    assert again(alone, None, base, made / "in").identical
+    assert again(alone, [str(made / "in")], base, made / "in").identical
+    with pytest.raises(JobError, match=r"forbidden_uri.*--allow"):
+        again(alone, [str(tmp_path)], base, made / "in")
+    beside = made / "in" / "copy.png"
+    shutil.move(alone, beside)
+    assert again(beside, model=base).identical
+    beside.unlink()
+
+
+def sources(path: Path) -> list[str]:
+    told = json.loads(read_metadata(path.read_bytes())["context_diffusion"])
+    return [told["query"], *told["context"]]
+
+
+@pytest.mark.parametrize("form", ["png", "webp", "jpeg"])
+def test_a_published_picture_names_no_folder_of_the_machine_that_made_it(tmp_path: Path, base: str, form: str) -> None:
+    """Local sources are told relative to the manifest, also those that lie elsewhere; URIs stay."""
+    (tmp_path / "elsewhere").mkdir()
+    Image.fromarray(picture(7)).save(tmp_path / "elsewhere" / "inline", "PNG")
+    changes = {
+        "query": str(tmp_path / "in" / "picture-3.png"),
+        "context": [f"file://{tmp_path}/elsewhere/inline", "picture-1.png"],
+    }
+    write_manifest(tmp_path / "in", 2, {0: changes})
+    shutil.copy(tmp_path / "elsewhere" / "inline", tmp_path / "in" / "inline")
+    write_manifest(tmp_path / "in", 2, {0: changes, 1: {"query": "inline"}})
+    paths = run(tmp_path, base, image_format=form, allow=[str(tmp_path)])
+    assert sources(paths[0]) == ["picture-3.png", "../elsewhere/inline", "picture-1.png"]
+    assert sources(paths[2])[0] == "./inline", "not one whose bytes lay in the manifest"
+    rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    assert [rows[0]["query"], *rows[0]["context"]] == sources(paths[0])
+    for number in (0, 2):
+        data = paths[number].read_bytes()
+        assert str(tmp_path / "in").encode() not in data
+        assert again(paths[number]).identical
+    shutil.move(tmp_path / "in", tmp_path / "moved")
+    with pytest.raises(JobError, match="missing_file"):
+        again(paths[2])
+    assert again(paths[2], base=tmp_path / "moved").identical
+
+
+def test_what_an_earlier_version_told_in_full_is_found(made: Path) -> None:
+    path = pictures(made)[0]
+    whole = [str(made / "in" / name) for name in sources(path)]
+    path.write_bytes(retold(path, query=whole[0], context=whole[1:]))
+    assert again(path).identical
 
 
 @pytest.mark.parametrize("form", ["webp", "jpeg"])
@@ -151,11 +197,12 @@ def test_pictures_that_lie_in_the_manifest_are_read_there(tmp_path: Path, base: 
 
 def test_a_changed_source_is_named(made: Path) -> None:
     path = pictures(made)[0]
-    source = Path(find(str(path)).told["context"][0])
+    name = find(str(path)).told["context"][0]
+    source = made / "in" / name
     Image.fromarray(picture(99)).save(source)
     found = again(path)
     assert not found.identical
-    assert found.differs[0] == f"context: other pixels than then: {source}"
+    assert found.differs[0] == f"context: other pixels than then: {name}"
     assert found.differs[1].startswith("pixels: ")
     source.unlink()
     with pytest.raises(JobError, match=f"missing_file: {source} does not exist"):
@@ -212,7 +259,7 @@ def test_what_a_strange_picture_says_is_not_trusted(
     strange = tmp_path / "strange.png"
     strange.write_bytes(retold(pictures(made)[0], **changes))
     with pytest.raises(JobError, match=words):
-        again(strange, [str(made / "in")], None if "model" in changes else base)
+        again(strange, [str(made / "in")], None if "model" in changes else base, made / "in")
 
 
 def test_what_is_no_picture_of_ours_is_refused(tmp_path: Path, made: Path) -> None:

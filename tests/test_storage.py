@@ -15,7 +15,7 @@ import pytest
 
 from context_diffusion.allow import check_allowed
 from context_diffusion.errors import ConfigError, ErrorCode, RowError, StorageError
-from context_diffusion.storage import Storage, resolve
+from context_diffusion.storage import Storage, normal, relative, resolve
 
 STORAGE = Storage(deadline_s=2)
 
@@ -265,3 +265,22 @@ def test_a_protocol_whose_package_is_missing_names_what_installs_it(
     monkeypatch.setitem(sys.modules, package, None)  # missing, though it be here
     with pytest.raises(ConfigError, match=re.escape(f"pip install '{command}'")):
         Storage().exists(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("/data/rows/a/q.png", "a/q.png"),
+        ("/data/q.png", "../q.png"),
+        ("file:///data/rows/q.png", "q.png"),
+        ("q.png", "q.png"),
+        ("s3://bucket/q.png", "s3://bucket/q.png"),
+        ("https://example.com/q.png", "https://example.com/q.png"),
+    ],
+)
+def test_a_local_path_is_told_relative_to_the_manifest_and_found_again(uri: str, told: str) -> None:
+    base = "/data/rows"
+    assert relative(uri, base) == told
+    if not uri.startswith("q"):
+        assert normal(resolve(told, base)) == normal(uri)
+    assert relative(uri, "s3://bucket/rows") == uri

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,48 @@ def test_a_run_that_breaks_off_is_sent_too(collector: list[tuple[str, Any]], mon
     assert attributes(sent.resource.attributes)["service.name"] == "nightly"
     [run] = sent.scope_spans[0].spans
     assert attributes(run.events[0].attributes)["exception.message"] == "the cluster is gone"
+
+
+def test_ids_and_errors_that_utf_8_cannot_hold_are_sent_escaped(tmp_path: Path, collector: list[tuple[str, Any]]) -> None:
+    heard: list[dict[str, Any]] = []
+    make(tmp_path, 4, {1: {"scheduler": "magic"}}, written=heard)
+    [failure] = heard[0]["failures"]
+    failure["id"] = "row-\udc80"  # of a file name that is no UTF-8
+    trace = Trace("/out/jos\xe9-\udc80")
+    with suppress(RuntimeError), trace:
+        trace.add(heard[0])
+        raise RuntimeError("/out/\udc80 is gone")
+    spans = {span.name: span for _, sent in collector for scope in sent.scope_spans for span in scope.spans}
+    assert attributes(spans["run"].attributes) == {"output": "/out/jos\xe9-\\udc80"}
+    assert attributes(spans["run"].events[0].attributes)["exception.message"] == "/out/\\udc80 is gone"
+    assert attributes(spans["shard"].events[0].attributes)["id"] == "row-\\udc80"
+
+
+@pytest.mark.parametrize(("variable", "value"), [("OTEL_BSP_MAX_QUEUE_SIZE", "-1"), ("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "many")])
+def test_a_trace_that_cannot_be_made_is_told_and_the_run_goes_on(
+    tmp_path: Path,
+    collector: list[tuple[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variable: str,
+    value: str,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    heard: list[dict[str, Any]] = []
+    make(tmp_path, 4, written=heard)
+    with Trace("/out") as trace:
+        trace.add(heard[0])
+    assert collector == []
+    assert "the trace is left out: ValueError: " in capsys.readouterr().err
+
+
+def test_a_shard_whose_counts_a_trace_cannot_hold_ends_no_run(
+    collector: list[tuple[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Trace("/out") as trace:
+        trace.add({"shard": 0})
+        trace.add({"shard": 1})
+    assert capsys.readouterr().err.count("the trace is left out: KeyError") == 1
 
 
 def test_without_a_collector_nothing_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

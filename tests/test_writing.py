@@ -61,7 +61,7 @@ def flow(
     job = plan.job
     load = LoadImages(job, [str(folder / "in")], 64, SquareCrop(64), STORAGE)
     guarded = GuardedEngine(engine or FakeEngine(), Ledger(), job)
-    write = WriteShard(job, output, "fake@1")
+    write = WriteShard(job, output, "fake@1", str(folder / "in"))
     for shard in read_shards(output, 0):
         [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()
         told = write(generate(load(table), guarded, job)).to_pylist()
@@ -249,7 +249,7 @@ def test_of_rows_made_anew_the_driver_hears_them_alone_beside_the_whole_part(tmp
     job = plan.job
     load, write = (
         LoadImages(job, [str(tmp_path / "in")], 64, SquareCrop(64), STORAGE),
-        WriteShard(job, output, "fake@1", redo=frozenset({0})),
+        WriteShard(job, output, "fake@1", str(tmp_path / "in"), redo=frozenset({0})),
     )
     [shard] = read_shards(output, 0)
     [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE, output)()

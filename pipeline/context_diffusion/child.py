@@ -14,15 +14,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
-
-from rich.console import Console
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.driver import Options, run_generate
 from context_diffusion.errors import EXIT_TERMINATED, ContextDiffusionError, classify
 from context_diffusion.ledger import Ledger
-from context_diffusion.log import LOG
+from context_diffusion.log import LOG, console
 from context_diffusion.output import Output
 from context_diffusion.storage import Storage, normal
 from context_diffusion.supervise import end_session
@@ -92,11 +91,12 @@ def _redirect_noise() -> str:
     """What Ray and its C++ print goes to a log file, which the log names; the log keeps the real stderr."""
     handle, path = tempfile.mkstemp(prefix="context-diffusion-", suffix=".log")
     terminal = os.dup(2)
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stderr.flush()
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ["CONTEXT_DIFFUSION_LOG"] = path
-    LOG.console = Console(file=os.fdopen(terminal, "w", buffering=1))
+    LOG.console = console(os.fdopen(terminal, "w", buffering=1))
     return path
 
 

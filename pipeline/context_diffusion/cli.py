@@ -27,7 +27,7 @@ from context_diffusion.errors import (
     JobError,
     classify,
 )
-from context_diffusion.log import LOG, LogFormat
+from context_diffusion.log import LOG, LogFormat, open_standard_streams
 from context_diffusion.ray_jobs import RayJobsError
 from context_diffusion.strict import StrictModel
 from context_diffusion.terminal import (
@@ -83,6 +83,7 @@ def _options(
 def main() -> None:
     """The process: a command and its exit code. Ends at once: pyarrow's and Ray's threads may abort a process that
     waits for its modules' end (signal 6, 3 of 25 short runs here), and the code would be lost."""
+    open_standard_streams()
     code = _run()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # nobody reads any more

@@ -18,6 +18,9 @@ def reproduce(
     allow: Annotated[
         list[str] | None, typer.Option(metavar="PREFIX", help="what it may read; default: what its job might")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="of its relative sources, which it may read; default: its manifest's")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="where the model lies; default: what its job says")] = None,
 ) -> None:
     """Makes a picture again from what it says, or its OUTPUT, and compares: code 0 identical, 3 differs, 2 cannot be made.
@@ -29,7 +32,7 @@ def reproduce(
 
     write = writer(output)
     found = find(file)
-    again = make_again(found, allow or [], model)
+    again = make_again(found, allow or [], model, base)
     write(again)
     verdict = "identical" if again.identical else "differs"
     errors.print(f"{file}: {verdict}{', although other than then:' if again.identical and again.differs else ''}")
@@ -43,9 +46,9 @@ def reproduce(
 
 def preview(
     job: JobFile,
+    grid: Annotated[list[str], typer.Option(metavar="SETTING=VALUE,...", help="its columns; a second one: lines")],
     out: Annotated[str, typer.Option(metavar="FILE.png", help="where the sheet goes")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[SETTING=VALUE,...]", help="as --grid")] = None,
-    grid: Annotated[list[str] | None, typer.Option(metavar="SETTING=VALUE,...", help="its columns; a second one: lines")] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[SETTING=VALUE,...]", help="the lines, as --grid")] = None,
     row: Annotated[str | None, typer.Option(metavar="ID", help="of the manifest; default: its first")] = None,
     sets: Sets = None,
 ) -> None:
@@ -56,7 +59,7 @@ def preview(
     from context_diffusion.making import png_uri, write_sheet
     from context_diffusion.preview import axes_of, setting_grid
 
-    uri, axes = png_uri("--out", out), axes_of([*(grid or []), *(more or [])])
+    uri, axes = png_uri("--out", out), axes_of([*grid, *(more or [])])
     made, cells = setting_grid(load_generating(job, sets)[0], axes, row)
     write_sheet(uri, cells)
     errors.print(f"row {made}: {uri}")

@@ -127,7 +127,7 @@ def around_engine(
     ]
     allow = job.allow or [parent(file.uri) for file in plan.files]
     load = LoadImages(job, allow, model.image_size, model.contexts, storage)
-    return reads, load, WriteShard(job, output, f"{model.name}@{model.revision}", redo=redo)
+    return reads, load, WriteShard(job, output, f"{model.name}@{model.revision}", parent(plan.files[0].uri), redo)
 
 
 def _shards_with_failures(output: Output) -> set[int]:

@@ -14,12 +14,60 @@ warning     message                             log         message: a line of a
 from __future__ import annotations
 
 import json
+import os
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
+
+
+class Harmless:
+    """A text stream that never raises: nobody may read it any more, its disk may be full, its encoding may lack a sign. What
+    it cannot say is left out or escaped, since a message must not end a run. file: None is stderr as it is then."""
+
+    def __init__(self, file: IO[str] | None = None) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    @property
+    def _target(self) -> IO[str] | None:
+        return self._file or sys.stderr
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError, AttributeError):  # ValueError: it is closed; AttributeError: there is none
+            encoding = getattr(self._target, "encoding", None) or "utf-8"
+            self._target.write(text.encode(encoding, "backslashreplace").decode(encoding))  # type: ignore[union-attr]
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            self._target.flush()  # type: ignore[union-attr]
+
+    def isatty(self) -> bool:
+        with suppress(OSError, ValueError, AttributeError):
+            return bool(self._target.isatty())  # type: ignore[union-attr]
+        return False
+
+
+def console(file: IO[str] | None = None) -> Console:
+    """Where people and programs are told. file: None is stderr."""
+    return Console(file=cast(IO[str], Harmless(file)), soft_wrap=True, highlight=False, markup=False)
+
+
+def open_standard_streams() -> None:
+    """Give a process that was started without stdin, stdout or stderr an empty one: the next file that is opened would get
+    its number, and be written to by all that prints."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 class LogFormat(StrEnum):
@@ -33,12 +81,17 @@ class Log:
     format: str = LogFormat.TEXT
     job: str | None = None
 
+    @property
+    def is_terminal(self) -> bool:
+        """Does a person look at it as it goes? Console.is_terminal also believes FORCE_COLOR, which notebooks set."""
+        return self.console.file.isatty()
+
     def tell(self, event: str, text: str | None = None, level: str = "info", **fields: Any) -> None:
         """text: the line for people; left out: they are not told."""
         if self.format == LogFormat.JSON:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
             line = {"time": now, "level": level, "event": event, "job": self.job, **fields}
-            self.console.file.write(json.dumps(line) + "\n")
+            self.console.file.write(json.dumps(line, default=str) + "\n")
             self.console.file.flush()
         elif text is not None:
             self.console.print(text, soft_wrap=True, highlight=False, markup=False)
@@ -51,4 +104,4 @@ class Log:
             self.tell("log", line, message=line)
 
 
-LOG = Log(Console(stderr=True))  # the driver puts the terminal here before Ray takes stderr
+LOG = Log(console())  # the driver puts the terminal here before Ray takes stderr

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from context_diffusion.errors import StorageError
 from context_diffusion.parquet import NotParquetError, read_parquet_file
 from context_diffusion.schema import Counts, part_name
-from context_diffusion.storage import Storage
+from context_diffusion.storage import Storage, parent
 
 PART = re.compile(r"part-(\d{5,})\.parquet$")
 READERS, AHEAD = 16, 256  # threads that read parts, and how many parts at most wait to be looked at
@@ -44,6 +44,10 @@ class Output:
     @property
     def plan(self) -> str:
         return f"{self.root}/plan.json"
+
+    def base(self) -> str:
+        """The folder of its first manifest file: what its rows and pictures say of local sources is relative to it."""
+        return parent(self.read_json(self.plan)["manifest"][0]["uri"])
 
     @property
     def success(self) -> str:

@@ -28,7 +28,7 @@ class Progress:
     def __enter__(self) -> Self:
         text = f"{self.rows} rows, {self._first} done before; Ray's logs: {self._logs}"
         LOG.tell("started", text, rows=self.rows, done=self._first, logs=self._logs)
-        if LOG.console.is_terminal and LOG.format == LogFormat.TEXT:
+        if LOG.is_terminal and LOG.format == LogFormat.TEXT:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
             self._bar = Bar(*columns, console=LOG.console)
             self._bar.start()

@@ -22,10 +22,9 @@ from context_diffusion.output import Output
 from context_diffusion.recipe import Told, parts_of, settings_of, sources_of, told_by, told_in
 from context_diffusion.schema import CONTEXT, CONTROL_IMAGE, ID, NEGATIVE_PROMPT, OUTPUT, PROMPT, QUERY, READ, is_derived
 from context_diffusion.shards import read_shards
+from context_diffusion.sources import INLINE
 from context_diffusion.stages import ReadShard
 from context_diffusion.storage import Storage, normal, parent
-
-INLINE = "inline"  # how a row names a source that was bytes in its manifest
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,11 @@ class Found:
     told: Told
     output: Output | None = None
     record: Any = None
+
+    @property
+    def base(self) -> str:
+        """Where its relative sources lie: beside the manifest; of a picture alone beside itself."""
+        return self.output.base() if self.output else parent(self.uri)
 
     @property
     def planned(self) -> GenerateJob | None:
@@ -96,17 +100,20 @@ def model_of(found: Found, given: str | None) -> Model:
     raise JobError(f"{found.uri} names the model {name!r}: if you trust it, --model {name!r} loads it; or name another place")
 
 
-def allowed(found: Found) -> list[str]:
-    """What the job let its rows read; of a picture alone, its own folder."""
+def allowed(found: Found, base: str | None) -> list[str]:
+    """What the job let its rows read, or the folder that the user names; of a picture alone, its own folder."""
+    if base:
+        return [base]
     if not found.planned:
         return [parent(found.uri)]
     return found.planned.allow or [parent(file["uri"]) for file in found.record["manifest"]]
 
 
-def read_again(found: Found, storage: Storage) -> dict[str, Any]:
-    """The one image as a row of the table that LoadImages takes. Raises JobError."""
+def read_again(found: Found, base: str | None, storage: Storage) -> dict[str, Any]:
+    """The one image as a row of the table that LoadImages takes. base: the user's word on where its relative sources lie.
+    Raises JobError."""
     told = found.told
-    row = dict.fromkeys(READ.names) | {"shard": 0, ID: told[ID], **sources_of(told)}
+    row = dict.fromkeys(READ.names) | {"shard": 0, ID: told[ID], **sources_of(told, base or found.base)}
     row |= {name: told.get(name) for name in (PROMPT, NEGATIVE_PROMPT)}
     row["settings"] = settings_of(told, found.uri).model_dump_json()
     uris = {QUERY: [told[QUERY]], CONTEXT: told[CONTEXT], CONTROL_IMAGE: told.get(CONTROL_IMAGE, [])}

@@ -17,6 +17,7 @@ from context_diffusion.config import GenerateJob, Settings
 from context_diffusion.encoding import read_metadata
 from context_diffusion.errors import JobError, RowError
 from context_diffusion.schema import CONTEXT, CONTROL_IMAGE, ID, NEGATIVE_PROMPT, PROMPT, QUERY, SETTING_TYPES
+from context_diffusion.storage import resolve
 from context_diffusion.strict import Parts
 
 KEY, MARK = "context_diffusion", {"Software": "context-diffusion"}  # texts of a picture's metadata
@@ -102,14 +103,14 @@ def settings_of(told: Told, name: str) -> Settings:
         raise JobError(f"{name}: its metadata is no row's: {_first(error)}") from None
 
 
-def sources_of(told: Told) -> dict[str, Any]:
-    """Query, contexts and control maps as columns of sources."""
-    contexts, maps = ([_source(uri) for uri in told.get(column, [])] for column in (CONTEXT, CONTROL_IMAGE))
-    return {QUERY: _source(told["query"]), CONTEXT: contexts, CONTROL_IMAGE: maps}
+def sources_of(told: Told, base: str) -> dict[str, Any]:
+    """Query, contexts and control maps as columns of sources. base: the folder of relative ones."""
+    contexts, maps = ([_source(uri, base) for uri in told.get(column, [])] for column in (CONTEXT, CONTROL_IMAGE))
+    return {QUERY: _source(told["query"], base), CONTEXT: contexts, CONTROL_IMAGE: maps}
 
 
-def _source(uri: str) -> dict[str, Any]:
-    return {"bytes": None, "path": uri}
+def _source(uri: str, base: str) -> dict[str, Any]:
+    return {"bytes": None, "path": resolve(uri, base)}
 
 
 def parts_of(told: Told, name: str) -> Parts | None:

@@ -37,16 +37,18 @@ class Again:
     differs: list[str]
 
 
-def make_again(found: Found, allow: list[str], model: str | None) -> Again:
-    """allow, model: the user's word, in place of that of OUTPUT's job. Raises JobError where it cannot be made."""
+def make_again(found: Found, allow: list[str], model: str | None, base: str | None = None) -> Again:
+    """allow, model, base: the user's word, in place of that of OUTPUT's job. Raises JobError where it cannot be made."""
     told, source = found.told, model_of(found, model)
     job = job_of(told, found.uri, source.parts or str(source.folder), found.planned)
     storage = Storage(job.storage_options)
-    load = LoadImages(job, allow or allowed(found), source.image_size, source.contexts, storage)
-    table = load(pa.Table.from_pylist([read_again(found, storage)], READ))
+    load = LoadImages(job, allow or allowed(found, base), source.image_size, source.contexts, storage)
+    table = load(pa.Table.from_pylist([read_again(found, base, storage)], READ))
     [loaded] = table.to_pylist()
     if loaded["error_code"]:
         hint = "; --allow PREFIX permits it" if loaded["error_code"] == ErrorCode.FORBIDDEN_URI else ""
+        if not found.output and not base:
+            hint += "; --base FOLDER says where its manifest lay, which its sources are relative to"
         raise JobError(f"{found.uri} cannot be made: {loaded['error_code']}: {loaded['error_message']}{hint}")
     result = _generate(table, job, source, told.get("device"))
     now = told | {"model": f"{source.name}@{source.revision}", "device": result.device}

@@ -13,6 +13,7 @@ from context_diffusion.images import decode_image
 from context_diffusion.schema import Pixels
 from context_diffusion.storage import Storage, resolve
 
+INLINE = "inline"  # how OUTPUT names a source that was bytes in its manifest
 Source = dict[str, Any]  # {"bytes": ..., "path": ...}
 
 

@@ -67,6 +67,14 @@ def resolve(uri: str, base: str) -> str:
     return f"{base.rstrip('/')}/{uri}"
 
 
+def relative(uri: str, base: str) -> str:
+    """What `resolve` takes back: a local file's path from the local folder `base`, with `..` where it lies outside; others as
+    they are."""
+    if not is_local(uri) or not is_local(base) or not uri.startswith(("/", "file:")):
+        return uri
+    return os.path.relpath(local_path(uri), local_path(base))
+
+
 def _passes(error: BaseException) -> bool:
     """Is the fault one that a later try may not meet?"""
     if isinstance(error, FINAL) or (isinstance(error, OSError) and error.errno in FINAL_ERRNO):
@@ -109,6 +117,10 @@ class Storage:
             extra = EXTRAS.get(scheme)
             hint = f": pip install 'context-diffusion[{extra}]'" if extra and isinstance(error, ImportError) else ""
             raise ConfigError(f"{uri}: the protocol {scheme}:// cannot be used: {error}{hint}") from error
+
+    def check(self, uri: str) -> None:
+        """Raises ConfigError where its protocol cannot be used: its package is missing. Connects to nothing."""
+        self._fs(uri)
 
     def _try(self, uri: str, action: Callable[[], T]) -> T:
         """Runs an action with retries; what remains becomes a StorageError, what is final is raised as it is."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import JobError
-from context_diffusion.log import LOG, LogFormat
+from context_diffusion.log import LOG, LogFormat, console
 from context_diffusion.strict import StrictModel
 
-errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+errors = console()
 
 JobFile = Annotated[str, typer.Argument(metavar="JOB", help="a file of one job or several, YAML or JSON")]
 Sets = Annotated[
@@ -30,8 +30,9 @@ LogFormats = Annotated[LogFormat, typer.Option(help="of stderr: lines for people
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The last line of stdout."""
-    print(json.dumps(summary), flush=True)
+    """The last line of stdout. Where nobody reads it the exit code still says how it ended."""
+    with suppress(OSError):
+        print(json.dumps(summary), flush=True)
 
 
 def tell_error(error: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from context_diffusion.contact import Cell
 from context_diffusion.errors import JobError
 from context_diffusion.making import Maker, Outcome, engines_of, inputs_of
 from context_diffusion.model.source import Source
-from context_diffusion.schema import Failure, Request
+from context_diffusion.schema import Failure, Request, Result
 from context_diffusion.stages import requests_of
 
 SHOWN = 4  # pictures of one row
@@ -30,14 +29,23 @@ def try_rows(
         raise JobError("no row of the sample can be loaded, so there are no pictures to make; --sample N looks at more")
     requests = [request for row in wanted for request in row]
     maker = Maker(job, model)
-    once = requests[0].settings.model_copy(update={"num_inference_steps": 1, "control_guidance_end": 1.0})
-    maker.make([replace(requests[0], settings=once)])  # what an engine does once in its life does not count
+    began = time.perf_counter()
+    maker.make(requests[:1])  # all its steps: what an engine does once in its life does not count
     started = time.perf_counter()
-    outcomes = iter(maker.make(requests))
-    seconds = (time.perf_counter() - started) / len(requests)
+    made = maker.make(requests)
+    seconds = (time.perf_counter() - started) / len(requests) * _filled(made)
+    outcomes = iter(made)
     lines = [[*inputs_of(row[0]), *[_cell(request, next(outcomes)) for request in row][:SHOWN]] for row in wanted]
     images = round(rows * len(requests) / sum(map(len, tables)))
-    return lines, _figures(images, seconds, engines_of(job), price) | maker.device()
+    basis = {"measured_images": len(requests), "warm_up_seconds": round(started - began, 3), "filled": round(_filled(made), 3)}
+    return lines, _figures(images, seconds, engines_of(job), price) | basis | maker.device()
+
+
+def _filled(outcomes: list[Outcome]) -> float:
+    """The share of the lanes in the model's calls that a sample used: so few rows leave some empty, a job's do not."""
+    results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
+    paid = sum(result.paid_lane_steps for result in results)
+    return sum(result.used_lane_steps for result in results) / paid if paid else 1.0
 
 
 def _cell(request: Request, outcome: Outcome) -> Cell:
@@ -47,7 +55,7 @@ def _cell(request: Request, outcome: Outcome) -> Cell:
 
 
 def _figures(images: int, seconds: float, engines: int, price: float | None) -> dict[str, Any]:
-    """images: of the whole job; seconds: of one here."""
+    """images: of the whole job; seconds: of one here, in full lanes."""
     hours = images * seconds / 3600  # of all engines together
     told = {"images": images, "seconds_per_image": round(seconds, 3), "engines": engines}
     told |= {"estimated_seconds": round(hours * 3600 / engines)}
@@ -60,6 +68,9 @@ def estimate_lines(told: dict[str, Any]) -> list[str]:
     engines = f"{told['engines']} engine{'s' if told['engines'] > 1 else ''}"
     lines = [f"{told['images']} images, {told['seconds_per_image']} s each on {told.get('gpu', told['device'])}"]
     lines[0] += f": about {minutes // 60} h {minutes % 60} min {seconds} s on {engines} like this one"
+    warm = f"a first one that warms up ({told['warm_up_seconds']} s, not counted)"
+    lines.append(f"measured on {told['measured_images']} images after {warm}; without the start of Ray and of the engines")
+    lines.append(f"they filled {told['filled']:.0%} of the model's lanes, a job fills nearly all: the time is of full ones")
     if "gpu" in told:
         lines.append(f"GPU memory: {told['gpu_used_gib']} of {told['gpu_memory_gib']} GiB")
     if "estimated_cost" in told:

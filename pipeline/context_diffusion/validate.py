@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -19,16 +20,17 @@ from context_diffusion.model.source import find_model
 from context_diffusion.output import Output
 from context_diffusion.plan import check_output, part_rows
 from context_diffusion.scan import Scan
-from context_diffusion.schema import ID, Shard
+from context_diffusion.schema import CONTEXT, ID, QUERY, Shard
+from context_diffusion.schemes import lacking
 from context_diffusion.stages import LoadImages, ReadShard
 from context_diffusion.storage import Storage, normal, parent
 from context_diffusion.trial import try_rows
 
 
 def validate_job(job: GenerateJob, sample: int, pictures: str | None = None, price: float | None = None) -> dict[str, Any]:
-    """Scans the whole manifest, loads `sample` rows spread over it, writes a probe to OUTPUT and takes it away. -> rows,
-    shards, problems of the sampled rows. pictures: where a sheet of their images goes; with it, and the price of an
-    engine's machine and hour, what the job will take.
+    """Scans the whole manifest, loads `sample` rows spread over it that differ in contexts, writes a probe to OUTPUT and
+    takes it away. -> rows, shards, problems of the sampled rows. pictures: where a sheet of their images goes; with it, and
+    the price of an engine's machine and hour, what the job will take.
 
     Raises JobError for what stops the job, StorageError where OUTPUT cannot be written. Bad rows are told, for a run turns
     them into failed rows; `exit` is what a run would end with by them: 3 where some of the sample fail, 4 where they are more
@@ -41,6 +43,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None, pri
     scan = Scan(job, files, storage)
     size = part_rows(scan.rows, job.rows_per_part, len(combinations(job.matrix)))
     shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
+    without, unreadable = lacking(job, files, storage)
     load = LoadImages(job, job.allow or [parent(file.uri) for file in files], model.image_size, model.contexts, storage)
     looked, problems, kept = 0, [], []
     for table in _sample(job, files, scan, shards, sample, storage):
@@ -65,31 +68,45 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None, pri
         "shards": len(shards),
         "sampled": looked,
         "problems": problems,
-        "warnings": column_warnings(scan.passed().names),
-        "exit": _exit_code(job, scan.rows, looked, len(problems)),
+        "warnings": [*column_warnings(scan.passed().names), *(f"{one.why}; {one.rows} rows name it" for one in without.values())],
+        "missing_packages": {scheme: one.rows for scheme, one in without.items()},
+        "exit": _exit_code(job, scan.rows, looked, len(problems), unreadable),
         "model_revision": model.revision,
         "creates_once": once,
         **figures,
     }
 
 
-def _exit_code(job: GenerateJob, rows: int, sampled: int, failed: int) -> int:
-    """What a run would end with, were all rows as the sampled ones."""
-    if not failed:
+def _exit_code(job: GenerateJob, rows: int, sampled: int, failed: int, without: int) -> int:
+    """What a run would end with, were all rows as the sampled ones. without: rows that lack a protocol's package for sure."""
+    if not failed and not without:
         return EXIT_OK
-    expected = max(failed, rows * failed // sampled)
+    expected = max(failed, without, rows * failed // max(sampled, 1))
     return EXIT_TOO_MANY_FAILED if expected > job.failures_allowed(rows) else EXIT_ROWS_FAILED
 
 
 def _sample(
     job: GenerateJob, files: list[ManifestFile], scan: Scan, shards: list[Shard], count: int, storage: Storage
 ) -> Iterator[pa.Table]:
-    """So many rows, or all, spread evenly over the manifest, a table for each shard that has one of them."""
-    count, first = min(count, scan.rows), 0
+    """So many rows, or all, spread evenly over the manifest, a table for each shard that has one of them. Of the rows from one
+    place to the next, as far as the shard has them, the first whose contexts are new: a manifest of all pairs may have the
+    same contexts at even distances."""
+    count, first, seen = min(count, scan.rows), 0, set[int]()
     wanted = [number * scan.rows // count for number in range(count)]
     for shard in shards:
         here = wanted[bisect_left(wanted, first) : bisect_left(wanted, first + shard.rows)]
         if here:
             [table] = ReadShard(job, files[shard.file], shard, scan.passed(), storage)()
-            yield table.take([row - first for row in here])
+            places = [row - first for row in here]
+            pictures = table.select([QUERY, CONTEXT]).to_pylist()
+            yield table.take([_newest(pictures, *reach, seen) for reach in pairwise([0, *places[1:], shard.rows])])
         first += shard.rows
+
+
+def _newest(pictures: list[dict[str, Any]], first: int, last: int, seen: set[int]) -> int:
+    """Of rows `first` to `last` the first one that shows most that is new: its contexts, then its query."""
+    rows = pictures[first:last]
+    keys = [(hash(str(row[CONTEXT])), hash(str(row[QUERY]))) for row in rows]  # bytes may lie in them
+    best = min(range(len(rows)), key=lambda number: [key in seen for key in keys[number]])
+    seen.update(keys[best])
+    return first + best

@@ -36,7 +36,9 @@ from context_diffusion.schema import (
     known_rows,
     required,
 )
+from context_diffusion.sources import INLINE
 from context_diffusion.stages import span
+from context_diffusion.storage import relative
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class WriteShard:
     job: GenerateJob
     output: Output
     model: str
+    base: str  # the first manifest file's folder
     redo: frozenset[int] = frozenset()  # --retry-failed: of these shards only the failed rows are in the flow; the others stay
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -102,8 +105,8 @@ class WriteShard:
             **{name: row.get(name) for name in OUTPUT.names if name in row},
             **used,
             "status": "failed" if row["error_code"] else "ok",
-            QUERY: _label(row[QUERY]),
-            **{n: None if row[n] is None else [_label(source) for source in row[n]] for n in (CONTEXT, CONTROL_IMAGE)},
+            QUERY: _label(row[QUERY], self.base),
+            **{n: None if row[n] is None else [_label(source, self.base) for source in row[n]] for n in (CONTEXT, CONTROL_IMAGE)},
             "control": "+".join(self.job.control_kinds) or "disabled",
             "fit": self.job.fit,
             "model": self.model,
@@ -153,6 +156,9 @@ def _written(shard: int, part: pa.Table, table: pa.Table, size: int) -> dict[str
     }
 
 
-def _label(source: dict[str, Any] | None) -> str | None:
-    """How the output names a source: its URI; inline images have none."""
-    return None if source is None else source["path"] or "inline"
+def _label(source: dict[str, Any] | None, base: str) -> str | None:
+    """How the output names a source: its URI, a local file's relative to the manifest; inline images have none."""
+    if source is None:
+        return None
+    path = relative(source["path"], base) if source["path"] else None
+    return f"./{path}" if path == INLINE else path or INLINE

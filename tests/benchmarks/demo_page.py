@@ -19,7 +19,8 @@ SIDE, GAP = 128, 6
 
 def panel(row: dict[str, object]) -> Image.Image:
     """query, up to two contexts, output, side by side."""
-    sources = [str(row["query"]), *list(row["context"])[:2]]  # type: ignore[call-overload]
+    named = [str(row["query"]), *list(row["context"])[:2]]  # type: ignore[call-overload]
+    sources = [str(Path("build/demo-input") / name) for name in named]
     shown = [Image.fromarray(resize(decode_image(Path(p).read_bytes(), Limits(), p), SIDE, SIDE, "crop")) for p in sources]
     page = Image.new("RGB", (4 * SIDE + 5 * GAP, SIDE), "white")
     for place, picture in zip((0, 1, 2), shown, strict=False):

@@ -139,6 +139,45 @@ def test_clip_skip_and_a_lora_are_what_diffusers_makes_of_them(model: Model, tmp
     assert np.abs(ours.astype(int) - image(load({"base": model["base"]}), one)).max() > 20
 
 
+def lora_weights(layer: str, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"lora_A": (2, 64), "lora_B": (64, 2)}
+    return {f"{layer}.{part}.weight": torch.randn(shape, generator=generator) for part, shape in shapes.items()}
+
+
+ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+
+
+def test_the_keys_of_a_lora_that_fit_no_layer_are_named(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = lora_weights(f"unet.{ATTENTION}.to_q", 1) | lora_weights(f"unet.{ATTENTION}.to_q.processor", 2)
+    weights |= lora_weights("transformer.blocks.0.attn.to_k", 3) | lora_weights(f"{ATTENTION}.to_v", 4)
+    save_file(weights, tmp_path / "partly.safetensors")
+    load({"base": model["base"], "lora": str(tmp_path / "partly.safetensors")})
+    told = capsys.readouterr().err
+    assert "partly.safetensors fits" in told
+    assert "only in part: 6 of its keys fit no layer: " in told
+    assert (
+        f"{ATTENTION}.to_v.lora_A.weight, {ATTENTION}.to_v.lora_B.weight, transformer.blocks.0.attn.to_k.lora_A.weight, ..."
+        in told
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_of_a_lora_that_fits_no_key_is_named(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: torch.dtype
+) -> None:
+    """In diffusers' names and, with alphas, in those of kohya's scripts."""
+    weights = lora_weights(f"unet.{ATTENTION}.to_q", 1)
+    save_file({key: weight.to(dtype) for key, weight in weights.items()}, tmp_path / "fits.safetensors")
+    kohya = {f"lora_unet_{ATTENTION.replace('.', '_')}_to_q.alpha": torch.tensor(1.0)}
+    for key, weight in weights.items():
+        part = "lora_down" if "lora_A" in key else "lora_up"
+        kohya[f"lora_unet_{ATTENTION.replace('.', '_')}_to_q.{part}.weight"] = weight.to(dtype)
+    save_file(kohya, tmp_path / "kohya.safetensors")
+    load({"base": model["base"], "lora": [str(tmp_path / "fits.safetensors"), str(tmp_path / "kohya.safetensors")]})
+    assert "lora" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model.blocks."])
 def test_a_lora_that_changes_nothing_is_refused(model: Model, tmp_path: Path, prefix: str) -> None:
     """PEFT's own file has no prefix; those of Flux and Wan name layers that Stable Diffusion lacks."""

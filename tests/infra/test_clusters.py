@@ -19,8 +19,20 @@ INFRA = ROOT / "infra"
 SBATCH = INFRA / "slurm" / "context-diffusion.sbatch"
 
 
+def started(command: str) -> str:
+    """The command with a process that tells HF_TOKEN in Ray's place."""
+    before, _ = command.split("ray start")
+    return f"{before}sh -c 'echo $HF_TOKEN'"
+
+
+def home(folder: Path) -> dict[str, str]:
+    """A machine's, with the file of variables that the page tells of."""
+    (folder / "context-diffusion.env").write_text("HF_TOKEN=secret\n")
+    return {"PATH": os.environ["PATH"], "HOME": str(folder)}
+
+
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-def test_ray_up_takes_the_file(cloud: str) -> None:
+def test_ray_up_takes_the_file(tmp_path: Path, cloud: str) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     config = yaml.safe_load((INFRA / "ray-cluster" / f"{cloud}.yaml").read_text())
@@ -31,6 +43,11 @@ def test_ray_up_takes_the_file(cloud: str) -> None:
     assert types["gpu"]["min_workers"] >= 1, "a job looks for GPUs when it starts"
     assert re.search("spot", str(types["gpu"]["node_config"]), re.IGNORECASE)
     assert all("RAY_AUTH_MODE=token" in config[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
+    for kind in ("head", "worker"):
+        told = subprocess.run(
+            ["sh", "-c", started(config[f"{kind}_start_ray_commands"][-1])], env=home(tmp_path), text=True, capture_output=True
+        )
+        assert told.stdout == "secret\n", told.stderr
     with pytest.raises(Exception, match="max_wrokers"):
         validate_config(prepare_config(config | {"max_wrokers": 3}))
 
@@ -60,7 +77,10 @@ def allocation(folder: Path, command: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("ended", "told"), [(0, 0), (3, 0), (4, 4), (75, 75)])
 def test_the_script_runs_the_job_on_all_nodes_and_tells_its_end(tmp_path: Path, ended: int, told: int) -> None:
-    environment = allocation(tmp_path, f'echo "$@" > words; test -n "$RAY_AUTH_TOKEN" && exit {ended}\n')
+    environment = allocation(
+        tmp_path, f'echo "$@" > words; test -n "$RAY_AUTH_TOKEN" && test "$HF_TOKEN" = mine && exit {ended}\n'
+    )
+    environment |= {"HF_TOKEN": "mine"}
     done = subprocess.run([str(SBATCH), "job.yaml", "--extend"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == told, done.stderr
     assert (tmp_path / "words").read_text().split() == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ import pytest
 import yaml
 
 from context_diffusion.jobfile import load_job
+from context_diffusion.model.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "infra" / "kuberay"
+PAGE = (ROOT / "infra" / "README.md").read_text()
 SCHEMAS = Path(os.environ.get("KUBERAY_CRDS", ROOT.parent / "shared" / "data" / "kuberay-crds"))
 KINDS = {"RayJob": "batch/rayjob.yaml", "RayCronJob": "nightly/raycronjob.yaml", "RayCluster": "shared/raycluster.yaml"}
 
@@ -140,11 +143,82 @@ def test_the_kustomizations_name_what_is_there() -> None:
             assert (path.parent / name).exists(), f"{path}: {name}"
         for generator in said.get("configMapGenerator", []):
             assert all((path.parent / name).exists() for name in generator["files"])
-    secrets = {one["metadata"]["name"] for one in yaml.safe_load_all((KUBERAY / "secrets.example.yaml").read_text())}
-    used = {
-        source["secretRef"]["name"] for pod in pods("RayJob") for one in pod["containers"] for source in one.get("envFrom", [])
-    }
-    assert used | {cluster_of("RayJob")["authOptions"]["secretName"]} == secrets
+
+
+def secrets() -> dict[str, dict[str, Any]]:
+    documents = yaml.safe_load_all((KUBERAY / "secrets.example.yaml").read_text())
+    return {one["metadata"]["name"]: one for one in documents}
+
+
+def accounts() -> dict[str, dict[str, Any]]:
+    documents = yaml.safe_load_all((KUBERAY / "common" / "access.yaml").read_text())
+    return {one["metadata"]["name"]: one for one in documents if one["kind"] == "ServiceAccount"}
+
+
+def secrets_used(kind: str) -> set[str]:
+    """All that the pods, their account and the cluster name."""
+    used = {cluster_of(kind)["authOptions"]["secretName"]}
+    for pod in pods(kind):
+        account = accounts().get(pod.get("serviceAccountName", ""), {})
+        used |= {one["name"] for one in (*pod.get("imagePullSecrets", []), *account.get("imagePullSecrets", []))}
+        used |= {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+        for container in pod["containers"]:
+            used |= {source["secretRef"]["name"] for source in container.get("envFrom", [])}
+            told = [variable["valueFrom"] for variable in container.get("env", []) if "valueFrom" in variable]
+            used |= {one["secretKeyRef"]["name"] for one in told}
+    return used
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pods_example_and_page_name_the_same_secrets(kind: str) -> None:
+    assert secrets_used(kind) == secrets().keys()
+    assert {*re.findall(r"^\| `(context-diffusion-[a-z0-9-]+)` \|", PAGE, re.MULTILINE)} == secrets().keys()
+    for secret in secrets().values():
+        keys = {key for key in secret["stringData"] if key.isupper()}
+        assert all(key in PAGE for key in keys), secret["metadata"]["name"]
+        assert "CHANGE-ME" in str(secret["stringData"]), "an example holds no secret"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pod_that_reads_or_makes_has_the_secrets_and_starts_without_them(kind: str) -> None:
+    [*nodes] = (pod for pod in pods(kind) if pod.get("serviceAccountName"))
+    assert len(nodes) == 3, "the head, GPU workers, CPU workers"
+    key_file = secrets()["context-diffusion-gcs"]["stringData"]["path"]
+    for pod in nodes:
+        assert accounts()[pod["serviceAccountName"]]["imagePullSecrets"]
+        [container] = pod["containers"]
+        sources = {one["secretRef"]["name"]: one["secretRef"]["optional"] for one in container["envFrom"]}
+        assert sources == dict.fromkeys(
+            ("context-diffusion-storage", "context-diffusion-azure", "context-diffusion-hugging-face"), True
+        )
+        [told] = [one["valueFrom"]["secretKeyRef"] for one in container["env"] if one["name"] == "GOOGLE_APPLICATION_CREDENTIALS"]
+        assert (told["key"], told["optional"]) == ("path", True)
+        [volume] = [one["secret"] for one in pod["volumes"] if "secret" in one]
+        assert volume["optional"]
+        [place] = [one["mountPath"] for one in container["volumeMounts"] if one["name"] == "gcs"]
+        assert key_file == f"{place}/{volume['items'][0]['path']}"
+    for pod in pods(kind):
+        assert pod.get("serviceAccountName") or pod["imagePullSecrets"]
+
+
+def test_the_memory_that_the_page_names_is_what_its_rule_gives_and_the_pods_ask_for() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) M \| (\d+) Gi \| (\d+) Gi \|", PAGE, re.MULTILINE)
+    table = {model: tuple(int(value.replace(",", "")) for value in values) for model, *values in rows}
+    assert table.keys() == {"bundled", *PRESETS}
+
+    def rule(millions: int, width: int, cpus: int) -> int:
+        """In GiB: Ray, the engine's process, weights, loading workers, beside an object store of 30 %; in steps of 4."""
+        weights = millions * 1e6 * width / 2**30
+        return math.ceil((1 + 3 + weights + 0.7 * cpus) / 0.7 / 4) * 4
+
+    for millions, on_gpu, on_cpu in table.values():
+        assert (on_gpu, on_cpu) == (rule(millions, 2, 4), rule(millions, 4, 8))
+    model = str(yaml.safe_load((KUBERAY / "common" / "job.yaml").read_text())["model"])
+    for kind in KINDS:
+        gpu = next(group for group in cluster_of(kind)["workerGroupSpecs"] if group["groupName"] == "gpu")
+        [container] = gpu["template"]["spec"]["containers"]
+        assert container["resources"]["requests"]["cpu"] == "4"
+        assert container["resources"]["requests"]["memory"] == f"{table[model][1]}Gi"
 
 
 def test_the_job_is_a_job() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 from outputs import ATTACK, data_of, finished, parts, png
+from PIL import Image
 
 from context_diffusion.closing import verify
 from context_diffusion.errors import RowError, StorageError
 from context_diffusion.report import PAGE_BYTES, cost, rebuild, write_report
 from context_diffusion.report.pictures import PATIENCE, Pictures
+from context_diffusion.report.shelf import Shelf
 from context_diffusion.report.survey import BINS, EVEN, EXTREME, FAILED, survey
 from context_diffusion.storage import Storage
 
@@ -162,7 +165,56 @@ def test_queries_and_contexts_are_embedded_once_where_the_job_may_read_them(tmp_
     assert all(row["made"] is not None and row["query"]["picture"] is not None for row in made)
     assert all((tmp_path / "out" / row["whole"]).is_file() for row in made)
     assert len(data["pictures"]) == len(made) + 6, "six files are queries and contexts of all rows"
-    assert rows["row-003"]["query"] == {"uri": str(tmp_path / "in" / "gone.png"), "picture": None}
+    assert rows["row-003"]["query"] == {"uri": "gone.png", "picture": None}
+
+
+def green_in_red(width: int, height: int) -> bytes:
+    """A green middle as wide as high, red on both sides of it."""
+    pixels = np.full((height, width, 3), (200, 0, 0), np.uint8)
+    pixels[:, (width - height) // 2 : (width + height) // 2] = (0, 200, 0)
+    Image.fromarray(pixels).save(sink := io.BytesIO(), "PNG")
+    return sink.getvalue()
+
+
+def picture_of(data: Any, source: dict[str, Any]) -> Image.Image:
+    """A card's thumbnail as a browser shows it."""
+    return Image.open(io.BytesIO(base64.b64decode(data["pictures"][source["picture"]].partition(",")[2])))
+
+
+def reds(image: Image.Image) -> float:
+    """The share of red pixels."""
+    pixels = np.asarray(image.convert("RGB")).astype(int)
+    return float((pixels[:, :, 0] > pixels[:, :, 1] + 60).mean())
+
+
+@pytest.mark.parametrize(
+    ("fit", "size", "has_red"), [("crop", (64, 64), False), ("stretch", (64, 64), True), ("keep", (112, 64), True)]
+)
+def test_a_wide_query_is_shown_as_the_engine_had_it_and_a_context_whole(
+    tmp_path: Path, fit: str, size: tuple[int, int], has_red: bool
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "wide.png").write_bytes(green_in_red(300, 100))
+    wide: dict[int, dict[str, Any]] = {0: {"query": "wide.png"}, 1: {"context": ["wide.png"]}}
+    output = finished(tmp_path, 4, wide, fit=fit)
+    data = data_of(Path(output.report).read_text())
+    rows = {row["id"]: row for row in data["rows"]}
+    query, context = picture_of(data, rows["row-000"]["query"]), picture_of(data, rows["row-001"]["context"][0])
+    assert (query.size, reds(query) > 0) == (size, has_red)
+    assert context.size == (128, 43)
+    assert reds(context) > 0.5
+    served = Image.open(io.BytesIO(Shelf(output).source_thumbnail((0, 0), None) or b""))
+    assert (served.size, reds(served)) == (query.size, reds(query))
+
+
+def test_a_wide_query_that_has_no_picture_is_shown_whole(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "wide.png").write_bytes(green_in_red(300, 100))
+    output = finished(tmp_path, 4, {0: {"query": "wide.png", "scheduler": "none such"}})
+    data = data_of(Path(output.report).read_text())
+    [row] = [row for row in data["rows"] if row["id"] == "row-000"]
+    assert row["status"] == "failed"
+    assert picture_of(data, row["query"]).size == (128, 43)
 
 
 def test_what_the_job_may_not_read_is_not_shown(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def sheets(folder: Path, count: int = 2, **more: Any) -> list[list[list[str]]]:
         written = next(r for _, part in output.read_parts() for r in part.to_pylist() if r["file_name"] == row["file_name"])
         return "|".join(str(written[name]) for name in ("id", "guidance_scale", "strength", "scheduler", "seed"))
 
-    return Tables(contact_sheets(output, named, lambda uri: f"source:{uri}")).tables
+    return Tables(contact_sheets(output, named, lambda uri, _frame: f"source:{uri}")).tables
 
 
 def test_each_picture_stands_under_its_own_settings(tmp_path: Path) -> None:

@@ -20,11 +20,10 @@ from context_diffusion.manifest import Row, expand, open_file, scan_parquet, sca
 from context_diffusion.output import Output
 from context_diffusion.rows import read_table, row_id
 from context_diffusion.schema import CONTEXT, ID, PROMPT, QUERY
-from context_diffusion.sources import Source, as_source
-from context_diffusion.storage import Storage, normal, parent
+from context_diffusion.sources import INLINE, Source, as_source
+from context_diffusion.storage import Storage, normal, parent, resolve
 
 NOWHERE: Source = {"bytes": None, "path": None}  # of a row that tells why
-INLINE = "inline"  # how OUTPUT names a source that was bytes in its manifest
 READ_COLUMNS = (ID, "index", "error_code", "error_message", "file_name", "image", QUERY, CONTEXT, PROMPT, "fit")
 
 
@@ -72,14 +71,19 @@ def find_pairs(job: EvaluateJob, storage: Storage) -> tuple[list[Pair], list[str
 
 def of_output(output: Output) -> Iterator[Pair]:
     """What an OUTPUT's rows say, failed ones too."""
+    base = output.base()
     for _, part in output.read_parts():
         for row in part.select([name for name in READ_COLUMNS if name in part.column_names]).to_pylist():
             lies_alone = row["file_name"] and ".tar/" not in row["file_name"]
             found = row["file_name"] if lies_alone else None if row["error_code"] else output.picture(row)
             picture = as_source(found, output.root)
-            query, *contexts = ({"bytes": None, "path": uri} for uri in (row[QUERY], *(row[CONTEXT] or [])))
+            query, *contexts = (_source(uri, base) for uri in (row[QUERY], *(row[CONTEXT] or [])))
             error = (row["error_code"], row["error_message"]) if row["error_code"] else None
             yield Pair(row[ID], row["index"], picture, query, contexts, row[PROMPT], row["fit"], error)
+
+
+def _source(uri: str | None, base: str) -> Source:
+    return {"bytes": None, "path": uri if uri is None or uri == INLINE else resolve(uri, base)}
 
 
 def _told_inline(pair: Pair) -> Pair:

@@ -5,11 +5,13 @@ safetensors only, no remote code. Knows no rows and no steps.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import safetensors.torch
 import torch
 import transformers
 from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProjection, IPAdapterPlusImageProjection
@@ -17,13 +19,17 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from torch import nn
 
 from context_diffusion.errors import ModelError
+from context_diffusion.log import LOG
 from context_diffusion.model.hub import fetch, split
 from context_diffusion.model.safety import SafetyChecker
 from context_diffusion.model.source import read_json
 from context_diffusion.strict import Parts
 
 diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 ADAPTERS = (ImageProjection, IPAdapterPlusImageProjection, IPAdapterFullImageProjection)  # IP-Adapters that read images
+NAMED = 3  # of the keys of a LoRA that fit no layer
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -112,7 +118,7 @@ def _fuse_loras(pipe: Any, parts: Parts) -> None:
         path = fetch(folder or ".", file, parts.revision)
         try:
             pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"lora{number}")
-            _check_lora(pipe, f"lora{number}", name, parts.base)
+            _check_lora(pipe, path, f"lora{number}", name, parts.base)
             pipe.fuse_lora(lora_scale=scale, adapter_names=[f"lora{number}"])
             pipe.unload_lora_weights()
         except ModelError:
@@ -122,16 +128,40 @@ def _fuse_loras(pipe: Any, parts: Parts) -> None:
             raise ModelError(f"model: lora {name} cannot be loaded into {parts.base}: {error}{hint}") from error
 
 
-def _check_lora(pipe: Any, adapter: str, name: str, base: str) -> None:
-    """Raise ModelError where a LoRA changes nothing: diffusers leaves keys that fit no layer aside, all of them too."""
-    for component in pipe.get_list_adapters():
-        layers = getattr(pipe, component).named_modules()
-        if any(adapter in getattr(layer, "lora_B", {}) and layer.lora_B[adapter].weight.any() for _, layer in layers):
-            return
-    raise ModelError(
-        f"model: lora {name} changes no weight of {base}: its keys fit none of its layers; "
-        "was it made for another kind of model, or saved without the prefix unet.?"
-    )
+def _check_lora(pipe: Any, path: Path, adapter: str, name: str, base: str) -> None:
+    """Raise ModelError where a LoRA changes nothing, and warn where a part of it does not fit: diffusers leaves keys that fit
+    no layer aside, all of them too, and says so only on a log that is muted here."""
+    layers = [layer for component in pipe.get_list_adapters() for layer in getattr(pipe, component).modules()]
+    if not any(adapter in getattr(layer, "lora_B", {}) and layer.lora_B[adapter].weight.any() for layer in layers):
+        raise ModelError(
+            f"model: lora {name} changes no weight of {base}: its keys fit none of its layers; "
+            "was it made for another kind of model, or saved without the prefix unet.?"
+        )
+    if unused := _unused_keys(path, layers, adapter):
+        shown = ", ".join(unused[:NAMED]) + (", ..." if unused[NAMED:] else "")
+        message = f"model: lora {name} fits {base} only in part: {len(unused)} of its keys fit no layer: {shown}"
+        LOG.tell("warning", f"warning: {message}", "warning", message=message)
+
+
+def _unused_keys(path: Path, layers: list[nn.Module], adapter: str) -> list[str]:
+    """The keys of a LoRA's file whose weights stand in no layer. Found by the weights: there are many ways to name them."""
+    held = set()
+    for layer in layers:
+        for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
+            if adapter in getattr(layer, kind, {}):
+                held |= {(weight.dtype, _digest(weight)) for weight in getattr(layer, kind)[adapter].parameters()}
+    dtypes = {dtype for dtype, _ in held}
+    unused = []
+    for key, weight in safetensors.torch.load_file(path).items():
+        # An alpha is a number that scales another key's weights: it stands in no layer itself.
+        if weight.ndim and not any((dtype, _digest(weight.to(dtype))) in held for dtype in dtypes):
+            unused.append(key)
+    return sorted(unused)
+
+
+def _digest(weight: torch.Tensor) -> bytes:
+    """Of the values in their order, whatever the shape: some files hold 1 x 1 convolutions for linear layers."""
+    return hashlib.blake2b(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
 def _load_ip_adapter(pipe: Any, parts: Parts, path: Path) -> None:

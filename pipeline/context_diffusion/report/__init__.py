@@ -12,6 +12,7 @@ import base64
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -19,11 +20,12 @@ from context_diffusion.closing import close
 from context_diffusion.output import Output
 from context_diffusion.report.cards import COLUMNS, card, relative_url
 from context_diffusion.report.page import render
-from context_diffusion.report.pictures import OURS, Pictures
+from context_diffusion.report.pictures import OURS, Frame, Pictures, frame_of
 from context_diffusion.report.sheet import contact_sheets
 from context_diffusion.report.survey import survey
 from context_diffusion.schema import CONTEXT, QUERY
 
+Shown = tuple[str, Frame | None]  # a query or context, and the shape in which it is shown
 PAGE_BYTES = 9 * 2**20  # rows first, then thumbnails while there is room: made pictures, queries, contexts
 
 
@@ -58,10 +60,14 @@ def write_report(output: Output, summary: dict[str, Any]) -> None:
         cards = [card(row, _beside(row)) for row in rows]
         data = {"served": False, "of": found.rows, "histograms": found.histograms, "codes": summary["codes"], "rows": cards}
         sheets = contact_sheets(
-            output, lambda row: _data_url(pictures.made_thumbnail(row)), lambda uri: _data_url(pictures.source_thumbnail(uri))
+            output,
+            lambda row: _data_url(pictures.made_thumbnail(row)),
+            lambda uri, frame: _data_url(pictures.source_thumbnail(uri, frame)),
         )
         room = PAGE_BYTES - len(render(summary, data, sheets))
-        data["pictures"] = _add_thumbnails(rows, cards, lambda uris: threads.map(pictures.source_thumbnail, uris), room)
+        data["pictures"] = _add_thumbnails(
+            rows, cards, lambda shown: threads.map(lambda one: pictures.source_thumbnail(*one), shown), room
+        )
     output.storage.replace(output.report, render(summary, data, sheets))
 
 
@@ -83,11 +89,11 @@ def _beside(row: dict[str, Any]) -> str | None:
 def _add_thumbnails(
     rows: list[dict[str, Any]],
     cards: list[dict[str, Any]],
-    thumbnails: Callable[[Iterable[str]], Iterable[bytes | None]],
+    thumbnails: Callable[[Iterable[Shown]], Iterable[bytes | None]],
     room: int,
 ) -> list[str]:
     """Sets each card's `made` and `picture`s to places in the list of data: URLs that it gives back; contexts repeat, each
-    file stands in it once. room: bytes."""
+    file stands in it once, and a query once more where it was cut to its picture's shape. room: bytes."""
     made: list[str] = []
 
     def keep(data: bytes | None) -> int | None:
@@ -101,13 +107,15 @@ def _add_thumbnails(
 
     for shown, row in zip(cards, rows, strict=True):
         shown["made"] = keep(row["image"])
-    places = [(shown[QUERY], row[QUERY]) for shown, row in zip(cards, rows, strict=True)]
+    sources: list[tuple[dict[str, Any], Shown]] = []
     for shown, row in zip(cards, rows, strict=True):
-        places += zip(shown[CONTEXT], row[CONTEXT] or [], strict=False)  # of many contexts the first are shown
-    once = dict.fromkeys(uri for _, uri in places)
-    kept = dict(zip(once, map(keep, thumbnails(once)), strict=True))
-    for source, uri in places:
-        source["picture"] = kept[uri]
+        sources.append((shown[QUERY], (row[QUERY], frame_of(row))))
+    for shown, row in zip(cards, rows, strict=True):  # of many contexts the first are shown
+        sources += [(source, (uri, None)) for source, uri in zip(shown[CONTEXT], row[CONTEXT] or [], strict=False)]
+    once = dict.fromkeys(wanted for _, wanted in sources)
+    kept = dict(zip(once, map(cache(keep), thumbnails(once)), strict=True))
+    for source, wanted in sources:
+        source["picture"] = kept[wanted]
     return made
 
 

@@ -13,16 +13,17 @@ from typing import Any
 
 from PIL import Image
 
-from context_diffusion.config import GenerateJob, Limits
+from context_diffusion.config import Fit, GenerateJob, Limits
 from context_diffusion.errors import ContextDiffusionError, ErrorCode, RowError, StorageError
-from context_diffusion.images import decode_resized, open_image
+from context_diffusion.images import Size, decode_resized, open_image
 from context_diffusion.output import Output
-from context_diffusion.sources import read_bytes
-from context_diffusion.storage import Storage, parent
+from context_diffusion.sources import INLINE, read_bytes
+from context_diffusion.storage import Storage, parent, resolve
 
 MADE_SIDE, SOURCE_SIDE = 256, 128  # pixels of a thumbnail's longer side
 THREADS = 4  # each may decode a picture of limits.max_pixels
 PATIENCE_S, PATIENCE = 5.0, 3  # that a source is waited for, and how many may be in vain before none is looked for
+Frame = tuple[int, int]  # width and height at which a picture is shown, cut or padded to them as the job's `fit` says
 OURS = re.compile(r"(images/part-\d{5,}|webdataset/part-\d{5,}\.tar)/[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
@@ -36,6 +37,7 @@ class Pictures:
         # Columns without which a row's picture is not found; a part's pictures are held by one thread at a time.
         self.columns = ["image"] if job.pictures_in == "parquet" else []
         self.threads = 1 if self.columns else THREADS
+        self._fit, self._base = job.fit, output.base()
         self._allow = job.allow or [parent(file["uri"]) for file in plan["manifest"]]
         self._storage = Storage(job.storage_options, deadline_s=PATIENCE_S)
         self._in_vain, self._tars = 0, threading.Lock()
@@ -66,13 +68,15 @@ class Pictures:
         except RowError:
             return None
 
-    def source_thumbnail(self, uri: str | None) -> bytes | None:
-        """WebP of a query or context; None where it was inline in the manifest, is gone, or may not be read."""
-        if uri is None or uri == "inline" or self._in_vain >= PATIENCE:
+    def source_thumbnail(self, uri: str | None, frame: Frame | None = None) -> bytes | None:
+        """WebP of a query or context; None where it was inline in the manifest, is gone, or may not be read.
+
+        frame: of a query, `frame_of` its row; left out: the whole picture."""
+        if uri is None or uri == INLINE or self._in_vain >= PATIENCE:
             return None
         try:
-            data = read_bytes({"bytes": None, "path": uri}, self._allow, self._limits, self._storage)
-            return thumbnail(data, SOURCE_SIDE, self._limits)
+            data = read_bytes({"bytes": None, "path": resolve(uri, self._base)}, self._allow, self._limits, self._storage)
+            return thumbnail(data, SOURCE_SIDE, self._limits, frame, self._fit)
         except StorageError:
             self._in_vain += 1
         except ContextDiffusionError:
@@ -80,13 +84,25 @@ class Pictures:
         return None
 
 
-def thumbnail(data: bytes, side: int, limits: Limits) -> bytes:
-    """WebP, its longer side `side` pixels, or as many as the picture has. Raises RowError."""
+def frame_of(row: dict[str, Any]) -> Frame | None:
+    """How a row's query is shown beside its picture: in its shape, as the engine had it. None where none was made."""
+    if row["status"] != "ok" or not row["width"] or not row["height"]:
+        return None
+    return _within(SOURCE_SIDE, row["width"], row["height"])
 
-    def smaller(width: int, height: int) -> tuple[int, int]:
-        factor = min(1.0, side / max(width, height))
-        return max(1, round(width * factor)), max(1, round(height * factor))
+
+def thumbnail(data: bytes, side: int, limits: Limits, frame: Frame | None = None, fit: Fit = "stretch") -> bytes:
+    """WebP, its longer side `side` pixels, or as many as the picture has; with a frame, brought to that by `fit`. Raises
+    RowError."""
+
+    def size(width: int, height: int) -> Size:
+        return frame or _within(side, width, height)
 
     sink = io.BytesIO()
-    Image.fromarray(decode_resized(data, limits, "thumbnail", smaller, "stretch")).save(sink, "WEBP", quality=82)
+    Image.fromarray(decode_resized(data, limits, "thumbnail", size, fit)).save(sink, "WEBP", quality=82)
     return sink.getvalue()
+
+
+def _within(side: int, width: int, height: int) -> Size:
+    factor = min(1.0, side / max(width, height))
+    return max(1, round(width * factor)), max(1, round(height * factor))

@@ -34,6 +34,7 @@ from context_diffusion.report.question import Question
 from context_diffusion.report.shelf import Shelf
 from context_diffusion.report.survey import Place
 from context_diffusion.schema import CONTEXT, QUERY
+from context_diffusion.sources import INLINE
 
 HOST = "127.0.0.1"
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin", "Cache-Control": "no-store"}
@@ -77,7 +78,7 @@ class Viewer:
         made = row["status"] == "ok"
         shown = card(row, f"{url}/whole" if made else None) | {"made": f"{url}/made" if made else None}
         for name, source in (("query", shown[QUERY]), *enumerate(shown[CONTEXT])):
-            source["picture"] = f"{url}/{name}" if source["uri"] not in (None, "inline") else None
+            source["picture"] = f"{url}/{name}" if source["uri"] not in (None, INLINE) else None
         return shown
 
     def picture(self, request: Request) -> Response:

@@ -12,12 +12,14 @@ from markupsafe import Markup
 
 from context_diffusion.matrix import Matrix
 from context_diffusion.output import Output
+from context_diffusion.report.pictures import Frame, frame_of
 from context_diffusion.schema import CONTEXT, ID, PROMPT, QUERY
 from context_diffusion.templates import templates
 
 ROWS, IMAGES = 24, 480  # on the page, at most; of one row all
-COLUMNS = [ID, "index", "status", "file_name", "image", QUERY, CONTEXT, PROMPT, "seed", "num_images"]
+COLUMNS = [ID, "index", "status", "file_name", "image", QUERY, CONTEXT, PROMPT, "width", "height", "seed", "num_images"]
 Row = dict[str, Any]
+Source = Callable[[str, Frame | None], str | None]
 T = TypeVar("T")
 
 
@@ -48,9 +50,9 @@ class Grid:
         return list(zip(self.down[1], _cut(cells, self.width), strict=True))
 
 
-def contact_sheets(output: Output, made: Callable[[Row], str | None], source: Callable[[str], str | None]) -> Markup:
+def contact_sheets(output: Output, made: Callable[[Row], str | None], source: Source) -> Markup:
     """HTML; nothing where the job has no matrix. made: a row of data/ -> its thumbnail as a data: URL; source: the same of a
-    query's or context's URI; None: it is gone."""
+    query's or context's URI, and the query's frame; None: it is gone."""
     matrix: Matrix = output.read_json(output.plan)["job"].get("matrix") or {}
     if not matrix:
         return Markup()
@@ -58,8 +60,8 @@ def contact_sheets(output: Output, made: Callable[[Row], str | None], source: Ca
     sheets = [
         {
             **images[0],
-            "query": source(images[0][QUERY]),
-            "contexts": [source(uri) for uri in images[0][CONTEXT]],
+            "query": source(images[0][QUERY], frame_of(images[0])),
+            "contexts": [source(uri, None) for uri in images[0][CONTEXT]],
             "lines": grid.lines([image | {"made": made(image)} for image in images]),
         }
         for images in _first_rows(output)

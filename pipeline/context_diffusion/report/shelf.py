@@ -12,7 +12,7 @@ from cachetools import LRUCache
 
 from context_diffusion.output import Output
 from context_diffusion.report.cards import COLUMNS
-from context_diffusion.report.pictures import MADE_SIDE, Pictures
+from context_diffusion.report.pictures import MADE_SIDE, Pictures, frame_of
 from context_diffusion.report.survey import Place
 from context_diffusion.schema import CONTEXT, QUERY
 
@@ -55,7 +55,10 @@ class Shelf:
         """number: of the context; None: the query."""
         [row] = self.rows([place])
         uris = [row[QUERY]] if number is None else (row[CONTEXT] or [])[number : number + 1]
-        return self._thumbnail(uris[0], lambda: self._pictures.source_thumbnail(uris[0])) if uris else None
+        if not uris:
+            return None
+        shown = uris[0], frame_of(row) if number is None else None
+        return self._thumbnail(shown, lambda: self._pictures.source_thumbnail(*shown))
 
     def _thumbnail(self, key: Hashable, make: Callable[[], bytes | None]) -> bytes | None:
         with self._keeping:
