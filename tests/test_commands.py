@@ -149,7 +149,7 @@ def test_doctor_looks_at_all_and_ends_with_2_where_something_is_broken(tmp_path:
     code, out, err = call("doctor", str(tmp_path), "--output", str(tmp_path / "new" / "out"), RAY_ADDRESS="")
     checks = {check["name"]: check for check in json.loads(out)["checks"]}
     assert (code, [check["told"] for check in checks.values() if not check["ok"]]) == (0, [])
-    assert {"packages", "extras", "devices", "memory", "disk", "storage", "output", "cluster", "model"} == set(checks)
+    assert {"packages", "extras", "devices", "memory", "disk", "sockets", "storage", "output", "cluster", "model"} == set(checks)
     assert checks["packages"]["versions"]["torch"]
     assert checks["memory"]["gib"] >= checks["memory"]["free_gib"] > 0
     assert not (tmp_path / "new").exists()
@@ -160,6 +160,16 @@ def test_doctor_looks_at_all_and_ends_with_2_where_something_is_broken(tmp_path:
     broken = [check["name"] for check in json.loads(out)["checks"] if not check["ok"]]
     assert (code, json.loads(out)["exit"], broken) == (2, 2, ["storage", "cluster", "model"])
     assert err.count("BROKEN") == 3
+
+
+def test_doctor_names_a_temporary_folder_that_is_too_long_for_sockets(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    code, out, _ = call("doctor", RAY_ADDRESS="", TMPDIR=str(long))
+    broken = [check["told"] for check in json.loads(out)["checks"] if not check["ok"]]
+    assert (code, len(broken)) == (2, 1)
+    assert "set RAY_TMPDIR to a short one" in broken[0]
+    assert call("doctor", RAY_ADDRESS="", TMPDIR=str(long), RAY_TMPDIR="/tmp")[0] == 0
 
 
 def test_doctor_says_what_forbids_the_download_of_weights(tmp_path: Path) -> None:

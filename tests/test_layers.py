@@ -72,7 +72,7 @@ LAYERS = [
         "trace",
     },
     {"evaluation.pairs", "evaluation.controls", "evaluation.reference", "evaluation.compare", "evaluation.run"},
-    {"dataflow", "metrics", "ray_session", "ray_train", "warming"},
+    {"dataflow", "metrics", "ray_session", "ray_train", "standstill", "warming"},
     {"driver", "child", "supervise"},
     {"terminal", "cli_setup", "cli_pictures", "cli_cluster", "cli_output", "cli", "__main__"},
 ]

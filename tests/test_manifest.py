@@ -223,3 +223,10 @@ def test_a_store_that_fails_while_a_parquet_file_is_read_is_tried_again(tmp_path
     assert [row["id"] for row in scan_parquet(file, STORAGE, ["id"])] == ["a", "b"]
     assert read_parquet(file, Shard(0, 0, 0, 2), STORAGE)["id"].to_pylist() == ["a", "b"]
     assert next(failures, "all met") == "all met"
+
+
+@pytest.mark.parametrize(("sign", "name"), [(";", "`;`"), ("\t", "tabs")])
+def test_a_csv_of_other_separators_is_told_so(tmp_path: Path, sign: str, name: str) -> None:
+    (tmp_path / "m.csv").write_text(sign.join(("id", "query", "context")) + "\n" + sign.join(("1", "a.png", "b.png")) + "\n")
+    with pytest.raises(ManifestError, match=f"separated by {name}.*needs commas"):
+        open_file(str(tmp_path / "m.csv"), Storage())

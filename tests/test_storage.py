@@ -15,7 +15,7 @@ import pytest
 
 from context_diffusion.allow import check_allowed
 from context_diffusion.errors import ConfigError, ErrorCode, RowError, StorageError
-from context_diffusion.storage import Storage, normal, relative, resolve
+from context_diffusion.storage import Storage, _passes, normal, relative, resolve
 
 STORAGE = Storage(deadline_s=2)
 
@@ -284,3 +284,26 @@ def test_a_local_path_is_told_relative_to_the_manifest_and_found_again(uri: str,
     if not uri.startswith("q"):
         assert normal(resolve(told, base)) == normal(uri)
     assert relative(uri, "s3://bucket/rows") == uri
+
+
+def test_missing_credentials_are_told_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No second try brings them."""
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StorageError, match=r"NoCredentialsError.*set AWS_ACCESS_KEY_ID.*storage_options") as raised:
+        Storage(deadline_s=5).exists("s3://bucket/rows.jsonl")
+    assert raised.value.__cause__
+    assert not _passes(raised.value.__cause__), "it is tried again"
+
+
+def test_a_quoted_name_of_a_file_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "a b.png").write_bytes(b"x")
+    with pytest.raises(RowError, match=r"names are not unquoted here: is '.*a b\.png' meant"):
+        Storage().read_input(f"file://{tmp_path}/a%20b.png", 10)

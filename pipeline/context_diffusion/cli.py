@@ -26,6 +26,7 @@ from context_diffusion.errors import (
     ErrorCode,
     JobError,
     classify,
+    one_line,
 )
 from context_diffusion.log import LOG, LogFormat, open_standard_streams
 from context_diffusion.ray_jobs import RayJobsError
@@ -55,6 +56,7 @@ rows failed, 2 the job is wrong, 4 too many rows failed, 75, 143, 130 and 1: sto
 """
 
 FINISHED = (EXIT_OK, EXIT_ROWS_FAILED)
+FAILURES_TOLD = 3
 
 app = typer.Typer(
     add_completion=True,
@@ -139,6 +141,8 @@ def run(
             tell_error(summaries[-1]["error"])
         else:
             LOG.tell("finished", **summaries[-1])
+        if isinstance(one, GenerateJob) and summaries[-1].get("failed"):
+            _tell_failures(one, job, summaries[-1])
         if summaries[-1]["exit"] not in FINISHED:
             break
     code = summaries[-1]["exit"]
@@ -162,6 +166,24 @@ def _run_job(job: StrictModel, options: dict[str, Any], grace: float, log_format
         return _run_other(job, options["address"])
     except Exception as error:
         return {**job.model_dump(include={"output"}), **classify(error)}
+
+
+def _tell_failures(job: GenerateJob, file: str, summary: dict[str, Any]) -> None:
+    """The first reasons why rows failed, and the next command."""
+    from context_diffusion.output import Output
+    from context_diffusion.storage import Storage, normal
+
+    output = Output(normal(job.output), Storage(job.storage_options, deadline_s=5))
+    try:
+        failures = output.failures(FAILURES_TOLD)
+        report = output.report if summary["exit"] in FINISHED else None
+    except (OSError, ContextDiffusionError):  # the store is away, which the summary says
+        return
+    lines = [f"{summary['failed']} of {summary['rows']} rows failed, such as"]
+    lines += [f"  {row['id']}: {row['error_code']}: {one_line(row['error_message'], 300)}" for row in failures]
+    lines += [f"all of them: {report}"] if report else []
+    lines += [f"correct what they name, then: context-diffusion run {file} --retry-failed"]
+    LOG.tell("rows_failed", "\n".join(lines), "warning", failed=summary["failed"], first=failures, report=report)
 
 
 def _output_of(job: StrictModel) -> str:

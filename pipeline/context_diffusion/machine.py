@@ -37,6 +37,7 @@ def machine_checks() -> Iterator[Check]:
     yield devices()
     yield memory()
     yield disk()
+    yield sockets()
 
 
 def packages() -> Check:
@@ -56,6 +57,10 @@ def lacks(needed: Requirement) -> list[str]:
     return [
         f"{needed.name}{needed.specifier} is needed, {version or 'none'} is here: pip install '{needed.name}{needed.specifier}'"
     ]
+
+
+# What Linux takes as a socket's path, less the longest that Ray puts below its folder.
+RAY_TMPDIR_BYTES = 107 - len("/ray/session_2026-11-29_09-27-51_369123_4194304/sockets/plasma_store")
 
 
 def version_of(name: str) -> str | None:
@@ -118,6 +123,16 @@ def disk() -> Check:
     few = [name for name, gib in free.items() if gib < LEAST_GIB]
     hint = f"; {LEAST_GIB:g} GiB at least are needed" if few else ""
     return Check("disk", not few, told + hint, {"free_gib": free})
+
+
+def sockets() -> Check:
+    """Ray makes its sockets below its temporary folder, and Linux takes no longer path for one than 107 bytes."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    length = len(os.fsencode(folder))
+    if length <= RAY_TMPDIR_BYTES:
+        return Check("sockets", True, f"Ray's sockets fit below {folder}", {"folder": folder})
+    reason = f"{folder}: its path has {length} bytes, and Ray's sockets leave {RAY_TMPDIR_BYTES}"
+    return Check("sockets", False, f"{reason}; set RAY_TMPDIR to a short one, such as /tmp", {"folder": folder})
 
 
 def model_cache() -> Path:

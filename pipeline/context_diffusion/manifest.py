@@ -83,9 +83,17 @@ def open_file(uri: str, storage: Storage) -> ManifestFile:
     if form == "csv":
         with storage.open(uri) as file:
             columns = next(_csv_records(uri, file, 0))[2]
+        _check_separator(uri, columns)
         if repeated := sorted({name for name in columns if columns.count(name) > 1}):
             raise ManifestError(f"{uri}: the header names {', '.join(repeated)} more than once: which is meant?")
     return ManifestFile(uri, form, columns, [])
+
+
+def _check_separator(uri: str, columns: list[str]) -> None:
+    """Raise ManifestError for a header that another separator than the comma divides."""
+    for sign, name in ((";", "`;`, as Excel does in many languages"), ("\t", "tabs")):
+        if len(columns) == 1 and sign in columns[0]:
+            raise ManifestError(f"{uri}: the header is separated by {name}; a CSV manifest needs commas")
 
 
 def partitions(uri: str) -> dict[str, str | None]:

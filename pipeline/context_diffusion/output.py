@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from context_diffusion.errors import StorageError
@@ -112,6 +113,15 @@ class Output:
             self._tar.clear()
             self._tar[tar] = dict(members(self.storage.read(f"{self.root}/{tar}.tar")))
         return self._tar[tar][name]
+
+    def failures(self, most: int) -> list[dict[str, str]]:
+        """The first rows that failed: id, error_code, error_message."""
+        columns, found = ["id", "error_code", "error_message"], list[dict[str, str]]()
+        for _, part in self.read_parts([*columns, "status"]):
+            found += part.filter(pc.equal(part["status"], "failed")).select(columns).to_pylist()
+            if len(found) >= most:
+                break
+        return found[:most]
 
     def count(self) -> Counts:
         """Counts rows (ids) and images over all finished parts."""

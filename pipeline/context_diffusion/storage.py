@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import unquote
 
 import tenacity
 from fsspec.core import url_to_fs
@@ -29,7 +30,19 @@ ONE_PUT = 5 * 2**30  # a chunk size that keeps s3fs from cutting an object into 
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}  # the package's, by protocol
 # What no second try mends.
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-TOLD_S = 5.0  # that a store is waited for in silence
+# botocore's, by name: it is imported with the first s3:// URL.
+NO_CREDENTIALS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "CredentialRetrievalError",
+    "SSOTokenLoadError",
+    "UnauthorizedSSOTokenError",
+    "TokenRetrievalError",
+    "InvalidConfigError",
+    "ParamValidationError",
+}
+TOLD_S = 3.0  # that a store is waited for in silence
 FINAL_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EDQUOT}
 
 
@@ -78,6 +91,8 @@ def relative(uri: str, base: str) -> str:
 def _passes(error: BaseException) -> bool:
     """Is the fault one that a later try may not meet?"""
     if isinstance(error, FINAL) or (isinstance(error, OSError) and error.errno in FINAL_ERRNO):
+        return False
+    if type(error).__name__ in NO_CREDENTIALS:
         return False
     return isinstance(error, OSError | TimeoutError) or type(error).__module__.split(".")[0] in (
         "botocore",
@@ -136,6 +151,9 @@ class Storage:
         except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
             raise
         except Exception as error:
+            if (name := type(error).__name__) in NO_CREDENTIALS:
+                hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the job's `storage_options`"
+                raise StorageError(f"{uri}: {name}: {error}; {hint} (`anon: true` for a public bucket)") from error
             if isinstance(error, OSError) or _passes(error):
                 raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
             raise
@@ -173,7 +191,9 @@ class Storage:
         except (FileNotFoundError, NotADirectoryError) as error:
             if isinstance(error.__cause__, RowError):  # the http_client's: fsspec makes a FileNotFoundError of every error
                 raise error.__cause__ from None
-            raise RowError(ErrorCode.MISSING_FILE, f"{uri} does not exist") from None
+            quoted = is_local(uri) and unquote(uri) != uri
+            hint = f"; names are not unquoted here: is {unquote(uri)!r} meant?" if quoted else ""
+            raise RowError(ErrorCode.MISSING_FILE, f"{uri} does not exist{hint}") from None
         except (PermissionError, StorageError) as error:
             cause = error.__cause__ if isinstance(error, StorageError) else error
             if isinstance(cause, PermissionError) or getattr(cause, "errno", None) in FINAL_ERRNO:
