@@ -7,6 +7,7 @@ started     rows, done, logs                    shard       shard, rows, failed,
 row_failed  shard, id, code, message            progress    rows, of, failed, images_per_second, seconds_left
 stopping                                        finished    rows, ok, failed, images, seconds, exit
 error       error                               submitted   id, attached
+waiting     message: what is waited for
 warning     message                             log         message: a line of a submitted job that is no event
 """
 
