@@ -89,7 +89,14 @@ def words_of(command: str, folder: Path) -> list[str]:
     return [command, str(folder / "job.json")]
 
 
-@pytest.mark.parametrize(("command", "silent"), [("status", True), ("stop", False), ("submit", False)])
+@pytest.mark.parametrize(
+    ("command", "silent"),
+    [
+        ("status", True),
+        pytest.param("stop", False, marks=pytest.mark.slow),
+        pytest.param("submit", False, marks=pytest.mark.slow),
+    ],
+)
 def test_an_address_where_nobody_answers_is_told_soon_and_given_up(command: str, silent: bool, tmp_path: Path) -> None:
     with listener() as never:
         address = never if silent else f"http://127.0.0.1:{free_port()}"
