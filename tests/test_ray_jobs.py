@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from context_diffusion.ray_jobs import RayJobs, RayJobsError
+from context_diffusion.ray_jobs import RayJobs, RayJobsError, entrypoint_of
 from driving import COMMAND, ENVIRONMENT
 from inputs import job_values, write_manifest
 from ports import free_port
@@ -150,3 +151,17 @@ def test_a_head_that_has_just_started_is_asked_again_and_one_is_told(monkeypatch
         with pytest.raises(RayJobsError, match="it is wrong"):
             RayJobs(address).submit("a-1", "true")
         assert len(asked) == 2, "what does not pass is not tried again"
+
+
+def test_a_python_that_lacks_the_package_is_named_by_the_job_itself(tmp_path: Path) -> None:
+    """The shell that Ray Jobs would start; here no raylet stands above it, so `python` on PATH is taken."""
+    (tmp_path / "python").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
+    entrypoint = entrypoint_of(["run", "/dev/stdin"], {"kind": "generate"})
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(entrypoint, shell=True, capture_output=True, text=True, env=path)
+    assert done.returncode == 2
+    assert done.stdout.startswith(
+        f"error: {tmp_path}/python, the Python of this cluster, lacks context_diffusion: install it there"
+    )
+    brought = {"pip": ["context-diffusion"]}
+    assert "python_worker_command" not in entrypoint_of(["run", "/dev/stdin"], {}, brought), "its own `python` comes first"

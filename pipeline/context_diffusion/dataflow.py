@@ -136,7 +136,7 @@ class Generate:
         engine = make_engine(job, _end_process)
         self.guarded = GuardedEngine(engine, _LedgerProxy(ledger), job)
         own = ray.get_runtime_context().get_actor_id()[:8]
-        if ray.get_gpu_ids() and getattr(getattr(engine, "device", None), "type", None) == "cpu":
+        if ray.get_gpu_ids() and isinstance(engine, Watched) and engine.stats().gpu_bytes is None:
             ray.get(ledger.lacks_gpu.remote())
         self.metrics = EngineMetrics(engine.stats, normal(job.output), own) if isinstance(engine, Watched) else None
 

@@ -42,7 +42,8 @@ OTHER_PYTHON = ("pip", "uv", "conda", "container", "image_uri")  # of a runtime_
 OWN_PYTHON = r"""{ p=$(tr '\0' '\n' < /proc/$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)/cmdline |
 sed -n 's/^--python_worker_command=\([^ ]*\) .*/\1/p'); } 2> /dev/null; [ -x "$p" ] || p=python"""
 IS_THERE = """"$p" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("context_diffusion") is None)' || {
-echo "error: $p, the Python of this cluster, lacks context_diffusion: install it there, or send it along: submit --wheel build"
+echo "error: $(command -v "$p" || echo "$p"), the Python of this cluster, lacks context_diffusion: \\
+install it there, or send it along by submit --wheel build"
 exit 2; }"""
 
 
