@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from context_diffusion.config import GenerateJob
-from context_diffusion.dataflow import TASK_CPUS, Resources, share_out
+from context_diffusion.dataflow import MOST, TASK_CPUS, Resources, share_out
 from context_diffusion.errors import ClusterError
 
 
@@ -24,14 +24,15 @@ def shares(cpus: float, gpus: float, **cluster: Any) -> Resources:
     [
         (2, 0, {}, (1, 1), 0),
         (16, 0, {}, (1, 1), 0),
-        (16, 4, {}, (4, 4), 1),
+        (16, 4, {}, (4, MOST), 1),
         (16, 4, {"actors": 2}, (2, 2), 1),
-        (16, 4, {"gpus_per_actor": 0.5}, (8, 8), 0.5),
-        (32, 8, {"gpus_per_actor": 2}, (4, 4), 2),
+        (16, 4, {"gpus_per_actor": 0.5}, (8, MOST), 0.5),
+        (16, 4, {"gpus_per_actor": 0.3}, (12, MOST), 0.3),
+        (32, 8, {"gpus_per_actor": 2}, (4, MOST), 2),
         (16, 4, {"gpus_per_actor": 0}, (1, 1), 0),
         (16, 1, {"actors": [1, 8]}, (1, 8), 1),
         (16, 0, {"gpus_per_actor": 1, "actors": [1, 8]}, (1, 8), 1),
-        (16, 0, {"gpus_per_actor": 1}, (1, 1), 1),
+        (16, 0, {"gpus_per_actor": 1}, (1, MOST), 1),
     ],
 )
 def test_all_gpus_are_used_else_one_engine_on_cpus(

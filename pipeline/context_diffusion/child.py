@@ -39,7 +39,9 @@ class Stopping(threading.Thread):
         self._ledger: queue.Queue[Ledger] = queue.Queue()
 
     def started(self, ledger: Ledger) -> None:
-        """The flow runs."""
+        """The flow runs. From here on SIGTERM is the supervisor's matter: `ray.init` has just set a handler that would end
+        this process, and Ray Jobs, like systemd, sends the signal to every process of a job that is stopped."""
+        signal.signal(signal.SIGTERM, lambda *_: None)  # not SIG_IGN, which a Ray that is started here would inherit
         self._ledger.put(ledger)
 
     def run(self) -> None:

@@ -26,6 +26,11 @@ from context_diffusion.terminal import (
 )
 
 
+def _cluster(address: str | None) -> RayJobs:
+    """The cluster that is meant; whoever waits for it is told."""
+    return RayJobs.known(address, lambda line: LOG.tell("waiting", line, message=line))
+
+
 def warm(
     job: JobFile,
     sets: Sets = None,
@@ -68,7 +73,7 @@ def submit(
     from context_diffusion.submitting import local_paths, runtime_env, wheel_of
 
     LOG.format = log_format
-    values, jobs = [absolute(one) for one in load_all(job, sets)], RayJobs.known(address)
+    values, jobs = [absolute(one) for one in load_all(job, sets)], _cluster(address)
     chosen = {"--retry-failed": retry_failed, "--extend": extend, "--accept-change": accept_change}
     variables = dict(pair.split("=", 1) for pair in env or [] if "=" in pair)
     if len(variables) < len(env or []):
@@ -88,7 +93,7 @@ def submit(
 
 def stop(submission: Annotated[str, typer.Argument(metavar="SUBMISSION")], address: Address = None) -> None:
     """Stops a submitted job so that it can be resumed. Example: context-diffusion stop demo-0a1b2c3d-4e5f60-1"""
-    stopped = RayJobs.known(address).stop(submission)
+    stopped = _cluster(address).stop(submission)
     errors.print(f"{submission} {'is told to stop' if stopped else 'does not run'}")
     print_summary({"submission_id": submission, "stopped": stopped, "exit": EXIT_OK})
 
@@ -107,7 +112,7 @@ def status(
 
     opened, job = Output(normal(output), Storage()), None
     if not opened.storage.exists(opened.plan):
-        job = submission_of(output, RayJobs.known(address) if address or known_address() else None)
+        job = submission_of(output, _cluster(address) if address or known_address() else None)
         opened = Output(job["output"], Storage())
     told = progress_of(opened)
     if job:

@@ -93,7 +93,7 @@ class Cluster(StrictModel):
 
     actors: Actors | Annotated[list[Actors], Field(min_length=2, max_length=2)] | None = Field(
         default=None,
-        description="engines, or [least, most] where the cluster grows; left out: as many as its GPUs hold, or one without any",
+        description="engines, or [least, most]; left out: one for each GPU, also for those that join later, or one without any",
     )
     gpus_per_actor: Annotated[float, Field(ge=0, le=16)] | None = Field(
         default=None,

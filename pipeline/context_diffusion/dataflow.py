@@ -22,6 +22,7 @@ from ray.data.datasource import ReadTask
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ClusterError
 from context_diffusion.ledger import GuardedEngine, Ledger
+from context_diffusion.log import LOG
 from context_diffusion.metrics import EngineMetrics, Metrics
 from context_diffusion.stages import Engine, LoadImages, ReadShard, Watched, generate
 from context_diffusion.standstill import Needs, Standstill, awaited_of, lacking
@@ -30,6 +31,7 @@ from context_diffusion.waiting import Waiting
 from context_diffusion.writing import WriteShard
 
 EngineFactory = Callable[[GenerateJob, Callable[[BaseException], None]], Engine]
+MOST = 10_000  # engines of a pool that grows with its cluster: no bound, the cluster's GPUs are one
 TASK_CPUS = 0.1  # of a read or write task where CPUs are few: they wait for storage
 
 
@@ -49,7 +51,8 @@ def share_out(job: GenerateJob, cpus: float, gpus: float) -> Resources:
     """Engines and tasks that fit into the cluster together. Raises ClusterError where they cannot.
 
     Ray Data hangs in silence when they don't fit (its issue 44687), so this is settled before anything starts. What a
-    cluster may still grow by is asked for by the pool: `actors: [least, most]`, or `gpus_per_actor` said outright.
+    cluster may still grow by is asked for by the pool: `actors: [least, most]`, `gpus_per_actor` said outright, or engines
+    on GPUs whose number is left open.
     """
     asked = job.cluster
     each = asked.gpus_per_actor if asked.gpus_per_actor is not None else float(gpus > 0)
@@ -72,8 +75,10 @@ def share_out(job: GenerateJob, cpus: float, gpus: float) -> Resources:
 def _actors(asked: int | list[int] | None, each: float, gpus: float) -> tuple[int, int]:
     if isinstance(asked, list):
         return asked[0], asked[1]
-    count = asked or (max(1, int(gpus / each + 1e-6)) if each else 1)
-    return count, count
+    if asked or not each:
+        return asked or 1, asked or 1
+    held = int(gpus) * int(1 / each + 1e-6) if each < 1 else int(gpus / each)  # an engine has its share of one GPU alone
+    return max(1, held), max(held, MOST)
 
 
 class _Shards(Datasource):
@@ -102,10 +107,18 @@ class _CountedLedger(Ledger):
     def __init__(self, output: str) -> None:
         super().__init__()
         self._metrics = Metrics("attempts", output=output)
+        self._without_gpu = 0
 
     def hold(self, shard: int) -> None:
         self._metrics.count("attempts", attempt="again" if self.begun(shard) else "first")
         super().hold(shard)
+
+    def lacks_gpu(self) -> None:
+        """An engine that was given a GPU found none."""
+        self._without_gpu += 1
+
+    def without_gpu(self) -> int:
+        return self._without_gpu
 
 
 class _LedgerProxy:
@@ -129,6 +142,8 @@ class Generate:
         engine = make_engine(job, _end_process)
         told.engine_ready(own)
         self.guarded = GuardedEngine(engine, told, job)
+        if ray.get_gpu_ids() and isinstance(engine, Watched) and engine.stats().gpu_bytes is None:
+            ray.get(ledger.lacks_gpu.remote())
         self.metrics = EngineMetrics(engine.stats, normal(job.output), own) if isinstance(engine, Watched) else None
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -197,7 +212,9 @@ def run_flow(
     )
     with Waiting(lambda: awaited_of(ledger, needs)):
         # Not iter_batches: its threads outlive a flow that is given up, find Ray gone, and Ray then ends this process.
-        for bundle in written.iter_internal_ref_bundles():
+        for number, bundle in enumerate(written.iter_internal_ref_bundles()):
+            if number == 0:
+                _warn_without_gpu(ray.get(ledger.without_gpu.remote()))
             for block in bundle.block_refs:
                 yield from ray.get(block).to_pylist()
 
@@ -225,6 +242,13 @@ def _wait_for_resources(job: GenerateJob, shares: Resources) -> None:
                     "run the job again when it is free, or give it more nodes"
                 )
             time.sleep(0.5)
+
+
+def _warn_without_gpu(engines: int) -> None:
+    """Ray gives out what its nodes were started with; whether torch can use that shows in the engines."""
+    if engines:
+        message = f"{engines} engine(s) have a GPU of Ray's on which their torch finds none, and run on the CPU, much slower"
+        LOG.tell("warning", f"warning: {message}", "warning", message=message)
 
 
 def _configure(job: GenerateJob, standstill: Callable[[], Standstill]) -> None:

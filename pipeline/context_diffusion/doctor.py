@@ -62,7 +62,7 @@ def cluster(address: str | None) -> Check:
         return Check("cluster", True, "none is named, so a run starts Ray on this machine", {"address": None})
     try:
         if named.startswith("http"):
-            jobs = RayJobs(named, known_token(), PATIENCE_S).list("")
+            jobs = RayJobs(named, known_token(), PATIENCE_S, PATIENCE_S).list("")
             return Check("cluster", True, f"{named} answers, {len(jobs)} jobs", {"address": named})
         place = urlsplit(named if "://" in named else f"ray://{named}")
         socket.create_connection((place.hostname or "", place.port or 10001), PATIENCE_S).close()

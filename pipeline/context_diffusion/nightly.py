@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -22,7 +21,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from context_diffusion.ray_jobs import EXIT_LOST, EXIT_STOPPED, EXIT_WRONG, RayJobs, RayJobsError, last_line, submit
+from context_diffusion.ray_jobs import (
+    EXIT_LOST,
+    EXIT_STOPPED,
+    EXIT_WRONG,
+    RayJobs,
+    RayJobsError,
+    entrypoint_of,
+    last_line,
+    submit,
+)
 
 Job = dict[str, Any] | list[dict[str, Any]]  # a job file's values, or those of its several jobs
 FINISHED = (0, 3)
@@ -77,8 +85,7 @@ def check_ready(jobs: RayJobs, job: Job, sample: int = 8) -> dict[str, Any]:
 
     Raises NotReadyError while there is no manifest, WrongJobError."""
     name = f"validate-{time.time_ns()}"
-    command = ["python", "-m", "context_diffusion", "validate", "/dev/stdin", "--sample", str(sample)]
-    jobs.submit(name, f"printf %s {shlex.quote(json.dumps(job, ensure_ascii=False))} | {shlex.join(command)}")
+    jobs.submit(name, entrypoint_of(["validate", "/dev/stdin", "--sample", str(sample)], job))
     told: list[str] = []
     code = jobs.follow(name, told.append, every_s=1)
     summary = last_line("\n".join(told))

@@ -10,25 +10,41 @@ file and neither Ray nor the package.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import re
 import shlex
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ACTIVE = ("PENDING", "RUNNING")
 EXIT_WRONG, EXIT_STOPPED, EXIT_LOST = 2, 143, 75
-PATIENCE_S = 60.0  # a cluster may be away, or just starting, for so long
+FIRST_S = 15.0  # for a first answer: more likely the address is wrong
+PATIENCE_S = 60.0  # a cluster that has answered may be away, or just starting, for so long
+TELL_S = 3.0  # then people are told what is waited for
 EVERY_S = 2.0
 STOP_MARGIN_S = 15  # that a run has to end after its grace
 Job = dict[str, Any]
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as `ray job submit` looks them up
+PORT_HINT = "; is it that address? A dashboard's port is 8265 where nothing else is said"
+STARTING = ("No available agent", "Cannot connect to host", "Server disconnected")  # a head in its first seconds, by 500
+OTHER_PYTHON = ("pip", "uv", "conda", "container", "image_uri")  # of a runtime_env: `python` is then its own
+# $p: the Python that Ray runs on, from the command line of the raylet, whose child the job's supervisor is, whose child this
+# shell is. `python` on the cluster's PATH may be another one, or none.
+OWN_PYTHON = r"""{ p=$(tr '\0' '\n' < /proc/$(sed -n 's/^PPid:[^0-9]*//p' /proc/$PPID/status)/cmdline |
+sed -n 's/^--python_worker_command=\([^ ]*\) .*/\1/p'); } 2> /dev/null; [ -x "$p" ] || p=python"""
+IS_THERE = """"$p" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("context_diffusion") is None)' || {
+echo "error: $(command -v "$p" || echo "$p"), the Python of this cluster, lacks context_diffusion: \\
+install it there, or send it along by submit --wheel build"
+exit 2; }"""
 
 
 class RayJobsError(Exception):
@@ -74,20 +90,54 @@ def known_token() -> str | None:
         return None
 
 
-@dataclass(frozen=True)
+class _PassingError(Exception):
+    """It may be over in a moment."""
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class _Waiting:
+    """Tells people once, when an answer is long in coming, what is waited for and why."""
+
+    def __init__(self, address: str, seconds: float, tell: Callable[[str], object]) -> None:
+        self.address, self.seconds, self.tell = address, seconds, tell
+        self.reason = "no answer yet"
+        self._timer = threading.Timer(TELL_S, self._say)
+        self._timer.daemon = True
+
+    def __enter__(self) -> _Waiting:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def _say(self) -> None:
+        self.tell(f"waiting up to {self.seconds:g} s for the Ray dashboard at {self.address}: {self.reason}")
+
+
+@dataclass
 class RayJobs:
-    """address: of the dashboard, http://HOST:8265."""
+    """address: of the dashboard, http://HOST:8265. first_s: how long it may take to answer for the first time, patience_s:
+    later; tell: given a line where one waits for it."""
 
     address: str
     token: str | None = None
     patience_s: float = PATIENCE_S
+    first_s: float = FIRST_S
+    tell: Callable[[str], object] = _to_stderr
+    _answered: bool = field(default=False, init=False)
 
     @classmethod
-    def known(cls, address: str | None = None) -> RayJobs:
+    def known(cls, address: str | None = None, tell: Callable[[str], object] = _to_stderr) -> RayJobs:
         """That cluster, or the one that the environment names. Raises NoClusterError."""
         if not (found := address or known_address()):
             raise NoClusterError("no cluster: give its address, http://HOST:8265, or set RAY_API_SERVER_ADDRESS")
-        return cls(found, known_token())
+        if not found.startswith(("http://", "https://")):
+            raise NoClusterError(f"{found}: what is needed here is the dashboard's address, http://HOST:8265")
+        return cls(found, known_token(), tell=tell)
 
     def submit(
         self,
@@ -101,7 +151,7 @@ class RayJobs:
             return False
         asked = {"entrypoint": entrypoint, "submission_id": submission_id, "runtime_env": runtime_env, "metadata": metadata}
         try:
-            self._call("POST", "/api/jobs/", asked, again=("No available agent",))
+            self._call("POST", "/api/jobs/", asked, again=STARTING)
         except RayJobsError as error:
             if "already exists" in str(error):  # ours, its answer lost, or one that came first
                 return False
@@ -163,25 +213,55 @@ class RayJobs:
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         request = urllib.request.Request(self.address.rstrip("/") + path, data, headers, method=method)
-        until = time.monotonic() + self.patience_s
-        while True:
-            try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return json.loads(answer.read() or b"null")
-            except urllib.error.HTTPError as error:
-                text = error.read().decode(errors="replace")
-                if error.code == 404:
-                    raise KeyError(path) from None
-                if error.code in (401, 403):
-                    hint = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
-                    raise RayJobsError(f"{self.address} refuses the token ({error.code}): {hint}") from None
-                passing = error.code in (502, 503, 504) or any(part in text for part in again)
-                wrong = f"{self.address}{path} answered {error.code}: {text.strip()[-500:]}"
-            except (urllib.error.URLError, OSError, ValueError) as error:
-                passing, wrong = not isinstance(error, ValueError), f"no Ray dashboard answers at {self.address}: {error}"
-            if not passing or time.monotonic() > until:
-                raise RayJobsError(wrong)
-            time.sleep(1)
+        begun = time.monotonic()
+        with _Waiting(self.address, self.patience_s if self._answered else self.first_s, self.tell) as waiting:
+            while True:
+                try:
+                    return self._ask(request, path, again, begun)
+                except _PassingError as error:
+                    waiting.reason, waiting.seconds = str(error), self.patience_s if self._answered else self.first_s
+                    if time.monotonic() + 1 > begun + waiting.seconds:
+                        raise RayJobsError(f"{error}{'' if self._answered else PORT_HINT}") from None
+                time.sleep(1)
+
+    def _ask(self, request: urllib.request.Request, path: str, again: tuple[str, ...], begun: float) -> Any:
+        """Once. Raises _PassingError too."""
+        timeout = 60 if self._answered else max(begun + self.first_s - time.monotonic(), 1)
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                found = json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+            self._answered |= error.code not in (502, 503, 504)  # those are a proxy's
+            raise self._refusal(error.code, path, text, again) from None
+        except (http.client.HTTPException, ValueError) as error:
+            if isinstance(error, OSError):  # it closed the connection
+                raise _PassingError(f"no Ray dashboard answers at {self.address}: {error}") from None
+            wrong = f"what answers at {self.address} is no Ray dashboard: {error!r:.200}"
+            raise RayJobsError(wrong + PORT_HINT) from None
+        except OSError as error:  # URLError too
+            raise _PassingError(f"no Ray dashboard answers at {self.address}: {error}") from None
+        self._answered = True
+        return found
+
+    def _refusal(self, code: int, path: str, text: str, again: tuple[str, ...]) -> Exception:
+        """What an HTTP status means."""
+        if code == 404 and "does not exist" in text:
+            return KeyError(path)
+        if code == 404:
+            return RayJobsError(f"what answers at {self.address} is no Ray dashboard: it knows no {path}{PORT_HINT}")
+        if code in (401, 403):
+            return RayJobsError(self._token_hint(code))
+        wrong = f"{self.address}{path} answered {code}: {text.strip()[-500:]}"
+        passing = code in (502, 503, 504) or any(part in text for part in again)
+        return _PassingError(wrong) if passing else RayJobsError(wrong)
+
+    def _token_hint(self, code: int) -> str:
+        wrong = "refuses the token" if self.token else "asks for a token and none is set here"
+        hint = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+        if os.environ.get("RAY_AUTH_MODE") != "token":
+            hint += ", and RAY_AUTH_MODE=token, which is not set here, for Ray's own commands and `run`"
+        return f"{self.address} {wrong} ({code}): {hint}"
 
 
 def submit(
@@ -215,13 +295,20 @@ def submit(
     name = f"{prefix}{max(attempts, default=0) + 1}"
     grace = ["--grace", f"{grace_s:g}"] if generating else []
     log = ["--log-format", log_format] if log_format != "text" else []
-    command = shlex.join(["python", "-m", "context_diffusion", "run", "/dev/stdin", *flags, *grace, *log])
-    entrypoint = f"printf %s {shlex.quote(json.dumps(value, ensure_ascii=False))} | {command}"
+    entrypoint = entrypoint_of(["run", "/dev/stdin", *flags, *grace, *log], value, runtime_env)
     environment = dict(runtime_env or {})
     wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_s) + STOP_MARGIN_S)}
     environment["env_vars"] = wait | environment.get("env_vars", {})
     new = jobs.submit(name, entrypoint, environment, {"output": output})
     return Submission(name, not new, output)
+
+
+def entrypoint_of(words: list[str], job: Job | list[Job], runtime_env: dict[str, Any] | None = None) -> str:
+    """A command of ours that is given a job on its stdin, as Ray Jobs' shell runs it: on the Python that Ray itself runs on,
+    or that the runtime_env brings; it ends with 2 and says so where that lacks the package."""
+    python = "p=python" if any(key in (runtime_env or {}) for key in OTHER_PYTHON) else OWN_PYTHON
+    given = f"printf %s {shlex.quote(json.dumps(job, ensure_ascii=False))}"
+    return f'{python}\n{IS_THERE}\n{given} | "$p" -m context_diffusion {shlex.join(words)}'
 
 
 def last_line(log: str) -> dict[str, Any]:

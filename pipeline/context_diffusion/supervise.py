@@ -66,6 +66,7 @@ def _supervise(given: bytes, job: GenerateJob, grace_s: float) -> dict[str, Any]
             return _known(job, stopped.exit, "stopped; the same command goes on", started)
     finally:
         os.close(reading)
+        child.kill()  # where it still lives its time is over, and it does not heed SIGTERM
         end_session(child.pid)
         child.wait()
     if text.strip():

@@ -74,6 +74,20 @@ def test_engines_wait_for_gpus_of_their_kind_grow_with_them_and_leave_a_node_tha
     assert len(read_output(tmp_path / "out")) == 1000
 
 
+def test_engines_whose_number_is_left_open_grow_with_the_gpus(cluster: Cluster, tmp_path: Path) -> None:
+    first = cluster.add(**GPU)
+    job, jobs = write_job(tmp_path, 1000, rows_per_part=2), RayJobs(cluster.dashboard, TOKEN)
+    code, submitted, log = call(cluster, "submit", job)
+    assert code == 0, log
+    wait_for(lambda: list((tmp_path / "out").glob("data/*")))
+    assert [one["node_id"] for one in engines(cluster)] == [first]
+    second = cluster.add(**GPU)
+    wait_for(lambda: sorted(one["node_id"] for one in engines(cluster)) == sorted([first, second]))
+    assert jobs.follow(submitted["submission_id"], print) == 0
+    assert len(read_output(tmp_path / "out")) == 1000
+    assert "on which their torch finds none" in jobs.logs(submitted["submission_id"]), "the GPUs are logical"
+
+
 def test_a_cluster_that_is_lost_ends_the_wait_with_75_and_its_name(cluster: Cluster, tmp_path: Path) -> None:
     job = write_job(tmp_path, 60, rows_per_part=2)
     command = [*COMMAND, "submit", job, "--wait", "--address", cluster.dashboard]

@@ -37,8 +37,9 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def test_a_wheel_made_on_the_spot_is_what_the_job_runs(bare: Cluster, tmp_path: Path) -> None:
     job = write_job(tmp_path, 4)
     code, told, log = call(bare, "submit", job, "--wait")
-    assert code == told["exit"] == 1
-    assert "No module named context_diffusion" in log
+    assert code == told["exit"] == 2
+    assert "bin/python, the Python of this cluster, lacks context_diffusion" in log
+    assert "--wheel build" in log
     code, told, log = call(
         bare, "submit", job, "--wait", "--wheel", "build", PATH=str(Path(sys.executable).parent) + ":/usr/bin:/bin"
     )

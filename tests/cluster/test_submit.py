@@ -22,9 +22,9 @@ from tiny import tiny_model
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def call(cluster: Cluster, *words: str, **more: str) -> tuple[int, dict[str, Any], str]:
-    """A command at the cluster: its code, last line and what it told."""
-    command = [*COMMAND, *words, "--address", cluster.dashboard]
+def call(cluster: Cluster, *words: str, address: str | None = None, **more: str) -> tuple[int, dict[str, Any], str]:
+    """A command at the cluster's dashboard, or at that address: its code, last line and what it told."""
+    command = [*COMMAND, *words, "--address", address or cluster.dashboard]
     done = subprocess.run(command, capture_output=True, text=True, env=cluster.environment | more)
     lines = done.stdout.strip().splitlines()
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
