@@ -175,7 +175,7 @@ def test_a_passing_fault_is_tried_again_a_final_one_is_not(tmp_path: Path, monke
     assert len(tries) == 4
 
 
-def test_a_store_that_is_waited_for_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_that_is_waited_for_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from context_diffusion import storage
     from driving import point_to
 
@@ -183,8 +183,8 @@ def test_a_store_that_is_waited_for_is_told_once(monkeypatch: pytest.MonkeyPatch
     point_to(monkeypatch, "http://127.0.0.1:9", "some", "keys")  # nobody listens there
     with pytest.raises(StorageError, match="s3://nowhere/x"):
         Storage({"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}, deadline_s=3).read("s3://nowhere/x")
-    [told] = caplog.records
-    assert re.match(r"s3://nowhere/x: tried again for \d s more: EndpointConnectionError", told.getMessage())
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.match(r"waiting: s3://nowhere/x is tried again for \d s more: EndpointConnectionError", line)
 
 
 def test_it_travels() -> None:

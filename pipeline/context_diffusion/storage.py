@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import re
 import uuid
@@ -23,6 +22,7 @@ from fsspec.core import url_to_fs
 
 from context_diffusion.errors import ConfigError, ErrorCode, RowError, StorageError, one_line
 from context_diffusion.local_files import create_file, removed_again, replace_file
+from context_diffusion.log import LOG
 
 T = TypeVar("T")
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -113,8 +113,9 @@ class _Waiting:
             return
         self.told = True
         error = state.outcome.exception()
-        told = f"{type(error).__name__}: {error}"
-        logging.getLogger(__name__).warning("%s: tried again for %.0f s more: %s", self.uri, self.deadline_s - waited, told)
+        left = self.deadline_s - waited
+        message = f"{self.uri} is tried again for {left:.0f} s more: {one_line(f'{type(error).__name__}: {error}', 300)}"
+        LOG.tell("waiting", f"waiting: {message}", "warning", message=message, seconds=round(waited))
 
 
 @dataclass(frozen=True)

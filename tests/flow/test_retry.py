@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from driving import COMMAND, ENVIRONMENT
 from flow.test_flow import drive
 from independent import read_output
 from inputs import job_values, rows, write_manifest, write_pictures
@@ -54,6 +56,20 @@ def test_corrected_cells_and_another_allow_make_the_failed_rows_and_leave_the_ot
     assert changed == [3, 5, 9, 11]
     again = drive(job)
     assert (again["exit"], again["skipped"]) == (0, 12)
+
+
+def test_why_rows_failed_and_the_next_command_are_told(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "in", 8, {n: {"query": f"no-{n}.png"} for n in (1, 2, 4, 5)})
+    job = job_values(manifest, tmp_path / "out")
+    assert drive(job)["exit"] == 3
+    (path := tmp_path / "job.json").write_text(json.dumps({"kind": "generate"} | job))
+    done = subprocess.run([*COMMAND, "run", path], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 3
+    first, *rows, report, following = done.stderr.splitlines()[-6:]
+    assert first == "4 of 8 rows failed, such as"
+    assert [row.split(":")[:2] for row in rows] == [[f"  row-00{n}", " missing_file"] for n in (1, 2, 4)]
+    assert report == f"all of them: {tmp_path}/out/report.html"
+    assert following == f"correct what they name, then: context-diffusion run {path} --retry-failed"
 
 
 def test_a_job_that_was_given_up_is_finished_by_retry_failed(tmp_path: Path) -> None:
