@@ -81,7 +81,7 @@ def test_signs_that_the_encoding_lacks_are_escaped(job: str, tmp_path: Path) -> 
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize("form", ["text", pytest.param("json", marks=pytest.mark.slow)])
 def test_a_run_whose_messages_nobody_can_take_is_made(job: str, tmp_path: Path, form: str) -> None:
     """Its driver is another process, with a stream of its own: one run without stderr at all, one whose reader is gone."""
     output = str(tmp_path / SIGNS)
@@ -95,6 +95,7 @@ def test_a_run_whose_messages_nobody_can_take_is_made(job: str, tmp_path: Path, 
     assert (Path(output) / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_in_a_notebook_tells_plain_lines(job: str, tmp_path: Path) -> None:
     """Jupyter's kernel sets FORCE_COLOR, and stderr is no terminal; in a terminal there is a bar."""

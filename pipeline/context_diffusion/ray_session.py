@@ -35,7 +35,7 @@ def ray_session(num_cpus: int | None, address: str | None) -> Iterator[str]:
     local = {} if target else {"num_cpus": num_cpus, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
     try:
         # "local": not the cluster that someone else happens to run on this machine
-        with Waiting(lambda: f"Ray at {target or 'this machine'} starts or answers"):
+        with Waiting(lambda: f"the Ray cluster at {target} lets this run in" if target else "Ray starts on this machine"):
             ray.init(address=target or "local", log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **local)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise ClusterError(f"no Ray cluster at {target or 'this machine'}: {_explained(error)}") from error

@@ -73,6 +73,14 @@ def test_a_head_whose_python_on_path_is_another_one_runs_the_job_on_rays_own_and
         assert asks_for_a_token(head)
 
 
+def test_a_run_without_the_clusters_token_says_what_is_missing(head: Cluster, tmp_path: Path) -> None:
+    settings = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/nowhere"}
+    code, summary, log = call(head, "run", write_job(tmp_path, 4), address=head.address, **settings)
+    assert code == 75, log
+    assert f"no Ray cluster at {head.address}" in summary["error"]
+    assert "a cluster with a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in summary["error"]
+
+
 def asks_for_a_token(head: Cluster) -> bool:
     settings = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/nowhere"}
     code, told, _ = call(head, "status", "out", **settings)

@@ -88,7 +88,8 @@ def test_a_run_from_validate_to_verify(tmp_path: Path) -> None:
     code, summary, told = call("run", job, "--set", "settings.guidance_scale=1.0", "--log-format", "json")
     assert code == summary["exit"] == 3
     events = [json.loads(line) for line in told.splitlines()]
-    assert {one["event"] for one in events} == {"started", "shard", "row_failed", "progress", "finished"}
+    told_of = {"started", "shard", "row_failed", "progress", "finished", "rows_failed"}
+    assert {one["event"] for one in events} - {"waiting"} == told_of  # a busy machine waits for Ray's start
     assert {one["job"] for one in events} == {str(tmp_path / "out")}
     assert [one["id"] for one in events if one["event"] == "row_failed"] == ["row-003"]
     assert sum(one["rows"] for one in events if one["event"] == "shard") == events[-1]["rows"] == 8
