@@ -57,7 +57,7 @@ def awaited(loading: int, ready: int, needs: Needs) -> str | None:
         return None
     if loading:
         return f"{loading} engine(s) load the model, {ready} of {needs.engines} ready"
-    return f"{needs.engines - ready} of {needs.engines} engine(s) have no place yet: {lacking(needs)}"
+    return f"{needs.engines - ready} of {needs.engines} engine(s) start or wait for room: {lacking(needs)}"
 
 
 def lacking(needs: Needs) -> str:
@@ -65,7 +65,7 @@ def lacking(needs: Needs) -> str:
     free, whole = ray.available_resources(), ray.cluster_resources()
     shares = {"CPU": needs.cpus, "GPU": needs.gpus}
     return "; ".join(
-        f"{share:g} {name}s needed, {free.get(name, 0):g} of {whole.get(name, 0):g} free"
+        f"each takes {share:g} {name}s, {free.get(name, 0):g} of {whole.get(name, 0):g} are free"
         for name, share in shares.items()
         if share
     )

@@ -66,7 +66,7 @@ def test_a_cluster_that_others_hold_is_told(tmp_path: Path) -> None:
         holding.wait()
     assert summary["exit"] == 75
     assert "other work held the cluster for 10 s" in summary["error"]
-    assert "CPUs needed, 0 of 2 free" in log
+    assert "CPUs, 0 of 2 are free" in log
 
 
 def command(tmp_path: Path, address: str) -> tuple[int, dict[str, Any], str]:
