@@ -6,10 +6,13 @@ import os
 import time
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 STARTED = time.monotonic()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; without a network each try would wait half a minute
+hypothesis.settings.register_profile("here", deadline=None)  # how long an example takes on a busy machine proves nothing
+hypothesis.settings.load_profile("here")
 # The order of `make test-full`: what no other test covers comes first, always. (pytest sorts overlapping paths its own way.)
 FIRST = ("tests/store", "tests/flow/test_cli.py", "tests/flow/test_disk.py", "tests/cluster/test_submit.py")
 KILLS = "test_twenty_kills_lose_and_double_nothing"  # a minute or two each: each kill is a group of its own

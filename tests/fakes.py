@@ -57,7 +57,7 @@ def dies_once(job: GenerateJob, broken: Broken) -> FakeEngine:
 
 def loads_long(job: GenerateJob, broken: Broken) -> FakeEngine:
     """As one that reads 13 GB of weights: longer than the time that a flow may stand still."""
-    time.sleep(14)
+    time.sleep(40)
     return FakeEngine()
 
 

@@ -300,7 +300,7 @@ def finish(output: Output, table: list[dict[str, Any]]) -> None:
         ids = [row["id"] for row in table if row["shard"] == shard.number]
         path = Path(output.part(shard.number))
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table({"id": ids}), path)
+        pq.write_table(pa.table({"id": ids, "status": ["ok"] * len(ids), "file_name": ids}), path)
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
@@ -328,16 +328,68 @@ def test_rows_that_moved_are_not_retried_in_places_of_others(tmp_path: Path, for
     assert json.loads(Path(output.plan).read_text())["job"]["columns"] == {"query": "layout"}
 
 
+class Full(Storage):
+    """No room is left when the offsets of the shards are written and plan.json is not."""
+
+    def replace(self, uri: str, data: bytes) -> None:
+        super().replace(uri, data)
+        if "/plan/" in uri:
+            raise StorageError("no space left")
+
+
+def test_rows_without_ids_that_moved_are_not_retried(tmp_path: Path) -> None:
+    """The most natural correction, and a wrong one: the bad row is taken out, another put at the end."""
+    table, output = rows(12, write_pictures(tmp_path)), Output(str(tmp_path / "out"), STORAGE)
+    table = [{"query": row["query"], "context": row["context"], "prompt": f"{n}"} for n, row in enumerate(table)]
+    planned = job(write_rows(tmp_path, table, "jsonl"), tmp_path / "out")
+    finish(output, read_all(planned, output))
+    write_rows(tmp_path, [*table[:3], *table[4:], table[3] | {"prompt": "new"}], "jsonl")
+    with pytest.raises(OutputConflictError, match="say what others said when it was planned"):
+        open_plan(planned, output, STORAGE, retry_failed=True)
+    write_rows(tmp_path, [*table[:3], table[3] | {"prompt": "better"}, *table[4:]], "jsonl")
+    open_plan(planned, output, STORAGE, retry_failed=True)
+    write_rows(tmp_path, [*table[:3], table[3] | {"prompt": "better"}, *table[4:], table[3]], "jsonl")
+    with pytest.raises(OutputConflictError, match="say what others said"):  # the new row would have the corrected one's id
+        open_plan(planned, output, STORAGE, extend=True)
+
+
+def test_pictures_of_what_rows_said_before_go(tmp_path: Path) -> None:
+    """Of shards without a part, and of failed rows: nothing else would tell the new attempt that they are old."""
+    table, output = rows(12, write_pictures(tmp_path)), Output(str(tmp_path / "out"), STORAGE)
+    planned = job(write_rows(tmp_path, table, "jsonl"), tmp_path / "out", rows_per_part=4)
+    read_all(planned, output)
+    columns = {"id": [row["id"] for row in table[:4]], "status": ["ok", "failed", "ok", "ok"]}
+    named = [f"images/part-00000/{n}.png" if n != 1 else None for n in range(4)]
+    (tmp_path / "out" / "data").mkdir()
+    pq.write_table(pa.table(columns | {"file_name": named}), output.part(0))
+    for name in (*filter(None, named), "images/part-00000/1.png", "images/part-00001/4.png", "webdataset/part-00002.tar"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).touch()
+    table[5]["prompt"] = "another"
+    write_rows(tmp_path, table, "jsonl")
+    open_plan(planned, output, STORAGE, retry_failed=True)
+    left = {
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*") if path.suffix in (".png", ".tar")
+    }
+    assert left == set(filter(None, named))
+
+
+def test_a_correction_of_a_parquet_file_that_is_broken_off_is_done_by_the_next(tmp_path: Path) -> None:
+    table, output = rows(120, write_pictures(tmp_path)), Output(str(tmp_path / "out"), STORAGE)
+    planned = job(write_rows(tmp_path, table, "parquet", row_group_size=30), tmp_path / "out", rows_per_part=15)
+    read_all(planned, output)
+    write_rows(tmp_path, table, "parquet", row_group_size=45)
+    full = Full(deadline_s=1)
+    with pytest.raises(StorageError):
+        open_plan(planned, Output(output.root, full), full, retry_failed=True)
+    with pytest.raises(OutputConflictError, match="was broken off"):
+        open_plan(planned, output, STORAGE, extend=True)
+    open_plan(planned, output, STORAGE, retry_failed=True)
+    assert [row["id"] for row in read_all(planned, output)] == [row["id"] for row in table]
+
+
 def test_a_correction_that_is_broken_off_is_done_by_the_next(tmp_path: Path) -> None:
     """Between the offsets and plan.json: until then the plan fits neither version, or its bytes would be another row's."""
-
-    class Full(Storage):
-        def replace(self, uri: str, data: bytes) -> None:
-            if "/plan/" in uri:
-                super().replace(uri, data)
-                raise StorageError("no space left")
-            super().replace(uri, data)
-
     table, output = rows(12, write_pictures(tmp_path)), Output(str(tmp_path / "out"), STORAGE)
     planned = job(write_rows(tmp_path, table, "jsonl"), tmp_path / "out")
     read_all(planned, output)

@@ -180,7 +180,7 @@ def _tell_failures(job: GenerateJob, file: str, summary: dict[str, Any]) -> None
     except (OSError, ContextDiffusionError):  # the store is away, which the summary says
         return
     lines = [f"{summary['failed']} of {summary['rows']} rows failed, such as"]
-    lines += [f"  {row['id']}: {row['error_code']}: {one_line(row['error_message'], 300)}" for row in failures]
+    lines += [f"  {one_line(row['id'], 100)}: {row['error_code']}: {one_line(row['error_message'], 300)}" for row in failures]
     lines += [f"all of them: {report}"] if report else []
     lines += [f"correct what they name, then: context-diffusion run {file} --retry-failed"]
     LOG.tell("rows_failed", "\n".join(lines), "warning", failed=summary["failed"], first=failures, report=report)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from context_diffusion.ledger import GuardedEngine, Ledger
 from context_diffusion.log import LOG
 from context_diffusion.metrics import EngineMetrics, Metrics
 from context_diffusion.stages import Engine, LoadImages, ReadShard, Watched, generate
-from context_diffusion.standstill import Needs, Standstill, awaited_of, lacking
+from context_diffusion.standstill import Needs, Standstill, ask, awaited
 from context_diffusion.storage import normal
 from context_diffusion.waiting import Waiting
 from context_diffusion.writing import WriteShard
@@ -171,10 +170,9 @@ def run_flow(
     ledger."""
     cluster = ray.cluster_resources()
     shares = share_out(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
-    _wait_for_resources(job, shares)
     ledger = ray.remote(num_cpus=0, max_concurrency=64)(_CountedLedger).remote(normal(job.output))
-    needs = _needs(shares)
-    _configure(job, partial(Standstill, ledger, job.cluster.no_progress_timeout_s, needs))
+    needs = Needs(shares.least, shares.engine_cpus, shares.engine_gpus)
+    _configure(job, partial(Standstill, partial(ask, ledger), job.cluster.no_progress_timeout_s, needs))
     started(_LedgerProxy(ledger))
     shards = ray.data.read_datasource(_Shards(reads), override_num_blocks=len(reads), num_cpus=TASK_CPUS)
     loaded = shards.map_batches(
@@ -210,38 +208,14 @@ def run_flow(
         num_cpus=TASK_CPUS,
         compute=TaskPoolStrategy(shares.loads),
     )
-    with Waiting(lambda: awaited_of(ledger, needs)):
+    with Waiting(lambda: awaited(ask(ledger), needs)):
         # Not iter_batches: its threads outlive a flow that is given up, find Ray gone, and Ray then ends this process.
         for number, bundle in enumerate(written.iter_internal_ref_bundles()):
             if number == 0:
                 _warn_without_gpu(ray.get(ledger.without_gpu.remote()))
+            ledger.moved.remote()
             for block in bundle.block_refs:
                 yield from ray.get(block).to_pylist()
-
-
-def _needs(shares: Resources) -> Needs:
-    return Needs(shares.least, shares.engine_cpus, shares.engine_gpus)
-
-
-def _wait_for_resources(job: GenerateJob, shares: Resources) -> None:
-    """Wait until the cluster has room for one engine and the tasks that feed it, where it has that much at all: what it
-    would have to grow by is asked for by the flow. Raises ClusterError where others hold it for too long."""
-    needs = {"CPU": shares.engine_cpus + shares.load_cpus + 2 * TASK_CPUS, "GPU": shares.engine_gpus}
-
-    def lacks(resources: dict[str, float]) -> bool:
-        return any(resources.get(name, 0) < need - 1e-6 for name, need in needs.items())
-
-    if lacks(ray.cluster_resources()):
-        return
-    until = time.monotonic() + job.cluster.no_progress_timeout_s
-    with Waiting(lambda: f"other work holds the cluster: {lacking(_needs(shares))}"):
-        while lacks(ray.available_resources()):
-            if time.monotonic() > until:
-                raise ClusterError(
-                    f"other work held the cluster for {job.cluster.no_progress_timeout_s} s: {lacking(_needs(shares))}; "
-                    "run the job again when it is free, or give it more nodes"
-                )
-            time.sleep(0.5)
 
 
 def _warn_without_gpu(engines: int) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import ErrorCode
@@ -18,6 +19,17 @@ from context_diffusion.schema import Failure, Request, Result
 from context_diffusion.stages import Engine
 
 DEATHS = 3
+
+
+class State(NamedTuple):
+    """How many engines load the model and how many are ready; how many shards engines hold; how often at most one engine's
+    process began to load and was never ready; a number that grows with whatever happens."""
+
+    loading: int
+    ready: int
+    held: int
+    loads: int
+    events: int
 
 
 class Ledger:
@@ -32,19 +44,30 @@ class Ledger:
         self._stopping = False
         self._loading: set[str] = set()
         self._ready: set[str] = set()
+        self._loads: Counter[str] = Counter()
+        self._events = 0
 
     def engine_loads(self, engine: str) -> None:
         """An engine's process began to load the model, perhaps again."""
+        self._loads[engine] += 1
         self._loading.add(engine)
         self._ready.discard(engine)
+        self.moved()
 
     def engine_ready(self, engine: str) -> None:
+        self._loads[engine] = 0
         self._loading.discard(engine)
         self._ready.add(engine)
+        self.moved()
 
-    def state(self) -> tuple[int, int, int, int]:
-        """How many engines load the model and how many are ready; how many shards are held, and how many were made."""
-        return len(self._loading), len(self._ready), len(self._held), len(self._made)
+    def moved(self) -> None:
+        """Something went on: the flow does not stand still."""
+        self._events += 1
+
+    def state(self) -> State:
+        """What the flow is at."""
+        loads = max(self._loads.values(), default=0)
+        return State(len(self._loading), len(self._ready), len(self._held), loads, self._events)
 
     def stop(self) -> None:
         """No shard begins any more."""
@@ -76,11 +99,14 @@ class Ledger:
 
     def hold(self, shard: int) -> None:
         self._held.add(shard)
+        self.moved()
 
     def at_row(self, shard: int, row: int) -> None:
         self._row[shard] = row
+        self.moved()
 
     def release(self, shard: int) -> None:
+        self.moved()
         self._held.discard(shard)
         self._row.pop(shard, None)
         self._made.add(shard)

@@ -161,8 +161,8 @@ def _plain_values(column: Any) -> list[Any]:
 def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> pa.Table:
     """Read the rows of a shard of a Parquet file. Its row group stays in this process for the shards that follow: a group
     cannot be entered in the middle, and Ray Data would join the blocks of a task that read it all."""
-    key = (file.uri, shard.group)
-    if key not in _last_group or len(_last_group[key]) < shard.first_row + shard.rows:  # the file may have grown
+    key = (file.uri, shard.group, str(storage.fingerprint(file.uri)))  # the file may have changed
+    if key not in _last_group:
         _last_group.clear()
         _last_group[key] = _row_group(file, shard.group, storage)
     rows = _last_group[key].slice(shard.first_row, shard.rows)
@@ -171,7 +171,7 @@ def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> pa.Table
     return rows
 
 
-_last_group: dict[tuple[str, int], pa.Table] = {}
+_last_group: dict[tuple[str, int, str], pa.Table] = {}
 
 
 def _row_group(file: ManifestFile, group: int, storage: Storage, columns: list[str] | None = None) -> pa.Table:

@@ -6,6 +6,7 @@ In both, the shards that stand keep their numbers and rows, since the parts in d
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,20 +17,26 @@ import pyarrow as pa
 
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import OutputConflictError
-from context_diffusion.manifest import ManifestFile, expand, open_file
+from context_diffusion.manifest import expand, open_file
 from context_diffusion.output import Output
 from context_diffusion.scan import Scan
-from context_diffusion.schema import Shard
+from context_diffusion.schema import Shard, part_name
 from context_diffusion.shards import file_record, read_shards, write_shards
 from context_diffusion.storage import Storage, normal
+
+UNFINISHED = -1  # as a file's bytes in plan.json: no version of the manifest fits, until a correction is complete
 
 
 def extend(record: Any, job: GenerateJob, output: Output, storage: Storage) -> Any:
     """Add the shards of what is new to the plan. _SUCCESS goes first and plan.json is changed last, so a run that is broken
     off in between is extended by the next. Returns the new record. Raises OutputConflictError."""
     old = record["manifest"]
-    files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
-    scanned = Scan(job, files, storage, [file["rows"] for file in old])
+    if any(file["bytes"] == UNFINISHED for file in old):
+        raise OutputConflictError("--extend: a run with --retry-failed was broken off; give it again first")
+    files, made = [open_file(uri, storage) for uri in expand(job.manifests, storage)], output.finished()
+    # A corrected row keeps the id that it had, which a new row may derive from what the old one said.
+    planned = (lambda number: _planned_ids(output, number, made, len(old))) if record.get("corrected") else None
+    scanned = Scan(job, files, storage, [file["rows"] for file in old], planned)
     _check_grown(old, scanned)
     output.storage.delete(output.success)
     first, records = sum(file["shards"] for file in old), []
@@ -56,7 +63,7 @@ def correct(record: Any, job: GenerateJob, output: Output, storage: Storage, pas
     if [normal(file.uri) for file in files] != [file["uri"] for file in old]:
         raise OutputConflictError("--retry-failed: the manifest has other files than the plan; the rows must stay where they are")
     made = output.finished()
-    scanned = Scan(job, files, storage, planned=lambda number: _planned_ids(output, number, made))
+    scanned = Scan(job, files, storage, planned=lambda number: _planned_ids(output, number, made, len(old)))
     for file, rows in zip(old, scanned.rows_of, strict=True):
         if rows != file["rows"]:
             raise OutputConflictError(
@@ -64,47 +71,79 @@ def correct(record: Any, job: GenerateJob, output: Output, storage: Storage, pas
                 "but add no rows (`--extend` does that in a run of its own) and remove none"
             )
     _check_types(passed, scanned)
-    shards = [[_moved(s, file, old[s.file]["groups"], scanned) for s in read_shards(output, n)] for n, file in enumerate(files)]
+    shards = [_moved(list(read_shards(output, number)), number, scanned) for number in range(len(files))]
     output.storage.delete(output.success)
     # Until the last write the plan fits no version of the manifest: were this broken off, the same command does it again.
-    unfinished = [file | {"version": ""} for file in old]
+    unfinished = [file | {"bytes": UNFINISHED} for file in old]
     output.storage.replace(output.plan, json.dumps(record | {"manifest": unfinished}, indent=2).encode())
+    _drop_pictures(output, made)
     for number, moved in enumerate(shards):
         write_shards(output, number, moved)
     records = [file_record(scanned, number, len(moved)) for number, moved in enumerate(shards)]
-    record |= {"job": job.model_dump(mode="json"), "manifest": records}
+    record |= {"job": job.model_dump(mode="json"), "manifest": records, "corrected": True}
     output.storage.replace(output.plan, json.dumps(record, indent=2).encode())
     return record
 
 
-def _planned_ids(output: Output, number: int, made: set[int]) -> Iterator[str | None]:
-    """The ids of a file's rows as its parts in data/ have them; None for rows that were not made yet."""
+def _planned_ids(output: Output, number: int, made: set[int], files: int) -> Iterator[str | None]:
+    """The ids of a file's rows as its parts in data/ have them; None for rows that were not made yet. files: how many the
+    plan has."""
+    if number >= files:
+        return
     for shard in read_shards(output, number):
         yield from output.ids(shard.number) if shard.number in made else [None] * shard.rows
 
 
-def _moved(shard: Shard, file: ManifestFile, old_groups: list[int], scanned: Scan) -> Shard:
-    """A shard with the place where its rows are now. Raises OutputConflictError where a Parquet file was written with row
-    groups that cut the shard."""
-    if file.format != "parquet":
-        bounds = scanned.bounds[shard.file]
-        begin = bounds[shard.first_row]
-        return replace(shard, offset=begin, size=bounds[shard.first_row + shard.rows] - begin)
-    row = sum(old_groups[: shard.group]) + shard.first_row
+def _moved(shards: list[Shard], number: int, scanned: Scan) -> list[Shard]:
+    """A file's shards with the places where their rows are now. It follows from their numbers of rows alone, so that what
+    was broken off can be done again. Raises OutputConflictError where a Parquet file's row groups cut a shard."""
+    file, bounds, row, moved = scanned.files[number], scanned.bounds[number], 0, []
     begins = [end - rows for end, rows in zip(accumulate(file.groups), file.groups, strict=True)]
-    group = bisect_right(begins, row) - 1  # the last of those that begin there: empty ones come before it
-    if row + shard.rows > begins[group] + file.groups[group]:
-        raise OutputConflictError(
-            f"--retry-failed: {file.uri} had row groups of {old_groups} rows and has {file.groups}, "
-            f"which cut the planned rows {row} to {row + shard.rows - 1}: write it with the row groups that it had"
-        )
-    return replace(shard, group=group, first_row=row - begins[group])
+    for shard in shards:
+        end = row + shard.rows
+        if file.format != "parquet":
+            moved.append(replace(shard, offset=bounds[row], size=bounds[end] - bounds[row]))
+        else:
+            group = bisect_right(begins, row) - 1  # the last of those that begin there: empty ones come before it
+            if end > begins[group] + file.groups[group]:
+                raise OutputConflictError(
+                    f"--retry-failed: {file.uri} has row groups of {file.groups} rows, which cut the planned rows {row} to "
+                    f"{end - 1}: write it with the row groups that it had"
+                )
+            moved.append(replace(shard, group=group, first_row=row - begins[group]))
+        row = end
+    return moved
+
+
+def _drop_pictures(output: Output, made: set[int]) -> None:
+    """Delete the pictures that no part names: an attempt that was broken off made them of what the rows said then."""
+    for folder in ("images", "webdataset"):
+        for name in output.storage.list(f"{output.root}/{folder}"):
+            match = re.match(r"part-(\d+)", name)
+            if match and int(match[1]) not in made:
+                for uri in output.storage.files(f"{output.root}/{folder}/{name}"):
+                    output.storage.delete(uri)
+    for shard, part in output.read_parts(["status", "file_name"]):
+        names = set(part["file_name"].to_pylist())
+        if "failed" in part["status"].to_pylist() and not any(".tar/" in str(name) for name in names):
+            folder = f"images/{part_name(shard)}"
+            for name in output.storage.list(f"{output.root}/{folder}"):
+                if f"{folder}/{name}" not in names and name != "metadata.parquet":
+                    output.storage.delete(f"{output.root}/{folder}/{name}")
 
 
 def _check_types(passed: pa.Schema, scanned: Scan) -> None:
+    """Raise OutputConflictError where data/ cannot hold what a column that we don't know says now."""
     for field in passed:
         kind = scanned.types.get(field.name, field.type)
-        if kind != field.type:
+        if kind == field.type or pa.types.is_null(kind) or pa.types.is_string(field.type):  # as text stands anything
+            continue
+        try:
+            schemas = [pa.schema([(field.name, type_)]) for type_ in (field.type, kind)]
+            both = pa.unify_schemas(schemas, promote_options="permissive").field(field.name).type
+        except pa.ArrowException:
+            both = None
+        if both != field.type:
             raise OutputConflictError(
                 f"--retry-failed: the column {field.name!r} was {field.type} and is {kind}, and data/ has it as {field.type}"
             )

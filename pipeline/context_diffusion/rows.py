@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from context_diffusion.config import GenerateJob, Settings
-from context_diffusion.errors import ErrorCode, RowError
+from context_diffusion.errors import ErrorCode, ManifestError, RowError
 from context_diffusion.manifest import Row
 from context_diffusion.matrix import combined
 from context_diffusion.schema import (
@@ -71,6 +71,11 @@ def read_table(
     """
     names = column_names(job)
     storable = [_storable(row) for row in rows]
+    for row, planned in zip(storable, ids or [], strict=False):
+        if given_id(row, names) not in (None, planned):
+            raise ManifestError(
+                f"the row {planned!r} of the plan has the id {given_id(row, names)!r} now: did the manifest change?"
+            )
     named = ids or [row_id(row, names) for row in storable]
     read = [_read_row(row, name, shard, job, base, names) for row, name in zip(storable, named, strict=True)]
     columns = {name: pa.array([row[name] for row in read], READ.field(name).type) for name in READ.names}

@@ -45,9 +45,9 @@ class Scan:
         self.declared: dict[str, str | None] = {}  # the Parquet file that a column was first seen in
         self.ours = {self.names[name] for name in MANIFEST_COLUMNS}
         with UniqueIds() as unique:
-            for row in chain.from_iterable(self._ids(number) for number in range(len(files))):
+            for row in chain.from_iterable(self._ids(number, unique) for number in range(len(files))):
                 unique.add(row)
-            self.rows = unique.count
+            self.rows = sum(self.rows_of)
             repeated = unique.duplicates()
         if not self.rows:
             raise ManifestError(f"{', '.join(job.manifests)}: the manifest has no rows")
@@ -59,6 +59,11 @@ class Scan:
             )
             shown = "; ".join(f"{name!r}: {' and '.join(places)}" for name, places in name_duplicates(repeated, named).items())
             hint = "" if self.has_ids else "; the manifest has no id column, so equal rows have equal ids"
+            if planned:
+                raise OutputConflictError(
+                    f"{len(repeated)} row(s) of the manifest say what others said when it was planned: rows were moved, added in "
+                    "between or removed, or are equal now; each must stay in its place"
+                )
             raise ManifestError(f"{len(repeated)} duplicate id(s) in the manifest, such as {shown}{hint}")
 
     def cut(self, number: int, size: int, first: int, done: int = 0) -> Iterator[Shard]:
@@ -81,8 +86,9 @@ class Scan:
     def passed(self) -> pa.Schema:
         return pa.schema(sorted(self.types.items()))
 
-    def _ids(self, number: int) -> Iterator[str]:
-        """The ids of a file's rows; on the way, what else the plan must know of it."""
+    def _ids(self, number: int, changed: UniqueIds | None = None) -> Iterator[str]:
+        """The ids of a file's rows; on the way, what else the plan must know of it. changed: takes the ids that rows would
+        have now where they keep another one: two that are equal are rows that moved."""
         digest = hashlib.blake2b(digest_size=16)
         planned = self.planned(number) if self.planned else repeat(None)
         for count, (row, given, seen) in enumerate(self._rows(number), 1):
@@ -92,9 +98,11 @@ class Scan:
             before = next(planned, None)
             if given and before is not None and before != row:
                 raise OutputConflictError(
-                    f"--retry-failed: row {count} of {self.files[number].uri} has the id {row!r}, and had {before!r} when it was "
+                    f"row {count} of {self.files[number].uri} has the id {row!r}, and had {before!r} when it was "
                     "planned: rows are matched by their place, so none may be moved, added in between or removed"
                 )
+            if changed and before is not None and before != row:
+                changed.add(row)
             yield before or row
         self.digests[number] = digest.hexdigest()
 

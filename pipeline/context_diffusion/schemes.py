@@ -116,6 +116,8 @@ def _texts(array: Any) -> tuple[Any, NDArray[np.int64]]:
             array = pc.struct_field(array, 0)
         elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
             places, array = places[pc.list_parent_indices(array).to_numpy()], pc.list_flatten(array)
+        elif getattr(array.type, "value_field", None) and not pa.types.is_dictionary(array.type):  # other kinds of lists
+            array = array.cast(pa.list_(array.type.value_type))
         else:
             array = array.cast(pa.string())
     return array, places

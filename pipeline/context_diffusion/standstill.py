@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from context_diffusion.errors import ClusterError
+from context_diffusion.ledger import State
 
 LOOK_S = 2.0  # between two looks at the ledger
 LOAD_S = 3600.0  # for an engine to load its model, with the download of its weights
+LOADS = 3  # of one engine, each ended before it was ready
 
 
 class Needs(NamedTuple):
@@ -23,41 +26,43 @@ class Needs(NamedTuple):
 
 
 class Standstill(ExecutionCallback):
-    """Raises ClusterError from Ray Data's loop where no shard began or ended for `timeout_s`, or an engine loads for hours."""
+    """Raises ClusterError from Ray Data's loop where nothing happened for `timeout_s`, or an engine loads for hours."""
 
-    def __init__(self, ledger: Any, timeout_s: float, needs: Needs) -> None:
-        """ledger: the actor; needs: for the message."""
-        self._ledger, self._timeout_s, self._needs = ledger, timeout_s, needs
-        self._state: Any = None
+    def __init__(self, look: Callable[[], State], timeout_s: float, needs: Needs) -> None:
+        """look: asks the ledger; needs: for the message."""
+        self._look, self._timeout_s, self._needs = look, timeout_s, needs
+        self._events = -1
         self._since = self._looked = time.monotonic()
 
     def on_execution_step(self, executor: Any) -> None:
-        """See whether anything moved. Called many times a second."""
+        """See whether anything happened. Called many times a second."""
         now = time.monotonic()
         if now - self._looked < LOOK_S:
             return
         self._looked = now
-        state = loading, ready, *_ = ray.get(self._ledger.state.remote())
-        if state != self._state:
-            self._state, self._since = state, now
-        elif now - self._since > (LOAD_S if loading and not ready else self._timeout_s):
-            reason = awaited(loading, ready, self._needs) or "shards were begun, and none ended"
-            raise ClusterError(f"nothing moved for {now - self._since:.0f} s: {reason}; the same command goes on")
+        state = self._look()
+        if state.loads > LOADS:
+            raise ClusterError(f"an engine's process ended {LOADS} times while it loaded the model: is there memory enough?")
+        if state.events != self._events:
+            self._events, self._since = state.events, now
+        elif now - self._since > (LOAD_S if state.loading and not state.held else self._timeout_s):
+            held = f"engines hold {state.held} shard(s), and none ends" if state.held else "no engine holds a shard"
+            reason = awaited(state, self._needs) or held
+            raise ClusterError(f"nothing happened for {now - self._since:.0f} s: {reason}; the same command goes on")
 
 
-def awaited_of(ledger: Any, needs: Needs) -> str | None:
-    """What a flow waits for at its beginning, asked of the ledger's actor."""
-    loading, ready, *_ = ray.get(ledger.state.remote())
-    return awaited(loading, ready, needs)
+def ask(ledger: Any) -> State:
+    """The state of the ledger's actor."""
+    return State(*ray.get(ledger.state.remote()))
 
 
-def awaited(loading: int, ready: int, needs: Needs) -> str | None:
+def awaited(state: State, needs: Needs) -> str | None:
     """What keeps engines from their work; None once all that the flow begins with are ready."""
-    if ready >= needs.engines:
+    if state.ready >= needs.engines:
         return None
-    if loading:
-        return f"{loading} engine(s) load the model, {ready} of {needs.engines} ready"
-    return f"{needs.engines - ready} of {needs.engines} engine(s) start or wait for room: {lacking(needs)}"
+    if state.loading:
+        return f"{state.loading} engine(s) load the model, {state.ready} of {needs.engines} ready"
+    return f"{needs.engines - state.ready} of {needs.engines} engine(s) start or wait for room: {lacking(needs)}"
 
 
 def lacking(needs: Needs) -> str:

@@ -30,18 +30,10 @@ ONE_PUT = 5 * 2**30  # a chunk size that keeps s3fs from cutting an object into 
 EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}  # the package's, by protocol
 # What no second try mends.
 FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-# botocore's, by name: it is imported with the first s3:// URL.
-NO_CREDENTIALS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ProfileNotFound",
-    "CredentialRetrievalError",
-    "SSOTokenLoadError",
-    "UnauthorizedSSOTokenError",
-    "TokenRetrievalError",
-    "InvalidConfigError",
-    "ParamValidationError",
-}
+# botocore's, by name: it is imported with the first s3:// URL. The service that gives them may be busy for a moment.
+NO_CREDENTIALS = {"NoCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}
+NO_CREDENTIALS |= (WRONG_CREDENTIALS := {"PartialCredentialsError", "ProfileNotFound", "InvalidConfigError", "SSOTokenLoadError"})
+CREDENTIALS_S = 10.0
 TOLD_S = 3.0  # that a store is waited for in silence
 FINAL_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EDQUOT}
 
@@ -85,14 +77,15 @@ def relative(uri: str, base: str) -> str:
     they are."""
     if not is_local(uri) or not is_local(base) or not uri.startswith(("/", "file:")):
         return uri
-    return os.path.relpath(local_path(uri), local_path(base))
+    path = os.path.relpath(local_path(uri), local_path(base))
+    return local_path(uri) if "::" in path else path  # which `resolve` takes for a chain of URLs
 
 
 def _passes(error: BaseException) -> bool:
     """Is the fault one that a later try may not meet?"""
     if isinstance(error, FINAL) or (isinstance(error, OSError) and error.errno in FINAL_ERRNO):
         return False
-    if type(error).__name__ in NO_CREDENTIALS:
+    if type(error).__name__ in WRONG_CREDENTIALS:
         return False
     return isinstance(error, OSError | TimeoutError) or type(error).__module__.split(".")[0] in (
         "botocore",
@@ -104,8 +97,8 @@ def _passes(error: BaseException) -> bool:
 class _Waiting:
     """Says once that something is waited for: a wrong endpoint would look like a job that hangs."""
 
-    def __init__(self, uri: str, deadline_s: float) -> None:
-        self.uri, self.deadline_s, self.told = uri, deadline_s, False
+    def __init__(self, uri: str, patience_s: Callable[[tenacity.RetryCallState], float]) -> None:
+        self.uri, self.patience_s, self.told = uri, patience_s, False
 
     def __call__(self, state: tenacity.RetryCallState) -> None:
         waited = state.seconds_since_start or 0.0
@@ -113,7 +106,7 @@ class _Waiting:
             return
         self.told = True
         error = state.outcome.exception()
-        left = self.deadline_s - waited
+        left = self.patience_s(state) - waited
         message = f"{self.uri} is tried again for {left:.0f} s more: {one_line(f'{type(error).__name__}: {error}', 300)}"
         LOG.tell("waiting", f"waiting: {message}", "warning", message=message, seconds=round(waited))
 
@@ -143,8 +136,8 @@ class Storage:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_passes),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
-            stop=tenacity.stop_after_delay(self.deadline_s),
-            before_sleep=_Waiting(uri, self.deadline_s),
+            stop=self._is_over,
+            before_sleep=_Waiting(uri, self._patience_s),
             reraise=True,
         )
         try:
@@ -154,10 +147,17 @@ class Storage:
         except Exception as error:
             if (name := type(error).__name__) in NO_CREDENTIALS:
                 hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the job's `storage_options`"
-                raise StorageError(f"{uri}: {name}: {error}; {hint} (`anon: true` for a public bucket)") from error
+                raise ConfigError(f"{uri}: {name}: {error}; {hint} (`anon: true` for a public bucket)") from error
             if isinstance(error, OSError) or _passes(error):
                 raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
             raise
+
+    def _is_over(self, state: tenacity.RetryCallState) -> bool:
+        return (state.seconds_since_start or 0.0) >= self._patience_s(state)
+
+    def _patience_s(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return min(self.deadline_s, CREDENTIALS_S) if type(error).__name__ in NO_CREDENTIALS else self.deadline_s
 
     def read(self, uri: str) -> bytes:
         """All bytes. Raises FileNotFoundError, StorageError."""
@@ -195,6 +195,8 @@ class Storage:
             quoted = is_local(uri) and unquote(uri) != uri
             hint = f"; names are not unquoted here: is {unquote(uri)!r} meant?" if quoted else ""
             raise RowError(ErrorCode.MISSING_FILE, f"{uri} does not exist{hint}") from None
+        except ConfigError as error:  # no credentials
+            raise RowError(ErrorCode.UNREADABLE_FILE, one_line(str(error))) from None
         except (PermissionError, StorageError) as error:
             cause = error.__cause__ if isinstance(error, StorageError) else error
             if isinstance(cause, PermissionError) or getattr(cause, "errno", None) in FINAL_ERRNO:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from context_diffusion.config import GenerateJob
-from context_diffusion.errors import EXIT_EXTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED
+from context_diffusion.errors import EXIT_EXTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED, ConfigError
 from context_diffusion.log import LogFormat
 from context_diffusion.output import Output
 from context_diffusion.storage import Storage, normal
@@ -149,6 +149,8 @@ def _known(job: GenerateJob, code: int, error: str, started: float) -> dict[str,
     try:
         counts = output.count()
         summary |= {"rows": counts.rows, "ok": counts.ok, "failed": counts.failed, "images": counts.images}
+    except ConfigError:  # what `error` says already
+        pass
     except Exception as uncounted:
         error += f" (OUTPUT could not be counted: {uncounted})"
     seconds = round(time.monotonic() - started, 2)

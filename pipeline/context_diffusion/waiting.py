@@ -29,12 +29,13 @@ class Waiting:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._over.set()
+        self._thread.join(timeout=5)  # a late question could find Ray gone, and start another
 
     def _tell(self) -> None:
         began, told, told_at = time.monotonic(), None, 0.0
         while not self._over.wait(FIRST_S if told is None else 1.0):
             try:
-                if (reason := self._reason()) is None:
+                if (reason := self._reason()) is None or self._over.is_set():
                     return
             except Exception:  # its cluster is gone: the one that waits is told by itself
                 return

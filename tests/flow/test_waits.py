@@ -8,18 +8,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from context_diffusion import standstill
+from context_diffusion.errors import ClusterError
+from context_diffusion.ledger import Ledger
+from context_diffusion.standstill import Needs, Standstill
 from driving import COMMAND, ENVIRONMENT, ended, start
 from inputs import job_values, write_manifest
 from ports import free_port
 
 pytestmark = pytest.mark.ray
-STRICT = {"cluster": {"no_progress_timeout_s": 10}}
+STRICT = {"cluster": {"no_progress_timeout_s": 30}}
 
 
 def run(job: dict[str, Any], engine: str) -> tuple[dict[str, Any], str]:
@@ -31,6 +36,7 @@ def run(job: dict[str, Any], engine: str) -> tuple[dict[str, Any], str]:
     return summary, process.stderr.read()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
 def test_loading_a_model_is_told_and_is_no_standstill(tmp_path: Path) -> None:
     job = job_values(write_manifest(tmp_path / "in", 6), tmp_path / "out", **STRICT)
@@ -45,7 +51,7 @@ def test_an_engine_that_hangs_ends_the_run(tmp_path: Path) -> None:
     job = job_values(write_manifest(tmp_path / "in", 6), tmp_path / "out", **STRICT)
     summary, _ = run(job, "hangs")
     assert summary["exit"] == 75
-    assert "shards were begun, and none ended" in summary["error"]
+    assert "engines hold 1 shard(s), and none ends" in summary["error"]
 
 
 @pytest.mark.slow
@@ -65,7 +71,7 @@ def test_a_cluster_that_others_hold_is_told(tmp_path: Path) -> None:
         holding.kill()
         holding.wait()
     assert summary["exit"] == 75
-    assert "other work held the cluster for 10 s" in summary["error"]
+    assert "engine(s) start or wait for room" in summary["error"]
     assert "CPUs, 0 of 2 are free" in log
 
 
@@ -96,3 +102,50 @@ def test_a_port_of_something_else_ends_with_the_reason(tmp_path: Path) -> None:
     assert "does not answer as a Ray cluster's head does" in summary["error"]
     assert "8265 is the dashboard's" in summary["error"]
     assert "waiting, " in log
+
+
+NEEDS = Needs(1, 1.0, 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of standstill.py: it stands unless it is put on."""
+    now = [1000.0]
+    monkeypatch.setattr(standstill.time, "monotonic", lambda: now[0])
+    return now
+
+
+def pass_time(clock: list[float], judge: Standstill, seconds: float, each: Callable[[], object] = lambda: None) -> None:
+    for _ in range(int(seconds / 10)):
+        clock[0] += 10
+        each()
+        judge.on_execution_step(None)
+
+
+def test_what_goes_on_is_no_standstill(clock: list[float]) -> None:
+    ledger = Ledger()
+    judge = Standstill(ledger.state, 600, NEEDS)
+    ledger.engine_loads("a")
+    pass_time(clock, judge, 3000)
+    ledger.engine_ready("a")
+    ledger.hold(0)
+    pass_time(clock, judge, 3000, lambda: ledger.at_row(0, 1))  # a suspect, row by row
+    ledger.release(0)
+    pass_time(clock, judge, 3000, ledger.moved)  # shards are written
+
+
+def test_what_does_not_is_one(clock: list[float]) -> None:
+    ledger = Ledger()
+    judge = Standstill(ledger.state, 600, NEEDS)
+    ledger.engine_ready("a")
+    ledger.hold(0)
+    pass_time(clock, judge, 600)
+    with pytest.raises(ClusterError, match=r"engines hold 1 shard\(s\), and none ends"):
+        pass_time(clock, judge, 60)
+    judge = Standstill((again := Ledger()).state, 600, NEEDS)
+    for _ in range(3):
+        again.engine_loads("b")
+        pass_time(clock, judge, 300)
+    again.engine_loads("b")
+    with pytest.raises(ClusterError, match="ended 3 times while it loaded"):
+        pass_time(clock, judge, 10)
