@@ -21,8 +21,8 @@ from context_diffusion.config import GenerateJob
 from context_diffusion.context_images import SquareCrop
 from context_diffusion.encoding import read_metadata
 from context_diffusion.ledger import GuardedEngine, Ledger
-from context_diffusion.output import Output, members
-from context_diffusion.placing import safe_name, to_tar
+from context_diffusion.output import Output, members, to_tar
+from context_diffusion.placing import safe_name
 from context_diffusion.plan import open_plan
 from context_diffusion.schema import FAILURES_TOLD, OUTPUT
 from context_diffusion.shards import read_shards

@@ -145,6 +145,17 @@ def members(tar: bytes) -> Iterator[tuple[str, bytes]]:
                 yield member.name, file.read()
 
 
+def to_tar(files: dict[str, bytes]) -> bytes:
+    """Equal bytes for equal files: no time, no owner."""
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return sink.getvalue()
+
+
 def to_parquet(table: pa.Table, binary: tuple[str, ...] = ()) -> bytes:
     """The bytes of a Parquet file; columns in `binary` hold compressed pictures: no dictionary, no compression."""
     sink = io.BytesIO()

@@ -6,15 +6,13 @@ All are created before the part and none is overwritten: what an earlier attempt
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
-import tarfile
 import unicodedata
 from typing import Any
 
 from context_diffusion.config import GenerateJob
-from context_diffusion.output import Output, members
+from context_diffusion.output import Output, members, to_tar
 from context_diffusion.schema import ID, OUTPUT, part_name
 
 Rows = list[dict[str, Any]]
@@ -80,17 +78,6 @@ def _tar(output: Output, job: GenerateJob, shard: int, rows: Rows, pictures: lis
         if pictures[number] is not None:
             member = row["file_name"].rsplit("/", 1)[1]
             pictures[number] = earlier.get(member, pictures[number])
-
-
-def to_tar(files: dict[str, bytes]) -> bytes:
-    """Equal bytes for equal files: no time, no owner."""
-    sink = io.BytesIO()
-    with tarfile.open(fileobj=sink, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return sink.getvalue()
 
 
 def safe_name(row_id: str) -> str:

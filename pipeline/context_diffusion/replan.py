@@ -18,7 +18,7 @@ import pyarrow as pa
 from context_diffusion.config import GenerateJob
 from context_diffusion.errors import OutputConflictError
 from context_diffusion.manifest import expand, open_file
-from context_diffusion.output import Output
+from context_diffusion.output import Output, members, to_tar
 from context_diffusion.scan import Scan
 from context_diffusion.schema import Shard, part_name
 from context_diffusion.shards import file_record, read_shards, write_shards
@@ -124,12 +124,21 @@ def _drop_pictures(output: Output, made: set[int]) -> None:
                 for uri in output.storage.files(f"{output.root}/{folder}/{name}"):
                     output.storage.delete(uri)
     for shard, part in output.read_parts(["status", "file_name"]):
-        names = set(part["file_name"].to_pylist())
-        if "failed" in part["status"].to_pylist() and not any(".tar/" in str(name) for name in names):
-            folder = f"images/{part_name(shard)}"
-            for name in output.storage.list(f"{output.root}/{folder}"):
-                if f"{folder}/{name}" not in names and name != "metadata.parquet":
-                    output.storage.delete(f"{output.root}/{folder}/{name}")
+        if "failed" in part["status"].to_pylist():
+            _drop_unnamed(output, shard, {str(name) for name in part["file_name"].to_pylist() if name})
+
+
+def _drop_unnamed(output: Output, shard: int, names: set[str]) -> None:
+    """Delete a shard's pictures that are not among the names, in its folder and in its tar."""
+    folder = f"images/{part_name(shard)}"
+    for name in output.storage.list(f"{output.root}/{folder}"):
+        if f"{folder}/{name}" not in names and name != "metadata.parquet":
+            output.storage.delete(f"{output.root}/{folder}/{name}")
+    tar = f"{output.root}/webdataset/{part_name(shard)}.tar"
+    if output.storage.exists(tar):
+        keys = {name.rsplit("/", 1)[1].split(".")[0] for name in names}  # a picture's and its JSON's
+        kept = {name: data for name, data in members(output.storage.read(tar)) if name.split(".")[0] in keys}
+        output.storage.replace(tar, to_tar(kept))
 
 
 def _check_types(passed: pa.Schema, scanned: Scan) -> None:
