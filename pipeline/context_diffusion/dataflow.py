@@ -208,14 +208,17 @@ def run_flow(
         num_cpus=TASK_CPUS,
         compute=TaskPoolStrategy(shares.loads),
     )
-    with Waiting(lambda: awaited(ask(ledger), needs)):
-        # Not iter_batches: its threads outlive a flow that is given up, find Ray gone, and Ray then ends this process.
-        for number, bundle in enumerate(written.iter_internal_ref_bundles()):
-            if number == 0:
-                _warn_without_gpu(ray.get(ledger.without_gpu.remote()))
-            ledger.moved.remote()
-            for block in bundle.block_refs:
-                yield from ray.get(block).to_pylist()
+    try:
+        with Waiting(lambda: awaited(ask(ledger), needs)):
+            # Not iter_batches: its threads outlive a flow that is given up, find Ray gone, and Ray then ends this process.
+            for number, bundle in enumerate(written.iter_internal_ref_bundles()):
+                if number == 0:
+                    _warn_without_gpu(ray.get(ledger.without_gpu.remote()))
+                ledger.moved.remote()
+                for block in bundle.block_refs:
+                    yield from ray.get(block).to_pylist()
+    finally:
+        DataContext.get_current().custom_execution_callback_classes = []  # a notebook's next flow is not this one's
 
 
 def _warn_without_gpu(engines: int) -> None:

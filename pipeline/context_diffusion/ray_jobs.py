@@ -235,7 +235,7 @@ class RayJobs:
             self._answered |= error.code not in (502, 503, 504)  # those are a proxy's
             raise self._refusal(error.code, path, text, again) from None
         except (http.client.HTTPException, ValueError) as error:
-            if isinstance(error, OSError):  # it closed the connection
+            if isinstance(error, OSError) or self._answered:  # it closed the connection, or broke off
                 raise _PassingError(f"no Ray dashboard answers at {self.address}: {error}") from None
             wrong = f"what answers at {self.address} is no Ray dashboard: {error!r:.200}"
             raise RayJobsError(wrong + PORT_HINT) from None

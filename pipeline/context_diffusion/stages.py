@@ -93,7 +93,9 @@ class ReadShard:
             rows = read_text(self.file, self.shard, self.storage)
         ids = self.redo.ids(self.shard.number) if self.redo else None
         table = read_table(rows, self.shard.number, self.job, parent(self.file.uri), self.passed, source, ids)
-        return [self._failed(table, self.redo) if self.redo else table]
+        if self.redo:
+            table = self._failed(table, self.redo)
+        return [table] if len(table) else []  # none: another run was here first, or Ray reads once more what it made
 
     def _failed(self, table: pa.Table, output: Output) -> pa.Table:
         part = output.read_part(self.shard.number, [ID, "status"])

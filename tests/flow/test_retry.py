@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import fakes
 from driving import COMMAND, ENVIRONMENT
 from flow.test_flow import drive
 from independent import read_output
@@ -89,3 +90,18 @@ def test_a_job_that_was_given_up_is_finished_by_retry_failed(tmp_path: Path) -> 
     found = {row["id"]: row["status"] for row in read_output(tmp_path / "out")}
     assert [found[f"row-{row:03d}"] for row in (0, 1, 2)] == ["ok"] * 3
     assert len(found) == 40
+
+
+def test_a_shard_that_another_run_has_corrected_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs with --retry-failed, of which one has been faster: no failed row is left where this one means to find some."""
+    from context_diffusion import driver
+    from context_diffusion.config import GenerateJob
+
+    manifest = write_manifest(tmp_path / "in", 12, {3: {"query": "no.png"}})
+    job = job_values(manifest, tmp_path / "out", rows_per_part=4)
+    assert drive(job)["failed"] == 1
+    write_pictures(tmp_path / "in")
+    Image.fromarray(picture(9)).save(tmp_path / "in" / "no.png")
+    monkeypatch.setattr(driver, "_shards_with_failures", lambda output: output.finished())
+    summary = driver.run_generate(GenerateJob.model_validate(job), driver.Options(retry_failed=True), fakes.quick)
+    assert (summary["exit"], summary["ok"]) == (0, 12)
