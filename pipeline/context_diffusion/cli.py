@@ -137,12 +137,12 @@ def run(
         if len(jobs) > 1:
             LOG.tell("job", f"job {number} of {len(jobs)}: {_named(one)}", number=number, of=len(jobs))
         summaries.append(_run_job(one, options, grace, log_format))
+        if isinstance(one, GenerateJob) and summaries[-1].get("failed"):
+            _tell_failures(one, job, summaries[-1])
         if "error" in summaries[-1]:
             tell_error(summaries[-1]["error"])
         else:
             LOG.tell("finished", **summaries[-1])
-        if isinstance(one, GenerateJob) and summaries[-1].get("failed"):
-            _tell_failures(one, job, summaries[-1])
         if summaries[-1]["exit"] not in FINISHED:
             break
     code = summaries[-1]["exit"]
