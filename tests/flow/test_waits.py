@@ -51,7 +51,7 @@ def test_an_engine_that_hangs_ends_the_run(tmp_path: Path) -> None:
     job = job_values(write_manifest(tmp_path / "in", 6), tmp_path / "out", **STRICT)
     summary, _ = run(job, "hangs")
     assert summary["exit"] == 75
-    assert "engines hold 1 shard(s), and none ends" in summary["error"]
+    assert "shard(s), and none ends" in summary["error"]
 
 
 @pytest.mark.slow
