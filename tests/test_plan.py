@@ -32,17 +32,22 @@ def job(manifest: Any, output: Path, **more: Any) -> GenerateJob:
     return GenerateJob.model_validate(job_values(manifest, output, **more))
 
 
-def write_text(folder: Path, count: int, form: str) -> str:
-    made = rows(count, write_pictures(folder))
+def write_rows(folder: Path, table: list[dict[str, Any]], form: str, **options: Any) -> str:
     path = folder / f"manifest.{form}"
-    if form == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(table), path, **options)
+    elif form == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table))
     else:
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(made[0]))
+            writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
-            writer.writerows({**row, "context": json.dumps(row["context"])} for row in made)
+            writer.writerows({**row, "context": json.dumps(row["context"])} for row in table)
     return str(path)
+
+
+def write_text(folder: Path, count: int, form: str) -> str:
+    return write_rows(folder, rows(count, write_pictures(folder)), form)
 
 
 def read_all(planned: GenerateJob, output: Output) -> list[dict[str, Any]]:
@@ -256,20 +261,6 @@ def test_the_plan_and_its_shards_lie_on_s3(s3: str, tmp_path: Path) -> None:
     found = read_all(job(f"{s3}/in/manifest.parquet", Path("unused"), rows_per_part=5).model_copy(), output)
     assert found[0]["query"]["path"] == f"{s3}/in/picture-0.png"
     assert len(found) == 12
-
-
-def write_rows(folder: Path, table: list[dict[str, Any]], form: str, **options: Any) -> str:
-    path = folder / f"manifest.{form}"
-    if form == "parquet":
-        pq.write_table(pa.Table.from_pylist(table), path, **options)
-    elif form == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in table))
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows({**row, "context": json.dumps(row["context"])} for row in table)
-    return str(path)
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])

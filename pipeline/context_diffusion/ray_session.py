@@ -18,6 +18,7 @@ from context_diffusion.waiting import Waiting
 
 OBJECT_STORE = 1 << 30  # bytes, of a Ray that is started here; a shard's pixels are some tens of MB
 OPEN_S, ANSWER_S = 20.0, 20.0  # until a cluster's port is open, and until what listens there answers as Ray does
+PORTS = "its port is 6379 where nothing else was said (8265 is the dashboard's, for `submit`; 10001 is for ray://)"
 
 
 @contextmanager
@@ -94,15 +95,11 @@ def _wait_for_answer(target: str) -> None:
     thread.join(ANSWER_S)
     if not outcome:
         raise ClusterError(
-            f"{target} is open, but does not answer as a Ray cluster's head does: {_other_ports()}, and a cluster with a token "
+            f"{target} is open, but does not answer as a Ray cluster's head does: {PORTS}, and a cluster with a token "
             "needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here"
         )
     if outcome[0] is not None:
         raise ClusterError(f"no Ray cluster at {target}: {_explained(outcome[0])}") from outcome[0]
-
-
-def _other_ports() -> str:
-    return "its port is 6379 where nothing else was said (8265 is the dashboard's, for `submit`; 10001 is for ray://)"
 
 
 def _explained(error: Exception) -> str:

@@ -91,16 +91,13 @@ class ReadShard:
             rows = rows_of(source.select(known) if names[ID] in known else source)  # a derived id is of the whole row
         else:
             rows = read_text(self.file, self.shard, self.storage)
-        ids = self.redo.ids(self.shard.number) if self.redo else None
+        part = self.redo.read_part(self.shard.number, [ID, "status"]) if self.redo else None
+        ids = list(dict.fromkeys(part[ID].to_pylist())) if part is not None else None
         table = read_table(rows, self.shard.number, self.job, parent(self.file.uri), self.passed, source, ids)
-        if self.redo:
-            table = self._failed(table, self.redo)
+        if part is not None:
+            failed = part.filter(pc.equal(part["status"], "failed"))[ID].combine_chunks()
+            table = table.filter(pc.is_in(table[ID], failed))
         return [table] if len(table) else []  # none: another run was here first, or Ray reads once more what it made
-
-    def _failed(self, table: pa.Table, output: Output) -> pa.Table:
-        part = output.read_part(self.shard.number, [ID, "status"])
-        failed = part.filter(pc.equal(part["status"], "failed"))[ID].combine_chunks()
-        return table.filter(pc.is_in(table[ID], failed))
 
 
 @dataclass(frozen=True)
