@@ -57,7 +57,7 @@ lock: .venv/full ## requirements.lock anew: the newest versions that the oldest 
 	mv build/requirements.lock requirements.lock
 
 chaos: install ## kills parts of running jobs N=20 times and compares with an undisturbed run
-	PYTHONPATH=tests $(BIN)/python tests/chaos.py $(N)
+	PYTHONPATH=tests $(BIN)/python tests/support/chaos.py $(N)
 
 train: install ## trains the bundled model from nothing: four and a half hours on two cores; the same command goes on
 	$(BIN)/context-diffusion run jobs/train.yaml

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import skimage.data
 from PIL import Image
 
-from context_diffusion.training.layouts import make_layout
-from context_diffusion.training.styles import PALETTES, TEXTURES, Style, dress, make_lut
+from context_diffusion.training.data.layouts import make_layout
+from context_diffusion.training.data.styles import PALETTES, TEXTURES, Style, dress, make_lut
 
 # Those that lie in the package itself; skimage.data's others would be downloaded.
 PHOTOGRAPHS = [

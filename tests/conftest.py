@@ -14,7 +14,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; without a network ea
 hypothesis.settings.register_profile("here", deadline=None)  # how long an example takes on a busy machine proves nothing
 hypothesis.settings.load_profile("here")
 # The order of `make test-full`: what no other test covers comes first, always. (pytest sorts overlapping paths its own way.)
-FIRST = ("tests/store", "tests/flow/test_cli.py", "tests/flow/test_disk.py", "tests/cluster/test_submit.py")
+FIRST = (
+    "tests/storage/test_object_store.py",
+    "tests/flow/test_cli.py",
+    "tests/flow/test_disk.py",
+    "tests/cluster/test_submit.py",
+)
 KILLS = "test_twenty_kills_lose_and_double_nothing"  # a minute or two each: each kill is a group of its own
 
 
@@ -61,7 +66,7 @@ def s3(_s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """`s3://bucket-...` of an empty bucket; the environment leads there, so no options are needed."""
     import s3fs
 
-    from driving import point_to
+    from support.processes import point_to
 
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     point_to(monkeypatch, _s3_server, "testing", "testing")

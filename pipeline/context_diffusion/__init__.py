@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from context_diffusion.image_tensors import ImageTensor, load_image_as_tensor, to_image
     from context_diffusion.pipeline import ContextDiffusion
-    from context_diffusion.tensors import ImageTensor, load_image_as_tensor, to_image
 
 __all__ = ["ContextDiffusion", "ImageTensor", "load_image_as_tensor", "to_image"]
 
 _HOME = {
     "ContextDiffusion": "context_diffusion.pipeline",
-    "ImageTensor": "context_diffusion.tensors",
-    "load_image_as_tensor": "context_diffusion.tensors",
-    "to_image": "context_diffusion.tensors",
+    "ImageTensor": "context_diffusion.image_tensors",
+    "load_image_as_tensor": "context_diffusion.image_tensors",
+    "to_image": "context_diffusion.image_tensors",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m context_diffusion` is the command line."""
 
-from context_diffusion.cli import main
+from context_diffusion.cli.main import main
 
 main()

@@ -10,23 +10,25 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from context_diffusion.close_names import probable
-from context_diffusion.config import Fit, GenerateJob, Settings
-from context_diffusion.context_images import ImageProcessor
-from context_diffusion.control import CONTROLS, controls_of
+from context_diffusion.core.errors import ConfigError, ModelError
+from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.job_base import Fit
+from context_diffusion.core.model_parts import Parts
+from context_diffusion.core.records import Failure, Pixels, Request, Result, derive_seed
+from context_diffusion.core.settings import Settings
 from context_diffusion.engine.backbone import Backbone
-from context_diffusion.engine.calls import Shape
 from context_diffusion.engine.engine import Engine, Progress
+from context_diffusion.engine.model_calls import Shape
 from context_diffusion.engine.service import EngineService
-from context_diffusion.errors import ConfigError, ModelError
-from context_diffusion.images import Size, output_size
-from context_diffusion.model.defaults import Defaults, resolved_control, resolved_settings
-from context_diffusion.model.native import NativeModel
-from context_diffusion.model.native_backbone import NativeBackbone
-from context_diffusion.model.source import find_model
-from context_diffusion.schema import Failure, Pixels, Request, Result, derive_seed
-from context_diffusion.strict import Parts
-from context_diffusion.tensors import to_context, to_resized
+from context_diffusion.image_tensors import to_context, to_resized
+from context_diffusion.inputs.close_names import probable
+from context_diffusion.inputs.context_images import ImageProcessor
+from context_diffusion.inputs.control_maps import CONTROLS, controls_of
+from context_diffusion.inputs.decode import Size, output_size
+from context_diffusion.models.defaults import Defaults, resolved_control, resolved_settings
+from context_diffusion.models.native.backbone import NativeBackbone
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.models.resolve import find_model
 
 # By model and kind of device. The native model on two cores: chunks of 2, 4 and 8 lanes took .73, .56 and .51 s a picture
 # of 20 guided steps; a picture alone pays for the empty lanes of its chunk.
@@ -78,8 +80,8 @@ class ContextDiffusion:
         if source.folder:
             native = NativeModel.from_pretrained(source.folder).to(where)
             return cls(NativeBackbone(native), "native", where, cpu_threads, defaults=source.defaults)
-        from context_diffusion.model.stable_backbone import StableBackbone  # diffusers' pipelines: some seconds
-        from context_diffusion.model.stable_diffusion import load
+        from context_diffusion.models.stable_diffusion.backbone import StableBackbone  # diffusers' pipelines: some seconds
+        from context_diffusion.models.stable_diffusion.loading import load
 
         assert source.parts
         loaded = load(source.parts, where)

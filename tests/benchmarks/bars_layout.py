@@ -17,14 +17,14 @@ import torch
 from bars_names import names
 from bars_rows import GROUP, Row, given_model, held_out_rows, named, region_distance, request_of, sign_test
 
-from context_diffusion.config import Settings
+from context_diffusion.core.records import Pixels
+from context_diffusion.core.settings import Settings
 from context_diffusion.evaluation.layout import boundary_f1, layout_score
 from context_diffusion.evaluation.style import chamfer, palette
-from context_diffusion.model.native import NativeModel
-from context_diffusion.schema import Pixels
-from context_diffusion.training.layouts import Tone
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.training.data.layouts import Tone
+from context_diffusion.training.data.styles import Style, dress
 from context_diffusion.training.samples import make
-from context_diffusion.training.styles import Style, dress
 
 
 @torch.no_grad()

@@ -17,9 +17,9 @@ import numpy as np
 from bars_rows import Row, given_model, held_out_rows
 from numpy.typing import NDArray
 
-from context_diffusion.schema import Pixels
-from context_diffusion.training.layouts import Rng, Tone
-from context_diffusion.training.styles import PALETTES, TEXTURES, Style, dress, make_lut
+from context_diffusion.core.records import Pixels
+from context_diffusion.training.data.layouts import Rng, Tone
+from context_diffusion.training.data.styles import PALETTES, TEXTURES, Style, dress, make_lut
 
 TONES, FEW = 24, 20  # steps of tone; pixels without which a step tells nothing
 PERIODS, ANGLES = (7, 11, 16, 24), 8

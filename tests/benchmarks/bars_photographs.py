@@ -18,13 +18,13 @@ import skimage.data
 from bars_rows import given_model, gray_request
 from PIL import Image
 
-from context_diffusion.config import Settings
+from context_diffusion.core.records import Pixels
+from context_diffusion.core.settings import Settings
 from context_diffusion.evaluation.layout import layout_score
-from context_diffusion.evaluation.ranking import named_first
+from context_diffusion.evaluation.shuffled_controls import named_first
 from context_diffusion.evaluation.style import chamfer, palette
-from context_diffusion.images import resize
-from context_diffusion.model.native import NativeModel
-from context_diffusion.schema import Pixels
+from context_diffusion.inputs.decode import resize
+from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training.samples import make
 
 QUERIES = ["horse", "coffee", "chelsea", "rocket", "camera", "coins", "astronaut", "moon"]

@@ -12,11 +12,11 @@ import numpy as np
 from bars_names import any_texture, palette_of, texture_of
 from bars_rows import Row, given_model, held_out_rows, region_distance, request_of
 
-from context_diffusion.config import Settings
-from context_diffusion.model.native import NativeModel
-from context_diffusion.training.prompts import PALETTE_WORDS, TEXTURE_WORDS
+from context_diffusion.core.settings import Settings
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.training.data.prompts import PALETTE_WORDS, TEXTURE_WORDS
+from context_diffusion.training.data.styles import dress, vary
 from context_diffusion.training.samples import make
-from context_diffusion.training.styles import dress, vary
 
 # guidance of the prompt and of the contexts, as shares of what is given on top of 1
 SIDES = {"as given": (1.0, 1.0), "more for the prompt": (2.0, 0.0), "more for the contexts": (0.0, 2.0)}

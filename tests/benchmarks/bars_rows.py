@@ -17,15 +17,15 @@ import skimage.color
 import torch
 from numpy.typing import NDArray
 
-from context_diffusion.config import Settings
-from context_diffusion.control import controls_of
-from context_diffusion.evaluation.ranking import named_first
-from context_diffusion.model.native import NativeModel
-from context_diffusion.model.source import model_folder
-from context_diffusion.schema import Pixels, Request
-from context_diffusion.training.data import make_query
-from context_diffusion.training.layouts import Rng, Tone, make_layout
-from context_diffusion.training.styles import Style, dress, make_style
+from context_diffusion.core.records import Pixels, Request
+from context_diffusion.core.settings import Settings
+from context_diffusion.evaluation.shuffled_controls import named_first
+from context_diffusion.inputs.control_maps import controls_of
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.models.resolve import model_folder
+from context_diffusion.training.data.layouts import Rng, Tone, make_layout
+from context_diffusion.training.data.pools import make_query
+from context_diffusion.training.data.styles import Style, dress, make_style
 
 GROUP = 8
 SEED = 2**41

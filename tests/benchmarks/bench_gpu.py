@@ -25,17 +25,17 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from flops import SD15, SDXL, UP, VAE, costs
 from torch import Tensor
 
-from context_diffusion.config import Settings
-from context_diffusion.context_images import ContextPreprocessing, ImageProcessor
-from context_diffusion.control import controls_of
+from context_diffusion.core.records import Request, Result
+from context_diffusion.core.settings import Settings
 from context_diffusion.engine.backbone import Conditions, Encoded
-from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.calls import Shape
+from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.guidance import Branch, guidance_branches
-from context_diffusion.engine.samplers import make_scheduler
-from context_diffusion.model.attention import attend_by_lanes, keys_and_values
-from context_diffusion.schema import Request, Result
+from context_diffusion.engine.model_calls import Shape
+from context_diffusion.engine.scheduler_tables import make_scheduler
+from context_diffusion.inputs.context_images import ContextPreprocessing, ImageProcessor
+from context_diffusion.inputs.control_maps import controls_of
+from context_diffusion.models.attention import attend_by_lanes, keys_and_values
 
 TINY: dict[str, Any] = {
     "sample_size": 8,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
-from context_diffusion.config import Limits
-from context_diffusion.images import decode_image, resize
+from context_diffusion.core.job_base import Limits
+from context_diffusion.inputs.decode import decode_image, resize
 
 SIDE, GAP = 128, 6
 

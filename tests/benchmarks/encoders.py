@@ -1,5 +1,5 @@
-"""Context encoders of other classes for normalization.py --encoder, where no pretrained ones are at hand: a CLIP tower and a
-DINOv2 of equal size, both made to tell styles apart, the same way.
+"""Context encoders of other classes for models/normalization.py --encoder, where no pretrained ones are at hand: a CLIP tower and
+a DINOv2 of equal size, both made to tell styles apart, the same way.
 
     python tests/benchmarks/encoders.py [--kinds clip dinov2] [--steps 600] [--folder build/encoders]
 
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
-from context_diffusion.model.encoders import ENCODERS, patch_tokens
-from context_diffusion.training.layouts import make_layout
-from context_diffusion.training.styles import dress, make_style
+from context_diffusion.models.context_encoders import ENCODERS, patch_tokens
+from context_diffusion.training.data.layouts import make_layout
+from context_diffusion.training.data.styles import dress, make_style
 
 SIZE, PATCH, STYLES, HELD_OUT = 128, 16, 32, 2**40
 SIZES: dict[str, Any] = {

@@ -23,18 +23,18 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from context_diffusion.config import Settings
-from context_diffusion.control import controls_of
-from context_diffusion.engine.conditions import to_tensor
+from context_diffusion.core.records import Request
+from context_diffusion.core.settings import Settings
+from context_diffusion.engine.conditioning import to_tensor
 from context_diffusion.engine.engine import Engine
-from context_diffusion.model.detail import give_back
-from context_diffusion.model.native import NativeModel
-from context_diffusion.model.native_backbone import NativeBackbone
-from context_diffusion.model.preconditioning import Drawn
-from context_diffusion.model.source import model_folder
+from context_diffusion.inputs.control_maps import controls_of
+from context_diffusion.models.native.backbone import NativeBackbone
+from context_diffusion.models.native.detail_transfer import give_back
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.models.native.preconditioning import Drawn
+from context_diffusion.models.resolve import model_folder
 from context_diffusion.pipeline import SHAPES
-from context_diffusion.schema import Request
-from context_diffusion.training.encoded import drafts as drafts_of
+from context_diffusion.training.data.encoded_pools import drafts as drafts_of
 
 BATCH = 8
 SIZES = (1, 2, 4, 8)

@@ -21,19 +21,20 @@ import torch
 from bars_rows import gray_request, sign_test
 from PIL import Image
 
-from context_diffusion.config import Settings
-from context_diffusion.control import control_map
+from context_diffusion.core.records import Pixels, Request
+from context_diffusion.core.settings import Settings
+from context_diffusion.core.training_job import FinetuneJob
 from context_diffusion.evaluation.layout import layout_score
 from context_diffusion.evaluation.style import chamfer, palette, style_score
-from context_diffusion.model.native import NativeModel
-from context_diffusion.model.source import model_folder
-from context_diffusion.schema import Pixels, Request
-from context_diffusion.training import run_training
-from context_diffusion.training.config import FinetuneJob
-from context_diffusion.training.data import VALIDATION_SEED, make_pool, shift_exposure
-from context_diffusion.training.layouts import Rng, make_layout
-from context_diffusion.training.samples import make, pool_requests
-from context_diffusion.training.styles import HELD_OUT, Style, dress, make_lut, make_style
+from context_diffusion.inputs.control_maps import control_map
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.models.resolve import model_folder
+from context_diffusion.training.data.encoded_pools import pool_requests
+from context_diffusion.training.data.layouts import Rng, make_layout
+from context_diffusion.training.data.pools import VALIDATION_SEED, make_pool, shift_exposure
+from context_diffusion.training.data.styles import HELD_OUT, Style, dress, make_lut, make_style
+from context_diffusion.training.run import run_training
+from context_diffusion.training.samples import make
 
 STYLES, TRAINED, TESTED = 5, 20, 8
 ALLOWED_LOSS = 0.05  # of the old styles' score

@@ -2,11 +2,10 @@
 
     python tests/benchmarks/flops.py
 
-Nothing is computed: the modules stand on torch's meta device, in their published configurations, and torch's FLOP counter
-adds up what a call would cost. The engine's side is model/stable_backbone.py itself, lanes full; the reference is what one
-must run with diffusers for rows of mixed guidance in one batch: both guidance branches of every row through U-Net and
-ControlNet at each step, keys, values and the control map's embedding with them. Encoders and decoding count on both sides.
-"""
+Nothing is computed: the modules stand on torch's meta device, in their published configurations, and torch's FLOP counter adds up
+what a call would cost. The engine's side is models/stable_diffusion/backbone.py itself, lanes full; the reference is what one
+must run with diffusers for rows of mixed guidance in one batch: both guidance branches of every row through U-Net and ControlNet
+at each step, keys, values and the control map's embedding with them. Encoders and decoding count on both sides."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from context_diffusion.engine.calls import stack
-from context_diffusion.model.attention import attend_by_lanes, keys_and_values
+from context_diffusion.engine.model_calls import stack
+from context_diffusion.models.attention import attend_by_lanes, keys_and_values
 
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SDXL: dict[str, Any] = {

@@ -22,14 +22,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from context_diffusion.config import GenerateJob
-from context_diffusion.driver import Options, run_generate
-from context_diffusion.output import Output
-from context_diffusion.plan import open_plan
-from context_diffusion.shards import read_shards
-from context_diffusion.stages import ReadShard
-from context_diffusion.storage import Storage
-from inputs import job_values
+from context_diffusion.cluster.driver import Options, run_generate
+from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.generation.plan import open_plan
+from context_diffusion.generation.shards import read_shards
+from context_diffusion.generation.stages import ReadShard
+from context_diffusion.outputs.output_folder import Output
+from context_diffusion.storage.filesystem import Storage
+from support.manifests import job_values
 
 
 def write_input(folder: Path, rows: int) -> str:
@@ -53,7 +53,7 @@ def write_input(folder: Path, rows: int) -> str:
 
 def flow(folder: Path, rows: int) -> None:
     os.environ["PYTHONPATH"] = sys.path[0]  # Ray's workers import the engine of fakes.py
-    import fakes
+    from support import fakes
 
     job = GenerateJob.model_validate(job_values(write_input(folder / "in", rows), folder / "out"))
     summary = run_generate(job, Options(), fakes.quick)
@@ -82,7 +82,7 @@ def plan(folder: Path, shards: int) -> None:
 
 
 def imports() -> None:
-    for module in ("context_diffusion", "context_diffusion.cli"):
+    for module in ("context_diffusion", "context_diffusion.cli.main"):
         seconds = []
         for _ in range(5):
             started = time.perf_counter()

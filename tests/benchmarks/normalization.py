@@ -22,20 +22,20 @@ import numpy as np
 import torch
 from bars_rows import Row, held_out_rows, named, region_distance, request_of
 
-from context_diffusion.config import Settings
-from context_diffusion.errors import ConfigError
+from context_diffusion.core.errors import ConfigError
+from context_diffusion.core.records import Pixels
+from context_diffusion.core.settings import Settings
+from context_diffusion.core.training_job import SMALL, Architecture, Normalization, TrainJob
 from context_diffusion.evaluation.layout import layout_score
 from context_diffusion.evaluation.style import chamfer, palette
-from context_diffusion.model.build import build
-from context_diffusion.model.native import NativeModel
-from context_diffusion.schema import Pixels
-from context_diffusion.training.config import SMALL, Architecture, Normalization, TrainJob
+from context_diffusion.models.native.build import build
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.training.data.encoded_pools import Generated
+from context_diffusion.training.data.pools import Pools
+from context_diffusion.training.data.prompts import vocabulary
 from context_diffusion.training.diffusion import train_diffusion
-from context_diffusion.training.generated import Generated
-from context_diffusion.training.pools import Pools
-from context_diffusion.training.prompts import vocabulary
+from context_diffusion.training.loop.checkpoints import Metrics, load_checkpoint, load_weights
 from context_diffusion.training.samples import make
-from context_diffusion.training.state import Metrics, load_checkpoint, load_weights
 
 # contexts, statistics, query. The last three change one thing of the first, the default.
 CHOICES: dict[str, tuple[str, str, str]] = {

@@ -29,14 +29,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from context_diffusion.config import GenerateJob
-from context_diffusion.context_images import SquareCrop
-from context_diffusion.driver import around_engine
-from context_diffusion.output import Output
-from context_diffusion.plan import open_plan
-from context_diffusion.schema import Request, Result
-from context_diffusion.storage import Storage
-from inputs import job_values
+from context_diffusion.cluster.driver import around_engine
+from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.records import Request, Result
+from context_diffusion.generation.plan import open_plan
+from context_diffusion.inputs.context_images import SquareCrop
+from context_diffusion.outputs.output_folder import Output
+from context_diffusion.storage.filesystem import Storage
+from support.manifests import job_values
 
 SIDE, CONTEXT, FILES = 512, 224, 40
 
@@ -71,8 +71,8 @@ def echo(*_: Any) -> Echo:
 
 
 def ours(manifest: Path, out: Path) -> None:
-    from context_diffusion import dataflow
-    from context_diffusion.ray_session import ray_session
+    from context_diffusion.cluster import dataflow
+    from context_diffusion.cluster.ray_session import ray_session
 
     settings = {"width": SIDE, "height": SIDE}
     job = GenerateJob.model_validate(job_values(str(manifest), out, settings=settings, control="disabled"))

@@ -27,17 +27,17 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import fakes
-from context_diffusion.config import GenerateJob
-from context_diffusion.driver import around_engine
-from context_diffusion.output import Output
-from context_diffusion.plan import open_plan
-from context_diffusion.schema import Failure, Request, Result
-from context_diffusion.stages import generate
-from context_diffusion.storage import Storage
-from driving import ended, start
-from inputs import job_values
-from tiny import picture
+from context_diffusion.cluster.driver import around_engine
+from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.records import Failure, Request, Result
+from context_diffusion.generation.plan import open_plan
+from context_diffusion.generation.stages import generate
+from context_diffusion.outputs.output_folder import Output
+from context_diffusion.storage.filesystem import Storage
+from support import fakes
+from support.manifests import job_values
+from support.processes import ended, start
+from support.tiny import picture
 
 PICTURES = 20
 

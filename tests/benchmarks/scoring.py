@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from context_diffusion.config import COLUMNS_BY_SCORE
+from context_diffusion.core.records import Pixels
+from context_diffusion.core.schema import COLUMNS_BY_SCORE
 from context_diffusion.evaluation.scores import measure
 from context_diffusion.pipeline import ContextDiffusion
-from context_diffusion.schema import Pixels
-from held_out import held_out_rows
+from support.held_out import held_out_rows
 
 SHARE = 0.05  # of a row's time that scoring may take
 

@@ -14,11 +14,11 @@ import matplotlib
 import numpy as np
 import torch
 
+from context_diffusion.core.records import Request
 from context_diffusion.engine.engine import Engine
-from context_diffusion.model.native import NativeModel
-from context_diffusion.model.native_backbone import NativeBackbone
+from context_diffusion.models.native.backbone import NativeBackbone
+from context_diffusion.models.native.model import NativeModel
 from context_diffusion.pipeline import SHAPES
-from context_diffusion.schema import Request
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

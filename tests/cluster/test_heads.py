@@ -14,12 +14,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cluster.conftest import TOKEN, Cluster
-from cluster.heads import BARE, bare_python, start_head
-from cluster.test_nodes import wait_for
-from cluster.test_submit import call, write_job
 from context_diffusion.ray_jobs import RayJobs, last_line
-from independent import read_output
+from support.clusters import TOKEN, Cluster, call, wait_for, write_job
+from support.heads import BARE, bare_python, start_head
+from support.output_reader import read_output
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -18,11 +18,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.conftest import TOKEN, Cluster, start_cluster
-from cluster.test_submit import call, write_job
-from context_diffusion.metrics import METRICS, exported
-from independent import read_output
-from infra.watching import PROMETHEUS, alerts, dashboard, names
+from context_diffusion.cluster.metrics import METRICS, exported
+from support.clusters import TOKEN, Cluster, call, start_cluster, write_job
+from support.monitoring import PROMETHEUS, alerts, dashboard, names
+from support.output_reader import read_output
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.conftest import TOKEN, Cluster
-from cluster.test_submit import write_job
 from context_diffusion import nightly
 from context_diffusion.ray_jobs import RayJobs
+from support.clusters import TOKEN, Cluster, write_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

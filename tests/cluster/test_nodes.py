@@ -7,23 +7,23 @@ import shutil
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cluster.conftest import TOKEN, Cluster, start_cluster
-from cluster.test_submit import call, write_job
 from context_diffusion.ray_jobs import RayJobs
-from driving import COMMAND
-from hub import hub_of
-from independent import read_output
-from inputs import job_values, write_manifest
-from tiny_diffusers import make_base, make_controlnet
+from support.clusters import TOKEN, Cluster, call, start_cluster, wait_for, write_job
+from support.hub_server import hub_of
+from support.manifests import job_values, write_manifest
+from support.output_reader import read_output
+from support.processes import COMMAND
+from support.tiny_diffusers import make_base, make_controlnet
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
 GPU = {"num_gpus": 1, "resources": {"accelerator_type:L4": 1}}
 
 
@@ -31,14 +31,6 @@ GPU = {"num_gpus": 1, "resources": {"accelerator_type:L4": 1}}
 def cluster() -> Iterator[Cluster]:
     """A head alone."""
     yield from start_cluster(nodes=1)
-
-
-def wait_for(happened: Callable[[], Any], seconds: float = 300) -> Any:
-    until = time.monotonic() + seconds
-    while not (found := happened()):
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.3)
-    return found
 
 
 def engines(cluster: Cluster) -> list[dict[str, Any]]:

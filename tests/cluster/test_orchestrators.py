@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.conftest import TOKEN, Cluster
-from cluster.test_nodes import wait_for
-from cluster.test_submit import write_job
 from context_diffusion.ray_jobs import RayJobs
-from independent import read_output
+from support.clusters import TOKEN, Cluster, wait_for, write_job
+from support.output_reader import read_output
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 

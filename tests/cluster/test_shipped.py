@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.conftest import Cluster, start_cluster
-from cluster.test_submit import call, write_job
-from independent import read_output
+from support.clusters import Cluster, call, start_cluster, write_job
+from support.output_reader import read_output
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -8,35 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from cluster.conftest import Cluster
-from driving import COMMAND
-from independent import read_output
-from inputs import job_values, write_manifest
-from tiny import tiny_model
+from support.clusters import Cluster, call, write_job
+from support.output_reader import read_output
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def call(cluster: Cluster, *words: str, address: str | None = None, **more: str) -> tuple[int, dict[str, Any], str]:
-    """A command at the cluster's dashboard, or at that address: its code, last line and what it told."""
-    command = [*COMMAND, *words, "--address", address or cluster.dashboard]
-    done = subprocess.run(command, capture_output=True, text=True, env=cluster.environment | more)
-    lines = done.stdout.strip().splitlines()
-    return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
-
-
-def write_job(folder: Path, rows: int, changes: dict[int, dict[str, Any]] | None = None, **more: Any) -> str:
-    settings = {"num_inference_steps": 2}
-    tiny_model().save_pretrained(folder / "model")
-    more = {"model": str(folder / "model"), "settings": settings, **more}
-    values = job_values(write_manifest(folder / "in", rows, changes), folder / "out") | more
-    (folder / "job.yaml").write_text(yaml.safe_dump(values))
-    return str(folder / "job.yaml")
 
 
 def test_a_job_is_followed_to_its_end_and_submitted_again_it_is_resumed(cluster: Cluster, tmp_path: Path) -> None:

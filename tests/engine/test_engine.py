@@ -15,19 +15,19 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from context_diffusion.engine.calls import Shape
+from context_diffusion.core.errors import ErrorCode
+from context_diffusion.core.records import Control, Failure, Pixels, Request, Result
 from context_diffusion.engine.engine import Engine
-from context_diffusion.engine.samplers import SAMPLERS
+from context_diffusion.engine.model_calls import Shape
+from context_diffusion.engine.scheduler_tables import SAMPLERS
 from context_diffusion.engine.service import EngineService
-from context_diffusion.errors import ErrorCode
-from context_diffusion.model.detail import give_back
-from context_diffusion.model.draft import Look, draft
-from context_diffusion.model.native import NativeModel
-from context_diffusion.model.native_backbone import NativeBackbone
-from context_diffusion.model.source import model_folder
+from context_diffusion.models.native.backbone import NativeBackbone
+from context_diffusion.models.native.detail_transfer import give_back
+from context_diffusion.models.native.draft import Look, draft
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.models.resolve import model_folder
 from context_diffusion.pipeline import SHAPES
-from context_diffusion.schema import Control, Failure, Pixels, Request, Result
-from tiny import GPU, picture, request, speaking_model, tiny_model
+from support.tiny import GPU, picture, request, speaking_model, tiny_model
 
 
 def engine(lanes: int = 8, threads: int = 1, model: Callable[[], NativeModel] = tiny_model) -> Engine:

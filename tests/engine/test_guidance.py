@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from context_diffusion.config import Settings
-from context_diffusion.engine.conditions import control_window, start_step
+from context_diffusion.core.settings import Settings
+from context_diffusion.engine.conditioning import control_window, start_step
 from context_diffusion.engine.guidance import guidance_branches
 
 scales = st.floats(0, 20).map(lambda value: round(value, 2))

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_diffusers import reference, row
 
-from context_diffusion.config import GenerateJob
+from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.records import Pixels, Request, Result
 from context_diffusion.pipeline import make_engine
-from context_diffusion.schema import Pixels, Request, Result
-from tiny import request, tiny_model
-from tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
+from support.diffusers_reference import reference, row
+from support.tiny import request, tiny_model
+from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
 
 RUNS = 20
 THREADS = (2, 4)

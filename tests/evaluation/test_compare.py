@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 from PIL import Image
-from test_run import CHEAP, evaluate
 
-from context_diffusion.closing import close
-from context_diffusion.errors import ConfigError, JobError
+from context_diffusion.core.errors import ConfigError, JobError
 from context_diffusion.evaluation.compare import bootstrap, compared, sign_test
-from held_out import held_out_rows
-from test_writing import make
+from context_diffusion.outputs.finalize import close
+from support.evaluate_job import CHEAP, evaluate
+from support.finished_output import make
+from support.held_out import held_out_rows
 
 ATTACK = "<script>alert(1)</script>"
 ROWS = 12

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from context_diffusion.evaluation.layout import boundary_f1, layout_score
-from context_diffusion.evaluation.ranking import auc, named_first
-from held_out import held_out_rows
+from context_diffusion.evaluation.shuffled_controls import auc, named_first
+from support.held_out import held_out_rows
 
 
 def test_the_layout_score_tells_the_query_of_a_picture_from_another_one() -> None:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from context_diffusion.evaluation.leakage import colour_leakage, layout_leakage
-from context_diffusion.evaluation.ranking import auc
-from context_diffusion.training.layouts import make_layout
-from context_diffusion.training.styles import Style, dress, make_lut
-from held_out import HeldOut, held_out_rows, recoloured
+from context_diffusion.evaluation.shuffled_controls import auc
+from context_diffusion.training.data.layouts import make_layout
+from context_diffusion.training.data.styles import Style, dress, make_lut
+from support.held_out import HeldOut, held_out_rows, recoloured
 
 
 def blended(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from context_diffusion.errors import ModelError
+from context_diffusion.core.errors import ModelError
 from context_diffusion.evaluation.prompt import BUNDLED, REFERENCES, PromptJudge, load_judge, prompt_score
-from context_diffusion.evaluation.ranking import auc
-from context_diffusion.training.prompts import PALETTE_WORDS, vocabulary
-from held_out import HeldOut, held_out_rows, prompt_of
+from context_diffusion.evaluation.shuffled_controls import auc
+from context_diffusion.training.data.prompts import PALETTE_WORDS, vocabulary
+from support.held_out import HeldOut, held_out_rows, prompt_of
 
 
 def named_rows() -> list[HeldOut]:

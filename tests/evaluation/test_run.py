@@ -13,30 +13,15 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from context_diffusion.cli import app
-from context_diffusion.closing import close
-from context_diffusion.errors import ConfigError, JobError, ManifestError, ModelError, OutputConflictError
-from context_diffusion.evaluation.config import EvaluateJob
-from context_diffusion.evaluation.run import run_evaluate
-from context_diffusion.jobfile import check_job
-from context_diffusion.schema import SCORE_COLUMNS, SCORES
-from held_out import held_out_rows, prompt_of
-from inputs import write_manifest
-from test_writing import make
-from tiny import picture
-
-CHEAP = ["layout", "style", "leakage"]  # no torch
-
-
-def evaluate(folder: Path, **values: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """-> the summary and the rows of scores.parquet."""
-    job = check_job({"kind": "evaluate", "output": str(folder / "scores"), **values})
-    assert isinstance(job, EvaluateJob)
-    summary = run_evaluate(job)
-    table = pq.read_table(folder / "scores" / "scores.parquet")
-    assert table.schema.equals(SCORES)
-    assert json.loads((folder / "scores" / "summary.json").read_text()) == summary | {"of": values["images"]}
-    return summary, table.to_pylist()
+from context_diffusion.cli.main import app
+from context_diffusion.core.errors import ConfigError, JobError, ManifestError, ModelError, OutputConflictError
+from context_diffusion.core.schema import SCORE_COLUMNS
+from context_diffusion.outputs.finalize import close
+from support.evaluate_job import CHEAP, evaluate
+from support.finished_output import make
+from support.held_out import held_out_rows, prompt_of
+from support.manifests import write_manifest
+from support.tiny import picture
 
 
 def test_an_output_of_ours_is_scored_row_by_row_failed_rows_and_lost_pictures_told(tmp_path: Path) -> None:

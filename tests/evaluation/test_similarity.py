@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from context_diffusion.errors import ModelError
-from context_diffusion.evaluation.ranking import auc
+from context_diffusion.core.errors import ModelError
+from context_diffusion.evaluation.shuffled_controls import auc
 from context_diffusion.evaluation.similarity import load_embedding, style_similarity
-from held_out import held_out_rows
-from tiny import picture
+from support.held_out import held_out_rows
+from support.tiny import picture
 
 
 def test_similarity_tells_the_contexts_of_a_picture_from_others() -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-import chaos
-from context_diffusion.supervise import _members
-from driving import drive, ended, start, wait_for_parts
-from independent import read_output
-from inputs import job_values, write_manifest
+from context_diffusion.cluster.supervisor import _members
+from support import chaos
+from support.manifests import job_values, write_manifest
+from support.output_reader import read_output
+from support.processes import drive, ended, start, wait_for_parts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -14,10 +14,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from context_diffusion.supervise import _members
-from driving import COMMAND, ENVIRONMENT, children
-from independent import read_output
-from inputs import job_values, write_manifest
+from context_diffusion.cluster.supervisor import _members
+from support.manifests import job_values, write_manifest
+from support.output_reader import read_output
+from support.processes import COMMAND, ENVIRONMENT, children
 
 
 def call(*arguments: str) -> tuple[int, dict[str, Any], str]:
@@ -70,8 +70,8 @@ def test_the_help_and_a_wrong_option() -> None:
 
 def test_neither_torch_nor_ray_is_imported_for_what_needs_neither() -> None:
     code = (
-        "import sys, context_diffusion, context_diffusion.cli, context_diffusion.jobfile, context_diffusion.plan, "
-        "context_diffusion.supervise, context_diffusion.driver, context_diffusion.validate\n"
+        "import sys, context_diffusion.cli.main, context_diffusion.core.job_file, context_diffusion.generation.plan, "
+        "context_diffusion.cluster.supervisor, context_diffusion.cluster.driver, context_diffusion.generation.validate\n"
         "assert not {'torch', 'ray', 'diffusers', 'transformers'} & set(sys.modules), 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from driving import drive, ended, start, wait_for_parts
-from independent import read_output
-from inputs import job_values, write_manifest
+from support.manifests import job_values, write_manifest
+from support.output_reader import read_output
+from support.processes import drive, ended, start, wait_for_parts
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROWS = 120

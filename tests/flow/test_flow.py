@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from ray.cluster_utils import Cluster
 
-from driving import drive, end, start, wait_for_parts
-from independent import plan_rows, read_output
-from inputs import job_values, write_manifest
+from support.manifests import job_values, write_manifest
+from support.output_reader import plan_rows, read_output
+from support.processes import drive, end, start, wait_for_parts
 
 pytestmark = pytest.mark.ray
 

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from flow.test_flow import drive
-from independent import read_output
-from inputs import job_values, rows, write_manifest, write_pictures
-from tiny import picture
+from support.manifests import job_values, rows, write_manifest, write_pictures
+from support.output_reader import read_output
+from support.processes import drive
+from support.tiny import picture
 
 pytestmark = pytest.mark.ray
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from driving import TESTS
-from independent import read_output
-from inputs import job_values, write_manifest
+from support.manifests import job_values, write_manifest
+from support.output_reader import read_output
+from support.processes import TESTS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from context_diffusion.config import GenerateJob
-from context_diffusion.driver import Options, run_generate
-from inputs import write_pictures
-from tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
+from context_diffusion.cluster.driver import Options, run_generate
+from context_diffusion.core.generate_job import GenerateJob
+from support.manifests import write_pictures
+from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
 
 pytestmark = pytest.mark.ray
 

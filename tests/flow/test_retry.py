@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import fakes
-from driving import COMMAND, ENVIRONMENT
-from flow.test_flow import drive
-from independent import read_output
-from inputs import job_values, rows, write_manifest, write_pictures
-from tiny import picture
+from support import fakes
+from support.manifests import job_values, rows, write_manifest, write_pictures
+from support.output_reader import read_output
+from support.processes import COMMAND, ENVIRONMENT, drive
+from support.tiny import picture
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("shared_ray")]
 
@@ -94,8 +93,8 @@ def test_a_job_that_was_given_up_is_finished_by_retry_failed(tmp_path: Path) -> 
 
 def test_a_shard_that_another_run_has_corrected_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs with --retry-failed, of which one has been faster: no failed row is left where this one means to find some."""
-    from context_diffusion import driver
-    from context_diffusion.config import GenerateJob
+    from context_diffusion.cluster import driver
+    from context_diffusion.core.generate_job import GenerateJob
 
     manifest = write_manifest(tmp_path / "in", 12, {3: {"query": "no.png"}})
     job = job_values(manifest, tmp_path / "out", rows_per_part=4)

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from context_diffusion import ContextDiffusion
-from driving import COMMAND, ENVIRONMENT
-from independent import plan_rows, read_output
-from inputs import write_manifest, write_pictures
-from tiny import tiny_model
+from support.manifests import write_manifest, write_pictures
+from support.output_reader import plan_rows, read_output
+from support.processes import COMMAND, ENVIRONMENT
+from support.tiny import tiny_model
 
 JOB = Path(__file__).parents[2] / "jobs" / "generate_and_evaluate.yaml"
 GRID = [(1.0, 0.3), (1.0, 1.0), (4.0, 0.3), (4.0, 1.0)]

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from context_diffusion.config import GenerateJob
-from context_diffusion.driver import Options, run_generate
-from independent import read_output
-from inputs import job_values, write_manifest
+from context_diffusion.cluster.driver import Options, run_generate
+from context_diffusion.core.generate_job import GenerateJob
+from support.manifests import job_values, write_manifest
+from support.output_reader import read_output
 
 pytestmark = pytest.mark.ray
 
@@ -29,7 +29,7 @@ def test_an_output_whose_name_is_not_ascii_is_made(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("shared_ray")
 def test_a_metric_that_ray_refuses_is_missed(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    from context_diffusion.metrics import Metrics
+    from context_diffusion.cluster.metrics import Metrics
 
     metrics = Metrics("images", output="/data/josé/日本")
     metrics.count("images", 3)

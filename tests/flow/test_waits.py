@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import ray
 
-from context_diffusion import standstill
-from context_diffusion.errors import ClusterError
-from context_diffusion.ledger import Ledger
-from context_diffusion.standstill import Needs, Standstill
-from driving import COMMAND, ENVIRONMENT, ended, start
-from inputs import job_values, write_manifest
-from ports import free_port
+from context_diffusion.cluster import stall_guard
+from context_diffusion.cluster.stall_guard import Needs, Standstill
+from context_diffusion.core.errors import ClusterError
+from context_diffusion.generation.fault_ledger import Ledger
+from support.manifests import job_values, write_manifest
+from support.ports import free_port
+from support.processes import COMMAND, ENVIRONMENT, ended, start
 
 pytestmark = pytest.mark.ray
 STRICT = {"cluster": {"no_progress_timeout_s": 30}}
@@ -109,9 +109,9 @@ NEEDS = Needs(1, 1.0, 0.0)
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time of standstill.py: it stands unless it is put on."""
+    """The time of stall_guard.py: it stands unless it is put on."""
     now = [1000.0]
-    monkeypatch.setattr(standstill.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stall_guard.time, "monotonic", lambda: now[0])
     return now
 
 

@@ -15,8 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
-from context_diffusion.jobfile import load_job
-from context_diffusion.model.presets import PRESETS
+from context_diffusion.core.job_file import load_job
+from context_diffusion.core.model_parts import PRESETS
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "infra" / "kuberay"

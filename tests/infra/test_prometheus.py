@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from context_diffusion.metrics import METRICS, exported
-from infra.watching import ALERTS, DASHBOARD, PROMETHEUS, alerts, dashboard, names
+from context_diffusion.cluster.metrics import METRICS, exported
+from support.monitoring import ALERTS, DASHBOARD, PROMETHEUS, alerts, dashboard, names
 
 KNOWN = {exported(name) for name in METRICS}
 promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool: it is in Debian's package prometheus")

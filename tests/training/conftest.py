@@ -7,7 +7,8 @@ from functools import cache
 
 import pytest
 
-from context_diffusion.training import diffusion, pools
+from context_diffusion.training import diffusion
+from context_diffusion.training.data import pools
 
 
 @pytest.fixture(autouse=True, scope="session")

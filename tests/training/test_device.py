@@ -11,19 +11,19 @@ import pytest
 import torch
 import torch.fx.experimental._config as fx
 
-from context_diffusion.errors import ConfigError
-from context_diffusion.model.build import build
-from context_diffusion.model.native import NativeModel
-from context_diffusion.model.source import model_folder
-from context_diffusion.ray_train import _device
-from context_diffusion.training import autoencoder, run_training
-from context_diffusion.training.config import TrainJob
-from context_diffusion.training.data import make_pool
+from context_diffusion.cluster.train_workers import _device
+from context_diffusion.core.errors import ConfigError
+from context_diffusion.core.training_job import TrainJob
+from context_diffusion.models.native.build import build
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.models.resolve import model_folder
+from context_diffusion.training import autoencoder
+from context_diffusion.training.data.encoded_pools import encode_pool
+from context_diffusion.training.data.pools import make_pool
 from context_diffusion.training.diffusion import Run
-from context_diffusion.training.encoded import encode_pool
-from context_diffusion.training.run import find_device
-from steps import pool
-from tiny import GPU, SIZES
+from context_diffusion.training.run import find_device, run_training
+from support.tiny import GPU, SIZES
+from support.training_steps import pool
 
 
 def job(folder: Path, **more: object) -> TrainJob:

@@ -18,19 +18,20 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from context_diffusion import ContextDiffusion
-from context_diffusion.errors import ModelError, StorageError
-from context_diffusion.model.build import build
-from context_diffusion.model.native import NativeModel
-from context_diffusion.training import diffusion, run_training
-from context_diffusion.training.encoded import encode
+from context_diffusion.core.errors import ModelError, StorageError
+from context_diffusion.models.native.build import build
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.training import diffusion
+from context_diffusion.training.data.encoded_pools import encode
+from context_diffusion.training.data.pools import Pools
+from context_diffusion.training.data.user_batches import Mixed
+from context_diffusion.training.data.user_images import read_pictures
 from context_diffusion.training.finetune import Own
-from context_diffusion.training.gallery import Mixed
-from context_diffusion.training.pictures import read_pictures
-from context_diffusion.training.pools import Pools
-from context_diffusion.training.state import load_checkpoint, save_checkpoint
-from context_diffusion.training.workers import Workers
-from own import job, write_base, write_styles
-from tiny import SIZES, make_tiny, picture, tiny_model
+from context_diffusion.training.loop.checkpoints import load_checkpoint, save_checkpoint
+from context_diffusion.training.loop.distributed import Workers
+from context_diffusion.training.run import run_training
+from support.tiny import SIZES, make_tiny, picture, tiny_model
+from support.user_images import job, write_base, write_styles
 
 
 @pytest.fixture

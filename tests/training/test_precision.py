@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from context_diffusion.training.precision import has_bfloat16, mixed_precision
+from context_diffusion.training.loop.precision import has_bfloat16, mixed_precision
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc/cpuinfo")

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from context_diffusion.errors import ModelError, StorageError
-from context_diffusion.model.native import NativeModel
-from context_diffusion.training import diffusion, run_training
-from context_diffusion.training.batches import Samples
-from context_diffusion.training.config import DiffusionSteps, TrainJob
-from context_diffusion.training.crops import cropped
-from context_diffusion.training.state import SAVE_SECONDS, Progress, load_checkpoint, save_checkpoint
-from tiny import SIZES
+from context_diffusion.core.errors import ModelError, StorageError
+from context_diffusion.core.training_job import DiffusionSteps, TrainJob
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.training import diffusion
+from context_diffusion.training.data.batches import Samples, cropped
+from context_diffusion.training.loop.checkpoints import SAVE_SECONDS, Progress, load_checkpoint, save_checkpoint
+from context_diffusion.training.run import run_training
+from support.tiny import SIZES
 
 
 def job(output: Path, max_steps: int, **diffusion_steps: float) -> TrainJob:

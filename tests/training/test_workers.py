@@ -15,14 +15,15 @@ import torch
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from context_diffusion.errors import ClusterError, ModelError
-from context_diffusion.model.native import NativeModel
-from context_diffusion.ray_train import _told
-from context_diffusion.supervise import _members
-from context_diffusion.training import diffusion, run_training
-from context_diffusion.training.config import TrainJob
-from context_diffusion.training.state import load_checkpoint
-from tiny import SIZES
+from context_diffusion.cluster.supervisor import _members
+from context_diffusion.cluster.train_workers import _told
+from context_diffusion.core.errors import ClusterError, ModelError
+from context_diffusion.core.training_job import TrainJob
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.training import diffusion
+from context_diffusion.training.loop.checkpoints import load_checkpoint
+from context_diffusion.training.run import run_training
+from support.tiny import SIZES
 
 COMMAND = [sys.executable, "-m", "context_diffusion", "run", "/dev/stdin"]
 ENVIRONMENT = os.environ | {"RAY_worker_niceness": "0"}

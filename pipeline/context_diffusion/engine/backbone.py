@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from context_diffusion.context_images import ContextPreprocessing
-from context_diffusion.engine.cache import Cache
+from context_diffusion.core.records import Request
+from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch
-from context_diffusion.schema import Request
+from context_diffusion.inputs.context_images import ContextPreprocessing
 
 Conditions = dict[str, Tensor]  # by name, each (1, ...) for one lane or row, (B, ...) for many
 

@@ -17,14 +17,14 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from context_diffusion.core.errors import ErrorCode, RowError
+from context_diffusion.core.records import EngineStats, Failure, Pixels, Request, Result
 from context_diffusion.engine.backbone import Backbone
-from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.calls import Calls, Shape, same_bits
-from context_diffusion.engine.conditions import is_finite
-from context_diffusion.engine.lanes import choose
+from context_diffusion.engine.conditioning import is_finite
+from context_diffusion.engine.embedding_cache import Cache
+from context_diffusion.engine.model_calls import Calls, Shape, same_bits
+from context_diffusion.engine.packing import choose
 from context_diffusion.engine.slots import Slot, advance, open_slot
-from context_diffusion.errors import ErrorCode, RowError
-from context_diffusion.schema import EngineStats, Failure, Pixels, Request, Result
 
 Outcome = tuple[Request, Result | Failure]
 CACHE_BYTES = 2**30

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from context_diffusion.config import Settings
+from context_diffusion.core.settings import Settings
 
 
 @dataclass(frozen=True)

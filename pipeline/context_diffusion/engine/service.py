@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from context_diffusion.core.records import EngineStats, Failure, Request, Result
 from context_diffusion.engine.engine import Engine
-from context_diffusion.schema import EngineStats, Failure, Request, Result
 
 Done = Future[Result | Failure]
 

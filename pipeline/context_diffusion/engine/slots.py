@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from context_diffusion.core.records import Request
 from context_diffusion.engine.backbone import Backbone, Encoded
-from context_diffusion.engine.cache import Cache
-from context_diffusion.engine.conditions import control_window, start_step
-from context_diffusion.engine.samplers import Table, make_table
-from context_diffusion.schema import Request
+from context_diffusion.engine.conditioning import control_window, start_step
+from context_diffusion.engine.embedding_cache import Cache
+from context_diffusion.engine.scheduler_tables import Table, make_table
 
 
 @dataclass

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from context_diffusion.errors import RowError
+from context_diffusion.core.errors import RowError
+from context_diffusion.core.records import Pixels
+from context_diffusion.core.schema import ID
 from context_diffusion.evaluation.pairs import Pair, source_key
 from context_diffusion.evaluation.scores import worth
-from context_diffusion.schema import ID, Pixels
-from context_diffusion.sources import Source
-from context_diffusion.templates import templates
+from context_diffusion.inputs.image_sources import Source
+from context_diffusion.outputs.html_templates import templates
 
 Row = dict[str, Any]
 RESAMPLES, CONFIDENCE = 2000, 95  # of the bootstrap; per cent

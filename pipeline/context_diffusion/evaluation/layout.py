@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from context_diffusion.schema import Pixels
+from context_diffusion.core.records import Pixels
 
 Field = NDArray[np.float32]
 EDGE_SCALES = (1.5, 4.0)  # pixels: borders, and what is left of them under another texture

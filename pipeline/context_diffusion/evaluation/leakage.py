@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from context_diffusion.core.records import Pixels
 from context_diffusion.evaluation.layout import EDGE_SCALES, Field, as_large_as, edges, standard
 from context_diffusion.evaluation.style import distances, palette
-from context_diffusion.schema import Pixels
 
 Spectrum = NDArray[np.complexfloating]
 ELSEWHERE = 1 / 8  # of the side: a displacement from here on is another place

@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
-from context_diffusion.config import Fit, GenerateJob
-from context_diffusion.errors import ErrorCode, JobError, ManifestError
-from context_diffusion.evaluation.config import EvaluateJob
-from context_diffusion.images import ENDINGS
-from context_diffusion.manifest import Row, expand, open_file, scan_parquet, scan_text
-from context_diffusion.output import Output
-from context_diffusion.rows import read_table, row_id
-from context_diffusion.schema import CONTEXT, ID, PROMPT, QUERY
-from context_diffusion.sources import INLINE, Source, as_source
-from context_diffusion.storage import Storage, normal, parent, resolve
+from context_diffusion.core.errors import ErrorCode, JobError, ManifestError
+from context_diffusion.core.evaluate_job import EvaluateJob
+from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.job_base import Fit
+from context_diffusion.core.schema import CONTEXT, ID, PROMPT, QUERY
+from context_diffusion.core.uris import normal, parent, resolve
+from context_diffusion.inputs.decode import ENDINGS
+from context_diffusion.inputs.image_sources import INLINE, Source, as_source
+from context_diffusion.inputs.manifest_files import Row, expand, open_file, scan_parquet, scan_text
+from context_diffusion.inputs.rows import read_table, row_id
+from context_diffusion.outputs.output_folder import Output
+from context_diffusion.storage.filesystem import Storage
 
 NOWHERE: Source = {"bytes": None, "path": None}  # of a row that tells why
 READ_COLUMNS = (ID, "index", "error_code", "error_message", "file_name", "image", QUERY, CONTEXT, PROMPT, "fit")

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from context_diffusion.errors import ModelError
-from context_diffusion.schema import Pixels
+from context_diffusion.core.errors import ModelError
+from context_diffusion.core.records import Pixels
 
 transformers.utils.logging.disable_progress_bar()
 
-BUNDLED = Path(__file__).parent / "judge"  # training/judge.py makes it
+BUNDLED = Path(__file__).parent / "judge"  # evaluation/train_judge.py makes it
 COLOURS = [
     "autumn", "ocean", "forest", "sunset", "pink", "icy", "sandy", "neon", "candy", "grey", "red", "olive", "violet",
     "turquoise",
@@ -72,6 +72,6 @@ def prompt_score(image: Pixels, prompt: str, judge: str = "bundled") -> float:
     For each of REFERENCES, 14 kinds of colours in 10 kinds of texture, the model's own softmax between the two prompts,
     a logistic function of the difference of their similarities by the model's own temperature (Radford et al. 2021);
     the mean of these. So it hardly depends on how high a model's similarities are. The bundled judge knows the words
-    of training/prompts.py alone, others are as if not there. It tells colours (held-out AUC .999), not yet textures (.46).
+    of training/data/prompts.py alone, others are as if not there. It tells colours (held-out AUC .999), not yet textures (.46).
     """
     return load_judge(judge).score(image, prompt)

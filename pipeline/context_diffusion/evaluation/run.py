@@ -12,20 +12,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from context_diffusion.config import Fit, Limits, columns_of
-from context_diffusion.errors import EXIT_OK, EXIT_ROWS_FAILED, JobError, OutputConflictError, RowError
+from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED, JobError, OutputConflictError, RowError
+from context_diffusion.core.evaluate_job import EvaluateJob
+from context_diffusion.core.job_base import Fit, Limits
+from context_diffusion.core.records import Pixels
+from context_diffusion.core.schema import ID, SCORES, columns_of
+from context_diffusion.core.uris import normal
 from context_diffusion.evaluation.compare import compared, page
-from context_diffusion.evaluation.config import EvaluateJob
-from context_diffusion.evaluation.controls import SWAPPED, others
+from context_diffusion.evaluation.distances import References, reference_sources
 from context_diffusion.evaluation.pairs import Pair, find_pairs, source_key
-from context_diffusion.evaluation.ranking import auc
-from context_diffusion.evaluation.reference import References, reference_sources
 from context_diffusion.evaluation.scores import measure
-from context_diffusion.images import resize
-from context_diffusion.output import Output, to_parquet
-from context_diffusion.schema import ID, SCORES, Pixels
-from context_diffusion.sources import Source, read_pixels
-from context_diffusion.storage import Storage, normal
+from context_diffusion.evaluation.shuffled_controls import SWAPPED, auc, others
+from context_diffusion.inputs.decode import resize
+from context_diffusion.inputs.image_sources import Source, read_pixels
+from context_diffusion.outputs.output_folder import Output
+from context_diffusion.storage.filesystem import Storage
+from context_diffusion.storage.parquet_files import to_parquet
 
 Row = dict[str, Any]
 KEPT = 64  # decoded queries and contexts

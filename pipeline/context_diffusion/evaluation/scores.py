@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from context_diffusion.core.records import Pixels
 from context_diffusion.evaluation.layout import layout_score
 from context_diffusion.evaluation.leakage import colour_leakage, layout_leakage
 from context_diffusion.evaluation.style import style_score
-from context_diffusion.schema import Pixels
 
 Scores = Mapping[str, Any]  # column -> value, None where it could not be told
 
@@ -22,8 +22,8 @@ def measure(
     judge: str = "bundled",
     encoder: str = "bundled",
 ) -> float | None:
-    """The score of that column; None where there is nothing to compare with. judge: see prompt.py; encoder: see
-    similarity.py."""
+    """The score of that column; None where there is nothing to compare with. judge: see evaluation/prompt.py; encoder: see
+    evaluation/similarity.py."""
     if column == "layout_score":
         return layout_score(image, query)
     if column == "style_score":

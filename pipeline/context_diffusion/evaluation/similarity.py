@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from context_diffusion.images import resize
-from context_diffusion.kept import Kept
-from context_diffusion.model.encoders import load_encoder, patch_tokens
-from context_diffusion.model.native import NativeModel
-from context_diffusion.model.source import model_folder
-from context_diffusion.schema import Pixels
+from context_diffusion.core.records import Pixels
+from context_diffusion.inputs.decode import resize
+from context_diffusion.models.context_encoders import load_encoder, patch_tokens
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.models.resolve import model_folder
+from context_diffusion.storage.content_cache import Kept
 
 KEPT = Kept(16 * 2**20)
 Embed = Callable[[list[Pixels]], Tensor]  # uint8 (H, W, 3) each -> (N, D)

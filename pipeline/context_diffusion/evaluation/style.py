@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from context_diffusion.kept import Kept
-from context_diffusion.schema import Pixels
+from context_diffusion.core.records import Pixels
+from context_diffusion.storage.content_cache import Kept
 
 Field = NDArray[np.float32]
 KEPT = Kept(16 * 2**20)  # colours and textures, some 50 KB a picture

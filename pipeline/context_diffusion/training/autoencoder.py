@@ -8,15 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from context_diffusion.model.native import NativeModel
-from context_diffusion.training.config import TrainJob
-from context_diffusion.training.data import Pool
-from context_diffusion.training.encoded import as_images
-from context_diffusion.training.losses import picture_loss
-from context_diffusion.training.pools import Pools
-from context_diffusion.training.precision import mixed_precision
-from context_diffusion.training.state import Metrics, Progress, load_checkpoint, load_weights, save_checkpoint
-from context_diffusion.training.workers import Workers
+from context_diffusion.core.training_job import TrainJob
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.training.data.encoded_pools import as_images
+from context_diffusion.training.data.pools import Pool, Pools
+from context_diffusion.training.loop.checkpoints import Metrics, Progress, load_checkpoint, load_weights, save_checkpoint
+from context_diffusion.training.loop.distributed import Workers
+from context_diffusion.training.loop.losses import picture_loss
+from context_diffusion.training.loop.precision import mixed_precision
 
 
 def train_autoencoder(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> None:

@@ -1,6 +1,6 @@
 """Stage two: U-Net, ControlNet, context and text encoders and fusion, all together, on cached latents.
 
-Knows not where its data come from (batches.py). B samples  M contexts of all samples  C h w latents
+Knows not where its data come from (training/data/batches.py). B samples  M contexts of all samples  C h w latents
 """
 
 from __future__ import annotations
@@ -16,19 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from context_diffusion.model.native import NativeModel
-from context_diffusion.model.preconditioning import REST
-from context_diffusion.training.averaging import Averaged, update_ema
-from context_diffusion.training.batches import CONTEXTS, Data, Samples, Source, Summaries
-from context_diffusion.training.clipping import LOOK, Clipping
-from context_diffusion.training.config import SMALL, TrainingJob
-from context_diffusion.training.crops import cropped
-from context_diffusion.training.curves import draw_curves
-from context_diffusion.training.losses import AuxiliaryHeads, noised, rest_timesteps, spread_timesteps, v_loss
-from context_diffusion.training.optimizer import Optimizer
-from context_diffusion.training.precision import SOUND, mixed_precision
-from context_diffusion.training.samples import save_samples
-from context_diffusion.training.state import (
+from context_diffusion.core.training_job import SMALL, TrainingJob
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.models.native.preconditioning import REST
+from context_diffusion.training.data.batches import CONTEXTS, Data, Samples, Source, Summaries, cropped
+from context_diffusion.training.data.styles import TEXTURES
+from context_diffusion.training.loop.checkpoints import (
     Metrics,
     Progress,
     check_origin,
@@ -37,8 +30,11 @@ from context_diffusion.training.state import (
     save_checkpoint,
     save_model,
 )
-from context_diffusion.training.styles import TEXTURES
-from context_diffusion.training.workers import Workers
+from context_diffusion.training.loop.distributed import Workers
+from context_diffusion.training.loop.losses import AuxiliaryHeads, noised, rest_timesteps, spread_timesteps, v_loss
+from context_diffusion.training.loop.optimizer import LOOK, Averaged, Clipping, Optimizer, update_ema
+from context_diffusion.training.loop.precision import SOUND, mixed_precision
+from context_diffusion.training.samples import draw_curves, save_samples
 
 VALIDATION_BATCHES = 4
 PADDED = 64  # contexts of a batch: a multiple of it

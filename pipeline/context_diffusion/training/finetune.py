@@ -1,6 +1,6 @@
 """Fine-tuning: a native model goes on training on one's own pictures, a share of each batch still the project's own data.
 
-The same loop as training from nothing (diffusion.py); the autoencoder stays as it is.
+The same loop as training from nothing (training/diffusion.py); the autoencoder stays as it is.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ import cv2
 import numpy as np
 import torch
 
-from context_diffusion.control import controls_of
-from context_diffusion.model.native import NativeModel
-from context_diffusion.model.source import digest, model_folder
-from context_diffusion.schema import Pixels, Request
-from context_diffusion.training.batches import SAMPLE_SETTINGS, Source
-from context_diffusion.training.config import FinetuneJob
+from context_diffusion.core.records import Pixels, Request
+from context_diffusion.core.training_job import FinetuneJob
+from context_diffusion.inputs.control_maps import controls_of
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.models.resolve import digest, model_folder
+from context_diffusion.training.data.batches import SAMPLE_SETTINGS, Source
+from context_diffusion.training.data.encoded_pools import Generated, encode, encode_controls, looks, summarise
+from context_diffusion.training.data.pools import Pools
+from context_diffusion.training.data.user_batches import Gallery, Mixed
+from context_diffusion.training.data.user_images import Example, Pictures, read_pictures
 from context_diffusion.training.diffusion import train_diffusion
-from context_diffusion.training.encoded import encode, encode_controls, looks, summarise
-from context_diffusion.training.gallery import Gallery, Mixed
-from context_diffusion.training.generated import Generated
-from context_diffusion.training.pictures import Example, Pictures, read_pictures
-from context_diffusion.training.pools import Pools
-from context_diffusion.training.state import Metrics, save_model
-from context_diffusion.training.workers import Workers
+from context_diffusion.training.loop.checkpoints import Metrics, save_model
+from context_diffusion.training.loop.distributed import Workers
 
 SKIPPED_TOLD = 100  # names in the summary; the log has them all
 

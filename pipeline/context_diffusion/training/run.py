@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from context_diffusion.errors import ConfigError
-from context_diffusion.model.build import build
+from context_diffusion.core.errors import ConfigError
+from context_diffusion.core.training_job import FinetuneJob, TrainingJob, TrainJob
+from context_diffusion.models.native.build import build
 from context_diffusion.training.autoencoder import train_autoencoder, train_decoder
-from context_diffusion.training.config import FinetuneJob, TrainingJob, TrainJob
+from context_diffusion.training.data.encoded_pools import Generated
+from context_diffusion.training.data.pools import Pools
+from context_diffusion.training.data.prompts import vocabulary
 from context_diffusion.training.diffusion import train_diffusion
 from context_diffusion.training.finetune import finetune
-from context_diffusion.training.generated import Generated
-from context_diffusion.training.pools import Pools
-from context_diffusion.training.prompts import vocabulary
-from context_diffusion.training.relief import train_relief
-from context_diffusion.training.remember import remember
-from context_diffusion.training.state import Metrics, save_model
-from context_diffusion.training.workers import Workers
+from context_diffusion.training.look_memory import remember
+from context_diffusion.training.loop.checkpoints import Metrics, save_model
+from context_diffusion.training.loop.distributed import Workers
+from context_diffusion.training.texture_separation import train_relief
 
 
 def run(job: TrainingJob) -> dict[str, Any] | None:
@@ -64,3 +64,12 @@ def train(job: TrainJob, device: torch.device) -> dict[str, Any] | None:
         summary["words_read"] = remember(model, job.seed, job.styles, job.pictures, steps)
     save_model(model, folder / "model")
     return {"output": str(folder), "model": str(folder / "model"), **summary}
+
+
+def run_training(job: TrainingJob) -> dict[str, Any]:
+    """Trains in this process, from where an earlier run stopped; returns the summary. (cluster/train_workers.py: several
+    workers.)"""
+
+    summary = run(job)
+    assert summary is not None
+    return summary

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,34 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from context_diffusion.config import Settings
-from context_diffusion.engine.calls import Shape
+from context_diffusion.core.records import Request, Result
 from context_diffusion.engine.engine import Engine
-from context_diffusion.images import resize
-from context_diffusion.model.native import NativeModel
-from context_diffusion.model.native_backbone import NativeBackbone
-from context_diffusion.schema import Control, Request, Result
-from context_diffusion.training.data import Pool, draw
-from context_diffusion.training.state import writing
-
-
-def pool_requests(pool: Pool, count: int, settings: Settings, prompts: bool = True) -> tuple[list[Request], NDArray[np.int64]]:
-    """Rows of a pool, and the index of the picture that each should become."""
-    batch = draw(pool, np.random.default_rng(11), count, 0.0, 0.5 if prompts else 1.0)
-    requests = [
-        Request(
-            id=f"validation-{i}",
-            index=0,
-            query=pool.queries[batch.controls[i]],
-            controls=(Control(pool.control_kinds[batch.controls[i]], pool.controls[batch.controls[i]]),),
-            contexts=tuple(pool.targets[k] for k in batch.contexts[i][: batch.counts[i]]),
-            prompt=batch.prompts[i] or None,
-            negative_prompt=None,
-            settings=settings.model_copy(update={"seed": i}),
-        )
-        for i in range(count)
-    ]
-    return requests, batch.targets
+from context_diffusion.engine.model_calls import Shape
+from context_diffusion.inputs.decode import resize
+from context_diffusion.models.native.backbone import NativeBackbone
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.training.loop.checkpoints import writing
 
 
 def make(model: NativeModel, requests: list[Request]) -> list[NDArray[np.uint8]]:
@@ -59,3 +41,47 @@ def save_samples(model: NativeModel, requests: list[Request], targets: list[NDAr
     page = Image.fromarray(np.concatenate([np.concatenate(rows[:half]), np.concatenate(rows[half:])], 1))
     with writing(path):
         page.save(path)
+
+
+SMOOTH = 9  # values of a training curve that are averaged: single batches differ much
+
+
+def draw_curves(folder: Path) -> None:
+    """Leaves curves.png beside metrics.jsonl; needs matplotlib, and says so where it is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        logging.getLogger(__name__).warning("no curves.png: it needs matplotlib, pip install 'context-diffusion[train]'")
+        return
+    panels = _panels(folder / "metrics.jsonl")
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, points in curves.items():
+            steps, losses = zip(*sorted(points.items()), strict=True)
+            dense = len(losses) > 4 * SMOOTH
+            axes.plot(steps, _smooth(losses) if dense else losses, marker=None if dense else "o", label=name)
+        axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with writing(path := folder / "curves.png"):
+        figure.savefig(path, dpi=90)
+
+
+def _panels(path: Path) -> dict[str, dict[str, dict[int, float]]]:
+    """Panel -> curve -> loss by step. A step that was done twice, before and after a crash, counts as the second."""
+    panels: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for line in path.read_text(encoding="utf-8").splitlines():
+        told = json.loads(line)
+        if "loss" in told:
+            own = told["stage"] in ("autoencoder", "decoder")
+            panels["autoencoder" if own else "diffusion"][told["stage"]][told["step"]] = told["loss"]
+    return panels
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """The mean of each value and its neighbours, as far as there are some."""
+    half = SMOOTH // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

@@ -1,0 +1,67 @@
+"""What all models of a job file are made of, and the mapping of a pretrained model's parts. Knows nothing but pydantic."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+NormalizationKind = Literal["none", "image", "channel"]
+
+
+def writable_url(url: str) -> str:
+    """Raises ValueError where nothing can be written by its protocol."""
+    if re.match("https?://", url, re.IGNORECASE):
+        raise ValueError("http:// can only be read; write to a folder of this machine, to s3://, gs:// or az://")
+    return url
+
+
+OutputFolder = Annotated[str, Field(min_length=1), AfterValidator(writable_url)]
+
+
+class StrictModel(BaseModel):
+    """Frozen; unknown keys and wrong types are errors, never guessed at."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Fit = Literal["crop", "pad", "stretch", "keep"]
+
+KIND = "generate, train, finetune or evaluate"
+
+
+class Limits(StrictModel):
+    """What an untrusted manifest may ask for."""
+
+    max_pixels: Annotated[int, Field(ge=1)] = Field(default=50_000_000, description="pixels of one input picture")
+    max_bytes: Annotated[int, Field(ge=1)] = Field(default=64 * 2**20, description="bytes of one input file")
+    max_contexts: Annotated[int, Field(ge=1)] = Field(default=64, description="contexts of a row")
+    max_prompt_characters: Annotated[int, Field(ge=1)] = Field(default=10_000, description="characters of a prompt")
+
+
+def known_columns(*known: str) -> AfterValidator:
+    """Of `columns:`, which maps our names to the manifest's."""
+
+    def check(columns: dict[str, str]) -> dict[str, str]:
+        for name in columns:
+            if name not in known:
+                raise ValueError(f"columns: {name!r} is none of ours; known are {', '.join(known)}")
+        return columns
+
+    return AfterValidator(check)
+
+
+def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
+    for key, value in options.items():
+        if re.search(r"secret|token|password|^key$|access_key|credential", key, re.IGNORECASE):
+            raise ValueError(
+                f"{key!r} is a secret and a job file is stored with the output; set it in the environment "
+                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or name a profile"
+            )
+        if isinstance(value, dict):
+            _no_secrets(value)
+    return options
+
+
+StorageOptions = Annotated[dict[str, dict[str, Any]], AfterValidator(_no_secrets)]

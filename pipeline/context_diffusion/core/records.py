@@ -1,0 +1,138 @@
+"""The records that travel between the stages: control maps, requests, results, failures, shards, counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from context_diffusion.core.errors import ErrorCode
+from context_diffusion.core.settings import Settings
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control map: one for each ControlNet of the model. kind: a key of control.CONTROLS."""
+
+    kind: str
+    pixels: Pixels
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to make: pixels in, no files. All arrays are uint8 RGB (H, W, 3).
+
+    The output has the query's size. `settings.seed` is this image's own seed.
+    """
+
+    id: str
+    index: int
+    query: Pixels
+    controls: tuple[Control, ...]
+    contexts: tuple[Pixels, ...]
+    prompt: str | None
+    negative_prompt: str | None
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished image, uint8 RGB (H, W, 3), with what it cost."""
+
+    image: Pixels
+    seconds: float
+    lanes: int
+    device: str
+    prompt_truncated: bool = False
+    used_lane_steps: int = 0  # what the row asked of the model
+    paid_lane_steps: float = 0.0  # and its share of what the calls had room for
+    vae_tiled: bool = False  # decoded in tiles, for want of memory
+    unsafe: bool | None = None  # by the model's safety checker; None: none ran
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request has no image."""
+
+    code: ErrorCode
+    message: str
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine tells of itself. hits, misses: of its caches, by kind, since it began."""
+
+    rows: int = 0  # in its lanes or waiting
+    hits: dict[str, int] = field(default_factory=dict)
+    misses: dict[str, int] = field(default_factory=dict)
+    gpu_bytes: int | None = None  # that torch has reserved; None without a GPU
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work, of retry and of resume: `rows` rows from `first_row` on of the manifest's file `file`.
+
+    Parquet: `group` is the row group and `first_row` counts within it. CSV and JSONL: `offset` and `size` in bytes.
+    """
+
+    number: int
+    file: int
+    first_row: int
+    rows: int
+    group: int = 0
+    offset: int = 0
+    size: int = 0
+
+    @property
+    def name(self) -> str:
+        return part_name(self.number)
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:05d}"
+
+
+def derive_seed(job_seed: int, row_id: str) -> int:
+    """The seed of a row that sets none: 32 bits of a hash of the job's seed and the row's id."""
+    digest = hashlib.blake2b(f"{job_seed}:{row_id}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+def derive_id(row: dict[str, Any]) -> str:
+    """The id of a row that has none: a hash of all that the manifest says of it."""
+
+    def plain(value: Any) -> Any:
+        return hashlib.blake2b(value, digest_size=16).hexdigest() if isinstance(value, bytes) else str(value)
+
+    text = json.dumps(row, sort_keys=True, default=plain, ensure_ascii=True)
+    return "row-" + hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def is_derived(row_id: str) -> bool:
+    """Whether an id looks like one of `derive_id`."""
+    return re.fullmatch("row-[0-9a-f]{20}", row_id) is not None
+
+
+@dataclass
+class Counts:
+    """Rows and images of an OUTPUT."""
+
+    rows: int = 0
+    ok: int = 0
+    failed: int = 0
+    images: int = 0
+    codes: dict[str, int] = field(default_factory=dict)
+    flagged: int = 0  # of the images
+    unsafe: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        sums = {name: number + getattr(other, name) for name, number in vars(self).items() if name != "codes"}
+        return Counts(**sums, codes=dict(Counter(self.codes) + Counter(other.codes)))

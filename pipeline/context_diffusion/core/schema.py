@@ -1,0 +1,196 @@
+"""The nouns of the pipeline and their Arrow schemas: the only place that names a column.
+
+A shard travels as one Arrow table: READ columns from the read task, LOADED ones after loading, MADE ones after the
+engine, and what is written are OUTPUT columns. Columns of the manifest that we don't know ride along under PASSED.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from context_diffusion.core.records import (
+    Pixels,
+)
+from context_diffusion.core.settings import Settings
+
+ScoreName = Literal["layout", "style", "similarity", "prompt", "leakage"]
+
+COLUMNS_BY_SCORE: dict[ScoreName, tuple[str, ...]] = {
+    "layout": ("layout_score",),
+    "style": ("style_score",),
+    "similarity": ("style_similarity",),
+    "prompt": ("prompt_score",),
+    "leakage": ("layout_leakage", "colour_leakage"),
+}
+
+
+def columns_of(wanted: Sequence[ScoreName]) -> list[str]:
+    """The columns of these scores."""
+    return [column for name in COLUMNS_BY_SCORE if name in wanted for column in COLUMNS_BY_SCORE[name]]
+
+
+ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT = "id", "query", "context", "prompt", "negative_prompt"
+
+CONTROL_IMAGE = "control_image"  # control maps that a row brings, in place of those made of its query
+
+TARGET = "target"  # of a finetune job's manifest: the picture that query and contexts should become
+
+SETTINGS = tuple(Settings.model_fields)
+
+MANIFEST_COLUMNS = (ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT, CONTROL_IMAGE, *SETTINGS)
+
+PASSED = "passed:"  # prefix in flight of a manifest column that we don't know
+
+FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the Hugging Face Image storage type
+
+# Schema metadata by which `datasets` decodes the column `image`.
+HUGGING_FACE = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()}
+
+IMAGE = pa.struct([("data", pa.binary()), ("height", pa.int32()), ("width", pa.int32())])  # raw uint8 RGB
+
+READ = pa.schema(
+    [
+        ("shard", pa.int64()),
+        (ID, pa.string()),
+        (QUERY, FILE),
+        (CONTEXT, pa.list_(FILE)),
+        (CONTROL_IMAGE, pa.list_(FILE)),
+        (PROMPT, pa.string()),
+        (NEGATIVE_PROMPT, pa.string()),
+        ("settings", pa.string()),  # JSON of the row's own settings over the job's, seed filled in; once made, the image's
+        ("error_code", pa.string()),
+        ("error_message", pa.string()),
+    ]
+)
+
+LOADED = pa.schema(
+    [
+        ("query_image", IMAGE),
+        ("control_images", pa.list_(IMAGE)),
+        ("context_images", pa.list_(IMAGE)),
+        ("query_mean", pa.list_(pa.float32())),
+        ("query_std", pa.list_(pa.float32())),
+    ]
+)
+
+MADE = pa.schema(
+    [
+        ("index", pa.int32()),
+        ("made_image", IMAGE),
+        ("seconds", pa.float32()),
+        ("lanes", pa.int32()),
+        ("device", pa.string()),
+        ("prompt_truncated", pa.bool_()),
+        ("vae_tiled", pa.bool_()),
+        ("unsafe", pa.bool_()),
+        ("used_lane_steps", pa.int64()),
+        ("paid_lane_steps", pa.float64()),
+    ]
+)
+
+COUNTED = ("used_lane_steps", "paid_lane_steps")  # summed over a run
+
+STAGES = ("load", "generate", "write")  # each leaves a column STAGE_span, the same in all rows of a shard
+
+SPAN = pa.struct([("began", pa.float64()), ("seconds", pa.float64())])  # began: since the epoch
+
+FAILURES_TOLD = 20  # of a shard, one by one
+
+WRITTEN = pa.schema(  # what the driver hears of a shard: one row
+    [
+        ("shard", pa.int64()),
+        *((name, pa.int64()) for name in ("rows", "failed", "images")),  # of its part
+        ("rows_made", pa.int64()),  # by this attempt, failed ones among them: with --retry-failed a part has others too
+        ("images_made", pa.int64()),
+        ("bytes", pa.int64()),  # of the part and its pictures
+        ("codes", pa.map_(pa.string(), pa.int64())),  # failed rows by code
+        ("failures", pa.list_(pa.struct([(name, pa.string()) for name in (ID, "code", "message")]))),
+        *((f"{stage}_span", SPAN) for stage in STAGES),
+        *((name, pa.float64()) for name in COUNTED),
+    ]
+)
+
+SETTING_TYPES: dict[str, pa.DataType] = {
+    "seed": pa.int64(),
+    "num_inference_steps": pa.int32(),
+    "scheduler": pa.string(),
+    "guidance_scale": pa.float64(),
+    "context_guidance_scale": pa.float64(),
+    "controlnet_conditioning_scale": pa.list_(pa.float64()),  # of each ControlNet
+    "control_guidance_start": pa.float64(),
+    "control_guidance_end": pa.float64(),
+    "context_scale": pa.float64(),
+    "context_weights": pa.list_(pa.float64()),
+    "strength": pa.float64(),
+    "num_images": pa.int32(),
+}
+
+SCORE_COLUMNS = tuple(column for columns in COLUMNS_BY_SCORE.values() for column in columns)
+
+OUTPUT = pa.schema(
+    [
+        (ID, pa.string()),
+        ("index", pa.int32()),
+        ("status", pa.string()),
+        ("error_code", pa.string()),
+        ("error_message", pa.string()),
+        ("file_name", pa.string()),
+        ("image", FILE),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),
+        *SETTING_TYPES.items(),
+        (QUERY, pa.string()),
+        (CONTEXT, pa.list_(pa.string())),
+        (CONTROL_IMAGE, pa.list_(pa.string())),
+        (PROMPT, pa.string()),
+        (NEGATIVE_PROMPT, pa.string()),
+        ("control", pa.string()),
+        ("fit", pa.string()),
+        ("model", pa.string()),
+        ("query_mean", pa.list_(pa.float32())),
+        ("query_std", pa.list_(pa.float32())),
+        *((name, pa.float32()) for name in SCORE_COLUMNS),
+        ("flagged", pa.bool_()),  # a score is beyond its threshold; null: none could be looked at
+        ("unsafe", pa.bool_()),  # by the model's safety checker; null: none ran
+        ("seconds", pa.float32()),
+        ("device", pa.string()),
+        ("lanes", pa.int32()),
+        ("prompt_truncated", pa.bool_()),
+        ("vae_tiled", pa.bool_()),  # decoded in tiles, for want of memory: other pixels than whole
+        ("created_at", pa.timestamp("ms", tz="UTC")),
+    ]
+)
+
+SCORES = pa.schema([OUTPUT.field(name) for name in (ID, "index", *SCORE_COLUMNS, "error_code", "error_message")])
+
+
+def to_image(pixels: Pixels | None) -> dict[str, Any] | None:
+    """uint8 (H, W, 3) -> a value of the Arrow type IMAGE."""
+    if pixels is None:
+        return None
+    return {"data": pixels.tobytes(), "height": pixels.shape[0], "width": pixels.shape[1]}
+
+
+def from_image(value: dict[str, Any] | None) -> Pixels | None:
+    """A value of the Arrow type IMAGE -> uint8 (H, W, 3), read-only."""
+    if value is None:
+        return None
+    return np.frombuffer(value["data"], np.uint8).reshape(value["height"], value["width"], 3)
+
+
+def known_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a table in flight, without the columns that we don't know: those stay in Arrow."""
+    return table.select([name for name in table.column_names if not name.startswith(PASSED)]).to_pylist()
+
+
+def required(value: dict[str, Any] | None) -> Pixels:
+    """from_image where there must be one."""
+    pixels = from_image(value)
+    assert pixels is not None
+    return pixels

@@ -1,0 +1,79 @@
+"""What both kinds of backbone make of a request's contexts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from context_diffusion.core.errors import ErrorCode, RowError
+from context_diffusion.core.records import Pixels, Request
+
+
+@dataclass(frozen=True)
+class Context:
+    """key: of its content."""
+
+    key: str
+    pixels: Pixels
+    weight: float
+
+
+def weighted_contexts(request: Request, slots: int) -> list[Context]:
+    """In the order of their content, so that their order in the row cannot change a bit. Raises RowError where they are
+    more than the model has slots, or the weights are not theirs."""
+    given = request.settings.context_weights or [1.0] * len(request.contexts)
+    if len(given) != len(request.contexts):
+        message = f"context_weights has {len(given)} values for {len(request.contexts)} contexts"
+        raise RowError(ErrorCode.INVALID_SETTING, message)
+    if len(request.contexts) > slots:
+        raise RowError(ErrorCode.TOO_MANY_CONTEXTS, f"{len(request.contexts)} contexts, the model takes at most {slots}")
+    found = (Context(content_key(pixels), pixels, weight) for pixels, weight in zip(request.contexts, given, strict=True))
+    return sorted(found, key=lambda one: (one.key, one.weight))
+
+
+def control_scales(request: Request, networks: int) -> list[float]:
+    """Of each ControlNet. Raises RowError where the row's control maps or scales are not as many."""
+    scales = request.settings.controlnet_conditioning_scale
+    scales = scales if isinstance(scales, list) else [scales] * networks
+    for what, count in (("control maps", len(request.controls)), ("values of controlnet_conditioning_scale", len(scales))):
+        if count != networks:
+            raise RowError(ErrorCode.INVALID_SETTING, f"{count} {what}, the model has {networks} ControlNets")
+    return scales
+
+
+def content_key(pixels: Pixels) -> str:
+    return hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest() + str(pixels.shape)
+
+
+def slots_of(tokens: list[Tensor], weights: list[float], slots: int) -> tuple[Tensor, Tensor]:
+    """Tokens (1, K, D) each -> (1, slots, K, D) with the weights (1, slots), zeros where there is none."""
+    shown = torch.cat(tokens)
+    filled = shown.new_zeros(1, slots, *shown.shape[1:])
+    filled[0, : len(shown)] = shown
+    padded = torch.zeros(1, slots, device=shown.device)
+    padded[0, : len(weights)] = torch.tensor(weights)
+    return filled, padded
+
+
+def to_tensor(pixels: Pixels) -> Tensor:
+    """uint8 (H, W, 3) -> uint8 (1, 3, H, W)."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+
+
+def start_step(steps: int, strength: float | None) -> int:
+    """The first step of an image-to-image row, as diffusers counts it: steps - min(int(steps · strength), steps)."""
+    return 0 if strength is None else max(steps - min(int(steps * strength), steps), 0)
+
+
+def control_window(steps: int, start: float, end: float) -> range:
+    """The steps at which the ControlNet acts: diffusers keeps step i where i/n >= start and (i+1)/n <= end."""
+    kept = [i for i in range(steps) if not (i / steps < start or (i + 1) / steps > end)]
+    return range(kept[0], kept[-1] + 1) if kept else range(0)
+
+
+def is_finite(latents: Tensor) -> bool:
+    return math.isfinite(float(latents.abs().max()))

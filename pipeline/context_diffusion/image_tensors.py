@@ -1,0 +1,164 @@
+"""Pictures as tensors, dynamically normalised: the Python side of what a job does with files. Knows nothing of Ray.
+
+Shapes: C = 3 channels RGB, H W pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+
+from context_diffusion.core.errors import ErrorCode, RowError
+from context_diffusion.core.job_base import Fit, Limits
+from context_diffusion.core.records import Pixels
+from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD, ContextPreprocessing
+from context_diffusion.inputs.decode import Size, decode_image, decode_resized, resize, shown
+from context_diffusion.storage.filesystem import Storage
+
+Normalization = Literal["dynamic", "clip", "none"]
+LEVEL = 1 / 255
+# What leaves a picture's values and channels as they are.
+REMEMBERING = {"to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "pin_memory", "clone", "detach",
+               "contiguous", "unsqueeze", "squeeze", "requires_grad_"}  # fmt: skip
+
+
+class ImageTensor(torch.Tensor):
+    """(3, H, W) float32 that remembers what normalisation removed: `removed_mean`, `removed_std`, 3 values of [0, 1].
+
+    Copies with the same values remember too (REMEMBERING, deepcopy, pickle); every other result is a plain tensor.
+    """
+
+    removed_mean: list[float]
+    removed_std: list[float]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in REMEMBERING and type(result) is torch.Tensor and _remembers(args[0]):
+            return _remember(result, args[0].removed_mean, args[0].removed_std)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        memo[id(self)] = copy = self.clone()
+        return copy
+
+
+def _remembers(value: Any) -> bool:
+    return isinstance(value, ImageTensor) and hasattr(value, "removed_mean")
+
+
+def _remember(values: torch.Tensor, mean: list[float], std: list[float]) -> ImageTensor:
+    tensor = values.as_subclass(ImageTensor)
+    tensor.removed_mean, tensor.removed_std = list(mean), list(std)
+    return tensor
+
+
+def load_image_as_tensor(
+    source: Any, size: int | tuple[int, int] | None = None, normalization: Normalization = "dynamic"
+) -> ImageTensor:
+    """A picture as float32 (3, H, W); `to_image` gives it back.
+
+    source: path, URI, bytes, PIL image or uint8 array (H, W, 3). size: a side or (width, height), centre cut to fit.
+    normalization: `dynamic` removes the picture's own mean and deviation by channel (as the model does: a constant
+    picture becomes 0), `clip` CLIP's constants, `none` leaves [0, 1].
+    Raises FileNotFoundError, RowError for what is no picture, ValueError for a wrong size or normalization.
+    """
+    if normalization not in get_args(Normalization):
+        raise ValueError(f"normalization is one of {', '.join(get_args(Normalization))}, not {normalization!r}")
+    wanted = None if size is None else _size(size)
+    pixels = to_pixels(source)
+    if wanted is not None:
+        pixels = resize(pixels, *wanted, "crop")
+    values = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().contiguous() / 255  # (3, H, W)
+    mean, std = torch.zeros(3), torch.ones(3)
+    if normalization == "dynamic":
+        mean, std = values.mean((1, 2)), values.flatten(1).std(1, correction=0).clamp(min=LEVEL)
+        # A constant channel is 0 exactly, not the rounding error of its mean over one level.
+        mean = torch.where(values.amax((1, 2)) == values.amin((1, 2)), values[:, 0, 0], mean)
+    elif normalization == "clip":
+        mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+    return _remember((values - mean[:, None, None]) / std[:, None, None], mean.tolist(), std.tolist())
+
+
+def _size(size: Any) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, tuple | list) or len(sides) != 2 or not all(type(s) is int and s >= 1 for s in sides):
+        raise ValueError(f"size is a whole number of pixels from 1 on or a pair (width, height) of them, not {size!r}")
+    return sides[0], sides[1]
+
+
+def to_image(tensor: torch.Tensor) -> Image.Image:
+    """The picture of a tensor (3, H, W), to rounding: what normalisation removed is put back; others are in [0, 1]."""
+    return Image.fromarray(_tensor_pixels(tensor))
+
+
+def to_pixels(source: Any) -> Pixels:
+    """Anything that the Python API takes for a picture -> uint8 (H, W, 3).
+
+    source: ImageTensor (what was removed is put back), float tensor (3, H, W) in [0, 1], PIL image, uint8 array
+    (H, W, 3), path, URI or bytes. Raises FileNotFoundError, RowError for bytes that are no picture, ValueError for a
+    wrong shape or range, TypeError for anything else.
+    """
+    if (file := _file(source)) is not None:
+        return decode_image(file[0], Limits(), file[1])
+    if isinstance(source, torch.Tensor):
+        return _tensor_pixels(source)
+    if isinstance(source, Image.Image):
+        return shown(source)
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            raise ValueError(f"an array of a picture is uint8 (H, W, 3), not {source.dtype} {source.shape}")
+        return np.ascontiguousarray(source)
+    raise TypeError(f"a picture is a path, URI, bytes, PIL image, array or tensor, not a {type(source).__name__}")
+
+
+def to_resized(source: Any, size_of: Callable[[int, int], Size], fit: Fit) -> Pixels:
+    """to_pixels and resize, by a job's own path: the same pixels. size_of: the picture's (width, height) -> the wanted."""
+    if (file := _file(source)) is not None:
+        return decode_resized(file[0], Limits(), file[1], size_of, fit)
+    pixels = to_pixels(source)
+    return resize(pixels, *size_of(pixels.shape[1], pixels.shape[0]), fit)
+
+
+def to_context(source: Any, preprocessing: ContextPreprocessing) -> Pixels:
+    """Turn a context of any kind into the pixels that the encoder reads, in the same way as a job."""
+    if (file := _file(source)) is not None:
+        return preprocessing.decode(file[0], Limits(), file[1])
+    return preprocessing.apply(to_pixels(source))
+
+
+def _file(source: Any) -> tuple[bytes, str] | None:
+    """A picture file's bytes and name, where the source is one."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source), "the bytes"
+    if not isinstance(source, str | os.PathLike):
+        return None
+    uri = os.fspath(source)
+    try:
+        return Storage().read_input(uri, Limits().max_bytes), uri
+    except RowError as error:
+        if error.code == ErrorCode.MISSING_FILE:
+            raise FileNotFoundError(error.message) from None
+        raise
+
+
+def _tensor_pixels(tensor: torch.Tensor) -> Pixels:
+    values = tensor.as_subclass(torch.Tensor).detach()
+    if values.ndim == 4 and values.shape[0] == 1:
+        values = values[0]  # a batch of one
+    if values.ndim != 3 or values.shape[0] != 3 or not values.numel() or not values.is_floating_point():
+        raise ValueError(f"a tensor of a picture is float (3, H, W), not {values.dtype} {tuple(tensor.shape)}")
+    values = values.float().cpu()
+    if isinstance(tensor, ImageTensor) and _remembers(tensor):
+        mean, std = torch.tensor(tensor.removed_mean), torch.tensor(tensor.removed_std)
+        values = values * std[:, None, None] + mean[:, None, None]
+    elif not (values.min() >= -LEVEL / 2 and values.max() <= 1 + LEVEL / 2):  # NaN is not either
+        found = f"{values.min():.3g} to {values.max():.3g}"
+        raise ValueError(f"a plain tensor of a picture is in [0, 1], not {found}: clamp it, or undo its normalisation")
+    return (values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()

@@ -1,0 +1,95 @@
+"""What a model is used with where a job or a call leaves it out: its published settings, and its ControlNet's map. No torch.
+
+Sources: the model cards of stable-diffusion-xl-base-1.0 (40 steps), control_v11p_sd15_canny (30 steps of a multistep
+solver), controlnet-canny-sdxl-1.0 (scale .5); the defaults of diffusers' pipelines (guidance 7.5 and 5); IP-Adapter's
+README (a scale about .5 beside a prompt, its notebooks .6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from context_diffusion.core.errors import ConfigError
+from context_diffusion.core.generate_job import ControlName, GenerateJob, control_kinds
+from context_diffusion.core.settings import SchedulerName, Settings
+
+SD15: dict[str, Any] = {"num_inference_steps": 30, "guidance_scale": 7.5, "scheduler": "dpmpp_2m", "context_scale": 0.6}
+SDXL: dict[str, Any] = {"num_inference_steps": 40, "guidance_scale": 5.0, "scheduler": "euler", "context_scale": 0.6}
+# A base's own scheduler, by its class in diffusers.
+SCHEDULERS: dict[str, SchedulerName] = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "LCMScheduler": "lcm",
+    "FlowMatchEulerDiscreteScheduler": "flow_euler",
+}
+# Published ControlNets whose map is one of ours, with the scale that their card recommends.
+CONTROLNETS: dict[str, tuple[ControlName, float]] = {
+    "lllyasviel/control_v11p_sd15_canny": ("canny", 1.0),
+    "lllyasviel/sd-controlnet-canny": ("canny", 1.0),
+    "diffusers/controlnet-canny-sdxl-1.0": ("canny", 0.5),
+    "diffusers/controlnet-canny-sdxl-1.0-mid": ("canny", 0.5),
+    "diffusers/controlnet-canny-sdxl-1.0-small": ("canny", 0.5),
+    "xinsir/controlnet-canny-sdxl-1.0": ("canny", 1.0),
+    "latentcat/control_v1p_sd15_brightness": ("gray", 1.0),
+    "lllyasviel/control_v11f1e_sd15_tile": ("none", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """settings: row settings by name. control: a map for each ControlNet; None: nobody knows what they were trained on.
+    controlnets: their names, as messages tell them."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    control: tuple[str, ...] | None = ("gray",)
+    controlnets: tuple[str, ...] = ("its own",)
+
+
+def stable_diffusion_defaults(xl: bool, scheduler: Mapping[str, Any], controlnets: list[str]) -> Defaults:
+    """Of a base and its ControlNets. scheduler: the base's scheduler_config."""
+    settings = SDXL if xl else SD15
+    if own := SCHEDULERS.get(str(scheduler.get("_class_name"))):
+        settings = settings | {"scheduler": own}
+    known = [CONTROLNETS.get(net) for net in controlnets]
+    scales = [net[1] if net else 1.0 for net in known]
+    if set(scales) > {1.0} or (scales and scales[0] != 1.0):
+        settings = settings | {"controlnet_conditioning_scale": scales}
+    control = None if None in known else tuple(net[0] for net in known if net)
+    return Defaults(settings, control, tuple(controlnets))
+
+
+def resolved_settings(defaults: Defaults, given: Settings) -> Settings:
+    """What was given, over the model's own defaults, over those of Settings."""
+    return Settings.model_validate(defaults.settings | given.model_dump(include=given.model_fields_set))
+
+
+def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> list[str]:
+    """The control map of each ControlNet, [] where none runs. Raises ConfigError where it must be said, or does not fit."""
+    if given is None:
+        if defaults.control is None:
+            names = ", ".join(defaults.controlnets)
+            raise ConfigError(
+                f"control: which map the ControlNet {names} was trained on is unknown; "
+                "set control to canny, gray, soft_edges or none (the query itself), a list for several, or to disabled"
+            )
+        return list(defaults.control)
+    kinds = control_kinds(given)
+    if kinds and len(kinds) != len(defaults.controlnets):
+        count = len(defaults.controlnets)
+        raise ConfigError(
+            f"control: {len(kinds)} map(s) ({', '.join(kinds)}) for a model with {count} ControlNet(s); "
+            "name one for each, or disabled"
+        )
+    return kinds
+
+
+def resolved_job(job: GenerateJob, defaults: Defaults) -> GenerateJob:
+    """The job with what it leaves out filled in by its model. Raises ConfigError."""
+    kinds = resolved_control(defaults, job.control)
+    settings = resolved_settings(defaults, job.settings)
+    return job.model_copy(update={"control": kinds or "disabled", "settings": settings})

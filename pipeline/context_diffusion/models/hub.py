@@ -1,0 +1,90 @@
+"""Files of a part of a model: in a folder, or on the Hugging Face Hub at a commit. No torch.
+
+The hub's own cache and locks see to it that a file is downloaded once a node; HF_HUB_OFFLINE is respected.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from context_diffusion.core.errors import ModelError, one_line
+
+
+def split(part: str) -> tuple[str, str]:
+    """OWNER/NAME/some/folder -> its hub id and the folder in it."""
+    owner, _, rest = part.partition("/")
+    name, _, folder = rest.partition("/")
+    return f"{owner}/{name}", folder
+
+
+def commit_of(repo: str, revision: str | None) -> str:
+    """A branch, a tag or None for the newest -> the commit. Asks the hub, and the cache where the hub is out of reach."""
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    try:
+        found = HfApi().model_info(repo, revision=revision).sha
+    except HFValidationError as error:
+        raise ModelError(f"model: {repo!r} is neither a folder that is here nor a hub id: {error}") from error
+    except HfHubHTTPError as error:
+        hint = "check the name and the revision; a private or gated one needs HF_TOKEN"
+        raise ModelError(f"model: the hub has no {repo} at {revision or 'main'} for us ({error}); {hint}") from error
+    except Exception as error:  # what a network's absence leads the client to
+        kept = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs" / (revision or "main")
+        if not kept.is_file():
+            raise ModelError(f"model: {repo} is not in the cache and the hub is out of reach: {_hint(error)}") from error
+        found = kept.read_text().strip()
+    return str(found)
+
+
+def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
+    """A file of a part (or all of it, where name is empty), downloaded where it must be. Raises ModelError."""
+    local = Path(part)
+    if local.exists():
+        return local / name if name else local
+    repo, folder = split(part)
+    inside = "/".join(piece for piece in (folder, name) if piece)
+    try:
+        if name:
+            return Path(hf_hub_download(repo, inside, revision=revision.get(repo)))
+        wanted = f"{folder}/*" if folder else None
+        return Path(snapshot_download(repo, revision=revision.get(repo), allow_patterns=wanted)) / folder
+    except HFValidationError as error:
+        raise ModelError(f"model: {part!r} is neither a folder that is here nor a hub id: {error}") from error
+    except Exception as error:  # no such file, no room, no network
+        raise ModelError(f"model: {part}: cannot get {name or 'its files'} of the hub: {_hint(error)}") from error
+
+
+def fetch_optional(part: str, name: str, revision: dict[str, str]) -> Path | None:
+    """Fetch a file that a part may lack; None where it does. Raises ModelError where that cannot be found out."""
+    try:
+        path = fetch(part, name, revision)
+    except ModelError as error:
+        # Offline, a file that the cache lacks counts as absent; with a network, an answer is needed.
+        absent = isinstance(error.__cause__, EntryNotFoundError)
+        if absent and (constants.is_offline_mode() or not isinstance(error.__cause__, LocalEntryNotFoundError)):
+            return None
+        raise
+    return path if path.is_file() else None
+
+
+def obstacle_to(repo: str, timeout_s: float) -> str | None:
+    """What forbids to download a repository now; None where the hub answers for it. Downloads nothing."""
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE forbids the download"
+    try:
+        HfApi().model_info(repo, timeout=timeout_s)
+    except HfHubHTTPError as error:
+        return f"the hub refuses {repo}: {one_line(str(error))}; a private or gated one needs HF_TOKEN"
+    except Exception as error:  # what a network's absence leads the client to
+        return f"the hub at {constants.ENDPOINT} is out of reach: {type(error).__name__}: {one_line(str(error))}"
+    return None
+
+
+def _hint(error: Exception) -> str:
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set; unset it once to download, or name a folder"
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}; check name and network, or name a folder"

@@ -1,0 +1,121 @@
+"""The native model as the engine's backbone: prompts, contexts and layouts encoded once, keys and values with them."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from context_diffusion.core.records import Request
+from context_diffusion.engine.backbone import Conditions, Encoded
+from context_diffusion.engine.conditioning import content_key, control_scales, slots_of, to_tensor, weighted_contexts
+from context_diffusion.engine.embedding_cache import Cache
+from context_diffusion.engine.guidance import Branch, guidance_branches
+from context_diffusion.inputs.context_images import ContextPreprocessing, SquareCrop
+from context_diffusion.models.attention import attend_by_lanes, keys_and_values
+from context_diffusion.models.native.detail_transfer import give_back
+from context_diffusion.models.native.lane_drafts import NativeDrafts
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.models.native.preconditioning import Drawn
+
+
+class NativeBackbone:
+    """engine/backbone.py's interface. The U-Net and the ControlNet are copies: their attention is another one here."""
+
+    def __init__(self, model: NativeModel) -> None:
+        self.model, self.drafts = model, NativeDrafts(model)
+        self.unet, self.controlnet = copy.deepcopy(model.unet).eval(), copy.deepcopy(model.controlnet).eval()
+        self.layers = attend_by_lanes(self.unet)
+        # Of the layout alone: once a row, not once a step.
+        self.layout_embedding = self.controlnet.controlnet_cond_embedding
+        self.controlnet.controlnet_cond_embedding = nn.Identity()
+        self.scheduler_config: dict[str, Any] = model.scheduler_config
+        self.image_size, self.context_slots, self.noise_scale = model.image_size, model.context_slots, model.noise_scale
+        self.contexts: ContextPreprocessing = SquareCrop(model.context_size)
+        self.tiles = False
+        self.predict_reads: tuple[str, ...] = ("",)
+        self.control_reads: tuple[str, ...] = ()
+        self.latent_channels, self.latent_factor = model.latent_shape[0], model.image_size // model.latent_shape[1]
+
+    def branches(self, request: Request) -> list[Branch]:
+        return guidance_branches(request.settings, (request.prompt or "") != (request.negative_prompt or ""))
+
+    def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
+        model, shown = self.model, weighted_contexts(request, self.context_slots)
+        tokens = [cache.get(f"context:{one.key}", partial(self._context, one.pixels)) for one in shown]
+        scale = request.settings.context_scale
+        contexts, weights = slots_of(tokens, [one.weight * scale for one in shown], self.context_slots)
+        lanes: list[Conditions] = []
+        kept = Conditions()
+        for branch in branches:
+            # The last branch is shown all that the row has: of its draft the detail is given back.
+            drawn, kept = self.drafts.of(request, branch, shown, cache) if model.drafts else ({}, kept)
+            prompt = (request.prompt if branch.prompt else request.negative_prompt) or ""
+            text, mask = cache.get(f"text:{prompt}", partial(model.encode_text, [prompt]))
+            hidden, bias = model.fuse(text, mask, contexts, weights if branch.contexts else weights * 0)
+            pooled = model.pool(hidden, bias)
+            lanes.append(
+                keys_and_values(self.layers, hidden) | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled} | drawn
+            )
+        truncated = any(model.truncates(prompt) for prompt in (request.prompt, request.negative_prompt))
+        return Encoded(lanes, self._layout(request, cache), [""] * len(lanes), truncated, kept)
+
+    def _context(self, pixels: Any) -> Tensor:
+        return self.model.encode_images(to_tensor(pixels).to(self.model.device))
+
+    def _layout(self, request: Request, cache: Cache) -> Conditions | None:
+        if not request.controls:
+            return None
+        [scale], [control] = control_scales(request, 1), request.controls
+
+        def embed() -> Tensor:
+            latents = self.model.encode_control(to_tensor(control.pixels).to(self.model.device), [control.kind])
+            return self.layout_embedding(latents.to(self.model.dtype))
+
+        layout = cache.get(f"control:{control.kind}:{content_key(control.pixels)}", embed)
+        return {"layout": layout, "scale": layout.new_full((1, 1, 1, 1), scale)}
+
+    def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
+        return self.model.encode_pixels(to_tensor(request.query).to(self.model.device)).float()
+
+    def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
+        down, mid = self.controlnet(
+            latents.to(self.model.dtype),
+            timesteps,
+            encoder_hidden_states=None,
+            controlnet_cond=control["layout"],
+            return_dict=False,
+        )
+        # The scale last: the draft is part of the layout, and leaves with it.
+        return [*(residual * control["scale"] for residual in (*down, mid)), control["scale"]]
+
+    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
+        down, mid, drawn = None, None, None
+        if residuals is not None:
+            *down, mid, scale = residuals
+            drawn = Drawn(lanes["draft"] * scale, lanes["drawn"] * scale) if self.model.drafts else None
+        given, gain, known = self.model.precondition(latents, timesteps, drawn, self.model.rest_scale)
+        output = self.unet(
+            given,
+            timesteps,
+            encoder_hidden_states=None,
+            class_labels=lanes["pooled"].to(self.model.dtype),
+            cross_attention_kwargs={"lanes": lanes},
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            return_dict=False,
+        )[0]
+        return gain * output + known
+
+    def decode(self, latents: Tensor, request: Request, kept: Conditions, tiled: bool = False) -> Tensor:
+        images = self.model.decode(latents).float()
+        if kept:
+            images = give_back(images, kept["draft"], kept["copy"], kept["share"])
+        if not self.model.restores:
+            return images
+        shown = weighted_contexts(request, self.context_slots)
+        contexts = torch.cat([to_tensor(one.pixels) for one in shown]).to(latents.device)
+        return self.model.restore(images, contexts, torch.tensor([one.weight for one in shown], device=latents.device))

@@ -1,0 +1,138 @@
+"""Where a model comes from and which version it is. No torch: the driver asks before any engine starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from context_diffusion.core.errors import ModelError
+from context_diffusion.core.model_parts import PRESETS, Parts, parts_of
+from context_diffusion.inputs.context_images import ContextPreprocessing, ImageProcessor, SquareCrop, image_processor
+from context_diffusion.models.defaults import Defaults, stable_diffusion_defaults
+from context_diffusion.models.hub import commit_of, fetch, fetch_optional, split
+
+BUNDLED = Path(__file__).parent / "native" / "bundled"
+NATIVE = "ContextDiffusion"  # _class_name in a native model's index
+PREPROCESSOR = "preprocessor_config.json"
+# Folders of a native model; models/native/model.py loads them.
+COMPONENTS = ("vae", "unet", "controlnet", "image_encoder", "text_encoder", "fusion", "memory", "relief", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as it was found. folder: of a native one; parts: of all others and of what the hub holds, every hub id at a
+    commit.
+
+    revision: a digest; other weights are another model. image_size: pixels. contexts: how context images are prepared.
+    defaults: what holds where a job leaves it out.
+    """
+
+    name: str
+    folder: Path | None
+    parts: Parts | None
+    revision: str
+    image_size: int
+    contexts: ContextPreprocessing
+    defaults: Defaults = field(default_factory=Defaults)
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a native model by its name: `bundled` or a folder. Raises ModelError naming what is missing."""
+    folder = BUNDLED if model == "bundled" else Path(model)
+    if not folder.is_dir():
+        raise ModelError(f"model: {model!r} is neither `bundled` nor a folder that is here")
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"model: {folder} has no model_index.json; name the folder that `kind: train` left as model/")
+    return folder
+
+
+def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Source:
+    """Looks up names, folders and hub ids; small files alone are downloaded. commits: of hub ids, found earlier. Raises
+    ModelError naming the part."""
+    if isinstance(model, str) and model not in PRESETS:
+        if model == "bundled" or Path(model).is_dir():
+            index = read_json(str(model_folder(model)), "model_index.json", {})
+            if index.get("_class_name") == NATIVE:
+                return _native(model, model_folder(model), index)
+        elif model.startswith((".", "/", "~")) or "/" not in model:
+            raise ModelError(f"model: {model!r} is no folder that is here, and none of bundled, {', '.join(PRESETS)}")
+    parts = parts_of(model)
+    away = [part for part in parts.all if not Path(part).exists()]
+    for part in away:
+        if part.startswith((".", "/", "~")):
+            raise ModelError(f"model: {part} is not here: check the path")
+    hub = {split(part)[0] for part in away}
+    known = (commits or {}) | parts.revision
+    parts = parts.model_copy(update={"revision": {repo: commit_of(repo, known.get(repo)) for repo in sorted(hub)}})
+    name = model if isinstance(model, str) else parts.base
+    index = read_json(parts.base, "model_index.json", parts.revision)
+    if index.get("_class_name") == NATIVE:
+        return _native(name, fetch(parts.base, "", parts.revision), index, parts if away else None)
+    return _stable_diffusion(name, parts, index)
+
+
+def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None = None) -> Source:
+    for part in COMPONENTS:
+        if not (folder / part).is_dir():
+            raise ModelError(f"model: {folder} lacks the component {part}/; copy the whole model folder")
+    return Source(name, folder, parts, digest(folder), index["image_size"], SquareCrop(index["context_size"]))
+
+
+def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> Source:
+    """A Stable Diffusion with its parts. index: the base's model_index.json."""
+    unet, vae, scheduler = (
+        read_json(parts.base, f"{folder}/{file}", parts.revision)
+        for folder, file in (("unet", "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json"))
+    )
+    image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+    xl = "StableDiffusionXL" in str(index.get("_class_name"))
+    defaults = stable_diffusion_defaults(xl, scheduler, parts.controlnets)
+    return Source(name, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults)
+
+
+def _preprocessing(parts: Parts, index: dict[str, Any]) -> ImageProcessor:
+    """What the image encoder's own preprocessor_config.json says; without one the base's, where it fits the encoder, else
+    CLIP's at the encoder's size: what diffusers takes."""
+    if parts.image_encoder is None:
+        return image_processor(None, 224, parts.base)
+    side = read_json(parts.image_encoder, "config.json", parts.revision)["image_size"]
+    if path := fetch_optional(parts.image_encoder, PREPROCESSOR, parts.revision):
+        return image_processor(_parsed(path, parts.image_encoder), side, parts.image_encoder)
+    if any(index.get("feature_extractor") or []):
+        path = fetch_optional(parts.base, f"feature_extractor/{PREPROCESSOR}", parts.revision)
+        with suppress(ModelError):  # made for another encoder: the base's safety checker, at another size
+            if path:
+                return image_processor(_parsed(path, parts.base), side, parts.base)
+    return image_processor(None, side, parts.image_encoder)
+
+
+def read_json(part: str, name: str, revision: dict[str, str]) -> dict[str, Any]:
+    return _parsed(fetch(part, name, revision), part)
+
+
+def _parsed(path: Path, part: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: {part}: no readable {path.name} ({error})") from error
+
+
+def _revision(parts: Parts) -> str:
+    """Over what the parts say: hub ids by commit, folders and files by their bytes."""
+    told = parts.model_dump(mode="json")
+    told["local"] = {part: digest(Path(part)) for part in parts.all if Path(part).exists()}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest(path: Path) -> str:
+    """Over the names and bytes of a folder's files, or over a file's bytes."""
+    found = hashlib.sha256()
+    files = [path] if path.is_file() else (p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt"))
+    for file in sorted(files):
+        with file.open("rb") as opened:
+            found.update(f"{file.relative_to(path)}\0".encode() + hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()[:16]

@@ -1,0 +1,134 @@
+"""The first stage of training: what of a picture's tones is its style's texture, and what its layout.
+
+Every step has pictures of its own, of layouts of many more kinds than the other stages see (training/data/textured_layouts.py): a texture is then
+known by what it is, not as what no known layout has. B pictures  S pixels
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from context_diffusion.core.records import Pixels
+from context_diffusion.core.training_job import TrainJob
+from context_diffusion.models.native.draft import tones_of
+from context_diffusion.models.native.model import NativeModel
+from context_diffusion.training.data.layouts import Rng, Tone
+from context_diffusion.training.data.pools import Ahead
+from context_diffusion.training.data.styles import TEXTURES, dress, make_style
+from context_diffusion.training.data.textured_layouts import varied_layout
+from context_diffusion.training.look_memory import BARE
+from context_diffusion.training.loop.checkpoints import Metrics, load_checkpoint, load_weights, save_checkpoint
+from context_diffusion.training.loop.distributed import Workers
+from context_diffusion.training.loop.optimizer import Optimizer
+
+FLATTENED = 0.6  # of the flat styles: so many stay flat
+NOISY = 0.3  # of pictures: with a camera's noise, and less contrast
+
+
+Drawn = tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]  # pictures, their structure and texture
+
+
+class Split(NamedTuple):
+    """Of pictures. tones: draft.tones_of's (B, WAYS, S, S); structure, texture: (B, S, S), in ranks of the picture."""
+
+    tones: Tensor
+    structure: Tensor
+    texture: Tensor
+
+
+def train_relief(job: TrainJob, model: NativeModel, folder: Path, metrics: Metrics) -> None:
+    """Trains model.relief in place, from where an earlier run stopped."""
+    steps, path, workers = min(job.relief.steps, job.max_steps or job.relief.steps), folder / "relief.pt", Workers.here()
+    relief, first, size = model.relief.requires_grad_(True), 0, job.relief.batch_size
+    optimizer = Optimizer(nn.ModuleDict({"relief": relief}), nn.Module(), job.relief, workers)
+    if (state := load_checkpoint(path)) is not None:
+        load_weights(relief, state["relief"], path)
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    ahead = Ahead(partial(_pictures, job.seed, size, workers, model.image_size), job.processes)
+    with closing(ahead) as pictures:
+        for step in range(first, steps):
+            loss = split_loss(relief, split_of(pictures.at(step), model.device))
+            optimizer.zero_grad()
+            loss.backward()
+            workers.average(relief.parameters(), 0.0)
+            nn.utils.clip_grad_norm_(relief.parameters(), 1.0)
+            optimizer.step(min(1, (step + 1) / 50) * (1 - step / steps))
+            if (step + 1) % 25 == 0:
+                metrics.write(stage="relief", step=step + 1, share=round((step + 1) / steps, 4), loss=round(loss.item(), 5))
+            if (step + 1) % job.checkpoint_every == 0 or step + 1 == steps:
+                state = {"relief": relief.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                if workers.first:
+                    save_checkpoint(path, state)
+    relief.eval().requires_grad_(False)
+
+
+def split_loss(relief: nn.Module, split: Split) -> Tensor:
+    """The structure is learned beside the texture, for telling them apart is one task: its absolute error, for of several
+    layouts one is right; the texture's squared one, so that what is unsure is faint."""
+    structure, texture = relief(split.tones)
+    wrong = (structure - split.structure).abs().mean() + 2 * (slopes(structure) - slopes(split.structure)).abs().mean()
+    unlike = (texture - split.texture).square().mean() + (slopes(texture) - slopes(split.texture)).square().mean()
+    return wrong + 32 * unlike
+
+
+def slopes(fields: Tensor) -> Tensor:
+    """(B, S, S) -> (B, 2, S - 1, S - 1): to the next pixel down and to the right."""
+    corner = fields[:, :-1, :-1]
+    return torch.stack([fields[:, 1:, :-1] - corner, fields[:, :-1, 1:] - corner], 1)
+
+
+def draw(seed: int, numbers: NDArray[np.int64], side: int) -> Drawn:
+    """Pictures by their numbers, each by its number alone."""
+    drawn = [_picture(np.random.default_rng((seed, 31, int(number))), side) for number in numbers]
+    shown, structure, texture = (np.stack(part) for part in zip(*drawn, strict=True))
+    return shown, structure.astype(np.float16), texture.astype(np.float16)
+
+
+def _pictures(seed: int, size: int, workers: Workers, side: int, step: int) -> Drawn:
+    """This worker's of a step."""
+    return draw(seed, workers.share(np.arange(step * size, (step + 1) * size)), side)
+
+
+def split_of(drawn: Drawn, device: torch.device) -> Split:
+    shown, structure, texture = (torch.from_numpy(part).to(device) for part in drawn)
+    return Split(tones_of(shown.permute(0, 3, 1, 2)), structure.float(), texture.float())
+
+
+def _picture(rng: Rng, side: int) -> tuple[Pixels, Tone, Tone]:
+    tone, style = varied_layout(rng, side), make_style(rng)
+    if style.texture == "flat" and rng.random() > FLATTENED:
+        style = replace(style, texture=str(rng.choice(TEXTURES[1:])))
+    state = rng.bit_generator.state
+    shown = dress(tone, style, rng).astype(np.float32)
+    rng.bit_generator.state = state  # the same strokes and facets
+    bare = replace(style, **BARE)  # type: ignore[arg-type]
+    textured, plain = (_lightness(dress(tone, one, rng)) for one in (bare, replace(bare, texture="flat")))
+    if rng.random() < NOISY:
+        gain, mean, noise = rng.uniform(0.33, 1), shown.mean(), rng.normal(0, rng.uniform(0, 12), shown.shape)
+        shown, textured, plain = (mean + gain * (one - mean) for one in (shown + noise / gain, textured, plain))
+    pixels = np.clip(shown, 0, 255).astype(np.uint8)
+    structure, whole = (_ranks(pixels, one) for one in (plain, textured))
+    return pixels, structure, whole - structure
+
+
+def _lightness(pixels: Pixels) -> Tone:
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), np.float32)
+
+
+def _ranks(pixels: Pixels, lightness: Tone) -> Tone:
+    """What ranks a lightness has among a picture's pixels."""
+    counts = np.bincount(_lightness(pixels).astype(np.uint8).ravel(), minlength=256)
+    known = np.flatnonzero(counts)
+    middle = (counts.cumsum() - counts / 2) / counts.sum()
+    return np.interp(lightness, known, middle[known]).astype(np.float32)

@@ -1,0 +1,187 @@
+"""Every table against its diffusers scheduler, over all steps, to a relative 1e-5."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from context_diffusion.core.errors import ErrorCode, ModelError, RowError
+from context_diffusion.core.settings import SchedulerName
+from context_diffusion.engine.scheduler_tables import SAMPLERS, make_table
+from support.diffusers_reference import REFERENCES
+
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+
+
+def config(prediction: str, spacing: str, **more: Any) -> dict[str, Any]:
+    return {"num_train_timesteps": 1000, "clip_sample": False, "prediction_type": prediction, "timestep_spacing": spacing, **more}
+
+
+def config_for(scheduler: str, prediction: str = "epsilon", spacing: str = "leading", **more: Any) -> dict[str, Any]:
+    return FLOW if scheduler == "flow_euler" else config(prediction, spacing, **more)
+
+
+def reference_of(scheduler: SchedulerName, settings: dict[str, Any], steps: int) -> Any:
+    name, own = REFERENCES[scheduler]
+    made = getattr(diffusers, name).from_config(settings, **own)
+    made.set_timesteps(steps)
+    return made
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Within 1e-5 of the largest value: single values near zero are differences of large ones."""
+    torch.testing.assert_close(ours, theirs.double(), rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def comparable(scheduler: str, prediction: str, spacing: str, steps: int, more: dict[str, Any]) -> bool:
+    """Where diffusers itself has an answer to compare with."""
+    if scheduler == "lcm":  # spaced as its own training was
+        return steps <= 50 and spacing == "leading"
+    if scheduler == "flow_euler":  # predicts the flow, over sigmas of its own
+        return prediction == "epsilon" and spacing == "leading" and more is STABLE_DIFFUSION
+    if scheduler in ("ddim", "ddpm"):
+        return True
+    if prediction == "sample" and scheduler in ("euler", "euler_a"):  # they refuse it
+        return False
+    if steps == 1 and (spacing != "trailing" or scheduler.startswith("dpmpp")):  # sigmas between two timesteps
+        return False
+    # Sigma begins at 2e4 there: its own float32 step loses the digits that are compared.
+    return more is not COSINE or (spacing == "leading" and scheduler != "dpmpp_2m_karras")
+
+
+CASES = [
+    case
+    for case in itertools.product(
+        list(REFERENCES),
+        ["epsilon", "v_prediction", "sample"],
+        ["leading", "trailing", "linspace"],
+        [1, 2, 14, 50, 100],
+        [STABLE_DIFFUSION, COSINE],
+    )
+    if comparable(*case)
+]
+
+
+def test_every_sampler_is_compared() -> None:
+    assert list(REFERENCES) == list(SAMPLERS)
+
+
+@pytest.mark.parametrize(("scheduler", "prediction", "spacing", "steps", "more"), CASES)
+def test_a_table_steps_as_its_scheduler(
+    scheduler: SchedulerName, prediction: str, spacing: str, steps: int, more: dict[str, Any]
+) -> None:
+    first = 5 if steps in (14, 100) else 0  # those as image to image
+    settings = config_for(scheduler, prediction, spacing, **more)
+    reference = reference_of(scheduler, settings, steps)
+    table = make_table(scheduler, steps, settings, first)
+    if first and hasattr(reference, "set_begin_index"):
+        reference.set_begin_index(first)
+    timesteps = reference.timesteps[first:]
+    assert len(table) == len(timesteps)
+    generator = torch.Generator().manual_seed(steps)
+    shape = (1, 4, 8, 8)
+    ours = torch.randn(shape, generator=generator).double() * table.init_scale
+    theirs, before = ours.float(), torch.zeros(shape, dtype=torch.float64)
+    drawn, draws = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    for step, timestep in enumerate(timesteps):
+        output = torch.randn(shape, generator=generator)
+        scale_in, p, q, a, b, c, d = table.coefficients[step].tolist()
+        assert table.timesteps[step] == pytest.approx(float(timestep))
+        if hasattr(reference, "scale_model_input"):
+            close(ours * scale_in, reference.scale_model_input(theirs, timestep))
+        theirs = reference.step(output, timestep, theirs, **({} if scheduler == "ddim" else {"generator": drawn})).prev_sample
+        noise = torch.randn(shape, generator=draws).double() if d else torch.zeros(shape)
+        x0 = p * ours + q * output
+        ours, before = a * ours + b * output + c * before + d * noise, x0
+        close(ours, theirs)
+        ours = theirs.double()  # each step for itself: their float32 loses digits over 333 steps
+
+
+@pytest.mark.parametrize("scheduler", list(REFERENCES))
+@pytest.mark.parametrize("first", [0, 7, 19])
+def test_an_image_is_noised_as_the_scheduler_does(scheduler: SchedulerName, first: int) -> None:
+    settings = config_for(scheduler, **STABLE_DIFFUSION)
+    reference = reference_of(scheduler, settings, 20)
+    image, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    a, b = make_table(scheduler, 20, settings, first).noised
+    add = reference.scale_noise if scheduler == "flow_euler" else reference.add_noise
+    at = reference.timesteps[first : first + 1]
+    theirs = add(image, at, noise) if scheduler == "flow_euler" else add(image, noise, at)
+    torch.testing.assert_close(image * a + noise * b, theirs, rtol=1e-5, atol=1e-5)
+
+
+# What a model's own scheduler_config says, and the samplers that read it.
+FOLLOWED: list[tuple[SchedulerName, dict[str, Any]]] = [
+    ("dpmpp_2m", {"use_karras_sigmas": True}),
+    ("dpmpp_2m", {"use_exponential_sigmas": True}),
+    ("dpmpp_2m", {"solver_order": 1}),
+    ("dpmpp_2m", {"solver_type": "heun"}),
+    ("dpmpp_2m", {"use_lu_lambdas": True}),
+    ("dpmpp_2m", {"euler_at_final": True}),
+    ("dpmpp_2m_karras", {"solver_order": 1}),
+    ("dpmpp_sde", {"use_karras_sigmas": True}),
+    ("euler", {"use_karras_sigmas": True}),
+    ("euler", {"use_exponential_sigmas": True}),
+    ("euler", {"interpolation_type": "log_linear"}),
+    ("ddim", {"rescale_betas_zero_snr": True, "set_alpha_to_one": False, "steps_offset": 1}),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "own"), FOLLOWED)
+def test_the_models_scheduler_config_is_followed(scheduler: SchedulerName, own: dict[str, Any]) -> None:
+    """Held against a diffusers user's `from_config` of the same configuration."""
+    settings = config("v_prediction" if "rescale_betas_zero_snr" in own else "epsilon", "linspace", **STABLE_DIFFUSION) | own
+    reference, table = reference_of(scheduler, settings, 12), make_table(scheduler, 12, settings)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double() * table.init_scale
+    assert torch.equal(table.timesteps, reference.timesteps.float())
+    before, draws = torch.zeros_like(latents), torch.Generator().manual_seed(5)
+    drawn = {} if scheduler == "ddim" else {"generator": torch.Generator().manual_seed(5)}
+    for step, timestep in enumerate(reference.timesteps):
+        output = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(step))
+        if hasattr(reference, "scale_model_input"):
+            reference.scale_model_input(latents.float(), timestep)
+        _, p, q, a, b, c, d = table.coefficients[step].tolist()
+        theirs = reference.step(output, timestep, latents.float(), **drawn).prev_sample
+        noise = torch.randn(1, 4, 8, 8, generator=draws).double() if d else torch.zeros_like(latents)
+        x0 = p * latents + q * output
+        ours, before = a * latents + b * output + c * before + d * noise, x0
+        close(ours, theirs)
+        latents = theirs.double()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "own", "told"),
+    [
+        ("dpmpp_2m", {"solver_order": 3}, "solver_order 3"),
+        ("dpmpp_2m_karras", {"use_exponential_sigmas": True}, "use_exponential_sigmas"),
+        ("flow_euler", {}, "predicts epsilon; choose ddim"),
+        ("flow_euler", {"prediction_type": "v_prediction"}, "predicts v_prediction"),
+        ("euler", FLOW, "predicts a flow; choose flow_euler"),
+        ("dpmpp_2m", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "choose flow_euler"),
+    ],
+)
+def test_a_sampler_that_the_models_scheduler_config_does_not_fit_is_refused_by_name(
+    scheduler: SchedulerName, own: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(RowError, match=f"scheduler {scheduler}.*{told}") as caught:
+        make_table(scheduler, 10, config("epsilon", "leading", **STABLE_DIFFUSION) | own)
+    assert caught.value.code == ErrorCode.INVALID_SETTING
+
+
+def test_what_is_not_linear_is_refused() -> None:
+    with pytest.raises(ModelError, match="clip_sample"):
+        make_table("ddim", 10, config("epsilon", "leading") | {"clip_sample": True})
+
+
+def test_too_many_steps_for_a_sampler_is_the_rows_fault() -> None:
+    with pytest.raises(RowError, match="scheduler lcm with 60 steps") as caught:
+        make_table("lcm", 60, config("epsilon", "leading", **STABLE_DIFFUSION))
+    assert caught.value.code == ErrorCode.INVALID_SETTING

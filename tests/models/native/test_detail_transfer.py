@@ -1,0 +1,91 @@
+"""Detail given back: the draft's where the picture follows it, nothing where it does not; without a camera's noise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from context_diffusion.engine.embedding_cache import Cache
+from context_diffusion.models.native.backbone import NativeBackbone
+from context_diffusion.models.native.detail_transfer import denoised, give_back, noise_of
+from support.tiny import picture, request, tiny_model
+
+
+def pictures(count: int = 3, side: int = 32) -> torch.Tensor:
+    shown = np.stack([picture(number, side, side) for number in range(count)])
+    return torch.from_numpy(shown).permute(0, 3, 1, 2) / 255
+
+
+def noisy(images: torch.Tensor, deviation: float) -> torch.Tensor:
+    return images + deviation * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_picture_that_follows_the_draft_is_given_all_of_it_and_one_that_left_it_nothing() -> None:
+    drafts, copies = pictures(), pictures().mean((2, 3), keepdim=True).expand(3, 3, 32, 32)
+    torch.testing.assert_close(give_back(copies, drafts, copies), drafts)
+    torch.testing.assert_close(give_back(copies, drafts, copies, 0.5), (drafts + copies) / 2)
+    elsewhere = (copies + 0.5).fmod(1)
+    assert (give_back(elsewhere, drafts, copies) - elsewhere).abs().max() < 1 / 255
+    half = torch.cat([copies[..., :16], elsewhere[..., 16:]], 3)
+    found = give_back(half, drafts, copies)
+    torch.testing.assert_close(found[..., :12], drafts[..., :12])
+    assert (found - half)[..., 20:].abs().max() < 1 / 255
+
+
+def test_each_picture_is_what_it_is_alone() -> None:
+    drafts = noisy(pictures(), 0.05)
+    whole = give_back(pictures() * 0.9, denoised(drafts), pictures())
+    for number in range(3):
+        only = slice(number, number + 1)
+        alone = give_back(pictures()[only] * 0.9, denoised(drafts[only]), pictures()[only])
+        torch.testing.assert_close(whole[only], alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("deviation", [0.02, 0.05, 0.1])
+def test_noise_goes_and_a_thin_line_stays(deviation: float) -> None:
+    clean = torch.full((1, 3, 64, 64), 0.4)
+    clean[..., 30:] = 0.6
+    clean[..., 20, :] = 0.9
+    shown = noisy(clean, deviation)
+    assert noise_of(shown).item() == pytest.approx(deviation, rel=0.25)
+    found = denoised(shown)
+    assert (found - clean).square().mean() < 0.3 * (shown - clean).square().mean()
+    line, beside = found[..., 20, 8:56].mean(), found[..., 24:28, 8:56].mean()
+    assert line - beside > 0.8 * (clean[..., 20, 8:56].mean() - clean[..., 24:28, 8:56].mean())
+
+
+def test_a_picture_without_noise_stays() -> None:
+    flat = pictures().round()
+    assert (denoised(flat) - flat).abs().max() < 1 / 255
+
+
+@pytest.mark.parametrize(
+    ("told", "share"),
+    [({}, 1.0), ({"context_scale": 0.25}, 0.25), ({"controlnet_conditioning_scale": 0.5}, 0.5), ({"context_scale": 2.0}, 1.0)],
+)
+def test_a_row_is_given_as_much_as_its_contexts_and_its_layout_say(told: dict[str, float], share: float) -> None:
+    model = dataclasses.replace(tiny_model(), detail_scale=0.8)
+    backbone, one = NativeBackbone(model), request(1, contexts=2, **told)
+    kept = backbone.encode(one, backbone.branches(one), Cache(10**8)).kept
+    assert kept["share"].item() == pytest.approx(0.8 * share)
+    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    plain = backbone.decode(latents, one, {})
+    torch.testing.assert_close(
+        backbone.decode(latents, one, kept), give_back(plain, kept["draft"], kept["copy"], kept["share"]), atol=1e-6, rtol=0
+    )
+
+
+def test_without_contexts_or_tones_there_is_no_draft_to_give() -> None:
+    backbone = NativeBackbone(tiny_model())
+    edges = request(1, contexts=1, control="canny")
+    assert backbone.encode(edges, backbone.branches(edges), Cache(10**8)).kept == {}
+
+
+def test_a_scale_of_nothing_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, one = dataclasses.replace(tiny_model(), detail_scale=0.0), request(1, contexts=1)
+    monkeypatch.setattr(model, "detail", None)  # what would be called is not there
+    backbone = NativeBackbone(model)
+    assert backbone.encode(one, backbone.branches(one), Cache(10**8)).kept == {}

@@ -1,0 +1,84 @@
+"""A row of any mixed batch is the picture that diffusers' own pipeline makes of that row alone."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from support.diffusers_reference import Model, compare, reference, row
+from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """-> the `model:` mapping of a kind: (xl, plus)."""
+
+    @cache
+    def make(xl: bool, plus: bool) -> Model:
+        folder = tmp_path_factory.mktemp("sd")
+        base = make_base(folder, xl)
+        encoder = make_image_encoder(folder)
+        nets = [make_controlnet(folder, xl, seed) for seed in (1, 2)]
+        return {"base": base, "controlnet": nets, "image_encoder": encoder, **make_ip_adapter(folder, base, plus, xl)}
+
+    return make
+
+
+MIXED: list[dict[str, Any]] = [
+    {"contexts": 1, "num_inference_steps": 4, "scheduler": "euler"},
+    {"contexts": 3, "prompt": "a red house by the sea", "guidance_scale": 1.0, "scheduler": "dpmpp_2m"},
+    {"contexts": 2, "prompt": None, "context_scale": 0.4, "num_inference_steps": 5, "controlnet_conditioning_scale": [0.3, 0.9]},
+    {"contexts": 4, "negative_prompt": "blurry", "control_guidance_end": 0.6, "num_inference_steps": 6, "scheduler": "euler_a"},
+    {"contexts": 1, "control_guidance_start": 0.4, "num_inference_steps": 5, "scheduler": "ddpm", "context_scale": 0.0},
+    {"contexts": 2, "strength": 0.6, "num_inference_steps": 6, "scheduler": "dpmpp_2m_karras", "size": (64, 96)},
+    {"contexts": 1, "scheduler": "lcm", "guidance_scale": 0.0, "negative_prompt": "ugly"},
+    {"contexts": 2, "scheduler": "dpmpp_sde", "num_inference_steps": 5, "guidance_scale": 9.0, "size": (96, 64)},
+    {"contexts": 1, "scheduler": "ddim", "strength": 0.5, "num_inference_steps": 4, "prompt": "words " * 20},
+]
+
+SLOW = pytest.mark.slow  # `make test` has one kind of each, `make test-full` the others
+
+KINDS = [(False, False), pytest.param(False, True, marks=SLOW), pytest.param(True, False, marks=SLOW), (True, True)]
+
+
+@pytest.mark.parametrize(("xl", "plus"), KINDS)
+def test_each_row_of_a_mixed_batch_is_what_diffusers_makes_of_it_alone(models: Any, xl: bool, plus: bool) -> None:
+    compare(models(xl, plus), [row(number, **own) for number, own in enumerate(MIXED)], xl)
+
+
+@pytest.mark.parametrize("xl", [False, pytest.param(True, marks=SLOW)])
+def test_without_controlnet_and_without_ip_adapter_too(models: Any, xl: bool) -> None:
+    model = models(xl, False)
+    rows = [row(n, control=[], scheduler=name) for n, name in enumerate(("ddim", "euler", "dpmpp_2m"))]
+    rows.append(row(9, control=[], strength=0.7, num_inference_steps=4))
+    compare(model, rows, xl)
+    plain = {name: part for name, part in model.items() if "ip_adapter" not in name and name != "image_encoder"}
+    compare(plain, [row(5), row(6, control=[], guidance_scale=1.0)], xl)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "prompt": {"prompt": "0"},
+    "negative prompt": {"negative_prompt": "~ dull, grey and blurred ~ ~ ~"},
+    "contexts": {"contexts": 3},
+    "steps": {"num_inference_steps": 2},
+    "scheduler": {"scheduler": "euler_a"},
+    "guidance": {"guidance_scale": 12.0},
+    "control map": {"control": ["none", "soft_edges"]},
+    "control scale": {"controlnet_conditioning_scale": [0.0, 1.0]},
+    "control window": {"control_guidance_end": 0.4},
+    "context scale": {"context_scale": 0.1},
+    "seed": {"seed": 77},
+    "strength": {"strength": 0.6},
+}
+
+
+@pytest.mark.parametrize("xl", [False, pytest.param(True, marks=SLOW)])
+def test_each_input_moves_the_reference_itself(models: Any, xl: bool) -> None:
+    """Else a model that ignores an input could pass."""
+    model = models(xl, True)
+    base = reference(model, row(1), xl)[1].astype(int)
+    still = [what for what, change in CHANGES.items() if np.abs(reference(model, row(1, **change), xl)[1] - base).max() < 20]
+    assert not still

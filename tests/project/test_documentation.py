@@ -1,0 +1,216 @@
+"""The README is true: its tables are the models', its map is the tree, its job file and its example work.
+
+python tests/project/test_documentation.py      writes the tables anew, those of jobs/ and tests/benchmarks/ too
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic.fields import FieldInfo
+
+import context_diffusion
+from context_diffusion.cluster.metrics import METRICS, exported
+from context_diffusion.core import errors
+from context_diffusion.core.errors import EXITS, REMEDIES, ErrorCode
+from context_diffusion.core.evaluate_job import EvaluateJob
+from context_diffusion.core.generate_job import Cluster, GenerateJob
+from context_diffusion.core.job_base import Limits
+from context_diffusion.core.job_file import check_job, parse
+from context_diffusion.core.model_parts import PRESETS, Parts
+from context_diffusion.core.settings import Settings
+from context_diffusion.core.training_job import (
+    Architecture,
+    AutoencoderSteps,
+    DiffusionSteps,
+    FinetuneJob,
+    FinetuneSteps,
+    Normalization,
+    ReliefSteps,
+    TrainJob,
+)
+from context_diffusion.models.defaults import Defaults, resolved_settings, stable_diffusion_defaults
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PACKAGE = Path(context_diffusion.__file__).parent
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is None or isinstance(field.default, Settings | Cluster | Limits):
+        return ""
+    return f"`{field.default}`"
+
+
+def table(models: dict[str, Any]) -> str:
+    lines = ["| key | default | what it is |", "|---|---|---|"]
+    for prefix, model in models.items():
+        for name, field in model.model_fields.items():
+            if field.description:  # parts that are models of their own have lines of their own
+                lines.append(f"| `{prefix}{name}` | {_default(field)} | {field.description} |")
+    return "\n".join(lines)
+
+
+def listed(head: str, lines: dict[Any, str]) -> str:
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *(f"| {key} | {text} |" for key, text in lines.items())])
+
+
+def heads(folder: str, *patterns: str) -> str:
+    """A line for each file of a folder: the first sentence of its head."""
+    paths = sorted(path for pattern in patterns for path in (ROOT / folder).glob(pattern) if path.suffix != ".png")
+    return listed("| file | what it is |", {f"`{path.relative_to(ROOT / folder)}`": head(path) for path in paths})
+
+
+def head(path: Path) -> str:
+    text = path.read_text()
+    block = ast.get_docstring(ast.parse(text)) if path.suffix == ".py" else re.match(r"(?:#.*\n)+", text)
+    assert block, f"{path} has no head that says what it is"
+    plain = re.sub(r"^# ?", "", block if isinstance(block, str) else block[0], flags=re.M)
+    return re.split(r"(?<=[.?])\s|\n\n", plain)[0].replace("\n", " ")
+
+
+TRAINING = {
+    "": TrainJob,
+    "architecture.": Architecture,
+    "architecture.normalization.": Normalization,
+    "relief.": ReliefSteps,
+    "autoencoder.": AutoencoderSteps,
+    "diffusion.": DiffusionSteps,
+}
+TABLES = {
+    "metrics": listed(
+        "| metric | what it is | labels |",
+        {f"`{exported(name)}`": f"{one.what} | {', '.join(one.labels)}" for name, one in METRICS.items()},
+    ),
+    "settings": table({"": Settings}),
+    "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits}),
+    "parts": table({"model.": Parts}),
+    "train": table(TRAINING),
+    "evaluate": table({"": EvaluateJob, "limits.": Limits}),
+    "finetune": table({"": FinetuneJob, "diffusion.": FinetuneSteps}),
+    "exits": listed(
+        "| exit code | what it says of OUTPUT | what to do |", {code: " | ".join(told) for code, told in EXITS.items()}
+    ),
+    "codes": listed("| error code | what to do |", {f"`{code}`": REMEDIES.get(code, "") for code in ErrorCode}),
+}
+
+PRESET_SETTINGS = ("num_inference_steps", "scheduler", "guidance_scale", "context_scale", "controlnet_conditioning_scale")
+
+
+def presets() -> str:
+    """What each named model is used with where a job leaves it out."""
+    own = {
+        "bundled": (128, Defaults()),
+        "sd15": (512, stable_diffusion_defaults(False, {"_class_name": "PNDMScheduler"}, PRESETS["sd15"].controlnets)),
+        "sdxl": (1024, stable_diffusion_defaults(True, {"_class_name": "EulerDiscreteScheduler"}, PRESETS["sdxl"].controlnets)),
+    }
+    lines = {}
+    for name, (size, defaults) in own.items():
+        used = resolved_settings(defaults, Settings()).model_dump()
+        scale = used["controlnet_conditioning_scale"]
+        values = [*(used[setting] for setting in PRESET_SETTINGS[:-1]), *(scale if isinstance(scale, list) else [scale])]
+        lines[f"`{name}`"] = " | ".join(map(str, [size, "+".join(defaults.control or ()), *values]))
+    return listed(f"| model | pixels | control | {' | '.join(PRESET_SETTINGS)} |", lines)
+
+
+TABLES["presets"] = presets()
+PAGES = {
+    README: TABLES,
+    ROOT / "jobs/README.md": {"files": heads("jobs", "*.yaml", "*.py", "*/*.py")},
+    ROOT / "tests/benchmarks/README.md": {"files": heads("tests/benchmarks", "*.py")},
+}
+
+
+def with_tables(page: Path) -> str:
+    text = page.read_text()
+    for name, rows in PAGES[page].items():
+        text = re.sub(
+            f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda found, r=rows: f"{found[1]}{r}\n{found[2]}", text, flags=re.S
+        )
+    return text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_tables_are_the_models_and_the_files(page: Path) -> None:
+    text = page.read_text()
+    assert with_tables(page) == text, "run: python tests/project/test_documentation.py"
+    assert all(f"<!-- {name} -->" in text for name in PAGES[page])
+
+
+def test_every_code_has_its_remedy() -> None:
+    assert list(REMEDIES) == list(ErrorCode)
+    assert set(EXITS) == {code for name, code in vars(errors).items() if name.startswith("EXIT_")}
+
+
+def test_the_map_names_every_module_in_its_room() -> None:
+    [tree] = re.findall(r"```text\npipeline/context_diffusion/\n(.*?)```", (ROOT / "pipeline/README.md").read_text(), flags=re.S)
+    folders: list[str] = []
+    named = []
+    for indent, name in re.findall(r"^( +)(\w+(?:/|\.py)) +\S", tree, flags=re.M):
+        del folders[len(indent) // 2 - 1 :]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            named.append("".join(folders) + name)
+    modules = [str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(named) == sorted(modules)
+
+
+def test_the_job_file_is_a_job() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.S)
+    assert blocks
+    for block in blocks:
+        check_job(parse(block), "README")
+
+
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from support.manifests import write_pictures
+
+    write_pictures(tmp_path, 3)
+    for number, name in enumerate(("query.jpg", "one.jpg", "two.jpg")):
+        (tmp_path / name).write_bytes((tmp_path / f"picture-{number}.png").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S):
+        scope["image"] = None
+        exec(code, scope)
+        assert scope["image"].size == (128, 128)
+    assert sorted(line[0] for line in capsys.readouterr().out.splitlines()) == ["0", "1"], "one line for each of num_images"
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path: Path) -> None:
+    from support.manifests import write_pictures
+    from support.processes import ENVIRONMENT
+
+    write_pictures(tmp_path / "photos", 2)
+    write_pictures(tmp_path / "paintings", 2)
+    [commands] = re.findall(r"```sh\n(.*?)```", README.read_text(), flags=re.S)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-e"], input=commands, cwd=tmp_path, env=ENVIRONMENT | {"PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["exit"] for one in told] == [0, 0, 0]
+    assert [told[0]["rows"], told[1]["images"], told[2]["images"]] == [4, 4, 4]
+    assert (tmp_path / "grid.png").exists()
+    assert (tmp_path / "sample.png").exists()
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(with_tables(page))

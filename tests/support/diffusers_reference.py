@@ -1,0 +1,130 @@
+"""The same row by diffusers alone, and the comparison with ours."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from context_diffusion.core.records import Pixels, Request, Result
+from context_diffusion.core.settings import SchedulerName, Settings
+from context_diffusion.inputs.control_maps import controls_of
+from context_diffusion.pipeline import ContextDiffusion
+from support.tiny import picture
+from support.tiny_diffusers import SIDE
+
+Model = dict[str, Any]
+
+
+def row(number: int, **own: Any) -> Request:
+    contexts, size, kinds = own.pop("contexts", 1), own.pop("size", (SIDE, SIDE)), own.pop("control", ["canny", "gray"])
+    prompt, negative = own.pop("prompt", "a misty forest"), own.pop("negative_prompt", None)
+    settings = Settings.model_validate({"seed": number, "num_inference_steps": 3, "guidance_scale": 4.0, **own})
+    query = picture(number, *size)
+    shown = tuple(picture(100 + number + k, 32, 32) for k in range(contexts))
+    return Request(f"row-{number}", 0, query, controls_of(query, kinds), shown, prompt, negative, settings)
+
+
+def reference(
+    model: Model, one: Request, xl: bool, contexts: list[Image.Image] | None = None, skip: int | None = None
+) -> tuple[torch.Tensor, Pixels]:
+    """By diffusers alone: its pipeline for that kind of row, its scheduler, one call. contexts: the originals, of any size,
+    in place of the request's pixels; skip: clip_skip. -> latents and picture."""
+    settings = one.settings
+    pipe = pipeline_of(json.dumps(model), xl, bool(one.controls), settings.strength is not None)
+    if "ip_adapter" in model:
+        pipe.set_ip_adapter_scale(settings.context_scale)
+    name, own = REFERENCES[settings.scheduler]
+    pipe.scheduler = getattr(diffusers, name).from_pretrained(model["base"], subfolder="scheduler", **own)
+    told: dict[str, Any] = {"prompt": one.prompt or "", "negative_prompt": one.negative_prompt}
+    told |= {"clip_skip": skip} if skip else {}
+    if xl and one.prompt is None and one.negative_prompt is None:  # no text at all: what the pipeline has for it
+        told = {"prompt_embeds": torch.zeros(1, 77, 64), "pooled_prompt_embeds": torch.zeros(1, 32)}
+    if "ip_adapter" in model:
+        told["ip_adapter_image"] = [contexts or [Image.fromarray(context) for context in one.contexts]]
+    maps = [Image.fromarray(control.pixels) for control in one.controls]
+    if one.controls:
+        told |= {"control_guidance_start": settings.control_guidance_start, "control_guidance_end": settings.control_guidance_end}
+        scale = settings.controlnet_conditioning_scale
+        told["controlnet_conditioning_scale"] = scale if isinstance(scale, list) else [scale] * len(maps)
+    if settings.strength is not None:
+        told |= {"image": Image.fromarray(one.query), "strength": settings.strength}
+        told |= {"control_image": maps} if maps else {}
+    else:
+        height, width = one.query.shape[:2]
+        told |= {"image": maps} if maps else {"height": height, "width": width}
+    latents = pipe(
+        **told,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(settings.seed or 0),
+        output_type="latent",
+    ).images
+    with torch.inference_mode():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    return latents, np.asarray(pipe.image_processor.postprocess(decoded, output_type="pil")[0])
+
+
+@cache
+def pipeline_of(parts: str, xl: bool, controlled: bool, from_image: bool) -> Any:
+    model: Model = json.loads(parts)
+    name = "StableDiffusion" + ("XL" if xl else "") + ("ControlNet" if controlled else "") + ("Img2Img" if from_image else "")
+    nets = [diffusers.ControlNetModel.from_pretrained(net) for net in model["controlnet"]] if controlled else []
+    own = {"controlnet": nets} if nets else {}
+    pipe = getattr(diffusers, f"{name}Pipeline").from_pretrained(model["base"], use_safetensors=True, **own)
+    if "ip_adapter" in model:
+        pipe.image_encoder = CLIPVisionModelWithProjection.from_pretrained(model["image_encoder"])
+        pipe.feature_extractor = preprocessor(model["image_encoder"])
+        pipe.load_ip_adapter(model["ip_adapter"], "", model["ip_adapter_weight_name"], image_encoder_folder=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def preprocessor(encoder: str) -> CLIPImageProcessor:
+    """The encoder's own, as a user of diffusers loads it; without one what the pipeline makes for an encoder of 32 pixels."""
+    if (Path(encoder) / "preprocessor_config.json").exists():
+        return CLIPImageProcessor.from_pretrained(encoder)
+    return CLIPImageProcessor(size=32, crop_size=32)
+
+
+def made(model: Model, rows: list[Request]) -> dict[str, tuple[torch.Tensor, Pixels]]:
+    """By our engine, all rows together."""
+    pipeline = ContextDiffusion.from_pretrained(model, device="cpu", cpu_threads=1)
+    kept, decode = {}, pipeline.backbone.decode
+    pipeline.backbone.decode = lambda z, one, *told: kept.setdefault(one.id, z) is z and decode(z, one, *told)  # type: ignore[method-assign]
+    found = {}
+    for one, outcome in pipeline.generate(rows):
+        assert isinstance(outcome, Result), outcome
+        found[one.id] = kept[one.id], outcome.image
+    return found
+
+
+def compare(model: Model, rows: list[Request], xl: bool) -> None:
+    ours = made(model, rows)
+    for one in rows:
+        latents, image = reference(model, one, xl)
+        mine, pixels = ours[one.id]
+        assert (mine - latents).abs().max() <= 1e-4 * max(1.0, float(latents.abs().max())), one.id
+        assert np.abs(pixels.astype(int) - image.astype(int)).max() <= 1, one.id
+        assert len(np.unique(pixels)) > 30, "a picture that says something"
+
+
+# Written once more, apart from the package: what a diffusers user would construct.
+REFERENCES: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "lcm": ("LCMScheduler", {}),
+    "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
+}
