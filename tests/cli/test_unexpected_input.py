@@ -30,7 +30,7 @@ from context_diffusion.inputs.close_names import column_warnings
 from context_diffusion.inputs.decode import decode_image
 from context_diffusion.inputs.from_folders import Pairing, write_manifest
 from context_diffusion.inputs.manifest_files import expand, open_file, rows_of
-from context_diffusion.inputs.rows import row_id
+from context_diffusion.inputs.rows import RowRules, row_id
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 from support.finished_output import make
@@ -48,7 +48,7 @@ def planned(folder: Path, name: str, **more: Any) -> tuple[Plan, list[dict[str, 
     rows: list[dict[str, Any]] = []
     for number in range(len(plan.files)):
         for shard in read_shards(output, number):
-            [table] = ReadShard(plan.job, plan.files[number], shard, plan.passed, STORAGE)()
+            [table] = ReadShard(RowRules.of_job(plan.job), plan.files[number], shard, plan.passed, STORAGE)()
             rows += rows_of(table)
     return plan, rows
 
@@ -109,7 +109,7 @@ def test_columns_that_we_do_not_know_are_copied_whatever_their_type(tmp_path: Pa
     plan, rows = planned(tmp_path, "m.parquet")
     assert len({row["id"] for row in rows}) == 2, "derived ids, of values that Python has none for too"
     [read] = [
-        ReadShard(plan.job, plan.files[0], shard, plan.passed, STORAGE)()[0]
+        ReadShard(RowRules.of_job(plan.job), plan.files[0], shard, plan.passed, STORAGE)()[0]
         for shard in read_shards(Output(plan.job.output, STORAGE), 0)
     ]
     assert read["passed:late"].combine_chunks().equals(late)

@@ -21,6 +21,7 @@ from context_diffusion.core.job_file import load_job
 from context_diffusion.generation.plan import open_plan, part_rows
 from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import ReadShard
+from context_diffusion.inputs.rows import RowRules
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 from support.manifests import job_values, rows, write_manifest, write_pictures
@@ -55,7 +56,7 @@ def read_all(planned: GenerateJob, output: Output) -> list[dict[str, Any]]:
     found = []
     for number, file in enumerate(plan.files):
         for shard in read_shards(output, number):
-            [table] = ReadShard(planned, file, shard, plan.passed, STORAGE)()
+            [table] = ReadShard(RowRules.of_job(planned), file, shard, plan.passed, STORAGE)()
             assert table["shard"].unique().to_pylist() == [shard.number]
             found += table.to_pylist()
     assert len(found) == plan.rows

@@ -21,7 +21,7 @@ from context_diffusion.core.errors import ContextDiffusionError, StorageError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Request, derive_id, derive_seed
 from context_diffusion.generation import estimate
-from context_diffusion.generation.local_model import Maker
+from context_diffusion.generation.local_model import LocalModel
 from context_diffusion.generation.preview import axes_of, setting_grid
 from context_diffusion.generation.stages import LoadImages
 from context_diffusion.generation.validate import validate_job
@@ -138,15 +138,15 @@ def test_a_sample_s_pictures_and_what_the_job_will_take(tmp_path: Path, base: st
 def test_the_warm_up_of_an_engine_is_no_part_of_the_estimate(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of its own: the first image with all its steps takes 600 s, as one whose kernels are built, each other 2 s."""
     clock, warm = [0.0], [False]
-    make = Maker.make
+    make = LocalModel.make
 
-    def slow(maker: Maker, requests: list[Request]) -> Any:
+    def slow(maker: LocalModel, requests: list[Request]) -> Any:
         whole = any(request.settings.num_inference_steps > 1 for request in requests)
         clock[0] += 2.0 * len(requests) + (600 if whole and not warm[0] else 0)
         warm[0] |= whole
         return make(maker, requests)
 
-    monkeypatch.setattr(Maker, "make", slow)
+    monkeypatch.setattr(LocalModel, "make", slow)
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
     job = make_job(tmp_path, base, {n: {"num_inference_steps": 3} for n in range(6)})
     told = validate_job(job, 3, str(tmp_path / "sheet.png"))

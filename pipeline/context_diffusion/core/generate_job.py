@@ -23,7 +23,7 @@ from context_diffusion.core.job_base import (
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.schema import COLUMNS_BY_SCORE, ScoreName, columns_of
 from context_diffusion.core.settings import Fraction, Settings
-from context_diffusion.core.sweep import Matrix, checked_matrix, combined
+from context_diffusion.core.sweep import Matrix, check_combinations, checked_matrix
 
 ControlName = Literal["none", "canny", "gray", "soft_edges", "disabled"]
 
@@ -146,7 +146,7 @@ class GenerateJob(StrictModel):
 
     @model_validator(mode="after")
     def _combinations_go_together(self) -> Self:
-        combined(self.settings, self.matrix)
+        check_combinations(self.settings, self.matrix)
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -53,6 +54,11 @@ class Settings(StrictModel):
     width: Side | None = Field(default=None, description="pixels, a multiple of 16; left out: the model's size")
     height: Side | None = Field(default=None, description="pixels, a multiple of 16; left out: the model's size")
     num_images: int = Field(default=1, ge=1, le=64, description="images of this row")
+
+    @classmethod
+    def from_trusted_json(cls, text: str) -> Self:
+        """Read the JSON of settings that `inputs.rows.read_table` validated, without validating it again."""
+        return cls.model_construct(**json.loads(text))
 
     @model_validator(mode="after")
     def _seeds_fit(self) -> Self:

@@ -43,7 +43,7 @@ def lacking(job: GenerateJob, files: list[ManifestFile], storage: Storage) -> tu
     """By protocol, those that rows may read and that cannot be used for want of a package; and how many rows name one of them.
     Raises ManifestError."""
     found: dict[str, Lacking] = {}
-    total, names = 0, column_names(job)
+    total, names = 0, column_names(job.columns)
     for file in files:
         for schemes in _schemes(file, [names[name] for name in (QUERY, CONTEXT, CONTROL_IMAGE)], storage):
             failing = set[int]()

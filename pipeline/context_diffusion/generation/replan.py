@@ -20,8 +20,9 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard, part_name
 from context_diffusion.core.uris import normal
 from context_diffusion.generation.shards import file_record, read_shards, write_shards
-from context_diffusion.inputs.manifest_files import expand, open_file
+from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file
 from context_diffusion.inputs.manifest_scan import Scan
+from context_diffusion.inputs.url_policy import allowed_prefixes
 from context_diffusion.outputs.output_folder import Output, members, to_tar
 from context_diffusion.storage.filesystem import Storage
 
@@ -48,7 +49,7 @@ def extend(record: Any, job: GenerateJob, output: Output, storage: Storage) -> A
         if new:
             write_shards(output, number, [*known, *new])
         records.append(file_record(scanned, number, len(known) + len(new)))
-    record |= {"job": job.model_dump(mode="json"), "rows": scanned.rows, "manifest": records}
+    record |= {"job": job.model_dump(mode="json"), "allow": _allow(job, files), "rows": scanned.rows, "manifest": records}
     output.storage.replace(output.plan, json.dumps(record, indent=2).encode())
     return record
 
@@ -81,9 +82,13 @@ def correct(record: Any, job: GenerateJob, output: Output, storage: Storage, pas
     for number, moved in enumerate(shards):
         write_shards(output, number, moved)
     records = [file_record(scanned, number, len(moved)) for number, moved in enumerate(shards)]
-    record |= {"job": job.model_dump(mode="json"), "manifest": records, "corrected": True}
+    record |= {"job": job.model_dump(mode="json"), "allow": _allow(job, files), "manifest": records, "corrected": True}
     output.storage.replace(output.plan, json.dumps(record, indent=2).encode())
     return record
+
+
+def _allow(job: GenerateJob, files: list[ManifestFile]) -> list[str]:
+    return allowed_prefixes(job.allow, (file.uri for file in files))
 
 
 def _planned_ids(output: Output, number: int, made: set[int], files: int) -> Iterator[str | None]:

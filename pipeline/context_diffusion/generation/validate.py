@@ -14,7 +14,7 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard
 from context_diffusion.core.schema import CONTEXT, ID, QUERY
 from context_diffusion.core.sweep import combinations
-from context_diffusion.core.uris import normal, parent
+from context_diffusion.core.uris import normal
 from context_diffusion.generation.estimate import try_rows
 from context_diffusion.generation.local_model import write_sheet
 from context_diffusion.generation.plan import check_output, part_rows
@@ -23,6 +23,8 @@ from context_diffusion.generation.stages import LoadImages, ReadShard
 from context_diffusion.inputs.close_names import column_warnings
 from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file
 from context_diffusion.inputs.manifest_scan import Scan
+from context_diffusion.inputs.rows import RowRules
+from context_diffusion.inputs.url_policy import allowed_prefixes
 from context_diffusion.models.defaults import resolved_job
 from context_diffusion.models.resolve import find_model
 from context_diffusion.outputs.output_folder import Output
@@ -46,7 +48,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None, pri
     size = part_rows(scan.rows, job.rows_per_part, len(combinations(job.matrix)))
     shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
     without, unreadable = lacking(job, files, storage)
-    load = LoadImages(job, job.allow or [parent(file.uri) for file in files], model.image_size, model.contexts, storage)
+    load = LoadImages.for_job(job, model, allowed_prefixes(job.allow, (file.uri for file in files)), storage)
     looked, problems, kept = 0, [], []
     for table in _sample(job, files, scan, shards, sample, storage):
         loaded = load(table)
@@ -98,7 +100,7 @@ def _sample(
     for shard in shards:
         here = wanted[bisect_left(wanted, first) : bisect_left(wanted, first + shard.rows)]
         if here:
-            [table] = ReadShard(job, files[shard.file], shard, scan.passed(), storage)()
+            [table] = ReadShard(RowRules.of_job(job), files[shard.file], shard, scan.passed(), storage)()
             places = [row - first for row in here]
             pictures = table.select([QUERY, CONTEXT]).to_pylist()
             yield table.take([_newest(pictures, *reach, seen) for reach in pairwise([0, *places[1:], shard.rows])])

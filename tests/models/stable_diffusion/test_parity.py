@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from context_diffusion.cluster.driver import around_engine
 from context_diffusion.core.errors import ErrorCode, ModelError, RowError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Pixels, Request, Result
+from context_diffusion.generation.build_stages import build_stages
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.stages import generate
@@ -96,7 +96,7 @@ def test_images_of_any_size_through_a_job(model: Model, tmp_path: Path) -> None:
     )  # fmt: skip
     output = Output(job.output, Storage())
     plan = open_plan(job, output, Storage())
-    reads, load, write = around_engine(plan.job, output, plan, set(), frozenset())
+    reads, load, write = build_stages(plan, output, set(), frozenset())
     engine = GuardedEngine(make_engine(plan.job, pytest.fail), Ledger(), plan.job)
     for read in reads:
         [table] = read()
@@ -214,7 +214,7 @@ def test_the_manifest_keeps_an_empty_prompt_apart_from_none(tmp_path: Path) -> N
     )
     output = Output(job.output, Storage())
     plan = open_plan(job, output, Storage())
-    reads, _, _ = around_engine(plan.job, output, plan, set(), frozenset())
+    reads, _, _ = build_stages(plan, output, set(), frozenset())
     assert [line["prompt"] for read in reads for [table] in [read()] for line in table.to_pylist()] == prompts
 
 

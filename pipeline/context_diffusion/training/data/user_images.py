@@ -20,7 +20,7 @@ from context_diffusion.core.training_job import FinetuneJob
 from context_diffusion.core.uris import normal, parent
 from context_diffusion.inputs.decode import decode_resized
 from context_diffusion.inputs.image_sources import Source, as_source, as_sources, read_bytes
-from context_diffusion.inputs.manifest_files import FORMATS, Row, expand, open_file, scan_parquet, scan_text
+from context_diffusion.inputs.manifest_files import FORMATS, Row, expand, open_file, raw_rows
 from context_diffusion.storage.filesystem import Storage
 
 
@@ -148,9 +148,7 @@ def _rows(job: FinetuneJob, storage: Storage) -> Iterator[tuple[str, str, Row]]:
             raise ManifestError(
                 f"{uri}: no column {', '.join(missing)} among {', '.join(file.columns)}; `columns: {{{TARGET}: NAME}}` renames"
             )
-        parquet = file.format == "parquet"
-        rows = scan_parquet(file, storage, None) if parquet else (row for *_, row in scan_text(file, storage))
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(raw_rows(file, storage), 1):
             yield f"{uri}: row {number}", parent(uri), row
 
 
