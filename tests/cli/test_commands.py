@@ -125,7 +125,7 @@ def test_stdout_holds_the_result_alone(tmp_path: Path) -> None:
         (["preview", "jobs/train.yaml", "--grid", "seed=1", "--out", "g.png"], "takes a job of kind generate"),
         (["reproduce", "nowhere.png"], "nowhere.png does not exist"),
         (["reproduce", "README.md"], "not one of JPEG, PNG"),
-        (["reproduce", "jobs/demo.png"], "nothing in it says how it was made"),
+        (["reproduce", "jobs/demo.png"], "the image has no metadata of its generation"),
         (["reproduce", "jobs/demo.png", "--output", "jobs/demo.gif"], "ends in one of .png, .webp"),
         (["reproduce", "jobs/demo.png", "--output", "jobs/demo.png"], "is there already"),
         (["validate", "jobs/demo.yaml", "--price-per-hour", "2"], "--price-per-hour needs --pictures"),

@@ -167,7 +167,7 @@ def test_validate_tells_what_a_run_would_end_with(tmp_path: Path) -> None:
     assert validate_job(job.model_copy(update={"max_failed": 0}), 8)["exit"] == 4
     open_plan(job, Output(job.output, STORAGE), STORAGE)
     assert validate_job(job, 8)["exit"] == 3
-    with pytest.raises(OutputConflictError, match="seed: 0 there, 7 here"):
+    with pytest.raises(OutputConflictError, match="seed: 0 planned, 7 now"):
         validate_job(job.model_copy(update={"seed": 7}), 8)
 
 

@@ -159,12 +159,12 @@ def test_an_output_belongs_to_its_job_and_its_manifest(tmp_path: Path) -> None:
     first = open_plan(job(manifest, tmp_path / "out"), output, STORAGE)
     again = open_plan(job(manifest, tmp_path / "out", cluster={"actors": 2}, max_failed=1), output, STORAGE)
     assert dataclasses.replace(again, job=first.job) == first
-    with pytest.raises(OutputConflictError, match="seed: 0 there, 5 here"):
+    with pytest.raises(OutputConflictError, match="seed: 0 planned, 5 now"):
         open_plan(job(manifest, tmp_path / "out", seed=5), output, STORAGE)
     record = json.loads(Path(output.plan).read_text())
     record["versions"]["torch"] = "1.0"
     Path(output.plan).write_text(json.dumps(record))
-    with pytest.raises(OutputConflictError, match=r"torch 1\.0 there"):
+    with pytest.raises(OutputConflictError, match=r"torch 1\.0 then"):
         open_plan(job(manifest, tmp_path / "out"), output, STORAGE)
     assert open_plan(job(manifest, tmp_path / "out"), output, STORAGE, accept_change=True) == first
     write_manifest(tmp_path / "in", 13)
@@ -209,7 +209,7 @@ def test_new_files_after_the_old_are_taken_in(tmp_path: Path) -> None:
     write("b", 9)
     read_all(globbed, output)
     write("c", 7)
-    with pytest.raises(OutputConflictError, match=r"1 file\(s\) of the manifest, such as .*c.jsonl, are new since"):
+    with pytest.raises(OutputConflictError, match=r"1 file\(s\) were added to the manifest since .*c.jsonl"):
         open_plan(globbed, output, STORAGE)
     assert open_plan(globbed, output, STORAGE, extend=True).shards_of == [3, 2]
     assert [row["id"][0] for row in read_all(globbed, output)] == ["b"] * 9 + ["c"] * 7
@@ -218,7 +218,7 @@ def test_new_files_after_the_old_are_taken_in(tmp_path: Path) -> None:
         open_plan(globbed, output, STORAGE, extend=True)
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "c.jsonl").unlink()
-    with pytest.raises(OutputConflictError, match=r"c\.jsonl is gone"):
+    with pytest.raises(OutputConflictError, match=r"c\.jsonl was removed"):
         open_plan(globbed, output, STORAGE)
     with pytest.raises(OutputConflictError, match=r"c\.jsonl was file 2"):
         open_plan(globbed, output, STORAGE, extend=True)
@@ -311,9 +311,9 @@ def test_rows_that_moved_are_not_retried_in_places_of_others(tmp_path: Path, for
         retry(table[:-1])
     with pytest.raises(OutputConflictError, match="had 12 rows and has 13"):
         retry([*table, table[0] | {"id": "another"}])
-    with pytest.raises(OutputConflictError, match="seed: 0 there, 1 here"):
+    with pytest.raises(OutputConflictError, match="seed: 0 planned, 1 now"):
         retry(table, seed=1)
-    with pytest.raises(OutputConflictError, match=r"limits\.max_contexts: \d+ there, 3 here.*--retry-failed"):
+    with pytest.raises(OutputConflictError, match=r"limits\.max_contexts: \d+ planned, 3 now.*--retry-failed"):
         open_plan(job(str(tmp_path / f"manifest.{form}"), tmp_path / "out", limits={"max_contexts": 3}), output, STORAGE)
     renamed = [{("layout" if name == "query" else name): value for name, value in row.items()} for row in table]
     retry(renamed, columns={"query": "layout"})

@@ -175,7 +175,7 @@ def test_without_metadata_the_row_of_output_says_it(tmp_path: Path, base: str) -
     assert b"trainedAlgorithmicMedia" not in path.read_bytes()
     assert find_origin(str(path)).metadata["guidance_scale"] == 1.1  # which the Parquet row holds as float32
     found = again(path)
-    assert (found.identical, found.metadata) == (True, {})
+    assert (found.identical, found.texts) == (True, {})
     (alone := tmp_path / "copy.png").write_bytes(path.read_bytes())
     with pytest.raises(JobError, match="metadata: false"):
         find_origin(str(alone))
@@ -203,7 +203,7 @@ def test_a_changed_source_is_named(made: Path) -> None:
     Image.fromarray(picture(99)).save(source)
     found = again(path)
     assert not found.identical
-    assert found.differs[0] == f"context: other pixels than then: {name}"
+    assert found.differs[0] == f"context: its pixels changed: {name}"
     assert found.differs[1].startswith("pixels: ")
     source.unlink()
     with pytest.raises(JobError, match=f"missing_file: {source} does not exist"):
@@ -222,7 +222,7 @@ def test_other_versions_device_and_pixels_are_told(made: Path) -> None:
     path.write_bytes(encode_image(pixels, "png", read_metadata(path.read_bytes())))
     found = again(path)
     assert not found.identical
-    assert found.differs[-1].startswith("pixels: 0.02% of them, by ")
+    assert found.differs[-1].startswith("pixels: 0.02% differ, by at most ")
 
 
 def test_other_weights_are_told(tmp_path: Path, base: str) -> None:
@@ -273,12 +273,12 @@ def test_what_is_no_picture_of_ours_is_refused(tmp_path: Path, made: Path) -> No
     chunks.add_text("context_diffusion", "{")
     for name, texts in {"plain.png": None, "broken.png": chunks}.items():
         Image.fromarray(picture(1)).save(tmp_path / name, pnginfo=texts)
-        with pytest.raises(JobError, match="nothing in it says how it was made"):
+        with pytest.raises(JobError, match="the image has no metadata of its generation"):
             find_origin(str(tmp_path / name))
     path = pictures(made)[0]
     path.write_bytes(pictures(made)[3].read_bytes())
     with pytest.raises(JobError, match="which is right"):
         find_origin(str(path))
-    for output, words in ((path, "there already"), (tmp_path / "picture.gif", "ends in one of .png, .webp")):
+    for output, words in ((path, "exists already"), (tmp_path / "picture.gif", "ends in one of .png, .webp")):
         with pytest.raises(JobError, match=words):
             writer(str(output))

@@ -162,7 +162,7 @@ def test_csv_cells_mean_what_typed_values_mean() -> None:
 @pytest.mark.parametrize(
     ("change", "code", "word"),
     [
-        ({"context": ["a.png"] * 10_000}, ErrorCode.TOO_MANY_CONTEXTS, "10000 pictures, allowed are 64"),
+        ({"context": ["a.png"] * 10_000}, ErrorCode.TOO_MANY_CONTEXTS, "10000 images, at most 64 are allowed"),
         ({"prompt": "a" * 2**20}, ErrorCode.PROMPT_TOO_LONG, "1048576 characters"),
         ({"guidance_scale": float("inf")}, ErrorCode.INVALID_SETTING, "guidance_scale"),
         ({"context_scale": float("inf")}, ErrorCode.INVALID_SETTING, "context_scale"),
