@@ -37,7 +37,7 @@ from context_diffusion.core.uris import parent
 from context_diffusion.inputs.context_images import ContextPreprocessing
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.inputs.decode import Size, decode_resized, output_size, statistics
-from context_diffusion.inputs.image_sources import Source, read_bytes
+from context_diffusion.inputs.image_sources import ImageSource, read_bytes
 from context_diffusion.inputs.manifest_files import ManifestFile, Row, read_parquet, read_text, rows_of
 from context_diffusion.inputs.rows import column_names, read_table
 from context_diffusion.outputs.output_folder import Output
@@ -154,7 +154,7 @@ class LoadImages:
         maps = [self._resized(source, self.job.fit, width, height, seen) for source in row[CONTROL_IMAGE]]
         return tuple(map(Control, kinds, maps))
 
-    def _resized(self, source: Source, fit: Fit, width: int | None, height: int | None, seen: Seen) -> Pixels:
+    def _resized(self, source: ImageSource, fit: Fit, width: int | None, height: int | None, seen: Seen) -> Pixels:
         def size(wide: int, tall: int) -> Size:
             return output_size(fit, wide, tall, width, height, self.image_size)
 
@@ -163,13 +163,13 @@ class LoadImages:
 
         return self._loaded(source, (fit, width, height, self.image_size), decode, seen)
 
-    def _context(self, source: Source, seen: Seen) -> Pixels:
+    def _context(self, source: ImageSource, seen: Seen) -> Pixels:
         def decode(data: bytes, name: str) -> Pixels:
             return self.preprocessing.decode(data, self.job.limits, name)
 
         return self._loaded(source, self.preprocessing, decode, seen)
 
-    def _loaded(self, source: Source, way: Hashable, decode: Callable[[bytes, str], Pixels], seen: Seen) -> Pixels:
+    def _loaded(self, source: ImageSource, way: Hashable, decode: Callable[[bytes, str], Pixels], seen: Seen) -> Pixels:
         """Sources repeat over rows: the small pixels of a URI are kept for the shard's other rows. way: what `decode` depends
         on."""
         key = (source["path"], way)
