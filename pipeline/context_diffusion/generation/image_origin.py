@@ -23,8 +23,7 @@ from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import ReadShard
 from context_diffusion.inputs.image_sources import INLINE
 from context_diffusion.inputs.manifest_files import ManifestFile
-from context_diffusion.models.resolve import Source as Model
-from context_diffusion.models.resolve import find_model
+from context_diffusion.models.resolve import ResolvedModel, find_model
 from context_diffusion.outputs.image_metadata import Told, parts_of, settings_of, sources_of, told_by, told_in
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
@@ -89,7 +88,7 @@ def _row(found: Found) -> dict[str, Any] | None:
     return next((row for row in found.output.read_part(found.shard, OUTPUT.names).to_pylist() if row["file_name"] == name), None)
 
 
-def model_of(found: Found, given: str | None) -> Model:
+def model_of(found: Found, given: str | None) -> ResolvedModel:
     """Raises JobError, ModelError."""
     name = str(found.told.get("model", "")).rpartition("@")[0]
     if given and given != name:

@@ -23,7 +23,7 @@ from context_diffusion.generation.shards import file_record, write_shards
 from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file
 from context_diffusion.inputs.manifest_scan import Scan
 from context_diffusion.models.defaults import resolved_job
-from context_diffusion.models.resolve import Source, find_model
+from context_diffusion.models.resolve import ResolvedModel, find_model
 from context_diffusion.outputs.image_metadata import versions
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
@@ -43,7 +43,7 @@ class Plan:
     rows: int
     rows_per_part: int
     passed: pa.Schema
-    model: Source
+    model: ResolvedModel
 
     @property
     def shards(self) -> int:
@@ -90,7 +90,7 @@ def open_plan(
     return Plan(job, files, shards_of, record["rows"], record["rows_per_part"], passed, model)
 
 
-def check_output(job: GenerateJob, model: Source, output: Output) -> None:
+def check_output(job: GenerateJob, model: ResolvedModel, output: Output) -> None:
     """Raise OutputConflictError where a run would, since OUTPUT belongs to another job, manifest or version. job: with its
     model's defaults."""
     record = output.read_json(output.plan)
@@ -139,7 +139,7 @@ def _changed_keys(record: Any, job: GenerateJob) -> list[str]:
 
 
 def _check_same(
-    record: Any, changed: Sequence[str], job: GenerateJob, model: Source, output: Output, accept_change: bool
+    record: Any, changed: Sequence[str], job: GenerateJob, model: ResolvedModel, output: Output, accept_change: bool
 ) -> None:
     """Raise OutputConflictError where the plan that stands in OUTPUT is not this job's, by these versions. changed: keys
     that differ and may not."""

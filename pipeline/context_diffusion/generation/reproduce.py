@@ -21,7 +21,7 @@ from context_diffusion.generation.image_origin import Found, allowed, model_of, 
 from context_diffusion.generation.local_model import Maker
 from context_diffusion.generation.stages import LoadImages, requests_of
 from context_diffusion.inputs.decode import decode_image, format_of
-from context_diffusion.models.resolve import Source as Model
+from context_diffusion.models.resolve import ResolvedModel
 from context_diffusion.outputs.encode import encode_image
 from context_diffusion.outputs.image_metadata import differing, job_of, metadata_of
 from context_diffusion.storage.filesystem import Storage
@@ -63,7 +63,7 @@ def make_again(found: Found, allow: list[str], model: str | None, base: str | No
     return Again(result.image, kept, result.device, not pixels, differs)
 
 
-def _generate(table: pa.Table, job: GenerateJob, model: Model, device: str | None) -> Result:
+def _generate(table: pa.Table, job: GenerateJob, model: ResolvedModel, device: str | None) -> Result:
     [requests] = requests_of(table, job)
     [outcome] = Maker(job, model, "cpu" if device == "cpu" else None).make(requests)  # another kind where it is here
     if isinstance(outcome, Failure):

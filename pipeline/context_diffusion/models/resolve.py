@@ -23,7 +23,7 @@ COMPONENTS = ("vae", "unet", "controlnet", "image_encoder", "text_encoder", "fus
 
 
 @dataclass(frozen=True)
-class Source:
+class ResolvedModel:
     """A model as it was found. folder: of a native one; parts: of all others and of what the hub holds, every hub id at a
     commit.
 
@@ -50,7 +50,7 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Source:
+def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> ResolvedModel:
     """Looks up names, folders and hub ids; small files alone are downloaded. commits: of hub ids, found earlier. Raises
     ModelError naming the part."""
     if isinstance(model, str) and model not in PRESETS:
@@ -75,14 +75,14 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Sou
     return _stable_diffusion(name, parts, index)
 
 
-def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None = None) -> Source:
+def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None = None) -> ResolvedModel:
     for part in COMPONENTS:
         if not (folder / part).is_dir():
             raise ModelError(f"model: {folder} lacks the component {part}/; copy the whole model folder")
-    return Source(name, folder, parts, digest(folder), index["image_size"], SquareCrop(index["context_size"]))
+    return ResolvedModel(name, folder, parts, digest(folder), index["image_size"], SquareCrop(index["context_size"]))
 
 
-def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> Source:
+def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> ResolvedModel:
     """A Stable Diffusion with its parts. index: the base's model_index.json."""
     unet, vae, scheduler = (
         read_json(parts.base, f"{folder}/{file}", parts.revision)
@@ -91,7 +91,7 @@ def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> Source:
     image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     xl = "StableDiffusionXL" in str(index.get("_class_name"))
     defaults = stable_diffusion_defaults(xl, scheduler, parts.controlnets)
-    return Source(name, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults)
+    return ResolvedModel(name, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults)
 
 
 def _preprocessing(parts: Parts, index: dict[str, Any]) -> ImageProcessor:
