@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from context_diffusion.core.records import Request
 from context_diffusion.engine.backbone import Conditions, Encoded
-from context_diffusion.engine.conditioning import content_key, control_scales, slots_of, to_tensor, weighted_contexts
+from context_diffusion.engine.conditioning import Context, content_key, control_scales, slots_of, to_tensor, weighted_contexts
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.inputs.context_images import ContextPreprocessing, SquareCrop
@@ -36,8 +36,6 @@ class NativeBackbone:
         self.image_size, self.context_slots, self.noise_scale = model.image_size, model.context_slots, model.noise_scale
         self.contexts: ContextPreprocessing = SquareCrop(model.context_size)
         self.tiles = False
-        self.predict_reads: tuple[str, ...] = ("",)
-        self.control_reads: tuple[str, ...] = ()
         self.latent_channels, self.latent_factor = model.latent_shape[0], model.image_size // model.latent_shape[1]
 
     def branches(self, request: Request) -> list[Branch]:
@@ -61,7 +59,14 @@ class NativeBackbone:
                 keys_and_values(self.layers, hidden) | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled} | drawn
             )
         truncated = any(model.truncates(prompt) for prompt in (request.prompt, request.negative_prompt))
-        return Encoded(lanes, self._layout(request, cache), [""] * len(lanes), truncated, kept)
+        return Encoded(
+            lanes,
+            self._layout(request, cache),
+            control_keys=[""] * len(lanes),
+            control_lanes=[{}] * len(lanes),
+            truncated=truncated,
+            finish=partial(self._finish, shown, kept),
+        )
 
     def _context(self, pixels: Any) -> Tensor:
         return self.model.encode_images(to_tensor(pixels).to(self.model.device))
@@ -110,12 +115,17 @@ class NativeBackbone:
         )[0]
         return gain * output + known
 
-    def decode(self, latents: Tensor, request: Request, kept: Conditions, tiled: bool = False) -> Tensor:
-        images = self.model.decode(latents).float()
-        if kept:
-            images = give_back(images, kept["draft"], kept["copy"], kept["share"])
+    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
+        return self.model.decode(latents).float()
+
+    def _finish(self, contexts: list[Context], detail: Conditions, image: Tensor) -> Tensor:
+        """Give an image (1, 3, H, W) the detail of its draft, and the statistics of its contexts where the model does.
+
+        detail: of NativeDrafts.of; empty: the row has no draft, or its detail is not asked for."""
+        if detail:
+            image = give_back(image, detail["draft"], detail["copy"], detail["share"])
         if not self.model.restores:
-            return images
-        shown = weighted_contexts(request, self.context_slots)
-        contexts = torch.cat([to_tensor(one.pixels) for one in shown]).to(latents.device)
-        return self.model.restore(images, contexts, torch.tensor([one.weight for one in shown], device=latents.device))
+            return image
+        pixels = torch.cat([to_tensor(context.pixels) for context in contexts]).to(image.device)
+        weights = torch.tensor([context.weight for context in contexts], device=image.device)
+        return self.model.restore(image, pixels, weights)

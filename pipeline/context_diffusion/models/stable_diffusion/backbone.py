@@ -25,6 +25,10 @@ from context_diffusion.models.normalization import normalise
 from context_diffusion.models.stable_diffusion.loading import StableDiffusion
 from context_diffusion.models.stable_diffusion.prompts import PromptEncoder
 
+# How the names of the conditions begin that the U-Net and the ControlNets read.
+PREDICT_READS = ("unet.", "guidance", "context_", "bias", "text_embeds", "time_ids")
+CONTROL_READS = ("net", "bias", "text_embeds", "time_ids")
+
 
 class StableBackbone:
     """engine/backbone.py's interface. contexts: what the image encoder's preprocessor does."""
@@ -50,9 +54,6 @@ class StableBackbone:
         self.contexts: ContextPreprocessing = contexts
         self.tiles = True
         self.context_slots, self.noise_scale = 8, 1.0
-        both = ("bias", "text_embeds", "time_ids")
-        self.predict_reads: tuple[str, ...] = ("unet.", "guidance", "context_", *both)
-        self.control_reads: tuple[str, ...] = ("net", *both)
 
     @property
     def device(self) -> torch.device:
@@ -78,15 +79,20 @@ class StableBackbone:
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         contexts = self._contexts(request, cache)
         both = self._time_ids(request) | self._guidance(request)
-        lanes, keys, truncated = [], [], False
+        lanes: list[Conditions] = []
+        control_lanes: list[Conditions] = []
+        keys: list[str] = []
+        truncated = False
         for branch in branches:
             prompt, negative = (request.prompt, False) if branch.prompt else (request.negative_prompt, True)
             key = f"text:{self.text.key(prompt, negative)}"
             text, cut = cache.get(key, partial(self._text, prompt, negative))
             truncated |= cut
-            lanes.append(text | contexts[branch.contexts] | both)
+            lane = text | contexts[branch.contexts] | both
+            lanes.append(_named(lane, PREDICT_READS))
+            control_lanes.append(_named(lane, CONTROL_READS))
             keys.append(key)
-        return Encoded(lanes, self._control(request, cache), keys, truncated)
+        return Encoded(lanes, self._control(request, cache), keys, control_lanes, truncated)
 
     def _text(self, prompt: str | None, negative: bool) -> tuple[Conditions, bool]:
         """The prompt's keys and values, of all layers, and whether it was cut."""
@@ -176,11 +182,16 @@ class StableBackbone:
             return_dict=False,
         )[0]
 
-    def decode(self, latents: Tensor, request: Request, kept: Conditions, tiled: bool = False) -> Tensor:
+    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         decode = self.vae.tiled_decode if tiled else self.vae.decode
         images = decode(scaled, return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1)
+
+
+def _named(conditions: Conditions, prefixes: tuple[str, ...]) -> Conditions:
+    """Return those conditions whose names begin with one of the prefixes."""
+    return {name: value for name, value in conditions.items() if name.startswith(prefixes)}
 
 
 def _added(lanes: Conditions) -> dict[str, Tensor]:
