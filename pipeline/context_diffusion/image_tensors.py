@@ -6,7 +6,7 @@ Shapes: C = 3 channels RGB, H W pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -75,7 +75,7 @@ def load_image_as_tensor(
     pixels = to_pixels(source)
     if wanted is not None:
         pixels = resize(pixels, *wanted, "crop")
-    values = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().contiguous() / 255  # (3, H, W)
+    values = channels_first(pixels.copy()).float().contiguous() / 255  # (3, H, W)
     mean, std = torch.zeros(3), torch.ones(3)
     if normalization == "dynamic":
         mean, std = values.mean((1, 2)), values.flatten(1).std(1, correction=0).clamp(min=LEVEL)
@@ -84,6 +84,13 @@ def load_image_as_tensor(
     elif normalization == "clip":
         mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
     return _remember((values - mean[:, None, None]) / std[:, None, None], mean.tolist(), std.tolist())
+
+
+def channels_first(pixels: Pixels | Sequence[Pixels]) -> torch.Tensor:
+    """Turn pixels (H, W, 3), or N of them, into a tensor (3, H, W), or (N, 3, H, W), of the same type.
+
+    The channels stay last in memory, which one array shares with its tensor: copy an array that is read-only."""
+    return torch.from_numpy(np.asarray(pixels)).movedim(-1, -3)
 
 
 def _size(size: Any) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from context_diffusion.storage.filesystem import Storage
 from context_diffusion.storage.parquet_files import to_parquet
 
 Row = dict[str, Any]
-KEPT = 64  # decoded queries and contexts
+CACHED_IMAGES = 64  # decoded queries and contexts
 
 
 def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class _Loader:
         key = (source_key(source), image.shape, fit)
         if key not in self.kept:
             pixels = resize(self.pixels(source), image.shape[1], image.shape[0], fit)
-            if len(self.kept) == KEPT:
+            if len(self.kept) == CACHED_IMAGES:
                 del self.kept[next(iter(self.kept))]
             self.kept[key] = pixels
         return self.kept[key]

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from context_diffusion.image_tensors import channels_first
 from context_diffusion.models.native.build import build_tokenizer
 from context_diffusion.training.data.layouts import Rng, make_layout
 from context_diffusion.training.data.prompts import PALETTE_WORDS, TEXTURE_WORDS, THING_WORDS, describe, vocabulary
@@ -64,7 +65,7 @@ def draw(rng: Rng, count: int) -> tuple[Tensor, list[str], Meanings]:
         prompts.append(describe(rng, style, family, ("palette", "texture")[number % 2]))
         palette = palettes.index(style.palette) if style.palette in palettes else -2
         shown.append([palette, textures.index(style.texture), things.index(family)])
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = channels_first(pictures).float() / 127.5 - 1
     return pixels, prompts, np.array(shown)
 
 

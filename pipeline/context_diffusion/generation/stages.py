@@ -41,10 +41,10 @@ from context_diffusion.inputs.image_sources import ImageSource, read_bytes
 from context_diffusion.inputs.manifest_files import ManifestFile, Row, read_parquet, read_text, rows_of
 from context_diffusion.inputs.rows import column_names, read_table
 from context_diffusion.outputs.output_folder import Output
-from context_diffusion.storage.content_cache import Kept
+from context_diffusion.storage.content_cache import ContentCache
 from context_diffusion.storage.filesystem import Storage
 
-KEPT = Kept(64 * 2**20)  # pictures of this process, whatever shards it loads
+IMAGE_CACHE = ContentCache(64 * 2**20)  # pictures of this process, whatever shards it loads
 Seen = dict[tuple[str, Hashable], Pixels]
 Made = tuple[Request | None, Result | Failure | None]  # None: the row failed before it came to the engine
 
@@ -177,7 +177,7 @@ class LoadImages:
             return seen[key]
         data = read_bytes(source, self.allow, self.job.limits, self.storage)
         name = source["path"] or "inline image"
-        pixels = KEPT.get(data, (way, self.job.limits.max_pixels), lambda: decode(data, name))
+        pixels = IMAGE_CACHE.get(data, (way, self.job.limits.max_pixels), lambda: decode(data, name))
         if source["bytes"] is None:
             seen[key] = pixels
         return pixels

@@ -24,16 +24,15 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
 )
 
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.training_job import SMALL, Architecture
+from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD
 
 # By the config's model_type: the vision tower's class, and the pixels' mean and deviation where no preprocessor_config.json
 # says so. A full CLIP or SigLIP checkpoint gives its vision tower.
-_CLIP = (CLIPVisionModel, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+_CLIP = (CLIPVisionModel, list(CLIP_MEAN), list(CLIP_STD))
 _SIGLIP = (SiglipVisionModel, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
 ENCODERS: dict[str, tuple[Any, list[float], list[float]]] = {
     "clip": _CLIP,
@@ -67,7 +66,7 @@ def make_encoder(sizes: Architecture) -> ContextEncoder:
         image_size=sizes.image_size,
         patch_size=sizes.context_patch,
     )
-    return ContextEncoder(CLIPVisionModel(config), sizes.image_size, list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD))
+    return ContextEncoder(CLIPVisionModel(config), sizes.image_size, list(CLIP_MEAN), list(CLIP_STD))
 
 
 def load_encoder(name: str) -> ContextEncoder:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from context_diffusion.core.training_job import TrainJob
+from context_diffusion.image_tensors import channels_first
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training.data.encoded_pools import as_images
 from context_diffusion.training.data.pools import Pool, Pools
@@ -124,7 +125,7 @@ def quarters(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def to_signed(pictures: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1], channels last."""
-    values = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(memory_format=torch.channels_last)
+    values = channels_first(pictures).to(memory_format=torch.channels_last)
     return values.float() / 127.5 - 1
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from context_diffusion.core.records import Pixels
 from context_diffusion.core.training_job import TrainJob
+from context_diffusion.image_tensors import channels_first
 from context_diffusion.models.native.draft import tones_of
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training.data.layouts import Rng, Tone
@@ -101,8 +102,9 @@ def _pictures(seed: int, size: int, workers: Workers, side: int, step: int) -> D
 
 
 def split_of(drawn: Drawn, device: torch.device) -> Split:
-    shown, structure, texture = (torch.from_numpy(part).to(device) for part in drawn)
-    return Split(tones_of(shown.permute(0, 3, 1, 2)), structure.float(), texture.float())
+    pixels, structure, texture = drawn
+    tones = tones_of(channels_first(pixels).to(device))
+    return Split(tones, *(torch.from_numpy(part).to(device).float() for part in (structure, texture)))
 
 
 def _picture(rng: Rng, side: int) -> tuple[Pixels, Tone, Tone]:

@@ -23,9 +23,9 @@ from diffusers import AutoencoderTiny, ControlNetModel, DDIMScheduler, UNet2DCon
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from context_diffusion.core.training_job import SMALL, Normalization
+from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD
 from context_diffusion.models.context_encoders import patch_tokens
 from context_diffusion.models.native import checkpoint
 from context_diffusion.models.native.detail_transfer import denoised
@@ -59,8 +59,8 @@ class NativeModel:
     context_encoder: str = SMALL  # where image_encoder came from; all others than the small one stay untrained
     context_size: int = 128
     # Of the pixels in [0, 1], what it was trained with: applied where its pictures are not normalised by their own.
-    context_mean: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_MEAN))
-    context_std: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_STD))
+    context_mean: list[float] = field(default_factory=lambda: list(CLIP_MEAN))
+    context_std: list[float] = field(default_factory=lambda: list(CLIP_STD))
     context_slots: int = 8
     noise_scale: float = 1.0
     rest_scale: float = 1.0  # of what the U-Net adds to a draft: one that learned little blurs more than it mends

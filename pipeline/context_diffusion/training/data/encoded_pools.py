@@ -17,6 +17,7 @@ from torch import Tensor
 from context_diffusion.core.records import Control, Pixels, Request
 from context_diffusion.core.settings import Settings
 from context_diffusion.core.training_job import SMALL
+from context_diffusion.image_tensors import channels_first
 from context_diffusion.inputs.decode import resize
 from context_diffusion.models.native.draft import Layout, Look, draft
 from context_diffusion.models.native.model import NativeModel
@@ -136,12 +137,7 @@ def drafts(layouts: Layout, looks: Look, counts: NDArray[np.int64]) -> Tensor:
 
 def as_images(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
     """uint8 (H, W, 3) each -> uint8 (N, 3, H, W), where the model is."""
-    return channels_first(pictures, model.device)
-
-
-def channels_first(pictures: Sequence[Pixels] | Pixels, device: torch.device) -> Tensor:
-    """uint8 (H, W, 3) each -> uint8 (N, 3, H, W) there."""
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(pictures).transpose(0, 3, 1, 2))).to(device)
+    return channels_first(pictures).contiguous().to(model.device)
 
 
 @torch.no_grad()
