@@ -16,7 +16,7 @@ from context_diffusion.core.records import Failure, Request, Result
 from context_diffusion.core.settings import Settings
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.embedding_cache import Cache
-from context_diffusion.engine.engine import Engine, Progress
+from context_diffusion.engine.engine import Engine, StepUpdate
 from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.engine.model_calls import Shape
 from context_diffusion.engine.packing import choose
@@ -159,7 +159,7 @@ def test_a_cancelled_row_frees_its_lanes_and_has_no_outcome() -> None:
 def test_a_callback_hears_of_every_step_and_sees_a_preview() -> None:
     told: list[tuple[str, int, int]] = []
 
-    def hear(progress: Progress) -> None:
+    def hear(progress: StepUpdate) -> None:
         told.append((progress.request.id, progress.step, progress.steps))
         assert progress.preview().shape == (8, 8, 3)
 

@@ -45,7 +45,7 @@ class Decoded:
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepUpdate:
     """What a callback is told after a step of a row; preview() decodes what the model holds to be the picture now."""
 
     request: Request
@@ -74,7 +74,7 @@ class Engine:
     backbone: Backbone
     device: torch.device
     shape: Shape
-    callback: Callable[[Progress], None] | None = None
+    callback: Callable[[StepUpdate], None] | None = None
     unsafe: Callable[[Pixels], bool] | None = None
     waiting: deque[Request] = field(default_factory=deque)
     slots: list[Slot] = field(default_factory=list)
@@ -181,7 +181,7 @@ class Engine:
         for slot in slots:
             slot.charge(slot.lanes / used, seconds, paid)
             if self.callback:
-                self.callback(Progress(slot.request, slot.step, len(slot.table), lambda slot=slot: self._preview(slot)))  # type: ignore[misc]
+                self.callback(StepUpdate(slot.request, slot.step, len(slot.table), lambda slot=slot: self._preview(slot)))  # type: ignore[misc]
 
     def _decode(self, slot: Slot) -> Decoded:
         """Decode a finished row, whole; after out-of-memory in tiles, then with fewer rows beside it."""

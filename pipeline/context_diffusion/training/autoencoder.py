@@ -13,7 +13,7 @@ from context_diffusion.image_tensors import channels_first
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training.data.encoded_pools import as_images
 from context_diffusion.training.data.pools import Pool, Pools
-from context_diffusion.training.loop.checkpoints import Metrics, Progress, load_checkpoint, load_weights, save_checkpoint
+from context_diffusion.training.loop.checkpoints import Metrics, StageSchedule, load_checkpoint, load_weights, save_checkpoint
 from context_diffusion.training.loop.distributed import Workers
 from context_diffusion.training.loop.losses import picture_loss
 from context_diffusion.training.loop.precision import mixed_precision
@@ -55,7 +55,7 @@ class _Stage:
             load_weights(model.vae, state["vae"], path)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.done, self.scale, spent = state["step"], state["done"], state["scale"], state["spent"]
-        self.progress = Progress(minutes, job.max_steps, job.cpu_threads, model.device, spent)
+        self.progress = StageSchedule(minutes, job.max_steps, job.cpu_threads, model.device, spent)
         model.vae.train().to(memory_format=torch.channels_last)
 
     def run(self, pools: Pools, metrics: Metrics, name: str, first_pool: int) -> None:

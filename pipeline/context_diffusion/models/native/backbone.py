@@ -19,7 +19,7 @@ from context_diffusion.models.attention import attend_by_lanes, keys_and_values
 from context_diffusion.models.native.detail_transfer import give_back
 from context_diffusion.models.native.lane_drafts import NativeDrafts
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.native.preconditioning import Drawn
+from context_diffusion.models.native.preconditioning import EncodedDraft
 
 
 class NativeBackbone:
@@ -101,7 +101,7 @@ class NativeBackbone:
         down, mid, drawn = None, None, None
         if residuals is not None:
             *down, mid, scale = residuals
-            drawn = Drawn(lanes["draft"] * scale, lanes["drawn"] * scale) if self.model.drafts else None
+            drawn = EncodedDraft(lanes["draft"] * scale, lanes["draft_latents"] * scale) if self.model.drafts else None
         given, gain, known = self.model.precondition(latents, timesteps, drawn, self.model.rest_scale)
         output = self.unet(
             given,

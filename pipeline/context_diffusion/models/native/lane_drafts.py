@@ -18,7 +18,7 @@ from context_diffusion.models.native.draft import CHANNELS, PICTURE_KINDS, STEPS
 from context_diffusion.models.native.look_memory import KINDS, Kind, describe_colours, describe_relief
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.plane_waves import COUNT
-from context_diffusion.models.native.preconditioning import Drawn
+from context_diffusion.models.native.preconditioning import EncodedDraft
 from context_diffusion.models.normalization import lightness_of
 
 BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4), torch.zeros(1, 1, 1))
@@ -46,20 +46,20 @@ class NativeDrafts:
         wanted = self._wanted(request, branch, [one for one in shown if one.weight and scale], cache)
         if not (wanted.contexts or wanted.recalled):
             return self._lane(self._no_draft(request), 1.0), {}
-        drawn, kept = self._drawn(request.controls[0], wanted, cache)
+        drawn, kept = self._draft_of(request.controls[0], wanted, cache)
         share = 1.0 if "colours" in wanted.recalled else scale
         if kept:
             detail = model.detail_scale * share * min(control_scales(request, 1)[0], 1.0)
             kept = kept | {"share": drawn.pixels.new_full((1, 1, 1, 1), detail)}
         return self._lane(drawn, share), kept
 
-    def _lane(self, drawn: Drawn, share: float) -> Conditions:
-        return {"draft": share * drawn.pixels.to(self.model.dtype), "drawn": share * drawn.latents.to(self.model.dtype)}
+    def _lane(self, drawn: EncodedDraft, share: float) -> Conditions:
+        return {"draft": share * drawn.pixels.to(self.model.dtype), "draft_latents": share * drawn.latents.to(self.model.dtype)}
 
-    def _no_draft(self, request: Request) -> Drawn:
+    def _no_draft(self, request: Request) -> EncodedDraft:
         height, width = (side // self.factor for side in request.query.shape[:2])
         channels = CHANNELS * self.factor**2, self.model.latent_shape[0]
-        return Drawn(*(torch.zeros(1, count, height, width, device=self.model.device) for count in channels))
+        return EncodedDraft(*(torch.zeros(1, count, height, width, device=self.model.device) for count in channels))
 
     def _wanted(self, request: Request, branch: Branch, shown: list[Context], cache: Cache) -> Wanted:
         nothing = Wanted([], {})
@@ -98,13 +98,13 @@ class NativeDrafts:
     def _relief(self, pixels: Any) -> Tensor:
         return describe_relief(lightness_of(to_tensor(pixels).to(self.model.device).float()) / 255)
 
-    def _drawn(self, control: Control, wanted: Wanted, cache: Cache) -> tuple[Drawn, Conditions]:
+    def _draft_of(self, control: Control, wanted: Wanted, cache: Cache) -> tuple[EncodedDraft, Conditions]:
         key = f"{control.kind}:{content_key(control.pixels)}"
         layout = cache.get(f"tones:{key}", partial(self._tones, control))
         looks = self._looks(wanted.contexts, cache)
-        return cache.get(f"draft:{key}:{wanted.key}", partial(self._draw, layout, wanted, looks))
+        return cache.get(f"draft:{key}:{wanted.key}", partial(self._make_draft, layout, wanted, looks))
 
-    def _draw(self, layout: Layout, wanted: Wanted, looks: list[Look]) -> tuple[Drawn, Conditions]:
+    def _make_draft(self, layout: Layout, wanted: Wanted, looks: list[Look]) -> tuple[EncodedDraft, Conditions]:
         """A draft, and of it what is needed to give its detail back: nothing where that isn't asked for."""
         memory, weights, relief = self.model.memory, [one.weight for one in wanted.contexts] or [1.0], None
         parts = zip(*(looks or [BLANK]), strict=True)
@@ -115,7 +115,7 @@ class NativeDrafts:
             waves, rest = torch.zeros_like(waves), torch.zeros_like(rest)
             relief = memory.relief(number, *layout.tones.shape[2:])
         drafts = draft(layout, Look(colours, waves, rest), torch.tensor([weights], device=self.model.device), relief)
-        drawn = self.model.draw(drafts)
+        drawn = self.model.encode_draft(drafts)
         if not self.model.detail_scale:
             return drawn, {}
         whole, copy = self.model.detail(drafts, drawn)

@@ -32,7 +32,7 @@ from context_diffusion.models.native.detail_transfer import denoised
 from context_diffusion.models.native.draft import TEXTURED, Layout, Look, layout_of, look_of, shows_tones
 from context_diffusion.models.native.fusion import ContextFusion
 from context_diffusion.models.native.look_memory import LookMemory
-from context_diffusion.models.native.preconditioning import Drawn, levels, precondition
+from context_diffusion.models.native.preconditioning import EncodedDraft, levels, precondition
 from context_diffusion.models.native.texture_separation import ReliefModel
 from context_diffusion.models.normalization import describe, normalise, restore
 
@@ -193,11 +193,11 @@ class NativeModel:
         bias: Tensor,
         down: list[Tensor] | None,
         mid: Tensor | None,
-        drawn: Drawn | None = None,
+        draft: EncodedDraft | None = None,
     ) -> Tensor:
         # The U-Net takes a mask m and adds (1 - m) · -10000: solved for m.
         mask = 1 + bias[:, 0] / 10_000
-        given, gain, known = self.precondition(latents, timesteps, drawn)
+        given, gain, known = self.precondition(latents, timesteps, draft)
         output = self.unet(
             given,
             timesteps,
@@ -221,26 +221,26 @@ class NativeModel:
     def _texture_of(self) -> Callable[[Tensor], Tensor] | None:
         return self.relief.texture if self.relief.learned else None
 
-    def draw(self, drafts: Tensor) -> Drawn:
+    def encode_draft(self, drafts: Tensor) -> EncodedDraft:
         """(B, CHANNELS, H, W) -> with the latents of the textured one, 0 where there is none."""
         told = drafts.flatten(1).any(1)[:, None, None, None]
         latents = self._encode(drafts[:, TEXTURED]) * told
-        return Drawn(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
+        return EncodedDraft(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
 
-    def detail(self, drafts: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
+    def detail(self, drafts: Tensor, draft: EncodedDraft) -> tuple[Tensor, Tensor]:
         """The textured ones without noise, and what the autoencoder makes of them: (B, 3, H, W) in [0, 1] each."""
-        return denoised(drafts[:, TEXTURED] / 2 + 0.5), self.decode(drawn.latents).float()
+        return denoised(drafts[:, TEXTURED] / 2 + 0.5), self.decode(draft.latents).float()
 
     def precondition(
-        self, latents: Tensor, timesteps: Tensor, drawn: Drawn | None, rest_scale: float = 1.0
+        self, latents: Tensor, timesteps: Tensor, draft: EncodedDraft | None, rest_scale: float = 1.0
     ) -> tuple[Tensor, Tensor | float, Tensor | float]:
         """-> what the U-Net takes, and what its output is to be multiplied with and what added, to be v."""
         latents = latents.to(self.dtype)
         if not self.drafts:
             return latents, 1.0, 0.0
-        if drawn is None:
+        if draft is None:
             return F.pad(latents, (0, 0, 0, 0, 0, self.unet.config.in_channels - latents.shape[1])), 1.0, 0.0
-        return precondition(latents, drawn, *levels(self._alphas, timesteps), rest_scale)
+        return precondition(latents, draft, *levels(self._alphas, timesteps), rest_scale)
 
     @cached_property
     def _alphas(self) -> Tensor:

@@ -14,7 +14,7 @@ from context_diffusion.core.records import Pixels
 from context_diffusion.image_tensors import channels_first
 from context_diffusion.inputs.control_maps import control_map
 from context_diffusion.models.native.draft import Layout, Look
-from context_diffusion.training.data.batches import CONTEXTS, Samples, Source, Summaries
+from context_diffusion.training.data.batches import CONTEXTS, BatchSource, Samples, Summaries
 from context_diffusion.training.data.encoded_pools import drafts, picked
 from context_diffusion.training.data.layouts import Rng
 from context_diffusion.training.data.pools import KIND_SHARES, KINDS, shift_exposure
@@ -85,8 +85,8 @@ class Gallery:
 class Mixed:
     """Batches of which `keep` come from one source, first, and the others from another."""
 
-    kept: Source
-    own: Source
+    kept: BatchSource
+    own: BatchSource
     keep: float
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
