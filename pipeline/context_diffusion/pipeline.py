@@ -30,7 +30,8 @@ from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import find_model
 
-# By model and kind of device. The native model on two cores: chunks of 2, 4 and 8 lanes took .73, .56 and .51 s an
+# By model and kind of device. The native model on two cores: chunks of 2, 4 and 8 lanes took .73, .56 and .51
+# s an
 # image of 20 guided steps; a single image also pays for the empty lanes of its chunk.
 SHAPES = {
     ("native", "cpu"): Shape(4, 12),
@@ -61,9 +62,8 @@ class ContextDiffusion:
     ) -> None:
         """Wrap a loaded backbone.
 
-        kind: a key of SHAPES. cpu_threads: calls of the model that run at once, on a CPU. unsafe: a safety checker.
-        defaults: the settings that a call which leaves them out gets.
-        """
+        kind: a key of SHAPES. cpu_threads: calls of the model that run at once, on a CPU. unsafe: a safety
+        checker. defaults: the settings that a call which leaves them out gets."""
         self.backbone = backbone
         self.device = device
         self.shape = SHAPES[kind, device.type]
@@ -80,9 +80,8 @@ class ContextDiffusion:
     ) -> ContextDiffusion:
         """Load a model and its weights.
 
-        model: bundled, sd15, sdxl, a folder, a hub id, or a mapping of parts as a job's `model:`. device: default, a GPU
-        if there is one. Raises ModelError.
-        """
+        model: bundled, sd15, sdxl, a folder, a hub id, or a mapping of parts as a job's `model:`. device:
+        default, a GPU if there is one. Raises ModelError."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             resolved = find_model(Parts.model_validate(model) if isinstance(model, dict) else model)
@@ -91,7 +90,8 @@ class ContextDiffusion:
         if resolved.folder:
             native = NativeModel.from_pretrained(resolved.folder).to(where)
             return cls(NativeBackbone(native), "native", where, cpu_threads, defaults=resolved.defaults)
-        from context_diffusion.models.stable_diffusion.backbone import StableBackbone  # diffusers' pipelines: some seconds
+        # diffusers' pipelines: some seconds
+        from context_diffusion.models.stable_diffusion.backbone import StableBackbone
         from context_diffusion.models.stable_diffusion.loading import load
 
         assert resolved.parts
@@ -126,13 +126,14 @@ class ContextDiffusion:
     ) -> Any:
         """Generate an image with the query's layout and the contexts' style.
 
-        query and each context: a tensor of load_image_as_tensor, PIL image, array, path, URI or bytes. control: the
-        query's control map for each ControlNet; default: the kinds that they were trained on. settings: row settings
-        (num_inference_steps, guidance_scale, seed, ...) that replace the model's own. callback: called after each step.
+        query and each context: a tensor of load_image_as_tensor, PIL image, array, path, URI or bytes.
+        control: the query's control map for each ControlNet; default: the kinds that they were trained on.
+        settings: row settings (num_inference_steps, guidance_scale, seed, ...) that replace the model's own.
+        callback: called after each step.
 
-        Returns a PIL image, or a list of them when num_images is over 1; a safety checker's verdict is the image's
-        info["unsafe"]. Raises ValueError for a wrong setting, RowError for a row that cannot be generated.
-        """
+        Returns a PIL image, or a list of them when num_images is over 1; a safety checker's verdict is the
+        image's info["unsafe"]. Raises ValueError for a wrong setting, RowError for a row that cannot be
+        generated."""
         requests = self.requests(query, context, prompt, negative_prompt, control, fit, settings)
         images: dict[int, Image.Image] = {}
         for request, outcome in self.generate(requests, callback):
@@ -196,7 +197,8 @@ class ContextDiffusion:
         return kinds
 
     def _checked_settings(self, settings: dict[str, Any]) -> Settings:
-        """Return the settings over the model's own defaults. Raises ValueError for an unknown name or a wrong value."""
+        """Return the settings over the model's own defaults. Raises ValueError for an unknown name or a wrong
+        value."""
         for name in settings:
             if name not in Settings.model_fields:
                 close = probable(name, Settings.model_fields)

@@ -19,8 +19,10 @@ from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.texture_separation import ReliefModel
 from context_diffusion.models.normalization import STATISTICS
 
-# Latents of 16 channels show a region's colour through much noise: with a cosine schedule it is decided in the first
-# twentieth of the steps, and contexts had little effect. The linear schedule of Ho et al. 2020 is far noisier.
+# Latents of 16 channels show a region's colour through much noise: with a cosine schedule it is decided in
+# the first
+# twentieth of the steps, and contexts had little effect. The linear schedule of Ho et al. 2020 is far
+# noisier.
 SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
@@ -36,9 +38,8 @@ SCHEDULER: dict[str, Any] = {
 def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
     """Build a model with fresh weights.
 
-    vocabulary: the words that the tokenizer knows; others become [UNK]. Raises ModelError for a context encoder that
-    cannot be loaded.
-    """
+    vocabulary: the words that the tokenizer knows; others become [UNK]. Raises ModelError for a context
+    encoder that cannot be loaded."""
     # A seed's weights are drawn in the order in which the parts are built here.
     unet = build_unet(sizes)
     controlnet = build_controlnet(sizes)
@@ -73,7 +74,8 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
 
 
 def _normalization(sizes: Architecture) -> Normalization:
-    """Return the job's normalisation, its default for contexts resolved: by channel for the small encoder alone."""
+    """Return the job's normalisation, its default for contexts resolved: by channel for the small encoder
+    alone."""
     if sizes.normalization.contexts is not None:
         return sizes.normalization
     kind = "channel" if sizes.context_encoder == SMALL else "none"
@@ -144,7 +146,8 @@ def build_controlnet(sizes: Architecture) -> ControlNetModel:
 
 
 def _start_off_zero(controlnet: ControlNetModel) -> None:
-    """Start the zero convolutions a little off zero, so that the layout is learned together with the colours."""
+    """Start the zero convolutions a little off zero, so that the layout is learned together with the
+    colours."""
     for zero in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
         nn.init.normal_(zero.weight, std=0.02)
     nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.05)
