@@ -20,7 +20,7 @@ from context_diffusion.core.records import Pixels
 from context_diffusion.core.schema import ID
 from context_diffusion.evaluation.pairs import Pair, source_key
 from context_diffusion.evaluation.scores import worth
-from context_diffusion.inputs.image_sources import Source
+from context_diffusion.inputs.image_sources import ImageSource
 from context_diffusion.outputs.html_templates import templates
 
 Row = dict[str, Any]
@@ -80,7 +80,7 @@ def page(
     table: dict[str, Row],
     ours: Sequence[tuple[Pair, Row]],
     theirs: Sequence[tuple[Pair, Row]],
-    read: Callable[[Source], Pixels],
+    read: Callable[[ImageSource], Pixels],
 ) -> str:
     """One HTML file that opens without a network: the table, and an even sample of the rows that both have."""
     other = {pair.id: (pair, row) for pair, row in reversed(theirs) if not row.get("error_code")}
@@ -100,10 +100,10 @@ def page(
 class _Thumbnails:
     """Small pictures as data: URLs; contexts repeat, so each is read once."""
 
-    def __init__(self, read: Callable[[Source], Pixels]) -> None:
+    def __init__(self, read: Callable[[ImageSource], Pixels]) -> None:
         self._read, self._known = read, dict[str, str | None]()
 
-    def of(self, source: Source | None) -> str | None:
+    def of(self, source: ImageSource | None) -> str | None:
         """None for a picture that cannot be read."""
         if source is None:
             return None

@@ -13,14 +13,14 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Request, Result
 from context_diffusion.generation.local_model import LocalModel, Outcome, engines_of, inputs_of
 from context_diffusion.generation.stages import requests_of
-from context_diffusion.models.resolve import Source
+from context_diffusion.models.resolve import ResolvedModel
 from context_diffusion.outputs.contact_sheet import Cell
 
 IMAGES_SHOWN = 4  # of one row
 
 
 def try_rows(
-    job: GenerateJob, model: Source, tables: list[pa.Table], rows: int, price: float | None
+    job: GenerateJob, model: ResolvedModel, tables: list[pa.Table], rows: int, price: float | None
 ) -> tuple[list[list[Cell]], dict[str, Any]]:
     """Generate a sample of rows.
 

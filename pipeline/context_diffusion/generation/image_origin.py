@@ -23,8 +23,7 @@ from context_diffusion.generation.stages import ReadShard
 from context_diffusion.inputs.image_sources import INLINE
 from context_diffusion.inputs.manifest_files import ManifestFile
 from context_diffusion.inputs.rows import RowRules
-from context_diffusion.models.resolve import Source as ResolvedModel
-from context_diffusion.models.resolve import find_model
+from context_diffusion.models.resolve import ResolvedModel, find_model
 from context_diffusion.outputs.image_metadata import (
     Metadata,
     metadata_in,

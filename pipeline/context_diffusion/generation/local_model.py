@@ -9,7 +9,7 @@ from context_diffusion.core.errors import ConfigError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Request, Result
 from context_diffusion.core.uris import normal
-from context_diffusion.models.resolve import Source
+from context_diffusion.models.resolve import ResolvedModel
 from context_diffusion.outputs.contact_sheet import Cell, contact_sheet
 from context_diffusion.outputs.encode import encode_image
 from context_diffusion.storage.filesystem import Storage
@@ -21,7 +21,7 @@ Outcome = Result | Failure
 class LocalModel:
     """What one engine of a job would be on this machine. device: None takes a GPU where there is one."""
 
-    def __init__(self, model: Source, cpu_threads: int, device: str | None = None) -> None:
+    def __init__(self, model: ResolvedModel, cpu_threads: int, device: str | None = None) -> None:
         from context_diffusion.pipeline import ContextDiffusion
 
         self.pipeline = ContextDiffusion.from_pretrained(model.parts or str(model.folder), device, cpu_threads)

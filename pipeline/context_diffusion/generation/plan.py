@@ -24,7 +24,7 @@ from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_f
 from context_diffusion.inputs.manifest_scan import Scan
 from context_diffusion.inputs.url_policy import allowed_prefixes
 from context_diffusion.models.defaults import resolved_job
-from context_diffusion.models.resolve import Source, find_model
+from context_diffusion.models.resolve import ResolvedModel, find_model
 from context_diffusion.outputs.image_metadata import versions
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
@@ -47,7 +47,7 @@ class Plan:
     rows: int
     rows_per_part: int
     passed: pa.Schema
-    model: Source
+    model: ResolvedModel
     allow: list[str]
 
     @property
@@ -101,7 +101,7 @@ def open_plan(
     return Plan(job, files, shards_of, record["rows"], record["rows_per_part"], passed, model, record["allow"])
 
 
-def check_output(job: GenerateJob, model: Source, output: Output) -> None:
+def check_output(job: GenerateJob, model: ResolvedModel, output: Output) -> None:
     """Raise OutputConflictError if OUTPUT belongs to another job, manifest or version, as a run would.
 
     job: with its model's defaults filled in.
@@ -158,7 +158,7 @@ def _changed_keys(record: Any, job: GenerateJob) -> dict[str, str]:
     }
 
 
-def _check_same(record: Any, changed: dict[str, str], model: Source, output: Output, accept_change: bool) -> None:
+def _check_same(record: Any, changed: dict[str, str], model: ResolvedModel, output: Output, accept_change: bool) -> None:
     """Raise OutputConflictError if the plan in OUTPUT belongs to another job, model or version.
 
     changed: the keys that differ and must not, as `_changed_keys` returns them.

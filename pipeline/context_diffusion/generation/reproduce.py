@@ -21,7 +21,7 @@ from context_diffusion.generation.image_origin import ImageOrigin, allowed, mode
 from context_diffusion.generation.local_model import LocalModel
 from context_diffusion.generation.stages import LoadImages, requests_of
 from context_diffusion.inputs.decode import decode_image, format_of
-from context_diffusion.models.resolve import Source as ResolvedModel
+from context_diffusion.models.resolve import ResolvedModel
 from context_diffusion.outputs.encode import encode_image
 from context_diffusion.outputs.image_metadata import differences, loading_of, metadata_texts
 from context_diffusion.storage.filesystem import Storage

@@ -34,16 +34,15 @@ from context_diffusion.core.uris import parent
 from context_diffusion.inputs.context_images import ContextPreprocessing
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.inputs.decode import Size, decode_resized, output_size, statistics
-from context_diffusion.inputs.image_sources import Source as ImageSource
-from context_diffusion.inputs.image_sources import read_bytes
+from context_diffusion.inputs.image_sources import ImageSource, read_bytes
 from context_diffusion.inputs.manifest_files import ManifestFile, read_parquet, read_text, rows_of
 from context_diffusion.inputs.rows import RowRules, read_table
-from context_diffusion.models.resolve import Source
+from context_diffusion.models.resolve import ResolvedModel
 from context_diffusion.outputs.output_folder import Output
-from context_diffusion.storage.content_cache import Kept
+from context_diffusion.storage.content_cache import ContentCache
 from context_diffusion.storage.filesystem import Storage
 
-IMAGE_CACHE = Kept(64 * 2**20)  # the loaded images of this process, whatever shards it loads
+IMAGE_CACHE = ContentCache(64 * 2**20)  # the loaded images of this process, whatever shards it loads
 LoadedByUri = dict[tuple[str, Hashable], Pixels]
 Made = tuple[Request | None, Result | Failure | None]  # None: the row failed before it reached the engine
 
@@ -113,7 +112,7 @@ class LoadImages:
     storage: Storage
 
     @classmethod
-    def for_job(cls, job: GenerateJob, model: Source, allow: list[str], storage: Storage) -> LoadImages:
+    def for_job(cls, job: GenerateJob, model: ResolvedModel, allow: list[str], storage: Storage) -> LoadImages:
         """job: with its model's defaults filled in."""
         return cls(job.fit, job.control_kinds, job.limits, allow, model.image_size, model.contexts, storage)
 

@@ -229,7 +229,7 @@ def test_half_precision_keeps_the_autoencoder_of_xl_in_float32_in_both_direction
     stored = {name: value.half().float() for name, value in whole.vae.state_dict().items()}
     whole.vae.load_state_dict(stored)
     assert torch.equal(encoded, whole.encode_query(one, torch.Generator().manual_seed(1)))
-    assert torch.equal(backbone.decode(encoded, one, {}), whole.decode(encoded, one, {}))
+    assert torch.equal(backbone.decode(encoded), whole.decode(encoded))
 
 
 def test_an_adapter_for_faces_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_large_image_is_decoded_whole_as_diffusers_decodes_it(tmp_path: Path) 
     latents = torch.randn(1, 4, 136, 136, generator=torch.Generator().manual_seed(0))  # 1,088 px a side
     with torch.inference_mode():
         theirs = backbone.vae.decode(latents / backbone.vae.config.scaling_factor).sample
-        ours, tiled = backbone.decode(latents, row(1), {}), backbone.decode(latents, row(1), {}, tiled=True)
+        ours, tiled = backbone.decode(latents), backbone.decode(latents, tiled=True)
     assert torch.equal(ours, (theirs / 2 + 0.5).clamp(0, 1))
     assert not torch.equal(ours, tiled)
     assert not backbone.vae.use_tiling, "no state on a shared module"

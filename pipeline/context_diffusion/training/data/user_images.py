@@ -19,7 +19,7 @@ from context_diffusion.core.schema import CONTEXT, PROMPT, QUERY, TARGET
 from context_diffusion.core.training_job import FinetuneJob
 from context_diffusion.core.uris import normal, parent
 from context_diffusion.inputs.decode import decode_resized
-from context_diffusion.inputs.image_sources import Source, as_source, as_sources, read_bytes
+from context_diffusion.inputs.image_sources import ImageSource, as_source, as_sources, read_bytes
 from context_diffusion.inputs.manifest_files import FORMATS, Row, expand, open_file, raw_rows
 from context_diffusion.storage.filesystem import Storage
 
@@ -64,7 +64,7 @@ class _Reader:
         self._by_path: dict[str, int | None] = {}
         self._by_digest: dict[bytes, int] = {}
 
-    def __call__(self, source: Source, name: str, allow: list[str]) -> int | None:
+    def __call__(self, source: ImageSource, name: str, allow: list[str]) -> int | None:
         """None where it cannot be read. name: what a picture without a path is called. Raises StorageError."""
         path, by_path = source["path"], source["bytes"] is None
         if by_path and path in self._by_path:
