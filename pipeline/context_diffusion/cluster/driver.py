@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from context_diffusion.cluster.progress import Progress
-from context_diffusion.cluster.trace import Trace
 from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED, ClusterError, TooManyFailuresError
 from context_diffusion.core.event_log import LOG
 from context_diffusion.core.generate_job import GenerateJob
@@ -90,7 +89,6 @@ def _make_missing(
     from context_diffusion.cluster.ray_session import ray_session
 
     with (
-        Trace(output.root) as trace,
         ray_session(job.cluster.num_cpus, options.address) as logs,
         Progress(plan.rows, before, logs) as shown,
         RunMetrics(output.root, sum(read.shard.rows for read in reads)) as metrics,
@@ -98,7 +96,7 @@ def _make_missing(
         closing(dataflow.run_flow(job, reads, load, write, make_engine or _default_engine, on_start)) as flow,
     ):
         for counts in flow:
-            for told in (shown, metrics, trace):
+            for told in (shown, metrics):
                 told.add(counts)
             _check_failures(job, plan, shown.counts)
         return shown.occupancy
