@@ -10,15 +10,12 @@ from context_diffusion.cli.options import Folder, errors, print_summary
 from context_diffusion.core.errors import EXIT_OK, EXIT_UNEXPECTED, JobError
 
 
-def report(
-    output: Folder,
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="of all the run's machines: gives cost_per_image")] = None,
-) -> None:
-    """(Re)builds summary.json and report.html. Example: context-diffusion report build/demo --price-per-hour 2.5"""
+def report(output: Folder) -> None:
+    """(Re)builds summary.json and report.html. Example: context-diffusion report build/demo"""
     from context_diffusion.outputs.report.build import rebuild
 
     opened = _open(output)
-    summary = rebuild(opened, price_per_hour)
+    summary = rebuild(opened)
     errors.print(f"{opened.report}")
     print_summary({**summary, "exit": EXIT_OK})
 

@@ -23,7 +23,7 @@ from context_diffusion.generation.write_shard import WriteShard
 from context_diffusion.inputs.close_names import column_warnings
 from context_diffusion.outputs.finalize import close
 from context_diffusion.outputs.output_folder import Output
-from context_diffusion.outputs.report.build import cost, write_report
+from context_diffusion.outputs.report.build import write_report
 from context_diffusion.storage.filesystem import Storage
 
 
@@ -152,7 +152,6 @@ def _finish(
         "seconds": round(seconds, 2),
         "images_per_second": round(made / seconds, 3),
         "occupancy": occupancy,
-        **cost(job.cluster.price_per_hour, made / seconds),
         "exit": EXIT_ROWS_FAILED if counts.failed else EXIT_OK,
     }
     if not finished:

@@ -19,11 +19,9 @@ from context_diffusion.outputs.contact_sheet import Cell
 SHOWN = 4  # pictures of one row
 
 
-def try_rows(
-    job: GenerateJob, model: Source, tables: list[pa.Table], rows: int, price: float | None
-) -> tuple[list[list[Cell]], dict[str, Any]]:
-    """tables: loaded rows; rows: of the whole manifest; price: of an engine's machine, an hour. -> a sheet's lines, one a
-    row, and the figures. Raises JobError where no row of the sample can be made."""
+def try_rows(job: GenerateJob, model: Source, tables: list[pa.Table], rows: int) -> tuple[list[list[Cell]], dict[str, Any]]:
+    """tables: loaded rows; rows: of the whole manifest. -> a sheet's lines, one a row, and the figures. Raises JobError where
+    no row of the sample can be made."""
     wanted = [row for table in tables for row in requests_of(table, job) if row]
     if not wanted:
         raise JobError("no row of the sample can be loaded, so there are no pictures to make; --sample N looks at more")
@@ -38,7 +36,7 @@ def try_rows(
     lines = [[*inputs_of(row[0]), *[_cell(request, next(outcomes)) for request in row][:SHOWN]] for row in wanted]
     images = round(rows * len(requests) / sum(map(len, tables)))
     basis = {"measured_images": len(requests), "warm_up_seconds": round(started - began, 3), "filled": round(_filled(made), 3)}
-    return lines, _figures(images, seconds, engines_of(job), price) | basis | maker.device()
+    return lines, _figures(images, seconds, engines_of(job)) | basis | maker.device()
 
 
 def _filled(outcomes: list[Outcome]) -> float:
@@ -54,12 +52,10 @@ def _cell(request: Request, outcome: Outcome) -> Cell:
     return f"{request.id} {request.settings.num_inference_steps} steps {request.settings.scheduler}", outcome.image
 
 
-def _figures(images: int, seconds: float, engines: int, price: float | None) -> dict[str, Any]:
+def _figures(images: int, seconds: float, engines: int) -> dict[str, Any]:
     """images: of the whole job; seconds: of one here, in full lanes."""
-    hours = images * seconds / 3600  # of all engines together
-    told = {"images": images, "seconds_per_image": round(seconds, 3), "engines": engines}
-    told |= {"estimated_seconds": round(hours * 3600 / engines)}
-    return told if price is None else told | {"estimated_cost": round(hours * price, 2)}
+    estimated = {"estimated_seconds": round(images * seconds / engines)}
+    return {"images": images, "seconds_per_image": round(seconds, 3), "engines": engines} | estimated
 
 
 def estimate_lines(told: dict[str, Any]) -> list[str]:
@@ -73,6 +69,4 @@ def estimate_lines(told: dict[str, Any]) -> list[str]:
     lines.append(f"they filled {told['filled']:.0%} of the model's lanes, a job fills nearly all: the time is of full ones")
     if "gpu" in told:
         lines.append(f"GPU memory: {told['gpu_used_gib']} of {told['gpu_memory_gib']} GiB")
-    if "estimated_cost" in told:
-        lines.append(f"cost: about {told['estimated_cost']:.2f}")
     return [*lines, f"pictures: {told['pictures']}"]
