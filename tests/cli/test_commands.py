@@ -128,8 +128,11 @@ def test_stdout_holds_the_result_alone(tmp_path: Path) -> None:
         (["reproduce", "jobs/demo.png"], "the image has no metadata of its generation"),
         (["reproduce", "jobs/demo.png", "--output", "jobs/demo.gif"], "ends in one of .png, .webp"),
         (["reproduce", "jobs/demo.png", "--output", "jobs/demo.png"], "is there already"),
-        (["validate", "jobs/demo.yaml", "--price-per-hour", "2"], "--price-per-hour needs --pictures"),
         (["validate", "jobs/demo.yaml", "--pictures", "sheet"], "--pictures sheet: the sheet is a PNG"),
+        (
+            ["submit", "jobs/demo.yaml", "--address", "http://127.0.0.1:1", "--wheel", "x.whl"],
+            "--wheel x.whl: there is no such file",
+        ),
         (["doctor", "--nonsense"], "No such option: --nonsense"),
     ],
 )

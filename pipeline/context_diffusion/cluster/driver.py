@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from context_diffusion.cluster.progress import Progress
-from context_diffusion.cluster.trace import Trace
 from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED, ClusterError, TooManyFailuresError
 from context_diffusion.core.event_log import LOG
 from context_diffusion.core.generate_job import GenerateJob
@@ -22,7 +21,7 @@ from context_diffusion.generation.plan import Plan, open_plan
 from context_diffusion.inputs.close_names import column_warnings
 from context_diffusion.outputs.finalize import close
 from context_diffusion.outputs.output_folder import Output
-from context_diffusion.outputs.report.build import cost, write_report
+from context_diffusion.outputs.report.build import write_report
 from context_diffusion.storage.filesystem import Storage
 
 
@@ -86,7 +85,6 @@ def _make_missing(
     from context_diffusion.cluster.ray_session import ray_session
 
     with (
-        Trace(output.root) as trace,
         ray_session(plan.job.cluster.num_cpus, options.address) as logs,
         Progress(plan.rows, before, logs) as shown,
         RunMetrics(output.root, sum(read.shard.rows for read in reads)) as metrics,
@@ -94,7 +92,7 @@ def _make_missing(
         closing(dataflow.run_flow(plan.job, reads, load, write, make_engine or _default_engine, on_start)) as flow,
     ):
         for counts in flow:
-            for told in (shown, metrics, trace):
+            for told in (shown, metrics):
                 told.add(counts)
             _check_failures(job, plan, shown.counts)
         return shown.occupancy
@@ -133,7 +131,6 @@ def _finish(
         "seconds": round(seconds, 2),
         "images_per_second": round(made / seconds, 3),
         "occupancy": occupancy,
-        **cost(job.cluster.price_per_hour, made / seconds),
         "exit": EXIT_ROWS_FAILED if counts.failed else EXIT_OK,
     }
     if not finished:

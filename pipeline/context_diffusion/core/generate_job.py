@@ -58,9 +58,6 @@ class Cluster(StrictModel):
         default=2, description="calls of the model at once, in a CPU engine; pixels don't depend on it"
     )
     shards_per_actor: Annotated[int, Field(ge=1, le=64)] = Field(default=2, description="shards that feed one engine at once")
-    price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
-        default=None, description="of all its machines together, in any currency: summary.json tells cost_per_image"
-    )
     no_progress_timeout_s: Annotated[int, Field(ge=10)] = Field(
         default=600, description="a flow that stands still for so long is ended with code 75"
     )

@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +88,16 @@ def load_job(path: str, overrides: list[str] | None = None) -> StrictModel:
 
 
 def load_jobs(path: str, overrides: list[str] | None = None) -> list[StrictModel]:
-    """The same of a file with several jobs: YAML documents, or a list. `2.key=value` overrides in the second of them.
+    """The same of a file with several jobs: YAML documents, or a list. An override holds in each job whose kind has the key.
 
     Raises ConfigError with all that is wrong in any of them.
     """
     documents = _documents(path)
     for override in overrides or []:
-        number, key = re.fullmatch(r"(?:(\d+)\.)?(.*)", override, flags=re.DOTALL).groups()  # type: ignore[union-attr]
-        if number and not 0 < int(number) <= len(documents):
-            raise ConfigError(f"--set {override}: there is no job {number}, {path} holds {len(documents)}")
-        _override(documents[int(number or 1) - 1], key)
+        key = re.split("[.=]", override)[0]
+        having = [values for values in documents if key in _keys(values)]
+        for values in having or documents:  # a key that none has is an error of each
+            _override(values, override)
     jobs, wrong = [], []
     for number, values in enumerate(documents, 1):
         try:
@@ -107,6 +107,12 @@ def load_jobs(path: str, overrides: list[str] | None = None) -> list[StrictModel
     if wrong := wrong or _same_outputs(path, documents):
         raise ConfigError("\n".join(wrong))
     return jobs
+
+
+def _keys(values: dict[str, Any]) -> Iterable[str]:
+    """The keys that a job of this kind has; none where the kind is unknown."""
+    model = KINDS.get(str(values.get("kind")))
+    return model.model_fields if model else ()
 
 
 def _documents(path: str) -> list[dict[str, Any]]:

@@ -20,12 +20,11 @@ IMAGES_SHOWN = 4  # of one row
 
 
 def try_rows(
-    job: GenerateJob, model: ResolvedModel, tables: list[pa.Table], rows: int, price: float | None
+    job: GenerateJob, model: ResolvedModel, tables: list[pa.Table], rows: int
 ) -> tuple[list[list[Cell]], dict[str, Any]]:
     """Generate a sample of rows.
 
-    tables: loaded rows; rows: the number of rows of the whole manifest; price: of an engine's machine, per hour. Returns the
-    lines of a contact sheet, one per row, and the figures. Raises JobError where no row of the sample could be loaded.
+    tables: loaded rows; rows: the number of rows of the whole manifest. Returns the lines of a contact sheet, one per row, and the figures. Raises JobError where no row of the sample could be loaded.
     """
     matrix = job.matrix
     sample = [row for table in tables for row in requests_of(table, job.control_kinds, matrix) if row]
@@ -47,7 +46,7 @@ def try_rows(
         "warm_up_seconds": round(started - began, 3),
         "filled": round(used, 3),
     }
-    return lines, _figures(images, seconds, engines_of(job), price) | basis | local.device()
+    return lines, _figures(images, seconds, engines_of(job)) | basis | local.device()
 
 
 def _used_share(outcomes: list[Outcome]) -> float:
@@ -63,16 +62,14 @@ def _cell(request: Request, outcome: Outcome) -> Cell:
     return f"{request.id} {request.settings.num_inference_steps} steps {request.settings.scheduler}", outcome.image
 
 
-def _figures(images: int, seconds: float, engines: int, price: float | None) -> dict[str, Any]:
+def _figures(images: int, seconds: float, engines: int) -> dict[str, Any]:
     """images: of the whole job; seconds: of one image here, with all lanes used."""
-    hours = images * seconds / 3600  # of all engines together
-    figures = {
+    return {
         "images": images,
         "seconds_per_image": round(seconds, 3),
         "engines": engines,
-        "estimated_seconds": round(hours * 3600 / engines),
+        "estimated_seconds": round(images * seconds / engines),
     }
-    return figures if price is None else figures | {"estimated_cost": round(hours * price, 2)}
 
 
 def estimate_lines(figures: dict[str, Any]) -> list[str]:
@@ -89,6 +86,4 @@ def estimate_lines(figures: dict[str, Any]) -> list[str]:
     ]
     if "gpu" in figures:
         lines.append(f"GPU memory: {figures['gpu_used_gib']} of {figures['gpu_memory_gib']} GiB")
-    if "estimated_cost" in figures:
-        lines.append(f"cost: about {figures['estimated_cost']:.2f}")
     return [*lines, f"images: {figures['pictures']}"]

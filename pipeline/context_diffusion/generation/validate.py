@@ -31,10 +31,10 @@ from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
 
-def validate_job(job: GenerateJob, sample: int, pictures: str | None = None, price: float | None = None) -> dict[str, Any]:
+def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> dict[str, Any]:
     """Scans the whole manifest, loads `sample` rows spread over it that differ in contexts, writes a probe to OUTPUT and
-    takes it away. -> rows, shards, problems of the sampled rows. pictures: where a sheet of their images goes; with it, and
-    the price of an engine's machine and hour, what the job will take.
+    takes it away. -> rows, shards, problems of the sampled rows. pictures: where a sheet of their images goes; with it, what
+    the job will take.
 
     Raises JobError for what stops the job, StorageError where OUTPUT cannot be written. Bad rows are told, for a run turns
     them into failed rows; `exit` is what a run would end with by them: 3 where some of the sample fail, 4 where they are more
@@ -62,7 +62,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None, pri
     once = storage.try_writing(output.root)
     figures: dict[str, Any] = {}
     if pictures:
-        lines, figures = try_rows(job, model, kept, scan.rows, price)
+        lines, figures = try_rows(job, model, kept, scan.rows)
         write_sheet(pictures, lines)
         figures |= {"pictures": pictures}
     return {
