@@ -24,10 +24,10 @@ def try_rows(
 ) -> tuple[list[list[Cell]], dict[str, Any]]:
     """Generate a sample of rows.
 
-    tables: loaded rows; rows: the number of rows of the whole manifest. Returns the lines of a contact sheet, one per row, and the figures. Raises JobError where no row of the sample could be loaded.
+    tables: loaded rows; rows: the number of rows of the whole manifest. Returns the lines of a contact sheet, one per
+    row, and the figures. Raises JobError where no row of the sample could be loaded.
     """
-    matrix = job.matrix
-    sample = [row for table in tables for row in requests_of(table, job.control_kinds, matrix) if row]
+    sample = [row for table in tables for row in requests_of(table, job.control_kinds, job.matrix) if row]
     if not sample:
         raise JobError("no row of the sample could be loaded, so no image can be generated; --sample N tries more rows")
     requests = [request for row in sample for request in row]
