@@ -18,8 +18,8 @@ def build_stages(
 ) -> tuple[list[ReadShard], LoadImages, WriteShard]:
     """Return what stands around the engine.
 
-    finished: shards that are left out; redo: finished shards of which only the failed rows are generated again.
-    """
+    finished: shards that are left out; redo: finished shards of which only the failed rows are generated
+    again. """
     rules = RowRules.of_job(plan.job)
     reads = [
         ReadShard(rules, replace(file, groups=[]), shard, plan.passed, output.storage, output if shard.number in redo else None)

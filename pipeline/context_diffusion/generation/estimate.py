@@ -24,9 +24,8 @@ def try_rows(
 ) -> tuple[list[list[Cell]], dict[str, Any]]:
     """Generate a sample of rows.
 
-    tables: loaded rows; rows: the number of rows of the whole manifest. Returns the lines of a contact sheet, one per
-    row, and the figures. Raises JobError where no row of the sample could be loaded.
-    """
+    tables: loaded rows; rows: the number of rows of the whole manifest. Returns the lines of a contact sheet,
+    one per row, and the figures. Raises JobError where no row of the sample could be loaded. """
     sample = [row for table in tables for row in requests_of(table, job.control_kinds, job.matrix) if row]
     if not sample:
         raise JobError("no row of the sample could be loaded, so no image can be generated; --sample N tries more rows")
@@ -50,7 +49,8 @@ def try_rows(
 
 
 def _used_share(outcomes: list[Outcome]) -> float:
-    """Return the share of the model's lanes that a sample used. Few rows leave some empty, the rows of a job do not."""
+    """Return the share of the model's lanes that a sample used. Few rows leave some empty, the rows of a job
+    do not."""
     results = [outcome for outcome in outcomes if isinstance(outcome, Result)]
     paid = sum(result.paid_lane_steps for result in results)
     return sum(result.used_lane_steps for result in results) / paid if paid else 1.0

@@ -1,7 +1,8 @@
-"""What an image was generated from, by its own metadata or by the OUTPUT that it lies in. Generates no pixels.
+"""What an image was generated from, by its own metadata or by the OUTPUT that it lies in. Generates no
+pixels.
 
-An image outside of an OUTPUT is not trusted: the user names what may be read, and a model that is not one of the named ones.
-"""
+An image outside of an OUTPUT is not trusted: the user names what may be read, and a model that is not one of
+the named ones. """
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ from context_diffusion.storage.filesystem import Storage
 
 @dataclass(frozen=True)
 class ImageOrigin:
-    """An image file and its metadata. output, record: the OUTPUT that it lies in, and that one's plan.json."""
+    """An image file and its metadata. output, record: the OUTPUT that it lies in, and that one's
+    plan.json."""
 
     uri: str
     data: bytes
@@ -121,7 +123,8 @@ def allowed(origin: ImageOrigin, base: str | None) -> list[str]:
 
 
 def read_row(origin: ImageOrigin, base: str | None, storage: Storage) -> dict[str, Any]:
-    """Return the one image as a row of the READ table. base: the user's folder of relative sources. Raises JobError."""
+    """Return the one image as a row of the READ table. base: the user's folder of relative sources. Raises
+    JobError."""
     metadata = origin.metadata
     row = dict.fromkeys(READ.names) | {"shard": 0, ID: metadata[ID], **sources_of(metadata, base or origin.base)}
     row |= {name: metadata.get(name) for name in (PROMPT, NEGATIVE_PROMPT)}

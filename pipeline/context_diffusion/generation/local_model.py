@@ -54,7 +54,8 @@ def engines_of(job: GenerateJob) -> int:
 
 
 def png_uri(option: str, name: str) -> str:
-    """Return the URI of a sheet that an option names. Raises ConfigError before any image is generated for it."""
+    """Return the URI of a sheet that an option names. Raises ConfigError before any image is generated for
+    it."""
     if not name.lower().endswith(".png"):
         raise ConfigError(f"{option} {name}: the contact sheet is a PNG file; its name must end in .png")
     return normal(name)

@@ -1,8 +1,7 @@
 """Plan a manifest as shards, once, and check that OUTPUT belongs to the job.
 
-plan.json is the last file of a plan that is written: where it exists, the plan is complete, and every later run takes its
-shards from it.
-"""
+plan.json is the last file of a plan that is written: where it exists, the plan is complete, and every later
+run takes its shards from it. """
 
 from __future__ import annotations
 
@@ -29,7 +28,8 @@ from context_diffusion.outputs.image_metadata import versions
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
-CORRECTED = ("allow", "limits", "columns")  # keys that --retry-failed lets differ: rows may have failed because of them
+# keys that --retry-failed lets differ: rows may have failed because of them
+CORRECTED = ("allow", "limits", "columns")
 HINT = "if rows were appended, use `run --extend`; if rows were corrected, use `run --retry-failed`"
 
 
@@ -37,9 +37,9 @@ HINT = "if rows were appended, use `run --extend`; if rows were corrected, use `
 class Plan:
     """What plan.json says.
 
-    job: the current job, with its model's defaults and the planned parts of its model filled in; passed: the schema of the
-    unknown manifest columns that are copied to the output; allow: the URI prefixes that rows may read.
-    """
+    job: the current job, with its model's defaults and the planned parts of its model filled in; passed: the
+    schema of the unknown manifest columns that are copied to the output; allow: the URI prefixes that rows
+    may read. """
 
     job: GenerateJob
     files: list[ManifestFile]
@@ -57,10 +57,11 @@ class Plan:
 
 
 def part_rows(rows: int, rows_per_part: int, images: int = 1) -> int:
-    """Return the rows of a shard: `rows_per_part`, or fewer so that a small manifest has about eight shards of at least four.
+    """Return the rows of a shard: `rows_per_part`, or fewer so that a small manifest has about eight shards
+    of at least four.
 
-    images: the combinations of a matrix; a shard then has fewer rows, so that its work and memory stay the same.
-    """
+    images: the combinations of a matrix; a shard then has fewer rows, so that its work and memory stay the
+    same. """
     return max(1, min(rows_per_part, max(4, -(-rows // 8))) // images)
 
 
@@ -74,9 +75,9 @@ def open_plan(
 ) -> Plan:
     """Return the plan in OUTPUT if it belongs to this job, and write a new one if there is none.
 
-    extend: the manifest may have grown, and shards are added for its new rows; retry_failed: the manifest's cells may have
-    been corrected, and the job's keys CORRECTED may differ. Raises ManifestError, OutputConflictError.
-    """
+    extend: the manifest may have grown, and shards are added for its new rows; retry_failed: the manifest's
+    cells may have been corrected, and the job's keys CORRECTED may differ. Raises ManifestError,
+    OutputConflictError. """
     if not output.storage.exists(output.plan):
         _write_plan(job, output, storage)
     record = output.read_json(output.plan)
@@ -140,7 +141,8 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
 
 
 def _flat(keys: dict[str, Any]) -> dict[str, Any]:
-    """Flatten nested keys to the dotted names of `--set`: {"settings": {"seed": 1}} -> {"settings.seed": 1}."""
+    """Flatten nested keys to the dotted names of `--set`: {"settings": {"seed": 1}} -> {"settings.seed":
+    1}."""
     flat: dict[str, Any] = {}
     for key, value in keys.items():
         flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items()} if isinstance(value, dict) else {key: value}
@@ -148,7 +150,8 @@ def _flat(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed_keys(record: Any, job: GenerateJob) -> dict[str, str]:
-    """Return the dotted keys that affect pixels or shards and differ between the plan's job and this one, with both values."""
+    """Return the dotted keys that affect pixels or shards and differ between the plan's job and this one,
+    with both values."""
     planned = _flat(GenerateJob.model_validate(record["job"]).pixel_keys())
     current = _flat(job.pixel_keys())
     return {

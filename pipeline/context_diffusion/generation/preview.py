@@ -1,4 +1,5 @@
-"""Generate one row at several settings in this process, with the images that the job's run would have. Knows no Ray."""
+"""Generate one row at several settings in this process, with the images that the job's run would have. Knows
+no Ray."""
 
 from __future__ import annotations
 
@@ -58,9 +59,9 @@ def axes_of(texts: list[str]) -> list[Axis]:
 def setting_grid(job: GenerateJob, axes: list[Axis], row_name: str | None) -> tuple[str, list[list[Cell]]]:
     """Generate one row at each combination of the axes.
 
-    row_name: the row's id; None takes the first row. Returns the id and the lines of a contact sheet: the query and the
-    contexts, then a column for each value of the first axis and a line for each of the second. Raises JobError.
-    """
+    row_name: the row's id; None takes the first row. Returns the id and the lines of a contact sheet: the
+    query and the contexts, then a column for each value of the first axis and a line for each of the second.
+    Raises JobError. """
     storage, model = Storage(job.storage_options), find_model(job.model)
     job = resolved_job(job, model.defaults)
     rules = RowRules.of_job(job)

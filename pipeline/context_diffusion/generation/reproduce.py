@@ -1,4 +1,5 @@
-"""Generate an image again in this process, from its metadata or its OUTPUT, and compare the two. Knows no Ray.
+"""Generate an image again in this process, from its metadata or its OUTPUT, and compare the two. Knows no
+Ray.
 
 Sources are loaded by the job's own stage (LoadImages), within its `allow`.
 """
@@ -31,7 +32,8 @@ ENDINGS: dict[str, Literal["png", "webp", "jpeg"]] = {"png": "png", "webp": "web
 
 @dataclass(frozen=True)
 class Reproduction:
-    """texts: the metadata of the new image file; differs: what is different from the first time, a line each."""
+    """texts: the metadata of the new image file; differs: what is different from the first time, a line
+    each."""
 
     image: Pixels
     texts: dict[str, str]
@@ -94,7 +96,8 @@ def _pixel_differences(then: Pixels, now: Pixels) -> list[str]:
 
 
 def writer(output: str | None) -> Callable[[Reproduction], None]:
-    """Return what writes the new image, in the format of the file's ending. Raises JobError at once where it cannot."""
+    """Return what writes the new image, in the format of the file's ending. Raises JobError at once where it
+    cannot."""
     if output is None:
         return lambda reproduction: None
     uri, storage = normal(output), Storage()

@@ -1,4 +1,5 @@
-"""The stages of the flow as plain callables: ReadShard, LoadImages, generate. write_shard.py has the last one. Knows no Ray."""
+"""The stages of the flow as plain callables: ReadShard, LoadImages, generate. write_shard.py has the last
+one. Knows no Ray."""
 
 from __future__ import annotations
 
@@ -61,21 +62,24 @@ class Watched(Protocol):
 
 
 class ShardEngine(Protocol):
-    """Generates the images of one shard, given by row. Outcomes are returned flat, in the order of the requests."""
+    """Generates the images of one shard, given by row. Outcomes are returned flat, in the order of the
+    requests."""
 
     def generate_shard(self, shard: int, rows: list[list[Request]]) -> list[Result | Failure]: ...
 
 
 @dataclass(frozen=True)
 class ReadShard:
-    """One read task: the rows of one shard as one table. (Ray Data would merge a task of several shards into one block.)"""
+    """One read task: the rows of one shard as one table. (Ray Data would merge a task of several shards into
+    one block.)"""
 
     rules: RowRules
     file: ManifestFile
     shard: Shard
     passed: pa.Schema
     storage: Storage
-    redo: Output | None = None  # --retry-failed: read only the rows that failed in this OUTPUT's part of the shard
+    # --retry-failed: read only the rows that failed in this OUTPUT's part of the shard
+    redo: Output | None = None
 
     def __call__(self) -> list[pa.Table]:
         source = None
@@ -83,7 +87,8 @@ class ReadShard:
             source = read_parquet(self.file, self.shard, self.storage)
             names = self.rules.names
             known = [name for name in source.column_names if name in names.values()]
-            rows = rows_of(source.select(known) if names[ID] in known else source)  # a derived id hashes the whole row
+            # a derived id hashes the whole row
+            rows = rows_of(source.select(known) if names[ID] in known else source)
         else:
             rows = read_text(self.file, self.shard, self.storage)
         part = self.redo.read_part(self.shard.number, [ID, "status"]) if self.redo else None
@@ -92,16 +97,16 @@ class ReadShard:
         if part is not None:
             failed = part.filter(pc.equal(part["status"], "failed"))[ID].combine_chunks()
             table = table.filter(pc.is_in(table[ID], failed))
-        return [table] if len(table) else []  # empty: another run has written the shard, or Ray retries a finished read
+        # empty: another run has written the shard, or Ray retries a finished read
+        return [table] if len(table) else []
 
 
 @dataclass(frozen=True)
 class LoadImages:
     """Loads a shard's sources as pixels of the sizes that the model takes, and computes the control maps.
 
-    control_kinds: the map of each ControlNet; allow: URI prefixes that rows may read; image_size: the model's own;
-    preprocessing: of context images.
-    """
+    control_kinds: the map of each ControlNet; allow: URI prefixes that rows may read; image_size: the model's
+    own; preprocessing: of context images. """
 
     fit: Fit
     control_kinds: list[str]
@@ -182,7 +187,8 @@ class LoadImages:
     def _loaded(
         self, source: ImageSource, way: Hashable, decode: Callable[[bytes, str], Pixels], loaded_by_uri: LoadedByUri
     ) -> Pixels:
-        """Return a source's pixels. Sources repeat over the rows of a shard, so the pixels of a URI are kept for them.
+        """Return a source's pixels. Sources repeat over the rows of a shard, so the pixels of a URI are kept
+        for them.
 
         way: what `decode` depends on.
         """
@@ -217,7 +223,8 @@ def span(began: float) -> dict[str, float]:
 
 
 def requests_of(table: pa.Table, control_kinds: list[str], matrix: Matrix) -> list[list[Request]]:
-    """Return the requests of each row: none for a failed row, else num_images for each combination of the matrix."""
+    """Return the requests of each row: none for a failed row, else num_images for each combination of the
+    matrix."""
     return [[] if row["error_code"] is not None else _requests(row, control_kinds, matrix) for row in known_rows(table)]
 
 

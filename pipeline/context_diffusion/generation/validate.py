@@ -32,14 +32,13 @@ from context_diffusion.storage.filesystem import Storage
 
 
 def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> dict[str, Any]:
-    """Scans the whole manifest, loads `sample` rows spread over it that differ in contexts, writes a probe to OUTPUT and
-    takes it away. -> rows, shards, problems of the sampled rows. pictures: where a sheet of their images goes; with it, what
-    the job will take.
+    """Scans the whole manifest, loads `sample` rows spread over it that differ in contexts, writes a probe to
+    OUTPUT and takes it away. -> rows, shards, problems of the sampled rows. pictures: where a sheet of their
+    images goes; with it, what the job will take.
 
-    Raises JobError for what stops the job, StorageError where OUTPUT cannot be written. Bad rows are told, for a run turns
-    them into failed rows; `exit` is what a run would end with by them: 3 where some of the sample fail, 4 where they are more
-    than max_failed allows.
-    """
+    Raises JobError for what stops the job, StorageError where OUTPUT cannot be written. Bad rows are told,
+    for a run turns them into failed rows; `exit` is what a run would end with by them: 3 where some of the
+    sample fail, 4 where they are more than max_failed allows. """
     storage = Storage(job.storage_options)
     model = find_model(job.model)
     job = resolved_job(job, model.defaults)
@@ -82,7 +81,8 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
 
 
 def _exit_code(job: GenerateJob, rows: int, sampled: int, failed: int, without: int) -> int:
-    """What a run would end with, were all rows as the sampled ones. without: rows that lack a protocol's package for sure."""
+    """What a run would end with, were all rows as the sampled ones. without: rows that lack a protocol's
+    package for sure."""
     if not failed and not without:
         return EXIT_OK
     expected = max(failed, without, rows * failed // max(sampled, 1))
@@ -92,9 +92,9 @@ def _exit_code(job: GenerateJob, rows: int, sampled: int, failed: int, without: 
 def _sample(
     job: GenerateJob, files: list[ManifestFile], scan: Scan, shards: list[Shard], count: int, storage: Storage
 ) -> Iterator[pa.Table]:
-    """So many rows, or all, spread evenly over the manifest, a table for each shard that has one of them. Of the rows from one
-    place to the next, as far as the shard has them, the first whose contexts are new: a manifest of all pairs may have the
-    same contexts at even distances."""
+    """So many rows, or all, spread evenly over the manifest, a table for each shard that has one of them. Of
+    the rows from one place to the next, as far as the shard has them, the first whose contexts are new: a
+    manifest of all pairs may have the same contexts at even distances."""
     count, first, seen = min(count, scan.rows), 0, set[int]()
     wanted = [number * scan.rows // count for number in range(count)]
     for shard in shards:

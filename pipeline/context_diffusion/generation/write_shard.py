@@ -47,11 +47,11 @@ from context_diffusion.storage.parquet_files import to_parquet
 
 @dataclass(frozen=True)
 class WriteShard:
-    """Encodes and creates a shard's images, then its part. Files that exist already are kept: the first writer wins.
+    """Encodes and creates a shard's images, then its part. Files that exist already are kept: the first
+    writer wins.
 
-    model: name@revision; base: the folder of the first manifest file; redo: shards of which only the failed rows are in
-    the flow (--retry-failed), and whose other rows are kept.
-    """
+    model: name@revision; base: the folder of the first manifest file; redo: shards of which only the failed
+    rows are in the flow (--retry-failed), and whose other rows are kept. """
 
     job: GenerateJob
     output: Output
@@ -79,10 +79,11 @@ class WriteShard:
         return pa.Table.from_pylist([_written(shard, part, table, size) | {"write_span": span(began)}], WRITTEN)
 
     def _selected(self, shard: int, rows: list[dict[str, Any]]) -> list[int]:
-        """Return the numbers of the rows that are written: all, or with `keep: best` the best image of each row.
+        """Return the numbers of the rows that are written: all, or with `keep: best` the best image of each
+        row.
 
-        An image that an earlier attempt wrote is preferred, and an unsafe one is written only where all are unsafe.
-        """
+        An image that an earlier attempt wrote is preferred, and an unsafe one is written only where all are
+        unsafe. """
         if self.job.keep == "all":
             return list(range(len(rows)))
         columns = columns_of(self.job.score)
@@ -140,7 +141,8 @@ class WriteShard:
 
 
 def _setting_columns(text: str | None) -> dict[str, Any]:
-    """Return the SETTING_TYPES columns of a row's settings, with the values that were used where one was left out."""
+    """Return the SETTING_TYPES columns of a row's settings, with the values that were used where one was left
+    out."""
     if not text:
         return {}
     settings = Settings.from_trusted_json(text)
@@ -182,7 +184,8 @@ def _written(shard: int, part: pa.Table, table: pa.Table, size: int) -> dict[str
 
 
 def _label(source: dict[str, Any] | None, base: str) -> str | None:
-    """Return how the output names a source: its URI, relative to the manifest for a local file, or INLINE for bytes."""
+    """Return how the output names a source: its URI, relative to the manifest for a local file, or INLINE for
+    bytes."""
     if source is None:
         return None
     path = relative(source["path"], base) if source["path"] else None
