@@ -62,7 +62,7 @@ def test_a_seed_whose_images_would_pass_the_largest_is_its_rows_failure(tmp_path
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     _, rows = planned(tmp_path, "m.jsonl")
     assert [row["error_code"] for row in rows] == ["invalid_setting", None]
-    assert "num_images (2)" in rows[0]["error_message"]
+    assert "image 1 of num_images" in rows[0]["error_message"]
 
 
 def test_a_protocol_whose_package_is_missing_is_its_rows_failure(monkeypatch: pytest.MonkeyPatch) -> None:

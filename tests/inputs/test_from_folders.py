@@ -129,7 +129,7 @@ def test_pictures_elsewhere_are_named_whole_and_must_be_allowed(folders: Path, t
         ({"prompts": "nowhere.txt"}, "--prompts .*nowhere.txt"),
         ({"prompts": "none.txt"}, "is empty"),
         ({"out": "rows.txt"}, r"ends in one of \.parquet, \.jsonl"),
-        ({"out": "prompts.jsonl"}, "is there already"),
+        ({"out": "prompts.jsonl"}, "exists already"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(folders: Path, more: dict[str, Any], words: str) -> None:

@@ -1,4 +1,5 @@
-"""A job's matrix, row setting -> values: which images a row becomes. Knows a row's settings, nothing of rows or files."""
+"""A job's matrix, row setting -> values: which images a row becomes. Knows a row's settings, nothing of rows
+or files."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ MAX_IMAGES = 256  # of a row
 
 
 def checked_matrix(matrix: Matrix, settings: type[Settings]) -> Matrix:
-    """The axes with their values as the settings' model reads them. Raises ValueError with all that is wrong."""
+    """The axes with their values as the settings' model reads them. Raises ValueError with all that is
+    wrong."""
     wrong, checked = [], dict[str, list[Any]]()
     axes = [name for name in settings.model_fields if name not in NOT_AXES]
     for name, values in matrix.items():
@@ -31,7 +33,8 @@ def checked_matrix(matrix: Matrix, settings: type[Settings]) -> Matrix:
         elif name not in axes:
             close = difflib.get_close_matches(name, axes, 1)
             wrong.append(
-                f"{name} is no row setting; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(axes)}")
+                f"{name} is no row setting; "
+                + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(axes)}")
             )
         elif not values:
             wrong.append(f"{name} has no values: name one or more, or leave it out")
@@ -57,7 +60,8 @@ def combinations(matrix: Matrix) -> list[dict[str, Any]]:
 
 
 def check_combinations(settings: Settings, matrix: Matrix) -> None:
-    """Raise ValueError where a row's settings do not go together with a combination, or make too many images."""
+    """Raise ValueError where a row's settings do not go together with a combination, or make too many
+    images."""
     count = math.prod(map(len, matrix.values()))
     if (images := count * settings.num_images) > MAX_IMAGES:
         counted = f"{count} combinations of {settings.num_images} image(s) are {images}"

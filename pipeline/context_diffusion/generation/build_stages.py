@@ -19,10 +19,17 @@ def build_stages(
     """Return what stands around the engine.
 
     finished: shards that are left out; redo: finished shards of which only the failed rows are generated
-    again. """
+    again."""
     rules = RowRules.of_job(plan.job)
     reads = [
-        ReadShard(rules, replace(file, groups=[]), shard, plan.passed, output.storage, output if shard.number in redo else None)
+        ReadShard(
+            rules,
+            replace(file, groups=[]),
+            shard,
+            plan.passed,
+            output.storage,
+            output if shard.number in redo else None,
+        )
         for number, file in enumerate(plan.files)
         for shard in read_shards(output, number)
         if shard.number not in finished

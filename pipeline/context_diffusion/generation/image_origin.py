@@ -2,7 +2,7 @@
 pixels.
 
 An image outside of an OUTPUT is not trusted: the user names what may be read, and a model that is not one of
-the named ones. """
+the named ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import Limits
 from context_diffusion.core.model_parts import PRESETS
 from context_diffusion.core.records import is_derived
-from context_diffusion.core.schema import CONTEXT, CONTROL_IMAGE, ID, NEGATIVE_PROMPT, OUTPUT, PROMPT, QUERY, READ
+from context_diffusion.core.schema import (
+    CONTEXT,
+    CONTROL_IMAGE,
+    ID,
+    NEGATIVE_PROMPT,
+    OUTPUT,
+    PROMPT,
+    QUERY,
+    READ,
+)
 from context_diffusion.core.uris import normal, parent
 from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import ReadShard
@@ -75,7 +84,9 @@ def find_origin(file: str) -> ImageOrigin:
     origin = ImageOrigin(uri, data, metadata, output, output.read_json(output.plan) if output else None)
     row = _row(origin)
     if metadata and row and row[ID] != metadata[ID]:
-        raise JobError(f"{file}: its metadata names the row {metadata[ID]!r}, OUTPUT names {row[ID]!r}: which is right?")
+        raise JobError(
+            f"{file}: its metadata names the row {metadata[ID]!r}, OUTPUT names {row[ID]!r}: which is right?"
+        )
     metadata = (metadata_of_row(row, origin.record) if row else {}) | metadata
     if metadata:
         return replace(origin, metadata=metadata)
@@ -112,7 +123,10 @@ def model_of(origin: ImageOrigin, model: str | None) -> ResolvedModel:
         return find_model(name)
     if model:
         return find_model(model_parts_of(origin.metadata, origin.uri) or name)
-    raise JobError(f"{origin.uri} names the model {name!r}: if you trust it, load it by --model {name!r}, or name another one")
+    raise JobError(
+        f"{origin.uri} names the model {name!r}: if you trust it, load it by --model {name!r}, or name "
+        "another one"
+    )
 
 
 def allowed(origin: ImageOrigin, base: str | None) -> list[str]:
@@ -126,10 +140,18 @@ def read_row(origin: ImageOrigin, base: str | None, storage: Storage) -> dict[st
     """Return the one image as a row of the READ table. base: the user's folder of relative sources. Raises
     JobError."""
     metadata = origin.metadata
-    row = dict.fromkeys(READ.names) | {"shard": 0, ID: metadata[ID], **sources_of(metadata, base or origin.base)}
+    row = dict.fromkeys(READ.names) | {
+        "shard": 0,
+        ID: metadata[ID],
+        **sources_of(metadata, base or origin.base),
+    }
     row |= {name: metadata.get(name) for name in (PROMPT, NEGATIVE_PROMPT)}
     row["settings"] = settings_of(metadata, origin.uri).model_dump_json()
-    uris = {QUERY: [metadata[QUERY]], CONTEXT: metadata[CONTEXT], CONTROL_IMAGE: metadata.get(CONTROL_IMAGE, [])}
+    uris = {
+        QUERY: [metadata[QUERY]],
+        CONTEXT: metadata[CONTEXT],
+        CONTROL_IMAGE: metadata.get(CONTROL_IMAGE, []),
+    }
     if inline := [name for name, listed in uris.items() if INLINE in listed]:
         planned = _manifest_row(origin, storage)
         row |= {name: planned[name] for name in inline}
@@ -140,7 +162,9 @@ def _manifest_row(origin: ImageOrigin, storage: Storage) -> dict[str, Any]:
     """Read the image's row from the manifest, for sources that are bytes there. Raises JobError."""
     output = origin.output
     if output is None or origin.planned is None:
-        raise JobError(f"{origin.uri}: its sources are bytes in the manifest; reproduce it where it lies in its OUTPUT")
+        raise JobError(
+            f"{origin.uri}: its sources are bytes in the manifest; reproduce it where it lies in its OUTPUT"
+        )
     rules = RowRules.of_job(origin.planned)
     for number, file in enumerate(origin.record["manifest"]):
         for shard in read_shards(output, number):
@@ -151,5 +175,8 @@ def _manifest_row(origin: ImageOrigin, storage: Storage) -> dict[str, Any]:
                 for row, planned_id in zip(table.to_pylist(), ids, strict=False):
                     if origin.metadata[ID] in (row[ID], planned_id if is_derived(row[ID]) else None):
                         return dict(row)
-                raise JobError(f"{file['uri']} has no row {origin.metadata[ID]!r} any more, and it held the row's sources")
+                raise JobError(
+                    f"{file['uri']} has no row {origin.metadata[ID]!r} any more, and it held the "
+                    "row's sources"
+                )
     raise JobError(f"{output.root}: the plan has no shard {origin.shard}")

@@ -24,7 +24,9 @@ class LocalModel:
     def __init__(self, model: ResolvedModel, cpu_threads: int, device: str | None = None) -> None:
         from context_diffusion.pipeline import ContextDiffusion
 
-        self.pipeline = ContextDiffusion.from_pretrained(model.parts or str(model.folder), device, cpu_threads)
+        self.pipeline = ContextDiffusion.from_pretrained(
+            model.parts or str(model.folder), device, cpu_threads
+        )
 
     def generate(self, requests: list[Request]) -> list[Outcome]:
         """Return the outcomes in the order of the requests."""
@@ -39,7 +41,10 @@ class LocalModel:
             return {"device": self.pipeline.device.type}
         properties = torch.cuda.get_device_properties(self.pipeline.device)
         peak = torch.cuda.max_memory_reserved(self.pipeline.device)
-        sizes = {"gpu_used_gib": round(peak / 2**30, 2), "gpu_memory_gib": round(properties.total_memory / 2**30, 2)}
+        sizes = {
+            "gpu_used_gib": round(peak / 2**30, 2),
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 2),
+        }
         return {"device": "cuda", "gpu": properties.name, **sizes}
 
 

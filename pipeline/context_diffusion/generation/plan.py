@@ -1,7 +1,7 @@
 """Plan a manifest as shards, once, and check that OUTPUT belongs to the job.
 
 plan.json is the last file of a plan that is written: where it exists, the plan is complete, and every later
-run takes its shards from it. """
+run takes its shards from it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Plan:
 
     job: the current job, with its model's defaults and the planned parts of its model filled in; passed: the
     schema of the unknown manifest columns that are copied to the output; allow: the URI prefixes that rows
-    may read. """
+    may read."""
 
     job: GenerateJob
     files: list[ManifestFile]
@@ -61,7 +61,7 @@ def part_rows(rows: int, rows_per_part: int, images: int = 1) -> int:
     of at least four.
 
     images: the combinations of a matrix; a shard then has fewer rows, so that its work and memory stay the
-    same. """
+    same."""
     return max(1, min(rows_per_part, max(4, -(-rows // 8))) // images)
 
 
@@ -77,7 +77,7 @@ def open_plan(
 
     extend: the manifest may have grown, and shards are added for its new rows; retry_failed: the manifest's
     cells may have been corrected, and the job's keys CORRECTED may differ. Raises ManifestError,
-    OutputConflictError. """
+    OutputConflictError."""
     if not output.storage.exists(output.plan):
         _write_plan(job, output, storage)
     record = output.read_json(output.plan)
@@ -99,7 +99,9 @@ def open_plan(
     shards_of = [f["shards"] for f in record["manifest"]]
     # Engines load the planned model, and images name it.
     job = job.model_copy(update={"model": model.parts or job.model})
-    return Plan(job, files, shards_of, record["rows"], record["rows_per_part"], passed, model, record["allow"])
+    return Plan(
+        job, files, shards_of, record["rows"], record["rows_per_part"], passed, model, record["allow"]
+    )
 
 
 def check_output(job: GenerateJob, model: ResolvedModel, output: Output) -> None:
@@ -129,7 +131,11 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
         "job": job.model_dump(mode="json"),
         "rows": scanned.rows,
         "rows_per_part": size,
-        "model": {"name": model.name, "revision": model.revision, "commits": model.parts.revision if model.parts else {}},
+        "model": {
+            "name": model.name,
+            "revision": model.revision,
+            "commits": model.parts.revision if model.parts else {},
+        },
         "versions": versions(),
         "allow": allowed_prefixes(job.allow, (file.uri for file in files)),
         "manifest": records,
@@ -145,7 +151,11 @@ def _flat(keys: dict[str, Any]) -> dict[str, Any]:
     1}."""
     flat: dict[str, Any] = {}
     for key, value in keys.items():
-        flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items()} if isinstance(value, dict) else {key: value}
+        flat |= (
+            {f"{key}.{inner}": v for inner, v in _flat(value).items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
     return flat
 
 
@@ -161,7 +171,9 @@ def _changed_keys(record: Any, job: GenerateJob) -> dict[str, str]:
     }
 
 
-def _check_same(record: Any, changed: dict[str, str], model: ResolvedModel, output: Output, accept_change: bool) -> None:
+def _check_same(
+    record: Any, changed: dict[str, str], model: ResolvedModel, output: Output, accept_change: bool
+) -> None:
     """Raise OutputConflictError if the plan in OUTPUT belongs to another job, model or version.
 
     changed: the keys that differ and must not, as `_changed_keys` returns them.
@@ -170,11 +182,19 @@ def _check_same(record: Any, changed: dict[str, str], model: ResolvedModel, outp
         hint = "choose another `output:`"
         if all(key.split(".")[0] in CORRECTED for key in changed):
             hint = f"--retry-failed generates the failed rows with the job's present values, or {hint}"
-        raise OutputConflictError(f"{output.root} belongs to another job ({'; '.join(changed.values())}); {hint}")
+        raise OutputConflictError(
+            f"{output.root} belongs to another job ({'; '.join(changed.values())}); {hint}"
+        )
     if model.revision != record["model"]["revision"]:
-        raise OutputConflictError(f"{output.root} was started with other weights of the model {record['model']['name']!r}")
+        raise OutputConflictError(
+            f"{output.root} was started with other weights of the model {record['model']['name']!r}"
+        )
     now = versions()
-    differ = [f"{name} {version} then, {now[name]} now" for name, version in record["versions"].items() if now[name] != version]
+    differ = [
+        f"{name} {version} then, {now[name]} now"
+        for name, version in record["versions"].items()
+        if now[name] != version
+    ]
     if differ and not accept_change:
         raise OutputConflictError(
             f"{output.root} was started with other versions ({'; '.join(differ)}), which may change pixels; "

@@ -61,14 +61,16 @@ def setting_grid(job: GenerateJob, axes: list[Axis], row_name: str | None) -> tu
 
     row_name: the row's id; None takes the first row. Returns the id and the lines of a contact sheet: the
     query and the contexts, then a column for each value of the first axis and a line for each of the second.
-    Raises JobError. """
+    Raises JobError."""
     storage, model = Storage(job.storage_options), find_model(job.model)
     job = resolved_job(job, model.defaults)
     rules = RowRules.of_job(job)
     uri, raw = _find_row(job, rules.names, storage, row_name)
     variants = _variants(raw, rules.names, axes)
     allow = allowed_prefixes(job.allow, expand(job.manifests, storage))
-    table = LoadImages.for_job(job, model, allow, storage)(read_table(variants, 0, rules, parent(uri), pa.schema([])))
+    table = LoadImages.for_job(job, model, allow, storage)(
+        read_table(variants, 0, rules, parent(uri), pa.schema([]))
+    )
     for row, variant in zip(table.to_pylist(), variants, strict=True):
         if row["error_code"]:
             where = ", ".join(f"{name}={variant[rules.names[name]]}" for name, _ in axes)
@@ -106,7 +108,9 @@ def _images(model: LocalModel, requests: list[Request]) -> list[Pixels]:
     return [outcome.image for outcome in outcomes if isinstance(outcome, Result)]
 
 
-def _find_row(job: GenerateJob, names: dict[str, str], storage: Storage, row_name: str | None) -> tuple[str, Row]:
+def _find_row(
+    job: GenerateJob, names: dict[str, str], storage: Storage, row_name: str | None
+) -> tuple[str, Row]:
     """Return the manifest file and the raw row. Raises ManifestError."""
     for uri in expand(job.manifests, storage):
         for row in raw_rows(open_file(uri, storage), storage):

@@ -2,7 +2,7 @@
 package here.
 
 Reads the columns that name pictures, of a Parquet file these alone and no bytes in them. Knows no pixels and
-opens no store. """
+opens no store."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def _of_row(row: Row, columns: list[str]) -> Schemes:
     uris: list[str] = []
     for name in columns:
         with suppress(RowError):  # the row's own failure
-            uris += [str(source["path"]) for source in as_sources(row.get(name), "") if source["bytes"] is None]
+            uris += [
+                str(source["path"]) for source in as_sources(row.get(name), "") if source["bytes"] is None
+            ]
     return {protocol(uri): ({0}, uri) for uri in reversed(uris)}
 
 
@@ -103,7 +105,9 @@ def _of_table(table: pa.Table) -> Schemes:
         texts, places = _texts(column.combine_chunks())
         schemes = pc.utf8_lower(pc.struct_field(pc.extract_regex(texts, NAMED), "scheme"))
         for scheme in pc.unique(schemes.drop_null()).to_pylist():
-            where = np.flatnonzero(pc.fill_null(pc.equal(schemes, scheme), False).to_numpy(zero_copy_only=False))
+            where = np.flatnonzero(
+                pc.fill_null(pc.equal(schemes, scheme), False).to_numpy(zero_copy_only=False)
+            )
             rows, _ = found.setdefault(scheme, (set(), texts[int(where[0])].as_py().lstrip('[" ')))
             rows.update(places[where].tolist())
     return found

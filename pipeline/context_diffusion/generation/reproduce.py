@@ -27,7 +27,12 @@ from context_diffusion.outputs.encode import encode_image
 from context_diffusion.outputs.image_metadata import differences, loading_of, metadata_texts
 from context_diffusion.storage.filesystem import Storage
 
-ENDINGS: dict[str, Literal["png", "webp", "jpeg"]] = {"png": "png", "webp": "webp", "jpg": "jpeg", "jpeg": "jpeg"}
+ENDINGS: dict[str, Literal["png", "webp", "jpeg"]] = {
+    "png": "png",
+    "webp": "webp",
+    "jpg": "jpeg",
+    "jpeg": "jpeg",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ class Reproduction:
     differs: list[str]
 
 
-def reproduce(origin: ImageOrigin, allow: list[str], model: str | None, base: str | None = None) -> Reproduction:
+def reproduce(
+    origin: ImageOrigin, allow: list[str], model: str | None, base: str | None = None
+) -> Reproduction:
     """Generate the image again. Raises JobError where that is not possible.
 
     allow, model, base: replace those of OUTPUT's job.
@@ -59,7 +66,9 @@ def reproduce(origin: ImageOrigin, allow: list[str], model: str | None, base: st
     return Reproduction(result.image, written, result.device, not changed_pixels, differs)
 
 
-def _generate(origin: ImageOrigin, model: ResolvedModel, allow: list[str], base: str | None) -> tuple[Result, dict[str, Any]]:
+def _generate(
+    origin: ImageOrigin, model: ResolvedModel, allow: list[str], base: str | None
+) -> tuple[Result, dict[str, Any]]:
     """Return the image and its row of loaded pixels."""
     fit, kinds = loading_of(origin.metadata, origin.uri)
     job = origin.planned

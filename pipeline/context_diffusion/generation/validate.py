@@ -38,7 +38,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
 
     Raises JobError for what stops the job, StorageError where OUTPUT cannot be written. Bad rows are told,
     for a run turns them into failed rows; `exit` is what a run would end with by them: 3 where some of the
-    sample fail, 4 where they are more than max_failed allows. """
+    sample fail, 4 where they are more than max_failed allows."""
     storage = Storage(job.storage_options)
     model = find_model(job.model)
     job = resolved_job(job, model.defaults)
@@ -71,7 +71,10 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
         "shards": len(shards),
         "sampled": looked,
         "problems": problems,
-        "warnings": [*column_warnings(scan.passed().names), *(f"{one.why}; {one.rows} rows name it" for one in without.values())],
+        "warnings": [
+            *column_warnings(scan.passed().names),
+            *(f"{one.why}; {one.rows} rows name it" for one in without.values()),
+        ],
         "missing_packages": {scheme: one.rows for scheme, one in without.items()},
         "exit": _exit_code(job, scan.rows, looked, len(problems), unreadable),
         "model_revision": model.revision,
@@ -103,7 +106,9 @@ def _sample(
             [table] = ReadShard(RowRules.of_job(job), files[shard.file], shard, scan.passed(), storage)()
             places = [row - first for row in here]
             pictures = table.select([QUERY, CONTEXT]).to_pylist()
-            yield table.take([_newest(pictures, *reach, seen) for reach in pairwise([0, *places[1:], shard.rows])])
+            yield table.take(
+                [_newest(pictures, *reach, seen) for reach in pairwise([0, *places[1:], shard.rows])]
+            )
         first += shard.rows
 
 

@@ -51,7 +51,7 @@ class WriteShard:
     writer wins.
 
     model: name@revision; base: the folder of the first manifest file; redo: shards of which only the failed
-    rows are in the flow (--retry-failed), and whose other rows are kept. """
+    rows are in the flow (--retry-failed), and whose other rows are kept."""
 
     job: GenerateJob
     output: Output
@@ -74,16 +74,18 @@ class WriteShard:
         write = self.output.storage.replace if shard in self.redo else self.output.storage.create
         data = to_parquet(part, ("image",))
         write(self.output.part(shard), data)
-        files = [] if self.job.pictures_in == "parquet" else [image for image in images if image]
+        files = [] if self.job.images_in == "parquet" else [image for image in images if image]
         size = len(data) + sum(map(len, files))
-        return pa.Table.from_pylist([_written(shard, part, table, size) | {"write_span": span(began)}], WRITTEN)
+        return pa.Table.from_pylist(
+            [_written(shard, part, table, size) | {"write_span": span(began)}], WRITTEN
+        )
 
     def _selected(self, shard: int, rows: list[dict[str, Any]]) -> list[int]:
         """Return the numbers of the rows that are written: all, or with `keep: best` the best image of each
         row.
 
         An image that an earlier attempt wrote is preferred, and an unsafe one is written only where all are
-        unsafe. """
+        unsafe."""
         if self.job.keep == "all":
             return list(range(len(rows)))
         columns = columns_of(self.job.score)
@@ -98,12 +100,16 @@ class WriteShard:
         return selected
 
     def _part(self, table: pa.Table, selected: list[int], rows: list[dict[str, Any]]) -> pa.Table:
-        columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in OUTPUT}
+        columns = {
+            field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in OUTPUT
+        }
         for name in table.column_names:
             if name.startswith(PASSED):
-                columns[name.removeprefix(PASSED)] = table[name].combine_chunks().take(pa.array(selected, pa.int64()))
+                columns[name.removeprefix(PASSED)] = (
+                    table[name].combine_chunks().take(pa.array(selected, pa.int64()))
+                )
         part = pa.table(columns)
-        if self.job.pictures_in in ("parquet", "both"):
+        if self.job.images_in in ("parquet", "both"):
             return part.replace_schema_metadata(HUGGING_FACE)
         return part.drop_columns(["image"])
 
@@ -126,7 +132,7 @@ class WriteShard:
         written |= {"height": image.shape[0], "width": image.shape[1]}
         parts = self.job.model if isinstance(self.job.model, Parts) else None
         texts = metadata_texts(written, row, parts) if self.job.metadata else {}
-        return written, encode_image(image, self.job.picture_format, texts)
+        return written, encode_image(image, self.job.file_format, texts)
 
     def _scores(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the score columns of a row of the flow and whether it is flagged; null for a failed row."""
@@ -159,7 +165,9 @@ def _merged(old: pa.Table, new: pa.Table) -> pa.Table:
     place_of = {row_id: number for number, row_id in enumerate(dict.fromkeys(old[ID].to_pylist()))}
     unchanged = old.filter(pc.invert(pc.is_in(old[ID], new[ID].combine_chunks())))
     both = pa.concat_tables([unchanged, new.cast(unchanged.schema)])
-    order = sorted(range(len(both)), key=lambda row: (place_of[both[ID][row].as_py()], both["index"][row].as_py()))
+    order = sorted(
+        range(len(both)), key=lambda row: (place_of[both[ID][row].as_py()], both["index"][row].as_py())
+    )
     return both.take(pa.array(order, pa.int64()))
 
 

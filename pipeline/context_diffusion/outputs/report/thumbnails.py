@@ -37,7 +37,7 @@ class Pictures:
         job = GenerateJob.model_validate(plan["job"])
         self._output, self._limits = output, job.limits
         # Columns without which a row's picture is not found; a part's pictures are held by one thread at a time.
-        self.columns = ["image"] if job.pictures_in == "parquet" else []
+        self.columns = ["image"] if job.images_in == "parquet" else []
         self.threads = 1 if self.columns else THREADS
         self._fit, self._base = job.fit, output.base()
         self._allow = plan["allow"]
