@@ -20,7 +20,7 @@ from context_diffusion.generation.plan import Plan, open_plan
 from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import LoadImages, ReadShard
 from context_diffusion.generation.write_shard import WriteShard
-from context_diffusion.inputs.close_names import column_warnings
+from context_diffusion.inputs.manifest_scan import column_warnings
 from context_diffusion.outputs.finalize import close
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.outputs.report.build import write_report

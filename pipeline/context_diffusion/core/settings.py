@@ -1,7 +1,9 @@
-"""A row's settings and their ranges, under diffusers' names where it has one."""
+"""A row's settings and their ranges, under diffusers' names where it has one; and which known name a misspelt one is."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -69,3 +71,45 @@ class Settings(StrictModel):
                 f"control_guidance_end ({self.control_guidance_end:g})"
             )
         return self
+
+
+# What A1111, ComfyUI, diffusers' pipelines and data sets call settings and columns.
+OTHER_NAMES = {
+    "steps": "num_inference_steps",
+    "inference_steps": "num_inference_steps",
+    "sampler": "scheduler",
+    "sampler_name": "scheduler",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "ip_adapter_scale": "context_scale",
+    "ip_adapter_image": "context",
+    "controlnet_scale": "controlnet_conditioning_scale",
+    "control_scale": "controlnet_conditioning_scale",
+    "denoising_strength": "strength",
+    "denoise": "strength",
+    "negative": "negative_prompt",
+    "batch_size": "num_images",
+    "num_images_per_prompt": "num_images",
+    "contexts": "context",
+    "references": "context",
+    "reference": "context",
+    "random_seed": "seed",
+}
+
+
+def probable(name: str, known: Iterable[str], cutoff: float = 0.82) -> str | None:
+    """Which of the known names `name` probably stands for; None where none is close. cutoff: of difflib's ratio, 0 to 1."""
+    names = list(known)
+    other = OTHER_NAMES.get(name.lower())
+    if other in names:
+        return other
+    close = difflib.get_close_matches(name.lower(), names, 1, cutoff)
+    return close[0] if close else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The hint of an error about an unknown name: the one that is meant, else all that are known."""
+    names = list(known)
+    close = probable(name, names, cutoff=0.5)
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(names)}"

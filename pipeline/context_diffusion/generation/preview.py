@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from typing import Any
 
@@ -14,6 +13,7 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_file import parse
 from context_diffusion.core.records import Failure, Pixels, Request, Result
 from context_diffusion.core.schema import ID, SETTINGS
+from context_diffusion.core.settings import did_you_mean
 from context_diffusion.core.uris import parent
 from context_diffusion.generation.local_model import Maker, inputs_of
 from context_diffusion.generation.stages import LoadImages, requests_of
@@ -37,8 +37,7 @@ def axes_of(texts: list[str]) -> list[Axis]:
         if not equals or not listed:
             raise ConfigError(f"--grid {text}: write setting=value,value: guidance_scale=1,3,5")
         if name not in VARIED:
-            close = difflib.get_close_matches(name, VARIED, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(VARIED)}"
+            hint = did_you_mean(name, VARIED)
             raise ConfigError(f"--grid {text}: {name!r} is no setting that a grid can vary; {hint}")
         if name in dict(axes):
             raise ConfigError(f"--grid {text}: {name} stands twice")

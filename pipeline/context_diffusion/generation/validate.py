@@ -22,9 +22,8 @@ from context_diffusion.generation.estimate import try_rows
 from context_diffusion.generation.local_model import write_sheet
 from context_diffusion.generation.plan import check_output, part_rows
 from context_diffusion.generation.stages import LoadImages, ReadShard
-from context_diffusion.inputs.close_names import column_warnings
 from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file, scan_texts
-from context_diffusion.inputs.manifest_scan import Scan
+from context_diffusion.inputs.manifest_scan import Scan, column_warnings
 from context_diffusion.inputs.rows import column_names
 from context_diffusion.inputs.url_policy import PROTOCOLS
 from context_diffusion.models.defaults import resolved_job
