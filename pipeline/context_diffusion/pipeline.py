@@ -15,13 +15,12 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import Fit
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import Failure, Pixels, Request, Result, derive_seed
-from context_diffusion.core.settings import Settings
+from context_diffusion.core.settings import Settings, did_you_mean
 from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.engine import Engine, StepUpdate
 from context_diffusion.engine.model_calls import Shape
 from context_diffusion.engine.service import EngineService
 from context_diffusion.image_tensors import to_context, to_resized
-from context_diffusion.inputs.close_names import probable
 from context_diffusion.inputs.context_images import ImageProcessor
 from context_diffusion.inputs.control_maps import CONTROLS, controls_of
 from context_diffusion.inputs.decode import Size, output_size
@@ -201,9 +200,7 @@ class ContextDiffusion:
         value."""
         for name in settings:
             if name not in Settings.model_fields:
-                close = probable(name, Settings.model_fields)
-                hint = f"did you mean {close}?" if close else f"known are {', '.join(Settings.model_fields)}"
-                raise ValueError(f"{name} is not a setting; {hint}")
+                raise ValueError(f"{name} is not a setting; {did_you_mean(name, Settings.model_fields)}")
         try:
             return resolved_settings(self.defaults, Settings.model_validate(settings))
         except ValidationError as error:

@@ -30,7 +30,6 @@ EXIT_WRONG, EXIT_STOPPED, EXIT_LOST = 2, 143, 75
 FIRST_S = 15.0  # for a first answer: more likely the address is wrong
 PATIENCE_S = 60.0  # a cluster that has answered may be away, or just starting, for so long
 TELL_S = 3.0  # then people are told what is waited for
-EVERY_S = 2.0
 STOP_MARGIN_S = 15  # that a run has to end after its grace
 Job = dict[str, Any]
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as `ray job submit` looks them up
@@ -53,14 +52,8 @@ class RayJobsError(Exception):
     exit_code = EXIT_LOST
 
 
-class NoClusterError(RayJobsError):
-    """Nothing says where it is."""
-
-    exit_code = EXIT_WRONG
-
-
-class AnotherJobError(RayJobsError):
-    """One is writing to the same OUTPUT."""
+class WrongSubmissionError(RayJobsError):
+    """No retry mends it: nothing says where the cluster is, or another job writes to the same OUTPUT."""
 
     exit_code = EXIT_WRONG
 
@@ -90,32 +83,20 @@ def known_token() -> str | None:
         return None
 
 
+def token_hint() -> str:
+    """What a cluster with a token needs here."""
+    hint = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        return hint
+    return f"{hint}, and RAY_AUTH_MODE=token, which is not set here, for Ray's own commands and `run`"
+
+
 class _PassingError(Exception):
     """It may be over in a moment."""
 
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-class _Waiting:
-    """Tells people once, when an answer is long in coming, what is waited for and why."""
-
-    def __init__(self, address: str, seconds: float, tell: Callable[[str], object]) -> None:
-        self.address, self.seconds, self.tell = address, seconds, tell
-        self.reason = "no answer yet"
-        self._timer = threading.Timer(TELL_S, self._say)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Waiting:
-        self._timer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-
-    def _say(self) -> None:
-        self.tell(f"waiting up to {self.seconds:g} s for the Ray dashboard at {self.address}: {self.reason}")
 
 
 @dataclass
@@ -132,26 +113,20 @@ class RayJobs:
 
     @classmethod
     def known(cls, address: str | None = None, tell: Callable[[str], object] = _to_stderr) -> RayJobs:
-        """That cluster, or the one that the environment names. Raises NoClusterError."""
-        if not (found := address or known_address()):
-            raise NoClusterError("no cluster: give its address, http://HOST:8265, or set RAY_API_SERVER_ADDRESS")
-        if not found.startswith(("http://", "https://")):
-            raise NoClusterError(f"{found}: what is needed here is the dashboard's address, http://HOST:8265")
-        return cls(found, known_token(), tell=tell)
+        """That cluster, or the one that the environment names. Raises WrongSubmissionError."""
+        named = address or known_address() or ""
+        if not named.startswith(("http://", "https://")):
+            hint = "give its dashboard's address, http://HOST:8265, or set RAY_API_SERVER_ADDRESS"
+            raise WrongSubmissionError(f"{named or 'no cluster'}: {hint}")
+        return cls(named, known_token(), tell=tell)
 
     def submit(
-        self,
-        submission_id: str,
-        entrypoint: str,
-        runtime_env: dict[str, Any] | None = None,
-        metadata: dict[str, str] | None = None,
+        self, submission_id: str, entrypoint: str, runtime_env: dict[str, Any] | None = None, metadata: Job | None = None
     ) -> bool:
         """False where a job of that id is there already: Ray takes an id once. Raises RayJobsError."""
-        if self.get(submission_id):
-            return False
         asked = {"entrypoint": entrypoint, "submission_id": submission_id, "runtime_env": runtime_env, "metadata": metadata}
         try:
-            self._call("POST", "/api/jobs/", asked, again=STARTING)
+            self._call("POST", "/api/jobs/", asked)
         except RayJobsError as error:
             if "already exists" in str(error):  # ours, its answer lost, or one that came first
                 return False
@@ -161,15 +136,13 @@ class RayJobs:
     def get(self, submission_id: str) -> dict[str, Any] | None:
         """status (PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED), driver_exit_code, message, metadata, start_time, ..."""
         try:
-            found: dict[str, Any] = self._call("GET", f"/api/jobs/{submission_id}")
+            return dict(self._call("GET", f"/api/jobs/{submission_id}"))
         except KeyError:
             return None
-        return found
 
     def list(self, prefix: str) -> list[dict[str, Any]]:
-        """The jobs whose submission_id begins so, the oldest first."""
-        found = [job for job in self._call("GET", "/api/jobs/") if str(job.get("submission_id") or "").startswith(prefix)]
-        return sorted(found, key=lambda job: job.get("start_time") or 0)
+        """The jobs whose submission_id begins so."""
+        return [job for job in self._call("GET", "/api/jobs/") if str(job.get("submission_id") or "").startswith(prefix)]
 
     def logs(self, submission_id: str) -> str:
         return str(self._call("GET", f"/api/jobs/{submission_id}/logs")["logs"] or "")
@@ -189,7 +162,7 @@ class RayJobs:
             self._call("PUT", f"/api/packages/gcs/{name}", data)
         return f"gcs://{name}"
 
-    def follow(self, submission_id: str, tell: Callable[[str], object], every_s: float = EVERY_S) -> int:
+    def follow(self, submission_id: str, tell: Callable[[str], object], every_s: float = 2) -> int:
         """Tells each new line of the job's log until the job ends. -> the code that its entrypoint ended with."""
         told = 0
         while True:
@@ -207,24 +180,34 @@ class RayJobs:
                 return exit_code(job)
             time.sleep(every_s)
 
-    def _call(self, method: str, path: str, body: Any = None, again: tuple[str, ...] = ()) -> Any:
-        """The answer's JSON. Raises KeyError for 404, RayJobsError for all else; a cluster that does not answer, or says
-        one of `again`, is asked again for a while."""
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        """The answer's JSON. Raises KeyError for 404, RayJobsError for all else; a cluster that does not answer, or is just
+        starting, is asked again for a while."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         request = urllib.request.Request(self.address.rstrip("/") + path, data, headers, method=method)
         begun = time.monotonic()
-        with _Waiting(self.address, self.patience_s if self._answered else self.first_s, self.tell) as waiting:
+        reason = "no answer yet"
+        waiting = f"s for the Ray dashboard at {self.address}"
+        notice = threading.Timer(TELL_S, lambda: self.tell(f"waiting up to {self._limit_s():g} {waiting}: {reason}"))
+        notice.daemon = True
+        notice.start()
+        try:
             while True:
                 try:
-                    return self._ask(request, path, again, begun)
+                    return self._ask(request, path, begun)
                 except _PassingError as error:
-                    waiting.reason, waiting.seconds = str(error), self.patience_s if self._answered else self.first_s
-                    if time.monotonic() + 1 > begun + waiting.seconds:
-                        raise RayJobsError(f"{error}{'' if self._answered else PORT_HINT}") from None
+                    reason = str(error)
+                    if time.monotonic() + 1 > begun + self._limit_s():
+                        raise RayJobsError(f"{reason}{'' if self._answered else PORT_HINT}") from None
                 time.sleep(1)
+        finally:
+            notice.cancel()
 
-    def _ask(self, request: urllib.request.Request, path: str, again: tuple[str, ...], begun: float) -> Any:
+    def _limit_s(self) -> float:
+        return self.patience_s if self._answered else self.first_s
+
+    def _ask(self, request: urllib.request.Request, path: str, begun: float) -> Any:
         """Once. Raises _PassingError too."""
         timeout = 60 if self._answered else max(begun + self.first_s - time.monotonic(), 1)
         try:
@@ -233,35 +216,26 @@ class RayJobs:
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
             self._answered |= error.code not in (502, 503, 504)  # those are a proxy's
-            raise self._refusal(error.code, path, text, again) from None
-        except (http.client.HTTPException, ValueError) as error:
-            if isinstance(error, OSError) or self._answered:  # it closed the connection, or broke off
+            raise self._refusal(error.code, path, text) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, OSError) or self._answered:  # nobody is there, it closed the connection, or broke off
                 raise _PassingError(f"no Ray dashboard answers at {self.address}: {error}") from None
-            wrong = f"what answers at {self.address} is no Ray dashboard: {error!r:.200}"
-            raise RayJobsError(wrong + PORT_HINT) from None
-        except OSError as error:  # URLError too
-            raise _PassingError(f"no Ray dashboard answers at {self.address}: {error}") from None
+            raise RayJobsError(f"what answers at {self.address} is no Ray dashboard: {error!r:.200}{PORT_HINT}") from None
         self._answered = True
         return found
 
-    def _refusal(self, code: int, path: str, text: str, again: tuple[str, ...]) -> Exception:
+    def _refusal(self, code: int, path: str, text: str) -> Exception:
         """What an HTTP status means."""
         if code == 404 and "does not exist" in text:
             return KeyError(path)
         if code == 404:
             return RayJobsError(f"what answers at {self.address} is no Ray dashboard: it knows no {path}{PORT_HINT}")
         if code in (401, 403):
-            return RayJobsError(self._token_hint(code))
+            refusal = "refuses the token" if self.token else "asks for a token and none is set here"
+            return RayJobsError(f"{self.address} {refusal} ({code}): {token_hint()}")
         wrong = f"{self.address}{path} answered {code}: {text.strip()[-500:]}"
-        passing = code in (502, 503, 504) or any(part in text for part in again)
+        passing = code in (502, 503, 504) or any(part in text for part in STARTING)
         return _PassingError(wrong) if passing else RayJobsError(wrong)
-
-    def _token_hint(self, code: int) -> str:
-        wrong = "refuses the token" if self.token else "asks for a token and none is set here"
-        hint = "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
-        if os.environ.get("RAY_AUTH_MODE") != "token":
-            hint += ", and RAY_AUTH_MODE=token, which is not set here, for Ray's own commands and `run`"
-        return f"{self.address} {wrong} ({code}): {hint}"
 
 
 def submit(
@@ -276,30 +250,28 @@ def submit(
     as --retry-failed.
 
     The id follows from job and OUTPUT, of several jobs the first generate job's (else the last's): a job that runs is
-    joined, one that has ended gets another attempt, which resumes. Raises AnotherJobError, RayJobsError.
+    joined, one that has ended gets another attempt, which resumes. Raises RayJobsError.
     """
     listed = job if isinstance(job, list) else [job]
-    generating = [one for one in listed if one.get("kind") == "generate"]
-    output = str((generating or listed[-1:])[0]["output"])
-    begin = f"{_slug(output)}-{_digest(output, 8)}-"
+    output = str(next((values for values in listed if values.get("kind") == "generate"), listed[-1])["output"])
+    folder = re.sub(r"[^a-z0-9]+", "-", output.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-")[:24]
+    begin = f"{folder or 'job'}-{_digest(output, 8)}-"
     value = listed[0] if len(listed) == 1 else listed
     prefix = f"{begin}{_digest([value, flags], 6)}-"
-    for one in jobs.list(begin):
-        name = str(one["submission_id"])
-        if one["status"] in ACTIVE and not name.startswith(prefix):
-            wrong = f"{output}: another job, {name}, is writing there; wait for it, or `context-diffusion stop {name}`"
-            raise AnotherJobError(wrong)
-        if one["status"] in ACTIVE:
-            return Submission(name, True, output)
-    attempts = [int(str(one["submission_id"]).rsplit("-", 1)[1]) for one in jobs.list(prefix)]
+    statuses = {str(known["submission_id"]): known["status"] for known in jobs.list(begin)}
+    active = [name for name, status in statuses.items() if status in ACTIVE]
+    for name in (name for name in active if not name.startswith(prefix)):
+        hint = f"wait for it, or `context-diffusion stop {name}`"
+        raise WrongSubmissionError(f"{output}: another job, {name}, is writing there; {hint}")
+    if active:
+        return Submission(active[0], True, output)
+    attempts = [int(name.rsplit("-", 1)[1]) for name in statuses if name.startswith(prefix)]
     name = f"{prefix}{max(attempts, default=0) + 1}"
-    grace = ["--grace", f"{grace_s:g}"] if generating else []
-    log = ["--log-format", log_format] if log_format != "text" else []
-    entrypoint = entrypoint_of(["run", "/dev/stdin", *flags, *grace, *log], value, runtime_env)
+    words = ["run", "/dev/stdin", *flags, "--grace", f"{grace_s:g}", "--log-format", log_format]
     environment = dict(runtime_env or {})
-    wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_s) + STOP_MARGIN_S)}
-    environment["env_vars"] = wait | environment.get("env_vars", {})
-    new = jobs.submit(name, entrypoint, environment, {"output": output})
+    stop_wait = {"RAY_JOB_STOP_WAIT_TIME_S": str(int(grace_s) + STOP_MARGIN_S)}
+    environment["env_vars"] = stop_wait | environment.get("env_vars", {})
+    new = jobs.submit(name, entrypoint_of(words, value, runtime_env), environment, {"output": output})
     return Submission(name, not new, output)
 
 
@@ -313,16 +285,8 @@ def entrypoint_of(words: list[str], job: Job | list[Job], runtime_env: dict[str,
 
 def last_line(log: str) -> dict[str, Any]:
     """What a command of ours said at its end; empty where it said nothing."""
-    for line in reversed(log.splitlines()):
-        if line.startswith("{"):
-            found: dict[str, Any] = json.loads(line)
-            if "event" not in found:  # of a log as JSON
-                return found
-    return {}
-
-
-def _slug(output: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", output.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-")[:24] or "job"
+    objects = (json.loads(line) for line in reversed(log.splitlines()) if line.startswith("{"))
+    return next((summary for summary in objects if "event" not in summary), {})  # events are of a log as JSON
 
 
 def _digest(value: Any, length: int) -> str:
@@ -332,8 +296,5 @@ def _digest(value: Any, length: int) -> str:
 
 def exit_code(job: dict[str, Any]) -> int:
     """Of a job that has ended: its entrypoint's, 143 where it was stopped, 75 where its node or cluster was lost."""
-    if job["status"] == "SUCCEEDED":
-        return 0
-    if job["status"] == "STOPPED":
-        return EXIT_STOPPED
-    return int(job["driver_exit_code"]) if job.get("driver_exit_code") else EXIT_LOST
+    codes = {"SUCCEEDED": 0, "STOPPED": EXIT_STOPPED}
+    return codes.get(job["status"], int(job.get("driver_exit_code") or EXIT_LOST))

@@ -141,16 +141,16 @@ def test_a_head_that_has_just_started_is_asked_again_and_one_is_told(monkeypatch
     busy = (500, "No available agent to submit job, please try again later.")
     monkeypatch.setattr("context_diffusion.ray_jobs.TELL_S", 0.5)
     lines: list[str] = []
-    with dashboard((404, "Job a-1 does not exist"), busy, busy, (200, "{}")) as (address, asked):
+    with dashboard(busy, busy, (200, "{}")) as (address, asked):
         assert RayJobs(address, tell=lines.append).submit("a-1", "true")
-    assert [method for method, _ in asked] == ["GET", "POST", "POST", "POST"]
+    assert [method for method, _ in asked] == ["POST", "POST", "POST"]
     assert len(lines) == 1
     assert "waiting up to 60 s" in lines[0]
     assert "No available agent" in lines[0]
-    with dashboard((404, "Job a-1 does not exist"), (500, "Traceback: it is wrong")) as (address, asked):
+    with dashboard((500, "Traceback: it is wrong")) as (address, asked):
         with pytest.raises(RayJobsError, match="it is wrong"):
             RayJobs(address).submit("a-1", "true")
-        assert len(asked) == 2, "what does not pass is not tried again"
+        assert len(asked) == 1, "what does not pass is not tried again"
 
 
 def test_a_python_that_lacks_the_package_is_named_by_the_job_itself(tmp_path: Path) -> None:

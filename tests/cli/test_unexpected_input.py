@@ -26,10 +26,10 @@ from context_diffusion.generation.plan import Plan, open_plan
 from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import ReadShard
 from context_diffusion.generation.validate import validate_job
-from context_diffusion.inputs.close_names import column_warnings
 from context_diffusion.inputs.decode import decode_image
 from context_diffusion.inputs.from_folders import Pairing, write_manifest
 from context_diffusion.inputs.manifest_files import expand, open_file, rows_of
+from context_diffusion.inputs.manifest_scan import column_warnings
 from context_diffusion.inputs.rows import RowRules, row_id
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage

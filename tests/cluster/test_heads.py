@@ -76,7 +76,8 @@ def test_a_run_without_the_clusters_token_says_what_is_missing(head: Cluster, tm
     code, summary, log = call(head, "run", write_job(tmp_path, 4), address=head.address, **settings)
     assert code == 75, log
     assert f"no Ray cluster at {head.address}" in summary["error"]
-    assert "a cluster with a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in summary["error"]
+    assert "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH" in summary["error"]
+    assert "RAY_AUTH_MODE=token" in summary["error"]
 
 
 def asks_for_a_token(head: Cluster) -> bool:

@@ -14,8 +14,26 @@ ROOT = PACKAGE.parents[1]
 TREES = {path.relative_to(PACKAGE): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 # Proper nouns that look like names of classes.
 NOUNS = set(
-    "ControlNet ControlNets DuckDB WebDataset ImageFolder InstructPix PyArrow PyTorch OpenCV NumPy GitHub SigLIP LoRA "
-    "LoRAs AdamW DataLoader datasets tojson".split()
+    [
+        "ControlNet",
+        "ControlNets",
+        "DuckDB",
+        "WebDataset",
+        "ImageFolder",
+        "InstructPix",
+        "PyArrow",
+        "PyTorch",
+        "OpenCV",
+        "NumPy",
+        "GitHub",
+        "SigLIP",
+        "LoRA",
+        "LoRAs",
+        "AdamW",
+        "DataLoader",
+        "datasets",
+        "tojson",
+    ]
 )
 CLASS = re.compile(r"(?<![\w./-])[A-Z][a-z]+(?:[A-Z][a-z]+)+(?:\.\w+)*")
 QUOTED = re.compile(r"`([A-Za-z_][\w.]*)(?:\(\.*\))?`")

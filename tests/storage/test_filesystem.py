@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from context_diffusion.core import event_log
 from context_diffusion.core.errors import ConfigError, ErrorCode, RowError, StorageError
 from context_diffusion.core.uris import normal, relative, resolve
 from context_diffusion.inputs.url_policy import check_allowed
@@ -180,12 +181,12 @@ def test_a_passing_fault_is_tried_again_a_final_one_is_not(tmp_path: Path, monke
 def test_a_store_that_is_waited_for_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from support.processes import point_to
 
-    monkeypatch.setattr(filesystem, "TOLD_S", 0.5)
+    monkeypatch.setattr(event_log, "FIRST_S", 0.5)
     point_to(monkeypatch, "http://127.0.0.1:9", "some", "keys")  # nobody listens there
     with pytest.raises(StorageError, match="s3://nowhere/x"):
         Storage({"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}, deadline_s=3).read("s3://nowhere/x")
     [line] = capsys.readouterr().err.splitlines()
-    assert re.match(r"waiting: s3://nowhere/x is tried again for \d s more: EndpointConnectionError", line)
+    assert re.match(r"waiting, \d s: s3://nowhere/x is tried again for up to 3 s: EndpointConnectionError", line)
 
 
 def test_it_travels() -> None:

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Datasource, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from context_diffusion.cluster.metrics import EngineMetrics, Metrics
 from context_diffusion.cluster.stall_guard import Needs, Standstill, ask, awaited
-from context_diffusion.cluster.wait_notice import Waiting
 from context_diffusion.core.errors import ClusterError
-from context_diffusion.core.event_log import LOG
+from context_diffusion.core.event_log import LOG, Waiting
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.uris import normal
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
@@ -31,6 +30,7 @@ from context_diffusion.generation.write_shard import WriteShard
 
 EngineFactory = Callable[[GenerateJob, Callable[[BaseException], None]], Engine]
 MOST = 10_000  # engines of a pool that grows with its cluster: no bound, the cluster's GPUs are one
+WHOLE_SHARD: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}  # a call's batch
 TASK_CPUS = 0.1  # of a read or write task where CPUs are few: they wait for storage
 
 
@@ -166,59 +166,59 @@ def run_flow(
     make_engine: EngineFactory,
     started: Callable[[Any], None],
 ) -> Generator[dict[str, Any], None, None]:
-    """Runs the shards that are left; yields each written one, as schema.WRITTEN. Ray is up already. started: given the
-    ledger."""
+    """Run the shards that are left; yield each written one, as schema.WRITTEN. Ray is up already. started: given the ledger."""
     cluster = ray.cluster_resources()
-    shares = share_out(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
+    resources = share_out(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
     ledger = ray.remote(num_cpus=0, max_concurrency=64)(_CountedLedger).remote(normal(job.output))
-    needs = Needs(shares.least, shares.engine_cpus, shares.engine_gpus)
+    needs = Needs(resources.least, resources.engine_cpus, resources.engine_gpus)
     _configure(job, partial(Standstill, partial(ask, ledger), job.cluster.no_progress_timeout_s, needs))
     started(_LedgerProxy(ledger))
-    shards = ray.data.read_datasource(_Shards(reads), override_num_blocks=len(reads), num_cpus=TASK_CPUS)
-    loaded = shards.map_batches(
-        load,
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        num_cpus=shares.load_cpus,
-        compute=TaskPoolStrategy(shares.loads),
-    )
-    made = loaded.map_batches_internal(  # map_batches refuses GPUs without a batch_size, and a batch is a shard here
-        Generate,
-        fn_constructor_args=(job, make_engine, ledger),
-        compute=ActorPoolStrategy(
-            min_size=shares.least,
-            max_size=shares.most,
-            max_concurrent_calls_per_actor=job.cluster.shards_per_actor,
-            max_tasks_in_flight_per_actor=job.cluster.shards_per_actor + 1,
-            enable_true_multi_threading=True,
-        ),
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        num_cpus=shares.engine_cpus,
-        num_gpus=shares.engine_gpus,
-        accelerator_type=job.cluster.accelerator_type,
-    )
-    written = made.map_batches(
-        write,
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        num_cpus=TASK_CPUS,
-        compute=TaskPoolStrategy(shares.loads),
-    )
+    loaded = _loaded(reads, load, resources)
+    generated = _generated(loaded, job, make_engine, ledger, resources)
+    written = generated.map_batches(write, **WHOLE_SHARD, num_cpus=TASK_CPUS, compute=TaskPoolStrategy(resources.loads))
     try:
         with Waiting(lambda: awaited(ask(ledger), needs)):
-            # Not iter_batches: its threads outlive a flow that is given up, find Ray gone, and Ray then ends this process.
-            for number, bundle in enumerate(written.iter_internal_ref_bundles()):
-                if number == 0:
-                    _warn_without_gpu(ray.get(ledger.without_gpu.remote()))
-                ledger.record_event.remote()
-                for block in bundle.block_refs:
-                    yield from ray.get(block).to_pylist()
+            yield from _rows_of(written, ledger)
     finally:
         DataContext.get_current().custom_execution_callback_classes = []  # a notebook's next flow is not this one's
+
+
+def _loaded(reads: list[ReadShard], load: LoadImages, resources: Resources) -> Dataset:
+    """The shards that are left, with their images."""
+    shards = ray.data.read_datasource(_Shards(reads), override_num_blocks=len(reads), num_cpus=TASK_CPUS)
+    pool = TaskPoolStrategy(resources.loads)
+    return shards.map_batches(load, **WHOLE_SHARD, num_cpus=resources.load_cpus, compute=pool)
+
+
+def _generated(loaded: Dataset, job: GenerateJob, make_engine: EngineFactory, ledger: Any, resources: Resources) -> Dataset:
+    """What the engines make of them."""
+    engines = ActorPoolStrategy(
+        min_size=resources.least,
+        max_size=resources.most,
+        max_concurrent_calls_per_actor=job.cluster.shards_per_actor,
+        max_tasks_in_flight_per_actor=job.cluster.shards_per_actor + 1,
+        enable_true_multi_threading=True,
+    )
+    return loaded.map_batches_internal(  # map_batches refuses GPUs without a batch_size, and a batch is a shard here
+        Generate,
+        fn_constructor_args=(job, make_engine, ledger),
+        **WHOLE_SHARD,
+        compute=engines,
+        num_cpus=resources.engine_cpus,
+        num_gpus=resources.engine_gpus,
+        accelerator_type=job.cluster.accelerator_type,
+    )
+
+
+def _rows_of(written: Dataset, ledger: Any) -> Iterator[dict[str, Any]]:
+    """Run the graph; yield its rows as they come, and tell the ledger of each."""
+    # Not iter_batches: its threads outlive a flow that is given up, find Ray gone, and Ray then ends this process.
+    for number, bundle in enumerate(written.iter_internal_ref_bundles()):
+        if number == 0:
+            _warn_without_gpu(ray.get(ledger.without_gpu.remote()))
+        ledger.record_event.remote()
+        for block in bundle.block_refs:
+            yield from ray.get(block).to_pylist()
 
 
 def _warn_without_gpu(engines: int) -> None:

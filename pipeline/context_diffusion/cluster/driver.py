@@ -18,7 +18,7 @@ from context_diffusion.core.records import Counts
 from context_diffusion.core.uris import normal
 from context_diffusion.generation.build_stages import build_stages
 from context_diffusion.generation.plan import Plan, open_plan
-from context_diffusion.inputs.close_names import column_warnings
+from context_diffusion.inputs.manifest_scan import column_warnings
 from context_diffusion.outputs.finalize import close
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.outputs.report.build import write_report

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 
 import ray
 
-from context_diffusion.cluster.wait_notice import Waiting
 from context_diffusion.core.errors import ClusterError, one_line
+from context_diffusion.core.event_log import Waiting
+from context_diffusion.ray_jobs import token_hint
 
 OBJECT_STORE = 1 << 30  # bytes, of a Ray that is started here; a shard's pixels are some tens of MB
 OPEN_S, ANSWER_S = 20.0, 20.0  # until a cluster's port is open, and until what listens there answers as Ray does
@@ -94,10 +95,8 @@ def _wait_for_answer(target: str) -> None:
     thread.start()
     thread.join(ANSWER_S)
     if not outcome:
-        raise ClusterError(
-            f"{target} is open, but does not answer as a Ray cluster's head does: {PORTS}, and a cluster with a token "
-            "needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here"
-        )
+        wrong = f"{target} is open, but does not answer as a Ray cluster's head does"
+        raise ClusterError(f"{wrong}: {PORTS}, and a cluster with a token: {token_hint()}")
     if outcome[0] is not None:
         raise ClusterError(f"no Ray cluster at {target}: {_explained(outcome[0])}") from outcome[0]
 
@@ -106,7 +105,7 @@ def _explained(error: Exception) -> str:
     """Ray's reason, and what to do where it is known."""
     text = one_line(str(error))
     if "auth" in text.lower() or "token" in text.lower():
-        return f"{text}; a cluster with a token needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) here"
+        return f"{text}; {token_hint()}"
     if "AF_UNIX" in text:  # a long TMPDIR
         return f"{text}; set RAY_TMPDIR to a short path, such as /tmp"
     return text

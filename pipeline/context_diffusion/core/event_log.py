@@ -16,13 +16,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import IO, Any, cast
+from typing import IO, Any, Self, cast
 
 from rich.console import Console
+
+FIRST_S, AGAIN_S = 3.0, 30.0  # of waiting, until the first line and between two lines about the same
 
 
 class Harmless:
@@ -108,3 +113,36 @@ class Log:
 
 
 LOG = Log(console())  # the driver puts the terminal here before Ray takes stderr
+
+
+class Waiting:
+    """Tells what is waited for, from a thread, while it is entered: a command that waits is not to look like one that hangs.
+
+    reason: gives the text, or None where nothing is waited for any more. A text that changes is told at once.
+    """
+
+    def __init__(self, reason: Callable[[], str | None], level: str = "info") -> None:
+        self._reason, self._level, self._over = reason, level, threading.Event()
+        self._thread = threading.Thread(target=self._tell, name="waiting", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(timeout=5)  # a late question could find Ray gone, and start another
+
+    def _tell(self) -> None:
+        began, told, told_at = time.monotonic(), None, 0.0
+        while not self._over.wait(FIRST_S if told is None else 1.0):
+            try:
+                if (reason := self._reason()) is None or self._over.is_set():
+                    return
+            except Exception:  # its cluster is gone: the one that waits is told by itself
+                return
+            now = time.monotonic()
+            if reason != told or now - told_at > AGAIN_S:
+                seconds = round(now - began)
+                LOG.tell("waiting", f"waiting, {seconds} s: {reason}", self._level, message=reason, seconds=seconds)
+                told, told_at = reason, now

@@ -5,7 +5,6 @@ YAML is read by YAML 1.2's rules where PyYAML's 1.1 surprises: 1e-5 is a number,
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import typing
@@ -21,6 +20,7 @@ from context_diffusion.core.evaluate_job import EvaluateJob
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import StrictModel
 from context_diffusion.core.model_parts import PRESETS
+from context_diffusion.core.settings import did_you_mean
 from context_diffusion.core.training_job import FinetuneJob, TrainJob
 from context_diffusion.core.uris import normal
 
@@ -47,9 +47,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -148,9 +146,7 @@ def _same_outputs(path: str, documents: list[dict[str, Any]]) -> list[str]:
     wrong = []
     for number, values in enumerate(documents, 1):
         if (before := first.setdefault(normal(values["output"]), number)) < number:
-            wrong.append(
-                f"{path}: job {number}: output: {values['output']} is job {before}'s too; choose another"
-            )
+            wrong.append(f"{path}: job {number}: output: {values['output']} is job {before}'s too; choose another")
     return wrong
 
 
@@ -158,17 +154,13 @@ def check_job(values: dict[str, Any], where: str = "job") -> StrictModel:
     """A mapping -> the checked job of its `kind`."""
     kind = values.get("kind")
     if kind not in KINDS:
-        close = difflib.get_close_matches(str(kind), KINDS, 1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"{where}: kind: {kind!r} is unknown; {hint}known kinds: {', '.join(KINDS)}")
+        raise ConfigError(f"{where}: kind: {kind!r} is unknown; {did_you_mean(str(kind), KINDS)}")
     try:
         return KINDS[kind].model_validate(values)
     except ValidationError as error:
         lines = [_explain(KINDS[kind], item) for item in error.errors()]
         unique = list(dict.fromkeys(lines))
-        raise ConfigError(
-            "\n".join([f"{where}: {len(unique)} thing(s) wrong:", *(f"  {line}" for line in unique)])
-        ) from None
+        raise ConfigError("\n".join([f"{where}: {len(unique)} thing(s) wrong:", *(f"  {line}" for line in unique)])) from None
 
 
 def absolute(job: StrictModel) -> dict[str, Any]:
@@ -207,18 +199,10 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _explain(model: type[BaseModel], item: Any) -> str:
     """One pydantic error -> one line: where, what is wrong, with which value, what is allowed."""
-    path = [
-        part
-        for part in item["loc"]
-        if isinstance(part, int) or not re.search(r"\[|^(str|int|list|dict)$|Parts$", str(part))
-    ]
+    path = [part for part in item["loc"] if isinstance(part, int) or not re.search(r"\[|^(str|int|list|dict)$|Parts$", str(part))]
     where = ".".join(str(part) for part in path)
     if item["type"] == "extra_forbidden":
-        known = list(_model_at(model, path[:-1]).model_fields)
-        close = difflib.get_close_matches(str(path[-1]), known, 1, cutoff=0.5)
-        return f"{where}: unknown key; " + (
-            f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-        )
+        return f"{where}: unknown key; {did_you_mean(str(path[-1]), _model_at(model, path[:-1]).model_fields)}"
     if item["type"] == "missing":
         return f"{where}: is missing and has no default"
     message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")

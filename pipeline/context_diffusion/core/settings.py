@@ -1,8 +1,10 @@
-"""The settings of a row and their ranges, named as in diffusers where it has the setting."""
+"""The settings of a row and their ranges, named as in diffusers where it has them; and hints for misspelt names."""
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -31,18 +33,13 @@ class Settings(StrictModel):
     guidance_scale: Scale = Field(default=1.5, description="prompt guidance strength; 1 or less: no guidance")
     context_guidance_scale: Scale | None = Field(
         default=None,
-        description="context guidance strength; default: guidance_scale; a larger value favours the "
-        "contexts over the prompt",
+        description="context guidance strength; default: guidance_scale; a larger value favours the contexts over the prompt",
     )
     controlnet_conditioning_scale: ControlScale | Annotated[list[ControlScale], Field(min_length=1)] = Field(
         default=1.0, description="strength of the query's layout; a list gives one value per ControlNet"
     )
-    control_guidance_start: Fraction = Field(
-        default=0.0, description="fraction of the steps at which the ControlNet starts"
-    )
-    control_guidance_end: Fraction = Field(
-        default=1.0, description="fraction of the steps at which the ControlNet ends"
-    )
+    control_guidance_start: Fraction = Field(default=0.0, description="fraction of the steps at which the ControlNet starts")
+    control_guidance_end: Fraction = Field(default=1.0, description="fraction of the steps at which the ControlNet ends")
     context_scale: Annotated[float, Field(ge=0, le=10)] = Field(
         default=1.0, description="weight of all contexts relative to the prompt"
     )
@@ -51,15 +48,10 @@ class Settings(StrictModel):
     )
     strength: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
-        description="image-to-image strength: start from the query with this much noise; default: start "
-        "from pure noise",
+        description="image-to-image strength: start from the query with this much noise; default: start from pure noise",
     )
-    width: Side | None = Field(
-        default=None, description="pixels, a multiple of 16; default: the model's size"
-    )
-    height: Side | None = Field(
-        default=None, description="pixels, a multiple of 16; default: the model's size"
-    )
+    width: Side | None = Field(default=None, description="pixels, a multiple of 16; default: the model's size")
+    height: Side | None = Field(default=None, description="pixels, a multiple of 16; default: the model's size")
     num_images: int = Field(default=1, ge=1, le=64, description="images per row")
 
     @classmethod
@@ -71,8 +63,7 @@ class Settings(StrictModel):
     def _seeds_fit(self) -> Self:
         if self.seed is not None and self.seed + self.num_images > 2**63:
             raise ValueError(
-                f"seed ({self.seed}) is too large: image {self.num_images - 1} of num_images would have a "
-                "seed over 2^63 - 1"
+                f"seed ({self.seed}) is too large: image {self.num_images - 1} of num_images would have a seed over 2^63 - 1"
             )
         return self
 
@@ -84,3 +75,48 @@ class Settings(StrictModel):
                 f"control_guidance_end ({self.control_guidance_end:g})"
             )
         return self
+
+
+# What A1111, ComfyUI, diffusers' pipelines and data sets call settings and columns.
+OTHER_NAMES = {
+    "steps": "num_inference_steps",
+    "inference_steps": "num_inference_steps",
+    "sampler": "scheduler",
+    "sampler_name": "scheduler",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "ip_adapter_scale": "context_scale",
+    "ip_adapter_image": "context",
+    "controlnet_scale": "controlnet_conditioning_scale",
+    "control_scale": "controlnet_conditioning_scale",
+    "denoising_strength": "strength",
+    "denoise": "strength",
+    "negative": "negative_prompt",
+    "batch_size": "num_images",
+    "num_images_per_prompt": "num_images",
+    "contexts": "context",
+    "references": "context",
+    "reference": "context",
+    "random_seed": "seed",
+}
+
+
+def probable(name: str, known: Iterable[str], cutoff: float = 0.82) -> str | None:
+    """Return the known name that a misspelt one probably means; None where none is close.
+
+    cutoff: of difflib's similarity ratio, 0 to 1.
+    """
+    names = list(known)
+    other = OTHER_NAMES.get(name.lower())
+    if other in names:
+        return other
+    close = difflib.get_close_matches(name.lower(), names, 1, cutoff)
+    return close[0] if close else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint for an unknown name: the known name that is probably meant, else all known names."""
+    names = list(known)
+    close = probable(name, names, cutoff=0.5)
+    return f"did you mean {close!r}?" if close else f"known: {', '.join(names)}"

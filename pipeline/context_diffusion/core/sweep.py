@@ -3,15 +3,13 @@ or files."""
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
-if TYPE_CHECKING:
-    from context_diffusion.core.settings import Settings
+from context_diffusion.core.settings import Settings, did_you_mean
 
 Matrix = dict[str, list[Any]]  # the axes, in the order in which the job names them
 NOT_AXES = {  # why not
@@ -31,11 +29,7 @@ def checked_matrix(matrix: Matrix, settings: type[Settings]) -> Matrix:
         if name in NOT_AXES:
             wrong.append(f"{name} cannot be an axis: {NOT_AXES[name]}")
         elif name not in axes:
-            close = difflib.get_close_matches(name, axes, 1)
-            wrong.append(
-                f"{name} is no row setting; "
-                + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(axes)}")
-            )
+            wrong.append(f"{name} is no row setting; {did_you_mean(name, axes)}")
         elif not values:
             wrong.append(f"{name} has no values: name one or more, or leave it out")
         else:

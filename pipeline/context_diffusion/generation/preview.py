@@ -3,7 +3,6 @@ no Ray."""
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from typing import Any
@@ -16,6 +15,7 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_file import parse
 from context_diffusion.core.records import Failure, Pixels, Request, Result
 from context_diffusion.core.schema import ID, SETTINGS
+from context_diffusion.core.settings import did_you_mean
 from context_diffusion.core.uris import parent
 from context_diffusion.generation.local_model import LocalModel, inputs_of
 from context_diffusion.generation.stages import LoadImages, requests_of
@@ -40,8 +40,7 @@ def axes_of(texts: list[str]) -> list[Axis]:
         if not equals or not listed:
             raise ConfigError(f"--grid {text}: expected setting=value,value, such as guidance_scale=1,3,5")
         if name not in VARIED:
-            close = difflib.get_close_matches(name, VARIED, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(VARIED)}"
+            hint = did_you_mean(name, VARIED)
             raise ConfigError(f"--grid {text}: {name!r} is not a setting that a grid can vary; {hint}")
         if name in dict(axes):
             raise ConfigError(f"--grid {text}: {name} is given twice")
@@ -68,9 +67,7 @@ def setting_grid(job: GenerateJob, axes: list[Axis], row_name: str | None) -> tu
     uri, raw = _find_row(job, rules.names, storage, row_name)
     variants = _variants(raw, rules.names, axes)
     allow = allowed_prefixes(job.allow, expand(job.manifests, storage))
-    table = LoadImages.for_job(job, model, allow, storage)(
-        read_table(variants, 0, rules, parent(uri), pa.schema([]))
-    )
+    table = LoadImages.for_job(job, model, allow, storage)(read_table(variants, 0, rules, parent(uri), pa.schema([])))
     for row, variant in zip(table.to_pylist(), variants, strict=True):
         if row["error_code"]:
             where = ", ".join(f"{name}={variant[rules.names[name]]}" for name, _ in axes)
@@ -108,9 +105,7 @@ def _images(model: LocalModel, requests: list[Request]) -> list[Pixels]:
     return [outcome.image for outcome in outcomes if isinstance(outcome, Result)]
 
 
-def _find_row(
-    job: GenerateJob, names: dict[str, str], storage: Storage, row_name: str | None
-) -> tuple[str, Row]:
+def _find_row(job: GenerateJob, names: dict[str, str], storage: Storage, row_name: str | None) -> tuple[str, Row]:
     """Return the manifest file and the raw row. Raises ManifestError."""
     for uri in expand(job.manifests, storage):
         for row in raw_rows(open_file(uri, storage), storage):

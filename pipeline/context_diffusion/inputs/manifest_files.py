@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
 
@@ -132,6 +133,22 @@ def scan_parquet(file: ManifestFile, storage: Storage, columns: list[str] | None
     for group in range(len(file.groups)):
         for batch in _row_group(file, group, storage, columns).to_batches(4096):
             yield from rows_of(batch)
+
+
+def scan_texts(file: ManifestFile, storage: Storage, columns: list[str]) -> Iterator[Row]:
+    """All rows with these columns alone, and of a Parquet file's only the texts in them, not the bytes of images."""
+
+    def texts(opened: pq.ParquetFile, group: int) -> pa.Table:
+        leaves = map(opened.schema.column, range(len(opened.schema)))
+        chosen = [leaf.path for leaf in leaves if leaf.path.split(".")[0] in columns and str(leaf.logical_type) == "String"]
+        return opened.read_row_group(group, chosen)
+
+    if file.format != "parquet":
+        yield from ({name: row.get(name) for name in columns} for *_, row in scan_text(file, storage))
+    for group in range(len(file.groups)):
+        wrong = f"row group {group} cannot be read as Parquet"
+        for batch in _parquet(file.uri, storage, partial(texts, group=group), wrong).to_batches(4096):
+            yield from batch.to_pylist()
 
 
 def read_text(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:

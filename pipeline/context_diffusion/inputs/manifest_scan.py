@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -14,6 +14,7 @@ from context_diffusion.core.errors import ManifestError, OutputConflictError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard
 from context_diffusion.core.schema import CONTEXT, ID, MANIFEST_COLUMNS, QUERY
+from context_diffusion.core.settings import probable
 from context_diffusion.inputs.manifest_files import ManifestFile, parquet_schema, partitions, scan_parquet, scan_text
 from context_diffusion.inputs.rows import column_names, given_id, row_id, storage_type
 from context_diffusion.inputs.unique_ids import UniqueIds, name_duplicates
@@ -171,6 +172,17 @@ class Scan:
                     "write it with one type"
                 ) from None
             self.types[name] = pa.string()
+
+
+def column_warnings(unknown: Iterable[str]) -> list[str]:
+    """A line for each unknown column of a manifest that was probably meant as one of ours."""
+    pairs = ((name, probable(name, MANIFEST_COLUMNS)) for name in unknown)
+    return [
+        f"the column {name!r} is copied to the output and changes no image: was {ours!r} meant? "
+        f"`columns: {{{ours}: {name}}}` in the job reads it so"
+        for name, ours in pairs
+        if ours
+    ]
 
 
 def _json_type(value: Any) -> pa.DataType | None:

@@ -11,6 +11,7 @@ import errno
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote
@@ -19,7 +20,7 @@ import tenacity
 from fsspec.core import url_to_fs
 
 from context_diffusion.core.errors import ConfigError, ErrorCode, RowError, StorageError, one_line
-from context_diffusion.core.event_log import LOG
+from context_diffusion.core.event_log import Waiting
 from context_diffusion.core.uris import is_local, local_path, normal, protocol
 from context_diffusion.storage.atomic_files import create_file, removed_again, replace_file
 
@@ -39,8 +40,6 @@ NO_CREDENTIALS |= (WRONG_CREDENTIALS := {"PartialCredentialsError", "ProfileNotF
 
 CREDENTIALS_S = 10.0
 
-TOLD_S = 3.0  # that a store is waited for in silence
-
 FINAL_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EDQUOT}
 
 
@@ -55,23 +54,6 @@ def _passes(error: BaseException) -> bool:
         "aiohttp",
         "aiobotocore",
     )
-
-
-class _Waiting:
-    """Says once that something is waited for: a wrong endpoint would look like a job that hangs."""
-
-    def __init__(self, uri: str, patience_s: Callable[[tenacity.RetryCallState], float]) -> None:
-        self.uri, self.patience_s, self.told = uri, patience_s, False
-
-    def __call__(self, state: tenacity.RetryCallState) -> None:
-        waited = state.seconds_since_start or 0.0
-        if waited < TOLD_S or self.told or state.outcome is None:
-            return
-        self.told = True
-        error = state.outcome.exception()
-        left = self.patience_s(state) - waited
-        message = f"{self.uri} is tried again for {left:.0f} s more: {one_line(f'{type(error).__name__}: {error}', 300)}"
-        LOG.tell("waiting", f"waiting: {message}", "warning", message=message, seconds=round(waited))
 
 
 @dataclass(frozen=True)
@@ -96,15 +78,17 @@ class Storage:
 
     def _try(self, uri: str, action: Callable[[], T]) -> T:
         """Runs an action with retries; what remains becomes a StorageError, what is final is raised as it is."""
+        waits = contextlib.ExitStack()
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_passes),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
             stop=self._is_over,
-            before_sleep=_Waiting(uri, self._patience_s),
+            before_sleep=partial(self._tell_waiting, uri, waits),
             reraise=True,
         )
         try:
-            return retrying(action)
+            with waits:
+                return retrying(action)
         except (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError):
             raise
         except Exception as error:
@@ -114,6 +98,14 @@ class Storage:
             if isinstance(error, OSError) or _passes(error):
                 raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
             raise
+
+    def _tell_waiting(self, uri: str, waits: contextlib.ExitStack, state: tenacity.RetryCallState) -> None:
+        """Say from the first failure on what is waited for: a wrong endpoint would look like a job that hangs."""
+        if state.attempt_number == 1 and state.outcome:
+            error = state.outcome.exception()
+            reason = one_line(f"{type(error).__name__}: {error}", 300)
+            message = f"{uri} is tried again for up to {self._patience_s(state):.0f} s: {reason}"
+            waits.enter_context(Waiting(lambda: message, "warning"))
 
     def _is_over(self, state: tenacity.RetryCallState) -> bool:
         return (state.seconds_since_start or 0.0) >= self._patience_s(state)
