@@ -309,5 +309,5 @@ def test_missing_credentials_are_told_soon(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_a_quoted_name_of_a_file_is_explained(tmp_path: Path) -> None:
     (tmp_path / "a b.png").write_bytes(b"x")
-    with pytest.raises(RowError, match=r"names are not unquoted here: is '.*a b\.png' meant"):
+    with pytest.raises(RowError, match=r"percent signs are not decoded in local paths: did you mean '.*a b\.png'"):
         Storage().read_input(f"file://{tmp_path}/a%20b.png", 10)
