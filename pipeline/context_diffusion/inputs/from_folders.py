@@ -1,6 +1,8 @@
-"""Two folders of pictures -> a manifest: which query goes with which contexts and prompt. The same folders, the same file.
+"""Two folders of pictures -> a manifest: which query goes with which contexts and prompt. The same folders,
+the same file.
 
-A context is one picture, or with sub-folders all pictures of one: a style each. Names decide the order; nothing is decoded.
+A context is one picture, or with sub-folders all pictures of one: a style each. Names decide the order;
+nothing is decoded.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from context_diffusion.storage.parquet_files import to_parquet
 
 Pair = Literal["all", "zip", "random"]
 Triple = tuple[str, list[str], str | None]  # query, contexts, prompt
-SCHEMA = pa.schema([(ID, pa.string()), (QUERY, pa.string()), (CONTEXT, pa.list_(pa.string())), (PROMPT, pa.string())])
+SCHEMA = pa.schema(
+    [(ID, pa.string()), (QUERY, pa.string()), (CONTEXT, pa.list_(pa.string())), (PROMPT, pa.string())]
+)
 MOST = 5_000_000  # rows of a manifest that is held in memory
 
 
@@ -44,8 +48,9 @@ class Pairing:
 
 
 def write_manifest(pairing: Pairing, out: str) -> dict[str, Any]:
-    """Parquet, JSONL or CSV by the ending of `out`. -> its URI, rows, and the folders that a job must allow beside its own.
-    Raises JobError, ManifestError with what is wrong."""
+    """Parquet, JSONL or CSV by the ending of `out`. -> its URI, rows, and the folders that a job must allow
+    beside its own. Raises JobError, ManifestError with what is wrong.
+    """
     uri, storage = normal(out), Storage()
     form = next((form for ending, form in FORMATS.items() if uri.lower().endswith(ending)), None)
     if form is None:
@@ -69,7 +74,11 @@ def write_manifest(pairing: Pairing, out: str) -> dict[str, Any]:
     if not storage.create(uri, data):
         raise JobError(f"--out {out} is there already; remove it, or choose another name")
     folders = (normal(pairing.queries), normal(pairing.contexts))
-    return {"manifest": uri, "rows": len(rows), "allow": [one for one in folders if not f"{one}/".startswith(f"{base}/")]}
+    return {
+        "manifest": uri,
+        "rows": len(rows),
+        "allow": [one for one in folders if not f"{one}/".startswith(f"{base}/")],
+    }
 
 
 def pair_up(pairing: Pairing, storage: Storage) -> Iterator[Triple]:
@@ -79,12 +88,16 @@ def pair_up(pairing: Pairing, storage: Storage) -> Iterator[Triple]:
     prompts = _prompts(pairing.prompts, storage)
     if pairing.pair == "all":
         if (rows := len(queries) * len(groups) * len(prompts)) > MOST:
-            raise ManifestError(f"--pair all makes {rows} rows, at most {MOST}: choose random, or fewer pictures")
+            raise ManifestError(
+                f"--pair all makes {rows} rows, at most {MOST}: choose random, or fewer pictures"
+            )
         yield from itertools.product(queries, groups, prompts)
     elif pairing.pair == "zip":
         lines = prompts * len(queries) if pairing.prompts is None else prompts
         if not len(queries) == len(groups) == len(lines):
-            told = f"{len(queries)} queries, {len(groups)} contexts" + (f", {len(prompts)} prompts" if pairing.prompts else "")
+            told = f"{len(queries)} queries, {len(groups)} contexts" + (
+                f", {len(prompts)} prompts" if pairing.prompts else ""
+            )
             raise ManifestError(f"--pair zip goes one by one, but there are {told}")
         yield from zip(queries, groups, lines, strict=True)
     else:
@@ -98,7 +111,10 @@ def pair_up(pairing: Pairing, storage: Storage) -> Iterator[Triple]:
 def _groups(pairing: Pairing, storage: Storage) -> list[list[str]]:
     """The pictures that go together as one row's contexts; for random, those that they are drawn of."""
     pictures, root = _pictures("--contexts", pairing.contexts, storage), normal(pairing.contexts)
-    styles = {style: list(found) for style, found in itertools.groupby(pictures, lambda uri: _first_folder(uri, root))}
+    styles = {
+        style: list(found)
+        for style, found in itertools.groupby(pictures, lambda uri: _first_folder(uri, root))
+    }
     size = pairing.contexts_per_row
     if "" in styles and len(styles) > 1:
         others = ", ".join(sorted(styles.keys() - {""})[:3])
@@ -114,7 +130,9 @@ def _groups(pairing: Pairing, storage: Storage) -> list[list[str]]:
         return [pictures] if size else [[one] for one in pictures]
     step = size or 1
     if len(pictures) % step:
-        raise ManifestError(f"--contexts-per-row {size}: the {len(pictures)} pictures of {pairing.contexts} leave a rest")
+        raise ManifestError(
+            f"--contexts-per-row {size}: the {len(pictures)} pictures of {pairing.contexts} leave a rest"
+        )
     return [pictures[first : first + step] for first in range(0, len(pictures), step)]
 
 

@@ -27,8 +27,13 @@ T = TypeVar("T")
 Row = dict[str, Any]
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 GLOB = set("*?[")
-PARTITION, HIVE_NULL = re.compile(r"[A-Za-z_]\w*=."), "__HIVE_DEFAULT_PARTITION__"  # folders that name a column
-LINE_BYTES = 64 * 2**20  # of a JSON line, or of a line of a CSV cell: a file without line ends is not read whole
+PARTITION, HIVE_NULL = (
+    re.compile(r"[A-Za-z_]\w*=."),
+    "__HIVE_DEFAULT_PARTITION__",
+)  # folders that name a column
+LINE_BYTES = (
+    64 * 2**20
+)  # of a JSON line, or of a line of a CSV cell: a file without line ends is not read whole
 CELL_CHARACTERS = 16 * 2**20  # of a CSV cell: a quote that is never closed
 
 
@@ -54,19 +59,25 @@ def expand(manifests: list[str], storage: Storage) -> list[str]:
         else:
             files = storage.glob(entry) if GLOB & set(entry) else []
         if not files:
-            raise ManifestError(f"{entry}: there is no such manifest (Parquet, JSONL or CSV file, folder or glob)")
+            raise ManifestError(
+                f"{entry}: there is no such manifest (Parquet, JSONL or CSV file, folder or glob)"
+            )
         found += files
     return found
 
 
 def visible(files: list[str], folder: str) -> list[str]:
-    """The files below a folder that are meant as data: not what lies in an OUTPUT below it, and none whose name or folder
-    begins with a dot or an underscore, as checkpoints, logs and other programs' leavings do. (`_x=1` is a partition.)"""
+    """The files below a folder that are meant as data: not what lies in an OUTPUT below it, and none whose
+    name or folder begins with a dot or an underscore, as checkpoints, logs and other programs' leavings do.
+    (`_x=1` is a partition.)
+    """
     outputs = [f"{parent(uri)}/" for uri in files if uri.endswith("/plan.json") and parent(uri) != folder]
 
     def hidden(uri: str) -> bool:
         names = uri.removeprefix(folder).strip("/").split("/")
-        return any(name.startswith((".", "__MACOSX")) or (name.startswith("_") and "=" not in name) for name in names)
+        return any(
+            name.startswith((".", "__MACOSX")) or (name.startswith("_") and "=" not in name) for name in names
+        )
 
     return [uri for uri in files if not hidden(uri) and not uri.startswith(tuple(outputs))]
 
@@ -86,7 +97,9 @@ def open_file(uri: str, storage: Storage) -> ManifestFile:
             columns = next(_csv_records(uri, file, 0))[2]
         _check_separator(uri, columns)
         if repeated := sorted({name for name in columns if columns.count(name) > 1}):
-            raise ManifestError(f"{uri}: the header names {', '.join(repeated)} more than once: which is meant?")
+            raise ManifestError(
+                f"{uri}: the header names {', '.join(repeated)} more than once: which is meant?"
+            )
     return ManifestFile(uri, form, columns, [])
 
 
@@ -98,8 +111,9 @@ def _check_separator(uri: str, columns: list[str]) -> None:
 
 
 def partitions(uri: str) -> dict[str, str | None]:
-    """The columns that a file's folders name, as Hive writes them: `num_inference_steps=3/`. A column of the file itself goes
-    before them."""
+    """The columns that a file's folders name, as Hive writes them: `num_inference_steps=3/`. A column of the
+    file itself goes before them.
+    """
     pairs = [folder.split("=", 1) for folder in uri.split("/")[:-1] if PARTITION.match(folder)]
     return {unquote(name): None if value == HIVE_NULL else unquote(value) for name, value in pairs}
 
@@ -110,11 +124,17 @@ def parquet_schema(uri: str, storage: Storage) -> pa.Schema:
 
 def raw_rows(file: ManifestFile, storage: Storage) -> Iterator[Row]:
     """Read all rows of a manifest file. Memory stays flat."""
-    return scan_parquet(file, storage, None) if file.format == "parquet" else (row for *_, row in scan_text(file, storage))
+    return (
+        scan_parquet(file, storage, None)
+        if file.format == "parquet"
+        else (row for *_, row in scan_text(file, storage))
+    )
 
 
 def scan_text(file: ManifestFile, storage: Storage) -> Iterator[tuple[int, int, Row]]:
-    """All rows of a JSONL or CSV file with the bytes that each stands in: (begin, end, row). Memory stays flat."""
+    """All rows of a JSONL or CSV file with the bytes that each stands in: (begin, end, row). Memory stays
+    flat.
+    """
     folders = partitions(file.uri)
     with storage.open(file.uri) as handle:
         if file.format == "jsonl":
@@ -141,9 +161,13 @@ def read_text(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:
     if file.format == "jsonl":
         rows = [folders | row for *_, row in _json_rows(file.uri, handle, shard.first_row)]
     else:
-        rows = [folders | row for *_, row in _csv_rows(file, _csv_records(file.uri, handle, shard.first_row + 1))]
+        rows = [
+            folders | row for *_, row in _csv_rows(file, _csv_records(file.uri, handle, shard.first_row + 1))
+        ]
     if len(rows) != shard.rows:
-        raise ManifestError(f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?")
+        raise ManifestError(
+            f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?"
+        )
     return rows
 
 
@@ -161,26 +185,34 @@ def _plain_values(column: Any) -> list[Any]:
             return column.cast(pa.string()).to_pylist()
         except pa.ArrowException:
             array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-            return [array.slice(number, 1).to_string() for number in range(len(array))]  # nested: as Arrow prints it
+            return [
+                array.slice(number, 1).to_string() for number in range(len(array))
+            ]  # nested: as Arrow prints it
 
 
 def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> pa.Table:
-    """Read the rows of a shard of a Parquet file. Its row group stays in this process for the shards that follow: a group
-    cannot be entered in the middle, and Ray Data would join the blocks of a task that read it all."""
+    """Read the rows of a shard of a Parquet file. Its row group stays in this process for the shards that
+    follow: a group cannot be entered in the middle, and Ray Data would join the blocks of a task that read it
+    all.
+    """
     key = (file.uri, shard.group, str(storage.fingerprint(file.uri)))  # the file may have changed
     if key not in _last_group:
         _last_group.clear()
         _last_group[key] = _row_group(file, shard.group, storage)
     rows = _last_group[key].slice(shard.first_row, shard.rows)
     if len(rows) != shard.rows:
-        raise ManifestError(f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?")
+        raise ManifestError(
+            f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?"
+        )
     return rows
 
 
 _last_group: dict[tuple[str, int, str], pa.Table] = {}
 
 
-def _row_group(file: ManifestFile, group: int, storage: Storage, columns: list[str] | None = None) -> pa.Table:
+def _row_group(
+    file: ManifestFile, group: int, storage: Storage, columns: list[str] | None = None
+) -> pa.Table:
     wrong = f"row group {group} cannot be read as Parquet"
     table = _parquet(file.uri, storage, lambda opened: opened.read_row_group(group, columns), wrong)
     for name, value in partitions(file.uri).items():
@@ -259,10 +291,16 @@ def _csv_records(uri: str, handle: BinaryIO, first: int) -> Iterator[tuple[int, 
         raise ManifestError(f"{uri}: the file is empty, it has no header")
 
 
-def _csv_rows(file: ManifestFile, records: Iterator[tuple[int, int, list[str]]]) -> Iterator[tuple[int, int, Row]]:
+def _csv_rows(
+    file: ManifestFile, records: Iterator[tuple[int, int, list[str]]]
+) -> Iterator[tuple[int, int, Row]]:
     for begin, end, record in records:
         if len(record) != len(file.columns):
             raise ManifestError(
                 f"{file.uri}: a record has {len(record)} cells, the header {len(file.columns)}: {','.join(record)[:120]}"
             )
-        yield begin, end, {name: cell if cell != "" else None for name, cell in zip(file.columns, record, strict=True)}
+        yield (
+            begin,
+            end,
+            {name: cell if cell != "" else None for name, cell in zip(file.columns, record, strict=True)},
+        )

@@ -1,4 +1,6 @@
-"""What a plan must know of a manifest, found in one pass over it. Rows are read and forgotten: memory stays flat."""
+"""What a plan must know of a manifest, found in one pass over it. Rows are read and forgotten: memory stays
+flat.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from context_diffusion.core.errors import ManifestError, OutputConflictError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard
 from context_diffusion.core.schema import CONTEXT, ID, MANIFEST_COLUMNS, QUERY
-from context_diffusion.inputs.manifest_files import ManifestFile, parquet_schema, partitions, scan_parquet, scan_text
+from context_diffusion.inputs.manifest_files import (
+    ManifestFile,
+    parquet_schema,
+    partitions,
+    scan_parquet,
+    scan_text,
+)
 from context_diffusion.inputs.rows import column_names, given_id, row_id, storage_type
 from context_diffusion.inputs.unique_ids import UniqueIds, name_duplicates
 from context_diffusion.storage.filesystem import Storage
@@ -23,9 +31,10 @@ from context_diffusion.storage.filesystem import Storage
 class Scan:
     """One pass over the manifest: counts, byte offsets, types of passed columns; ids checked for uniqueness.
 
-    digests: of each file's rows, as far as a scan sees them: a text file's whole rows and where they begin, the ids of a
-    Parquet file. marks: rows of each file after which `marked` keeps the digest too: has it only grown since? planned: the ids
-    that a file's rows were planned with, None where a row has none yet: a derived one stays, a given one must be equal.
+    digests: of each file's rows, as far as a scan sees them: a text file's whole rows and where they begin,
+    the ids of a Parquet file. marks: rows of each file after which `marked` keeps the digest too: has it only
+    grown since? planned: the ids that a file's rows were planned with, None where a row has none yet: a
+    derived one stays, a given one must be equal.
     """
 
     def __init__(
@@ -41,7 +50,9 @@ class Scan:
         self.marks = [*marks, *[0] * (len(files) - len(marks))]
         self.digests, self.marked = [""] * len(files), [""] * len(files)
         self.rows_of = [0] * len(files)
-        self.bounds = [array("q") for _ in files]  # JSONL, CSV: where each row begins, and the end; 8 bytes a row
+        self.bounds = [
+            array("q") for _ in files
+        ]  # JSONL, CSV: where each row begins, and the end; 8 bytes a row
         self.types: dict[str, pa.DataType] = {}
         self.declared: dict[str, str | None] = {}  # the Parquet file that a column was first seen in
         self.ours = {self.names[name] for name in MANIFEST_COLUMNS}
@@ -58,7 +69,10 @@ class Scan:
                 for number in range(len(files))
                 for count, name in enumerate(self._ids(number), 1)
             )
-            shown = "; ".join(f"{name!r}: {' and '.join(places)}" for name, places in name_duplicates(repeated, named).items())
+            shown = "; ".join(
+                f"{name!r}: {' and '.join(places)}"
+                for name, places in name_duplicates(repeated, named).items()
+            )
             hint = "" if self.has_ids else "; the manifest has no id column, so equal rows have equal ids"
             if planned:
                 raise OutputConflictError(
@@ -88,8 +102,9 @@ class Scan:
         return pa.schema(sorted(self.types.items()))
 
     def _ids(self, number: int, changed: UniqueIds | None = None) -> Iterator[str]:
-        """The ids of a file's rows; on the way, what else the plan must know of it. changed: takes the ids that rows would
-        have now where they keep another one: two that are equal are rows that moved."""
+        """The ids of a file's rows; on the way, what else the plan must know of it. changed: takes the ids
+        that rows would have now where they keep another one: two that are equal are rows that moved.
+        """
         digest = hashlib.blake2b(digest_size=16)
         planned = self.planned(number) if self.planned else repeat(None)
         for count, (row, given, seen) in enumerate(self._rows(number), 1):
@@ -118,7 +133,9 @@ class Scan:
                 self._see(name, pa.string(), file.uri)
             for field in parquet_schema(file.uri, self.storage):
                 self._see(field.name, storage_type(field.type), file.uri)
-            rows = scan_parquet(file, self.storage, [self.names[ID]] if self.names[ID] in file.columns else None)
+            rows = scan_parquet(
+                file, self.storage, [self.names[ID]] if self.names[ID] in file.columns else None
+            )
             for row in rows:
                 self.rows_of[number] += 1
                 yield (name := row_id(row, self.names)), given_id(row, self.names) is not None, f"{name}\n"
@@ -140,7 +157,9 @@ class Scan:
 
     def _check_columns(self, uri: str, columns: list[str]) -> None:
         missing = [self.names[name] for name in (QUERY, CONTEXT) if self.names[name] not in columns]
-        missing += [theirs for theirs in self.job.columns.values() if theirs not in columns and theirs not in missing]
+        missing += [
+            theirs for theirs in self.job.columns.values() if theirs not in columns and theirs not in missing
+        ]
         if missing:
             raise ManifestError(
                 f"{uri}: the column(s) {', '.join(missing)} are missing; there are {', '.join(columns)}. "
@@ -149,9 +168,10 @@ class Scan:
         self.has_ids = self.names[ID] in columns
 
     def _see(self, name: str, kind: pa.DataType | None, uri: str | None = None) -> None:
-        """Note the type of a column that we don't know. uri: the Parquet file that declares it. Types that differ are widened,
-        and where a text file has a part in it they become text. Raises ManifestError for Parquet files that don't go together,
-        and for bytes, which are no text."""
+        """Note the type of a column that we don't know. uri: the Parquet file that declares it. Types that
+        differ are widened, and where a text file has a part in it they become text. Raises ManifestError for
+        Parquet files that don't go together, and for bytes, which are no text.
+        """
         if name in self.ours or kind is None:
             return
         known = self.types.setdefault(name, kind)

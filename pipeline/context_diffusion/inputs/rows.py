@@ -1,4 +1,6 @@
-"""Read raw rows into the READ table: ids, sources, prompts, settings. An invalid row gets an error code instead."""
+"""Read raw rows into the READ table: ids, sources, prompts, settings. An invalid row gets an error code
+instead.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,8 @@ from context_diffusion.inputs.manifest_files import Row
 class RowRules:
     """What a job says about its rows.
 
-    settings: defaults of the row settings; matrix: overrides of them; seed: what seeds are derived from; columns: our
-    column name -> the manifest's; limits: what an untrusted row may ask for.
+    settings: defaults of the row settings; matrix: overrides of them; seed: what seeds are derived from;
+    columns: our column name -> the manifest's; limits: what an untrusted row may ask for.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -92,9 +94,10 @@ def read_table(
 ) -> pa.Table:
     """Build the READ table of one shard.
 
-    base: the manifest's folder, for relative URIs; passed: the schema of the unknown columns that are copied to the
-    output; source: the rows as Arrow, if the file is Parquet: unknown columns are then copied from it unchanged; ids:
-    the planned ids, if the rows may have changed since. Raises ManifestError where a row's id differs from its planned id.
+    base: the manifest's folder, for relative URIs; passed: the schema of the unknown columns that are copied
+    to the output; source: the rows as Arrow, if the file is Parquet: unknown columns are then copied from it
+    unchanged; ids: the planned ids, if the rows may have changed since. Raises ManifestError where a row's id
+    differs from its planned id.
     """
     names = rules.names
     storable = [_storable(row) for row in rows]
@@ -110,7 +113,9 @@ def read_table(
         if source is not None and name in source.column_names:
             columns[PASSED + passed_name(name)] = _cast(as_storage(source[name]), kind)
         else:
-            columns[PASSED + passed_name(name)] = pa.array([_as_type(row.get(name), kind) for row in rows], kind)
+            columns[PASSED + passed_name(name)] = pa.array(
+                [_as_type(row.get(name), kind) for row in rows], kind
+            )
     return pa.table(columns)
 
 
@@ -121,7 +126,11 @@ def _storable(row: Row) -> Row:
         if isinstance(value, float) and math.isnan(value):
             return None
         if isinstance(value, str):
-            return value.encode("utf-8", "replace").decode() if any("\ud800" <= c <= "\udfff" for c in value) else value
+            return (
+                value.encode("utf-8", "replace").decode()
+                if any("\ud800" <= c <= "\udfff" for c in value)
+                else value
+            )
         return [mend(item) for item in value] if isinstance(value, list) else value
 
     return {name: mend(value) for name, value in row.items()}
@@ -140,7 +149,9 @@ def _read_row(row: Row, id_: str, shard: int, rules: RowRules, base: str, names:
         if read[QUERY] is None:
             raise RowError(ErrorCode.NO_QUERY, f"the column {names[QUERY]!r} is empty")
         if not read[CONTEXT]:
-            raise RowError(ErrorCode.NO_CONTEXT, f"the column {names[CONTEXT]!r} is empty; a row needs one or more")
+            raise RowError(
+                ErrorCode.NO_CONTEXT, f"the column {names[CONTEXT]!r} is empty; a row needs one or more"
+            )
         if (count := len(read[CONTEXT])) > rules.limits.max_contexts:
             read[CONTEXT] = None
             message = f"{names[CONTEXT]} has {count} images, at most {rules.limits.max_contexts} are allowed"
@@ -152,7 +163,9 @@ def _read_row(row: Row, id_: str, shard: int, rules: RowRules, base: str, names:
 
 def _check_id(row: str) -> None:
     if "\0" in row or any(part in (".", "..") for part in re.split(r"[/\\]", row)):
-        raise RowError(ErrorCode.INVALID_ID, f"the id {row[:200]!r} has a path part `.` or `..`, or a null byte")
+        raise RowError(
+            ErrorCode.INVALID_ID, f"the id {row[:200]!r} has a path part `.` or `..`, or a null byte"
+        )
 
 
 def _prompt(value: Any, name: str, limits: Limits) -> str | None:
@@ -195,7 +208,11 @@ def _plain(value: Any, name: str) -> Any:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return value
-    integer = Settings.model_fields[name].annotation in (int, int | None) or name in ("seed", "width", "height")
+    integer = Settings.model_fields[name].annotation in (int, int | None) or name in (
+        "seed",
+        "width",
+        "height",
+    )
     if integer and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
@@ -209,7 +226,9 @@ def as_storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """Cast a column to its type over the whole manifest; lists and structs become JSON where that type is text."""
+    """Cast a column to its type over the whole manifest; lists and structs become JSON where that type is
+    text.
+    """
     try:
         return column.cast(kind)
     except pa.ArrowException:

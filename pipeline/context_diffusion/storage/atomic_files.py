@@ -12,8 +12,8 @@ from pathlib import Path
 def create_file(path: Path, data: bytes) -> bool:
     """Create a file and return True, or return False if it exists.
 
-    The bytes are written to a file without a name, which is then linked to its name: if the process is killed, no file
-    is left behind.
+    The bytes are written to a file without a name, which is then linked to its name: if the process is
+    killed, no file is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)

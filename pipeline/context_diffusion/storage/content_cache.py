@@ -1,5 +1,7 @@
-"""A cache of arrays by the hash of the image file that they come from. Context images repeat over rows and
-shards, often under several names."""
+"""Caches arrays by the hash of the image that they were computed from.
+
+Context images repeat over rows and shards, often under several names.
+"""
 
 from __future__ import annotations
 

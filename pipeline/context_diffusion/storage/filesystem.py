@@ -1,7 +1,7 @@
 """Reads and writes local disks and object stores with fsspec.
 
-Objects are complete or absent, and only `replace` overwrites them. Transient errors are retried until a deadline.
-Knows no manifests, Ray or torch.
+Objects are complete or absent, and only `replace` overwrites them. Transient errors are retried until a
+deadline. Knows no manifests, Ray or torch.
 """
 
 from __future__ import annotations
@@ -22,43 +22,20 @@ from context_diffusion.core.errors import ConfigError, ErrorCode, RowError, Stor
 from context_diffusion.core.event_log import LOG
 from context_diffusion.core.uris import is_local, local_path, normal, protocol
 from context_diffusion.storage.atomic_files import create_file, removing_new_folders, replace_file
+from context_diffusion.storage.transient_errors import FINAL_ERRNO, NO_CREDENTIALS, is_transient
 
 T = TypeVar("T")
 PUT_BYTES = 5 * 2**30  # the chunk size of s3fs: up to here an object is one request, not a multipart upload
-EXTRAS = {
-    "gs": "gcs",
-    "gcs": "gcs",
-    "az": "azure",
-    "abfs": "azure",
-    "abfss": "azure",
-}  # pip extras by protocol
+# pip extras by protocol
+EXTRAS = {"gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
 
-# Errors that a retry cannot fix.
-FINAL_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-# Exceptions of botocore by name, since botocore is imported with the first s3:// URL only.
-WRONG_CREDENTIALS = {"PartialCredentialsError", "ProfileNotFound", "InvalidConfigError", "SSOTokenLoadError"}
-NO_CREDENTIALS = {"NoCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", *WRONG_CREDENTIALS}
 CREDENTIALS_S = 10.0  # how long missing credentials are retried: the service that provides them may be busy
-
 CREDENTIALS_HINT = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the job's `storage_options` "
     "(`anon: true` for a public bucket)"
 )
 
 TOLD_S = 3.0  # that a store is waited for in silence
-
-FINAL_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EDQUOT}
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Return whether a retry may succeed."""
-    if isinstance(error, FINAL_ERRORS) or (isinstance(error, OSError) and error.errno in FINAL_ERRNO):
-        return False
-    if type(error).__name__ in WRONG_CREDENTIALS:
-        return False
-    package = type(error).__module__.split(".")[0]
-    return isinstance(error, OSError | TimeoutError) or package in ("botocore", "aiohttp", "aiobotocore")
 
 
 class _Waiting:
@@ -99,17 +76,17 @@ class Storage:
             raise ConfigError(f"{uri}: the protocol {scheme}:// cannot be used: {error}{hint}") from error
 
     def check(self, uri: str) -> None:
-        """Raise ConfigError if the URI's protocol is unknown or its package is missing. Opens no connection."""
+        """Raise ConfigError if the URI's protocol is unknown or its package is missing. Does not connect."""
         self._fs(uri)
 
     def _try(self, uri: str, action: Callable[[], T]) -> T:
         """Run an action with retries.
 
-        Raises StorageError if the last try fails, ConfigError if credentials are missing. Errors of missing or existing
-        files and folders are raised unchanged.
+        Raises StorageError if the last try fails, ConfigError if credentials are missing. Errors of missing
+        or existing files and folders are raised unchanged.
         """
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_is_transient),
+            retry=tenacity.retry_if_exception(is_transient),
             wait=tenacity.wait_random_exponential(multiplier=0.2, max=10),
             stop=self._deadline_passed,
             before_sleep=_Waiting(uri, self._patience_s),
@@ -123,7 +100,7 @@ class Storage:
             name = type(error).__name__
             if name in NO_CREDENTIALS:
                 raise ConfigError(f"{uri}: {name}: {error}; {CREDENTIALS_HINT}") from error
-            if isinstance(error, OSError) or _is_transient(error):
+            if isinstance(error, OSError) or is_transient(error):
                 raise StorageError(f"{uri}: {name}: {error}") from error
             raise
 
@@ -148,8 +125,8 @@ class Storage:
     def read_input(self, uri: str, max_bytes: int, http_client: Any = None) -> bytes:
         """Return the bytes of a row's file.
 
-        http_client: fsspec's `get_client` for an untrusted URI (inputs/safe_http.py). Raises RowError with the URI,
-        StorageError if the store cannot be reached.
+        http_client: fsspec's `get_client` for an untrusted URI (inputs/safe_http.py). Raises RowError with
+        the URI, StorageError if the store cannot be reached.
         """
         guarded = http_client is not None and protocol(uri) in ("http", "https")
         options = {"get_client": http_client} if guarded else {}
@@ -173,24 +150,19 @@ class Storage:
         """Return the bytes of a file. Raises RowError if it is a folder or has more than max_bytes."""
         info = self._try(uri, lambda: fs.info(path))
         size = info["size"]
+        limit = f"at most {max_bytes} are allowed"
         if info["type"] == "directory":
             raise RowError(ErrorCode.UNREADABLE_FILE, f"{uri} is a folder")
         if (size or 0) > max_bytes:
-            raise RowError(
-                ErrorCode.FILE_TOO_LARGE, f"{uri} has {size} bytes, at most {max_bytes} are allowed"
-            )
-        end = (
-            None if size else max_bytes + 1
-        )  # if an HTTP server gives no size, one byte too many is enough to know
+            raise RowError(ErrorCode.FILE_TOO_LARGE, f"{uri} has {size} bytes, {limit}")
+        end = None if size else max_bytes + 1  # a server may give no size: one byte too many is enough
         data = self._try(uri, lambda: fs.cat_file(path, end=end))
         if len(data) > max_bytes:
-            raise RowError(
-                ErrorCode.FILE_TOO_LARGE, f"{uri} has more than {max_bytes} bytes, the allowed maximum"
-            )
+            raise RowError(ErrorCode.FILE_TOO_LARGE, f"{uri} has over {max_bytes} bytes, {limit}")
         return data
 
     def parse(self, uri: str, parse: Callable[[BinaryIO], T]) -> T:
-        """Return the result of `parse`, which may read only parts of a seekable file. Retries call it again."""
+        """Return the result of `parse` on a seekable file, which need not read it all. Retries repeat it."""
         fs, path = self._fs(uri)
 
         def open_and_parse() -> T:
@@ -223,7 +195,7 @@ class Storage:
         return sorted(path if is_local(pattern) else fs.unstrip_protocol(path) for path in paths)
 
     def files(self, folder: str) -> list[str]:
-        """Return the URIs of all files below a folder, sorted. `[` and `*` in its name have no special meaning."""
+        """Return the URIs of all files below a folder, sorted. `[` and `*` in its name are no pattern."""
         fs, path = self._fs(folder)
         paths = self._try(folder, lambda: fs.find(path))
         return sorted(str(path) if is_local(folder) else fs.unstrip_protocol(path) for path in paths)
@@ -279,7 +251,8 @@ class Storage:
     def try_writing(self, folder: str) -> bool:
         """Create an object in a folder as a run does, and delete it.
 
-        Returns whether the store refuses to create an object twice. Raises StorageError if the folder cannot be written.
+        Returns whether the store refuses to create an object twice. Raises StorageError if the folder cannot
+        be written.
         """
         uri = f"{folder}/.probe-{uuid.uuid4().hex}"
         local = is_local(folder)
