@@ -1,6 +1,4 @@
-"""Computes control maps, the layout of a query image that a ControlNet reads. Knows pixels only (numpy,
-OpenCV).
-"""
+"""Computes control maps: the layout of a query image for a ControlNet. Knows pixels only (numpy, OpenCV)."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ def gray(image: Pixels) -> Pixels:
 
 
 def canny(image: Pixels) -> Pixels:
-    """Draw Canny edges in white on black; the thresholds are 0.66 and 1.33 times the blurred image's median."""
+    """Draw Canny edges in white on black, with thresholds of 0.66 and 1.33 times the blurred median."""
     smooth = cv2.GaussianBlur(gray(image), (0, 0), 1.0)
     median = float(np.median(smooth))
     # The bounds keep the thresholds useful for images that are nearly black or white.
@@ -32,9 +30,7 @@ def canny(image: Pixels) -> Pixels:
 
 
 def soft_edges(image: Pixels) -> Pixels:
-    """Draw the gradient's magnitude in white on black, divided by its 99th percentile (Sobel, slightly
-    blurred image).
-    """
+    """Draw the Sobel gradient's magnitude, divided by its 99th percentile, in white on black."""
     smooth = cv2.GaussianBlur(gray(image), (0, 0), 1.0).astype(np.float32)
     magnitude = np.hypot(cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1))
     # The minimum of 16 grey levels keeps the noise of a uniform image from being amplified to edges.

@@ -125,7 +125,7 @@ def _read_header(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Warning:
-        # Raised only where warnings are errors. The filters are shared by the process, so they are changed only here.
+        # Raised only where warnings are errors. The process shares the filters: they are changed rarely.
         with WARNING_FILTERS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data), formats=FORMATS)
@@ -143,9 +143,7 @@ def _row_error(error: Exception, code: ErrorCode, message: str) -> RowError:
 
 
 def _is_truncated(data: bytes) -> bool:
-    """Return whether bytes whose header cannot be read begin like an image file. A WebP must be shorter than
-    it states.
-    """
+    """Return whether bytes begin like an image file; a WebP must be shorter than its header states."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return len(data) < 8 + int.from_bytes(data[4:8], "little")
     signatures = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
@@ -153,8 +151,9 @@ def _is_truncated(data: bytes) -> bool:
 
 
 def rgb_pixels(image: Image.Image) -> Pixels:
-    """Convert a Pillow image of any mode to what a viewer shows, (H, W, 3): oriented, in sRGB, over white, 8
-    bit.
+    """Convert a Pillow image of any mode to RGB pixels (H, W, 3), as a viewer shows it.
+
+    The image is turned by its EXIF orientation, in sRGB, over white, with 8 bit.
     """
     image.load()
     if _orientation(image) != 1:
@@ -237,9 +236,9 @@ def resize(
 ) -> Pixels:
     """Resize pixels, uint8 (H, W, 3), to (height, width, 3).
 
-    crop: covers the size and crops both sides equally; pad: fits inside the size and fills the rest with the
-    image's mean colour; stretch, keep: plain resize, since output_size has considered the aspect ratio of
-    `keep`. extent: the image's real width and height, if its last column and row are only partly filled.
+    crop: covers the size and crops both sides equally; pad: fits inside the size and fills the rest with
+    the mean colour; stretch, keep: plain resize (output_size has set the aspect ratio of `keep`). extent: the
+    real width and height, if the last column and row are only partly filled.
     """
     old_width, old_height = extent or (pixels.shape[1], pixels.shape[0])
     if (old_width, old_height) == (width, height):
@@ -268,7 +267,7 @@ def _padded(pixels: Pixels, width: int, height: int, old_width: float, old_heigh
 
 
 def _scale(image: Image.Image, size: Size, box: tuple[float, float, float, float]) -> Image.Image:
-    # With this gap Pillow first reduces large images by integer factors: faster, without a visible difference.
+    # With this gap Pillow first reduces large images by integer factors: faster, with no visible difference.
     return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 

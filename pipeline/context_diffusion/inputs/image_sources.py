@@ -19,9 +19,7 @@ ImageSource = dict[str, Any]  # {"bytes": ..., "path": ...}
 
 
 def as_source(value: Any, base: str) -> ImageSource | None:
-    """Convert a URI, bytes or {bytes, path} to {bytes, path}; empty values to None. base: the folder of
-    relative URIs.
-    """
+    """Convert a URI, bytes or {bytes, path} to {bytes, path}; None if empty. base: of relative URIs."""
     if isinstance(value, bytes):
         value = {"bytes": value}
     if isinstance(value, str):

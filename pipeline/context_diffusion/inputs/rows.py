@@ -104,7 +104,8 @@ def read_table(
     for row, planned in zip(storable, ids or [], strict=False):
         if given_id(row, names) not in (None, planned):
             raise ManifestError(
-                f"the plan has the id {planned!r} where the manifest has {given_id(row, names)!r}: did the manifest change?"
+                f"the plan has the id {planned!r} where the manifest has {given_id(row, names)!r}: "
+                "did the manifest change?"
             )
     ids = ids or [row_id(row, names) for row in storable]
     read = [_read_row(row, id_, shard, rules, base, names) for row, id_ in zip(storable, ids, strict=True)]
@@ -120,7 +121,7 @@ def read_table(
 
 
 def _storable(row: Row) -> Row:
-    """Replace what Arrow cannot store: half a surrogate pair (valid JSON, invalid UTF-8) by `?`, NaN by null."""
+    """Replace half surrogate pairs (valid in JSON, invalid in UTF-8) by `?`, and NaN by null."""
 
     def mend(value: Any) -> Any:
         if isinstance(value, float) and math.isnan(value):
@@ -169,15 +170,14 @@ def _check_id(row: str) -> None:
 
 
 def _prompt(value: Any, name: str, limits: Limits) -> str | None:
-    """Return the cell's text. An empty text stays "" and null stays None, since some models distinguish them."""
+    """Return the cell's text. An empty text stays "" and null stays None: some models distinguish them."""
     if value is None:
         return None
     text = str(value)
     if len(text) > limits.max_prompt_characters:
-        raise RowError(
-            ErrorCode.PROMPT_TOO_LONG,
-            f"{name} has {len(text)} characters, at most {limits.max_prompt_characters} are allowed: {text[:60]!r}...",
-        )
+        allowed = f"at most {limits.max_prompt_characters} are allowed"
+        message = f"{name} has {len(text)} characters, {allowed}: {text[:60]!r}..."
+        raise RowError(ErrorCode.PROMPT_TOO_LONG, message)
     return text
 
 
@@ -219,7 +219,7 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def as_storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Convert a column of an extension type (a tensor, bool8) to its storage type, which every reader knows."""
+    """Convert a column of an extension type (tensor, bool8) to its storage type, which every reader knows."""
     if not isinstance(column.type, pa.BaseExtensionType):
         return column
     return pa.chunked_array([chunk.storage for chunk in column.chunks], storage_type(column.type))

@@ -39,9 +39,7 @@ class GuardedClient:
 
 
 def _public_socket(address: tuple[Any, ...]) -> socket.socket:
-    """Create a socket, as aiohttp's `socket_factory`. Raises RowError FORBIDDEN_URI if the address is not
-    public.
-    """
+    """Create a socket for aiohttp. Raises RowError FORBIDDEN_URI if the address is not public."""
     family, kind, protocol, _, target = address
     if not is_public(target[0]):
         raise forbidden(target[0], "the host of a row's URI has this address, which is not public")

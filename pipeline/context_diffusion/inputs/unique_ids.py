@@ -1,4 +1,4 @@
-"""Finds duplicate ids out of core: digests go to files by their first byte, and each file is checked alone."""
+"""Finds duplicate ids out of core: digests go to files by their first byte, each file is checked alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class UniqueIds:
             path = Path(self._folder.name) / str(number)
             stored = path.read_bytes() if path.exists() else b""
             digests = np.frombuffer(stored + bytes(self._buckets[number]), dtype="S16")
-            # S16 strips zero bytes at the end, so two different ids are taken for equal with a chance of 2**-64.
+            # S16 strips zero bytes at the end: two different ids are equal with a chance of 2**-64.
             values, counts = np.unique(digests, return_counts=True)
             duplicates.update(bytes(value).ljust(16, b"\0") for value in values[counts > 1])
         return duplicates
@@ -57,8 +57,7 @@ class UniqueIds:
 def name_duplicates(
     digests: set[bytes], ids: Iterable[tuple[str, str]], most: int = 5
 ) -> dict[str, list[str]]:
-    """Return the first few ids whose digest is among `digests`, each with its first two places in the
-    manifest.
+    """Return the first few ids whose digest is among `digests`, each with its first two places.
 
     ids: all ids with their places, from a second pass over the manifest; most: how many ids are returned.
     """

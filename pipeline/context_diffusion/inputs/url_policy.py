@@ -1,6 +1,4 @@
-"""Decides which URIs a row may read: only those below the prefixes that the job allows, since manifests are
-untrusted.
-"""
+"""Decides which URIs a row may read. Manifests are untrusted: only prefixes that the job allows are read."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ PROTOCOLS = {"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "h
 
 
 def allowed_prefixes(allow: list[str], manifests: Iterable[str]) -> list[str]:
-    """Return the URI prefixes that rows may read: the job's `allow`, else the folders of its manifest files."""
+    """Return the URI prefixes that rows may read: the job's `allow`, else the folders of its manifests."""
     return allow or list(dict.fromkeys(parent(uri) for uri in manifests))
 
 
@@ -65,9 +63,7 @@ def _canonical(uri: str) -> str:
 
 
 def _check_host(uri: str) -> None:
-    """Raise RowError if the host has no address, or one that is not public, such as one of the cluster's
-    network.
-    """
+    """Raise RowError if the host has no address, or one that is not public (the cluster's own network)."""
     host = urlsplit(uri).hostname or ""
     try:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
