@@ -18,7 +18,7 @@ from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.job_base import Fit, Limits
 from context_diffusion.core.records import Pixels
 from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD, ContextPreprocessing
-from context_diffusion.inputs.decode import Size, decode_image, decode_resized, resize, shown
+from context_diffusion.inputs.decode import Size, decode_image, decode_resized, resize, rgb_pixels
 from context_diffusion.storage.filesystem import Storage
 
 Normalization = Literal["dynamic", "clip", "none"]
@@ -119,7 +119,7 @@ def to_pixels(source: Any) -> Pixels:
     if isinstance(source, torch.Tensor):
         return _tensor_pixels(source)
     if isinstance(source, Image.Image):
-        return shown(source)
+        return rgb_pixels(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise ValueError(f"an array of a picture is uint8 (H, W, 3), not {source.dtype} {source.shape}")

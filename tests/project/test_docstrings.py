@@ -13,28 +13,26 @@ PACKAGE = Path(context_diffusion.__file__).parent
 ROOT = PACKAGE.parents[1]
 TREES = {path.relative_to(PACKAGE): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 # Proper nouns that look like names of classes.
-NOUNS = set(
-    [
-        "ControlNet",
-        "ControlNets",
-        "DuckDB",
-        "WebDataset",
-        "ImageFolder",
-        "InstructPix",
-        "PyArrow",
-        "PyTorch",
-        "OpenCV",
-        "NumPy",
-        "GitHub",
-        "SigLIP",
-        "LoRA",
-        "LoRAs",
-        "AdamW",
-        "DataLoader",
-        "datasets",
-        "tojson",
-    ]
-)
+NOUNS = {
+    "ControlNet",
+    "ControlNets",
+    "DuckDB",
+    "WebDataset",
+    "ImageFolder",
+    "InstructPix",
+    "PyArrow",
+    "PyTorch",
+    "OpenCV",
+    "NumPy",
+    "GitHub",
+    "SigLIP",
+    "LoRA",
+    "LoRAs",
+    "AdamW",
+    "DataLoader",
+    "datasets",
+    "tojson",
+}
 CLASS = re.compile(r"(?<![\w./-])[A-Z][a-z]+(?:[A-Z][a-z]+)+(?:\.\w+)*")
 QUOTED = re.compile(r"`([A-Za-z_][\w.]*)(?:\(\.*\))?`")
 FILE = re.compile(r"(?<![\w.-])((?:\w+/)*\w+\.py)\b")
