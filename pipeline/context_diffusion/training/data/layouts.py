@@ -1,9 +1,10 @@
-"""Layouts: what is where, as a tone map. Regions, figures, leaves, lines, grids, landscapes and fractal fields.
+"""Layouts: what is where, as a tone map. Regions, figures, leaves, lines, grids, landscapes and fractal
+fields.
 
-A layout is float32 (S, S) in [0, 1]: its tone, of mean .5 and deviation TONE_SPREAD before it is cut off. A style turns tone into
-colour (training/data/styles.py), so the tone is what a query and its picture share; and as dynamic normalisation removes a
-query's own mean and deviation, it can be read off a query whatever its exposure. Deterministic by the generator that is handed
-in. numpy and OpenCV only."""
+A layout is float32 (S, S) in [0, 1]: its tone, of mean .5 and deviation TONE_SPREAD before it is cut off. A
+style turns tone into colour (training/data/styles.py), so the tone is what a query and its picture share; and
+as dynamic normalisation removes a query's own mean and deviation, it can be read off a query whatever its
+exposure. Deterministic by the generator that is handed in. numpy and OpenCV only."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def figures(rng: Rng, size: int) -> Tone:
 
 
 def dead_leaves(rng: Rng, size: int) -> Tone:
-    """Overlapping figures with power-law radii: the statistics of natural pictures (Lee, Mumford and Huang 2001)."""
+    """Overlapping figures with power-law radii: the statistics of natural pictures (Lee, Mumford and Huang
+    2001)."""
     canvas = np.full((size, size), rng.random(), np.float32)
     for _ in range(int(rng.integers(30, 140))):
         radius = size * min(0.4, 0.035 * rng.pareto(1.6) + 0.02)
@@ -229,7 +231,8 @@ HELD_OUT_FAMILIES: dict[str, Callable[[Rng, int], Tone]] = {"maze": maze, "rings
 
 
 def make_layout(rng: Rng, size: int = 128, held_out: bool = False) -> tuple[str, Tone]:
-    """A layout of a random family, some with soft borders, shading or fine detail. -> (family, tone (size, size)).
+    """A layout of a random family, some with soft borders, shading or fine detail. -> (family, tone (size,
+    size)).
 
     held_out: every second one of a family that training never sees."""
     families = HELD_OUT_FAMILIES if held_out and rng.random() < 0.5 else FAMILIES
@@ -238,7 +241,8 @@ def make_layout(rng: Rng, size: int = 128, held_out: bool = False) -> tuple[str,
 
 
 def finished(rng: Rng, tone: Tone, size: int) -> Tone:
-    """A layout drawn at twice the size: the area filter is the anti-aliasing. Some get soft borders, shading, fine detail."""
+    """A layout drawn at twice the size: the area filter is the anti-aliasing. Some get soft borders, shading,
+    fine detail."""
     tone = np.asarray(cv2.resize(tone, (size, size), interpolation=cv2.INTER_AREA), np.float32)
     if rng.random() < 0.3:
         tone = np.asarray(cv2.GaussianBlur(tone, (0, 0), rng.uniform(0.5, 2.5)))

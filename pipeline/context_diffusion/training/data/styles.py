@@ -1,8 +1,8 @@
-"""Styles: a palette from dark to light, a texture, an outline, light and grain. A style turns tone into colour.
+"""Styles: a palette from dark to light, a texture, an outline, light and grain. A style turns tone into
+colour.
 
-Palettes rise in lightness, so a layout's tones decide where each colour goes, in generated pictures and in photographs
-alike. numpy and OpenCV only.
-"""
+Palettes rise in lightness, so a layout's tones decide where each colour goes, in generated pictures and in
+photographs alike. numpy and OpenCV only."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ HELD_OUT = {
 
 @dataclass(frozen=True)
 class Style:
-    """lut: float32 (256, 3) RGB in [0, 1] by tone. band: which tones carry the texture: all, dark or light."""
+    """lut: float32 (256, 3) RGB in [0, 1] by tone. band: which tones carry the texture: all, dark or
+    light."""
 
     palette: str
     texture: str
@@ -71,7 +72,8 @@ def make_lut(rng: Rng, palette: str) -> NDArray[np.float32]:
         stops = np.array([[int(stop[i : i + 2], 16) for i in (0, 2, 4)] for stop in PALETTES[palette]], np.uint8)
         lab = cv2.cvtColor(stops[None], cv2.COLOR_RGB2LAB)[0].astype(np.float32)
         lab += rng.normal(0, (6, 4, 4), (5, 3)).astype(np.float32)
-    # Mostly the palette's own contrast, now and then a third of it; over- and under-exposed by up to two stops.
+    # Mostly the palette's own contrast, now and then a third of it; over- and under-exposed by up to two
+    # stops.
     span = rng.uniform(0.3, 0.65) if rng.random() < 0.25 else rng.uniform(0.65, 1.05)
     shift = rng.normal(0, 18)
     lab[:, 0] = np.sort((lab[:, 0] - 128) * span + 128 + shift)
@@ -111,7 +113,8 @@ def make_style(rng: Rng, held_out: bool = False) -> Style:
 
 
 def vary(rng: Rng, style: Style) -> tuple[str, Style]:
-    """The same style with another palette or another texture. -> (which, the variant): it teaches the override."""
+    """The same style with another palette or another texture. -> (which, the variant): it teaches the
+    override."""
     if rng.random() < 0.5:
         palette = str(rng.choice([p for p in PALETTES if p != style.palette and (p, style.texture) not in HELD_OUT]))
         return "palette", replace(style, palette=palette, lut=make_lut(rng, palette))

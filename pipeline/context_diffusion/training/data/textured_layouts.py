@@ -134,7 +134,8 @@ def _any(rng: Rng, size: int) -> Tone:
 
 
 def varied_layout(rng: Rng, size: int) -> Tone:
-    """Of these families and of layouts.FAMILIES, never of the held-out ones: two side by side now and then, turned, warped."""
+    """Of these families and of layouts.FAMILIES, never of the held-out ones: two side by side now and then,
+    turned, warped."""
     double = 2 * size  # the area filter of `finished` is the anti-aliasing
     tone = _any(rng, double)
     if rng.random() < 0.25:
