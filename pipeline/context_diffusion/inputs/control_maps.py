@@ -1,7 +1,4 @@
-"""Query image -> control map: what the ControlNet sees of the query's layout.
-
-Knows pixels (numpy, OpenCV) only.
-"""
+"""Control maps of query images: the layout that a ControlNet reads. Knows pixels (numpy, OpenCV) only."""
 
 from __future__ import annotations
 
@@ -14,29 +11,30 @@ from context_diffusion.core.records import Control, Pixels
 
 
 def query_pixels(image: Pixels) -> Pixels:
-    """The query itself, its own pixels: for ControlNets that read a picture."""
+    """Return the query itself, for ControlNets that read an image."""
     return image
 
 
 def gray(image: Pixels) -> Pixels:
-    """The grey picture (ITU-R BT.601 luma)."""
+    """Return the luma (ITU-R BT.601)."""
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.uint8)
 
 
 def canny(image: Pixels) -> Pixels:
-    """White Canny edges on black; the thresholds follow the blurred picture's median (.66 and 1.33 of it)."""
+    """Return white Canny edges on black; the thresholds are .66 and 1.33 of the blurred image's median."""
     smooth = cv2.GaussianBlur(gray(image), (0, 0), 1.0)
     median = float(np.median(smooth))
-    # A picture that is nearly black or white all over would otherwise get no or only trivial thresholds.
+    # Without these bounds an almost black or white image would have meaningless thresholds.
     low, high = max(20.0, 0.66 * median), min(200.0, max(40.0, 1.33 * median))
     return cv2.Canny(smooth, low, high).astype(np.uint8)
 
 
 def soft_edges(image: Pixels) -> Pixels:
-    """The gradient's magnitude (Sobel on a lightly blurred picture) over its 99th percentile, white on black."""
+    """Return the gradient's magnitude (Sobel on a slightly blurred image) over its 99th percentile, white on
+    black."""
     smooth = cv2.GaussianBlur(gray(image), (0, 0), 1.0).astype(np.float32)
     magnitude = np.hypot(cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1))
-    # The floor of 16 grey levels keeps the noise of a flat picture from being blown up to edges.
+    # The minimum of 16 grey levels keeps the noise of a flat image from becoming edges.
     scale = max(float(np.percentile(magnitude, 99)), 16.0)
     return np.clip(magnitude * (255.0 / scale), 0, 255).astype(np.uint8)
 
@@ -50,7 +48,7 @@ CONTROLS: dict[str, Callable[[Pixels], Pixels]] = {
 
 
 def control_map(image: Pixels, kind: str) -> Pixels:
-    """Turns a query into its control map.
+    """Compute the control map of a query.
 
     image: uint8 (H, W, 3) RGB; kind: a key of CONTROLS. Returns uint8 (H, W, 3).
     """
@@ -59,5 +57,5 @@ def control_map(image: Pixels, kind: str) -> Pixels:
 
 
 def controls_of(query: Pixels, kinds: Sequence[str]) -> tuple[Control, ...]:
-    """A control map of each kind."""
+    """Compute a control map of each kind."""
     return tuple(Control(kind, control_map(query, kind)) for kind in kinds)

@@ -1,4 +1,5 @@
-"""What was made of a picture, by its content: contexts repeat over rows and shards, often under several names."""
+"""A cache of arrays computed from images, by their content: contexts repeat over rows and shards, under
+several names."""
 
 from __future__ import annotations
 
@@ -12,15 +13,16 @@ from numpy.typing import NDArray
 
 
 class ContentCache:
-    """The last arrays, `limit` bytes of them at most; safe to use from several threads."""
+    """The most recently used arrays, `limit` bytes of them at most; safe to use from several threads."""
 
     def __init__(self, limit: int) -> None:
         self._arrays: LRUCache[Hashable, NDArray[Any]] = LRUCache(limit, getsizeof=lambda array: array.nbytes)
         self._lock = threading.Lock()
 
-    def get(self, data: bytes, wanted: Hashable, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """What `make` made of these bytes the last time, or makes now. wanted: all else that it depends on."""
-        key = (hashlib.blake2b(data, digest_size=16).digest(), wanted)
+    def get(self, data: bytes, variant: Hashable, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """Return make() of these bytes, from the cache if possible. variant: all else that the result depends
+        on."""
+        key = (hashlib.blake2b(data, digest_size=16).digest(), variant)
         with self._lock:
             if (array := self._arrays.get(key)) is not None:
                 return array
