@@ -1,7 +1,8 @@
 """The first stage of training: what of a picture's tones is its style's texture, and what its layout.
 
-Every step has pictures of its own, of layouts of many more kinds than the other stages see (training/data/textured_layouts.py): a texture is then
-known by what it is, not as what no known layout has. B pictures  S pixels
+Every step has pictures of its own, of layouts of many more kinds than the other stages see
+(training/data/textured_layouts.py): a texture is then known by what it is, not as what no known layout has.
+B pictures  S pixels
 """
 
 from __future__ import annotations
