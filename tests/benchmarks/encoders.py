@@ -1,5 +1,5 @@
-"""Context encoders for normalization.py --encoder, without a download: a CLIP vision model and a DINOv2 of equal size, both trained
-in the same way to distinguish styles.
+"""Context encoders for normalization.py --encoder, without a download: a CLIP vision model and a DINOv2 of equal size, both
+trained in the same way to distinguish styles.
 
     python tests/benchmarks/encoders.py [--kinds clip dinov2] [--steps 600] [--folder build/encoders]
 
