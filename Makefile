@@ -52,7 +52,7 @@ test-full: .venv/full ## the longer tests as far as 25 minutes reach: store, com
 lock: .venv/full ## requirements.lock anew: the newest versions that the oldest Python takes, without CUDA's own
 	mkdir -p build
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --only-binary :all: --no-annotate --no-header \
-		--extra lora --extra train --extra gcs --extra azure --extra otel --extra view --output-file build/resolved.txt pyproject.toml
+		--extra lora --extra train --extra gcs --extra azure --extra view --output-file build/resolved.txt pyproject.toml
 	(head -1 requirements.lock; grep -vE '^(nvidia|cuda|triton)' build/resolved.txt | sed 's/+cpu$$//') > build/requirements.lock
 	mv build/requirements.lock requirements.lock
 

@@ -43,7 +43,7 @@ OWN_PYTHON = r"""{ p=$(tr '\0' '\n' < /proc/$(sed -n 's/^PPid:[^0-9]*//p' /proc/
 sed -n 's/^--python_worker_command=\([^ ]*\) .*/\1/p'); } 2> /dev/null; [ -x "$p" ] || p=python"""
 IS_THERE = """"$p" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("context_diffusion") is None)' || {
 echo "error: $(command -v "$p" || echo "$p"), the Python of this cluster, lacks context_diffusion: \\
-install it there, or send it along by submit --wheel build"
+install it there, or send it along by submit --wheel FILE"
 exit 2; }"""
 
 

@@ -14,6 +14,7 @@ import pytest
 from support.clusters import Cluster, call, start_cluster, write_job
 from support.output_reader import read_output
 
+ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -33,15 +34,16 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     yield from start_cluster(python)
 
 
-def test_a_wheel_made_on_the_spot_is_what_the_job_runs(bare: Cluster, tmp_path: Path) -> None:
+def test_a_wheel_that_is_sent_along_is_what_the_job_runs(bare: Cluster, tmp_path: Path) -> None:
     job = write_job(tmp_path, 4)
     code, told, log = call(bare, "submit", job, "--wait")
     assert code == told["exit"] == 2
     assert "bin/python, the Python of this cluster, lacks context_diffusion" in log
-    assert "--wheel build" in log
-    code, told, log = call(
-        bare, "submit", job, "--wait", "--wheel", "build", PATH=str(Path(sys.executable).parent) + ":/usr/bin:/bin"
-    )
+    assert "--wheel FILE" in log
+    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    [wheel] = (tmp_path / "dist").glob("*.whl")
+    code, told, log = call(bare, "submit", job, "--wait", "--wheel", str(wheel))
     assert code == 0, log
     assert told["submission_id"].endswith("-2")
     assert len(read_output(tmp_path / "out")) == 4

@@ -69,7 +69,7 @@ def test_several_jobs_are_one_submission_named_after_the_first_that_generates(cl
     code, found, _ = call(cluster, "status", told["submission_id"])
     assert (code, found["finished"], found["rows"], found["images"]) == (0, True, 4, 8)
     assert json.loads((tmp_path / "scores" / "summary.json").read_text())["images"] == 8
-    code, again, _ = call(cluster, "submit", str(job), "--set", "2.score=[style]")
+    code, again, _ = call(cluster, "submit", str(job), "--set", "score=[style]")
     assert (code, again["submission_id"] == told["submission_id"]) == (0, False), "another job, as its id says"
 
 

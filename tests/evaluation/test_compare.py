@@ -13,13 +13,12 @@ import scipy.stats
 from PIL import Image
 
 from context_diffusion.core.errors import ConfigError, JobError
-from context_diffusion.evaluation.compare import bootstrap, compared, sign_test
+from context_diffusion.evaluation.compare import compared, sign_test
 from context_diffusion.outputs.finalize import close
 from support.evaluate_job import CHEAP, evaluate
 from support.finished_output import make
 from support.held_out import held_out_rows
 
-ATTACK = "<script>alert(1)</script>"
 ROWS = 12
 
 
@@ -29,7 +28,7 @@ def test_rows_are_paired_by_id_and_a_leakage_is_better_where_it_is_lower() -> No
     told = compared(ours, theirs, ["layout_score", "style_score"])
     assert told["style_score"] == {"rows": 0}
     layout = told["layout_score"]
-    assert (layout["rows"], layout["better"], layout["worse"], layout["p"]) == (2, 2, 0, 0.5)
+    assert [layout[key] for key in ("rows", "better", "worse", "equal", "p")] == [2, 2, 0, 0, 0.5]
     assert (layout["mean"], layout["compared"], layout["difference"]) == pytest.approx((0.65, 0.3, 0.35))
     leaked = [[{"id": row["id"], "layout_leakage": row["layout_score"]} for row in of] for of in (ours, theirs)]
     assert compared(*leaked, ["layout_leakage"])["layout_leakage"]["worse"] == 2
@@ -39,13 +38,6 @@ def test_rows_are_paired_by_id_and_a_leakage_is_better_where_it_is_lower() -> No
 def test_the_sign_test_is_scipys(better: int, worse: int) -> None:
     expected = scipy.stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
     assert sign_test(better, worse) == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_bootstraps_interval_is_the_means_own_where_rows_are_many() -> None:
-    values = np.random.default_rng(1).gamma(2.0, size=400)
-    half = 1.96 * values.std() / np.sqrt(len(values))
-    assert bootstrap(values) == pytest.approx([values.mean() - half, values.mean() + half], abs=0.15 * half)
-    assert bootstrap(values) == bootstrap(values)
 
 
 @pytest.fixture
@@ -60,7 +52,7 @@ def systems(tmp_path: Path) -> dict[str, Any]:
         Image.fromarray(row.query).save(tmp_path / f"q{number}.png")
         Image.fromarray(row.contexts[0]).save(tmp_path / f"c{number}.png")
         Image.fromarray(row.contexts[0]).save(tmp_path / "true" / "deep" / f"t{number}.png")
-        told = {"id": f"r{number}", "query": f"q{number}.png", "context": f"c{number}.png", "prompt": f"{ATTACK} {number}"}
+        told = {"id": f"r{number}", "query": f"q{number}.png", "context": f"c{number}.png", "prompt": f"tree {number}"}
         lines.append(told | {"wanted": f"true/deep/t{number}.png"})
     (tmp_path / "b" / "r0.png").unlink()
     (tmp_path / "true" / "broken.png").write_bytes(b"none")
@@ -68,7 +60,7 @@ def systems(tmp_path: Path) -> dict[str, Any]:
     return {"images": str(tmp_path / "a"), "compare": str(tmp_path / "b"), "manifest": str(tmp_path / "m.jsonl"), "score": CHEAP}
 
 
-def test_two_systems_stand_in_one_table_and_side_by_side_on_a_page(systems: dict[str, Any], tmp_path: Path) -> None:
+def test_two_systems_stand_in_one_table(systems: dict[str, Any], tmp_path: Path) -> None:
     summary, rows = evaluate(tmp_path, **systems, reference=str(tmp_path / "true"))
     other = summary["compare"]
     assert (summary["ok"], other["ok"], other["codes"], summary["exit"]) == (ROWS, ROWS - 1, {"missing_file": 1}, 3)
@@ -78,21 +70,15 @@ def test_two_systems_stand_in_one_table_and_side_by_side_on_a_page(systems: dict
         ours, their = np.array(pairs).T
         assert told["rows"] == len(pairs) >= 8
         assert told["difference"] == pytest.approx(ours.mean() - their.mean(), abs=1e-6)
-        assert told["interval"][0] <= told["difference"] <= told["interval"][1]
-    style, layout = other["scores"]["style_score"], other["scores"]["layout_score"]
+    style = other["scores"]["style_score"]
     assert style["better"] >= ROWS - 2
     assert style["p"] < 0.01
-    assert style["interval"][0] > 0 > layout["interval"][1], "the queries themselves have their layout and not the style"
+    assert style["difference"] > 0 > other["scores"]["layout_score"]["difference"], "queries have their layout, not the style"
     for told in (summary["distances"], other["distances"]):
         assert (told["references"], told["left_out"]) == (ROWS, 1)
         assert "the Fréchet distance is too large" in told["warning"]
     assert (summary["distances"]["pictures"], other["distances"]["pictures"]) == (ROWS, ROWS - 1)
     assert all(summary["distances"][name] < other["distances"][name] for name in ("frechet", "kernel"))
-    page = (tmp_path / "scores" / "compare.html").read_text()
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(1)") == ROWS - 1, "what both have"
-    assert page.count("data:image/webp") == 4 * (ROWS - 1)
-    assert all(f"<td>{column}</td>" in page for column in other["scores"])
 
 
 def test_a_column_of_the_manifest_names_the_references(systems: dict[str, Any], tmp_path: Path) -> None:

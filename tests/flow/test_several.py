@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from context_diffusion import ContextDiffusion
 from support.manifests import write_manifest, write_pictures
@@ -23,18 +24,13 @@ GRID = [(1.0, 0.3), (1.0, 1.0), (4.0, 0.3), (4.0, 1.0)]
 
 def run(folder: Path, *words: str) -> tuple[int, dict[str, Any], str]:
     """The example on a small manifest: exit code, the JSON of stdout's last line, stderr."""
-    sets = {
-        "manifest": folder / "in" / "manifest.parquet",
-        "output": folder / "out",
-        "model": folder / "model",
-        "matrix": "{guidance_scale: [1, 4], context_scale: [0.3, 1]}",
-        "cluster": "{num_cpus: 2, no_progress_timeout_s: 60}",
-        "2.images": folder / "out",
-        "2.output": folder / "scores",
-        "2.score": "[layout, style]",
-    }
-    options = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
-    command = [*COMMAND, "run", str(JOB), *options, *words]
+    generate, evaluate = yaml.safe_load_all(JOB.read_text())
+    generate |= {"manifest": str(folder / "in" / "manifest.parquet"), "output": str(folder / "out")}
+    generate |= {"model": str(folder / "model"), "matrix": {"guidance_scale": [1, 4], "context_scale": [0.3, 1]}}
+    evaluate |= {"images": str(folder / "out"), "output": str(folder / "scores"), "score": ["layout", "style"]}
+    (folder / "job.yaml").write_text(yaml.safe_dump_all([generate, evaluate], sort_keys=False))
+    options = ["--set", "cluster={num_cpus: 2, no_progress_timeout_s: 60}"]
+    command = [*COMMAND, "run", str(folder / "job.yaml"), *options, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=420)
     [line] = done.stdout.strip().splitlines()
     return done.returncode, json.loads(line), done.stderr

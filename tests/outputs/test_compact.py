@@ -1,4 +1,4 @@
-"""Small parts to large files: every row once, pictures and all, by value if asked; a second run, another source."""
+"""Small parts to large files: every row once, pictures and all; a second run, another source."""
 
 from __future__ import annotations
 
@@ -45,19 +45,9 @@ def test_every_row_and_picture_arrives_once(tmp_path: Path, form: str) -> None:
     assert compact(output, to, rows=7)["files"] == 2, "the same command again"
 
 
-def test_a_folder_for_each_value_reads_as_one_table(tmp_path: Path) -> None:
-    import duckdb
-
+def test_a_file_is_closed_when_it_is_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, to = finished(tmp_path), Output(str(tmp_path / "to"), STORAGE)
-    assert compact(output, to, partition_by="author")["files"] == 5
-    files = f"read_parquet('{to.root}/*/*.parquet', hive_partitioning = true)"
-    found = duckdb.sql(f"select id, author from {files} order by id").fetchall()
-    assert found == sorted((row["id"], row["author"]) for row in rows_of(output).values())
-
-
-def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output, to = finished(tmp_path), Output(str(tmp_path / "to"), STORAGE)
-    monkeypatch.setattr(module, "HELD_BYTES", 1)
+    monkeypatch.setattr(module, "FILE_BYTES", 1)
     assert compact(output, to)["files"] == 3, "each part at once"
 
 
@@ -71,8 +61,6 @@ def test_what_does_not_read_back_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_wrong_sources_and_targets_are_refused(tmp_path: Path) -> None:
     output, to = finished(tmp_path), Output(str(tmp_path / "to"), STORAGE)
-    with pytest.raises(JobError, match="no column 'autor'; there are id, index"):
-        compact(output, to, partition_by="autor")
     compact(output, to)
     with pytest.raises(OutputConflictError, match="with other options"):
         compact(output, to, rows=5)

@@ -22,7 +22,7 @@ from support.processes import unavailable
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = ("lora", "train", "gcs", "azure", "otel", "view")
+EXTRAS = ("lora", "train", "gcs", "azure", "view")
 FIRST, LAST = map(int, re.findall(r"3\.(\d+)", PROJECT["requires-python"]))
 PYTHONS = [f"3.{minor}" for minor in range(FIRST, LAST)]
 LENT = re.compile("torch$|ray$|triton$|nvidia|cuda")

@@ -108,7 +108,7 @@ def test_validate_looks_at_each_generate_job(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, 4, {1: {"query": "gone.png"}})
     jobs = [job_values(manifest, tmp_path / name) for name in ("one", "two")]
     (tmp_path / "jobs.json").write_text(json.dumps([*jobs, *evaluations(tmp_path, tmp_path / "one")]))
-    done = CliRunner().invoke(app, ["validate", str(tmp_path / "jobs.json"), "--set", "2.max_failed=0"])
+    done = CliRunner().invoke(app, ["validate", str(tmp_path / "jobs.json"), "--set", "max_failed=0"])
     told = json.loads(done.stdout.splitlines()[-1])
     assert (done.exit_code, told["exit"], told["output"]) == (4, 4, str(tmp_path / "two"))
     assert [(job["output"], job["rows"], len(job["problems"])) for job in told["jobs"]] == [

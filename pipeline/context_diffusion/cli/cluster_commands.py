@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -56,7 +57,7 @@ def submit(
     sets: Sets = None,
     address: Address = None,
     wait: Annotated[bool, typer.Option("--wait", help="follows its log and ends with its code")] = False,
-    wheel: Annotated[str | None, typer.Option(metavar="FILE|build", help="ships the package, where the image lacks it")] = None,
+    wheel: Annotated[Path | None, typer.Option(metavar="FILE", help="ships the package, where the image lacks it")] = None,
     env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="for the job's processes")] = None,
     retry_failed: RetryFailed = False,
     extend: Extend = False,
@@ -69,7 +70,7 @@ def submit(
     Example: context-diffusion submit jobs/demo.yaml --address http://127.0.0.1:8265 --wait
     """
     from context_diffusion import ray_jobs
-    from context_diffusion.cluster.submit import local_paths, runtime_env, wheel_of
+    from context_diffusion.cluster.submit import local_paths, runtime_env
     from context_diffusion.core.job_file import absolute
 
     LOG.format = log_format
@@ -79,7 +80,7 @@ def submit(
     if len(variables) < len(env or []):
         raise JobError(f"--env {' '.join(env or [])}: write KEY=VALUE, each KEY once")
     flags = tuple(flag for flag, on in chosen.items() if on)
-    made = ray_jobs.submit(jobs, values, flags, runtime_env(jobs, wheel_of(wheel), variables), grace, log_format)
+    made = ray_jobs.submit(jobs, values, flags, runtime_env(jobs, wheel, variables), grace, log_format)
     LOG.job = made.output
     for path in dict.fromkeys(path for one in values for path in local_paths(one, jobs.address)):
         message = f"{path} is a path of this machine: every node of {jobs.address} must have it"

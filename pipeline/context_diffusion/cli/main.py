@@ -221,21 +221,18 @@ def validate(
     job: JobFile,
     sets: Sets = None,
     sample: Annotated[int, typer.Option(min=0, help="rows whose pictures are loaded")] = 8,
-    pictures: Annotated[str | None, typer.Option(metavar="FILE.png", help="makes their images, and tells time and cost")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="of an engine's machine, in your currency")] = None,
+    pictures: Annotated[str | None, typer.Option(metavar="FILE.png", help="makes their images, and tells the time")] = None,
 ) -> None:
     """Checks job, model, manifest, storage and OUTPUT; loads the pictures of some rows. Starts no Ray and leaves OUTPUT as it is.
     Ends with 3 where sampled rows would fail (4: more than max_failed allows), with 2 where `run` would. Of a file with several
     jobs each that generates.
 
-    Example: context-diffusion validate jobs/demo.yaml --sample 4 --pictures sample.png --price-per-hour 2.5
+    Example: context-diffusion validate jobs/demo.yaml --sample 4 --pictures sample.png
     """
     from context_diffusion.generation.estimate import estimate_lines
     from context_diffusion.generation.local_model import png_uri
     from context_diffusion.generation.validate import validate_job
 
-    if price_per_hour is not None and not pictures:
-        raise JobError("--price-per-hour needs --pictures FILE.png: the time is measured by making the sample's images")
     sheet = png_uri("--pictures", pictures) if pictures else None
     jobs, told = load_generating(job, sets), []
     if sheet and len(jobs) > 1:
@@ -243,7 +240,7 @@ def validate(
     for one in jobs:
         if len(jobs) > 1:
             errors.print(_named(one))
-        told.append(found := validate_job(one, sample, sheet, price_per_hour))
+        told.append(found := validate_job(one, sample, sheet))
         for line in found["warnings"]:
             errors.print(f"warning: {line}")
         for problem in found["problems"]:

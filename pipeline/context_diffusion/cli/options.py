@@ -18,7 +18,7 @@ errors = console()
 JobFile = Annotated[str, typer.Argument(metavar="JOB", help="a file of one job or several, YAML or JSON")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7; 2.seed=7 in the second job"),
+    typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7; of several jobs in each that has it"),
 ]
 Folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="the output folder of a job")]
 Address = Annotated[str | None, typer.Option(help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS")]

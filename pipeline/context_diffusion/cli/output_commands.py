@@ -10,15 +10,12 @@ from context_diffusion.cli.options import Folder, errors, print_summary
 from context_diffusion.core.errors import EXIT_OK, EXIT_UNEXPECTED, JobError
 
 
-def report(
-    output: Folder,
-    price_per_hour: Annotated[float | None, typer.Option(min=0, help="of all the run's machines: gives cost_per_image")] = None,
-) -> None:
-    """(Re)builds summary.json and report.html. Example: context-diffusion report build/demo --price-per-hour 2.5"""
+def report(output: Folder) -> None:
+    """(Re)builds summary.json and report.html. Example: context-diffusion report build/demo"""
     from context_diffusion.outputs.report.build import rebuild
 
     opened = _open(output)
-    summary = rebuild(opened, price_per_hour)
+    summary = rebuild(opened)
     errors.print(f"{opened.report}")
     print_summary({**summary, "exit": EXIT_OK})
 
@@ -55,18 +52,17 @@ def compact(
     output: Folder,
     to: Annotated[str, typer.Option(metavar="DIR", help="an empty folder, a path or URL")],
     rows: Annotated[int, typer.Option(min=1, help="of a file; it has fewer where it would be larger than 256 MiB")] = 10_000,
-    partition_by: Annotated[str | None, typer.Option(metavar="COLUMN", help="a folder for each of its values")] = None,
 ) -> None:
     """Copies a finished OUTPUT into few large Parquet files with the pictures in them.
 
-    Example: context-diffusion compact build/demo --to build/demo-compact --partition-by status
+    Example: context-diffusion compact build/demo --to build/demo-compact
     """
     from context_diffusion.core.uris import normal
     from context_diffusion.outputs.compact import compact as merge
     from context_diffusion.outputs.output_folder import Output
 
     opened = _open(output)
-    told = merge(opened, Output(normal(to), opened.storage), rows, partition_by)
+    told = merge(opened, Output(normal(to), opened.storage), rows)
     errors.print(f"{told['rows']} rows in {told['files']} files: {told['output']}")
     print_summary({**told, "exit": EXIT_OK})
 

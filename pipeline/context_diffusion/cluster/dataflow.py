@@ -214,7 +214,7 @@ def run_flow(
             for number, bundle in enumerate(written.iter_internal_ref_bundles()):
                 if number == 0:
                     _warn_without_gpu(ray.get(ledger.without_gpu.remote()))
-                ledger.moved.remote()
+                ledger.record_event.remote()
                 for block in bundle.block_refs:
                     yield from ray.get(block).to_pylist()
     finally:

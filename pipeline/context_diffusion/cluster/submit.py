@@ -6,9 +6,6 @@ Knows Ray's Jobs API (ray_jobs.py), not Ray.
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,35 +14,19 @@ from context_diffusion.core.errors import ConfigError, JobError
 from context_diffusion.core.job_file import NAMES, URIS
 from context_diffusion.ray_jobs import RayJobs
 
-ROOT = Path(__file__).parents[3]  # of a checkout
-
 LOOPBACK = ("localhost", "127.0.0.1", "::1", None)
 
 
 def runtime_env(jobs: RayJobs, wheel: Path | None, env: dict[str, str] | None) -> dict[str, Any]:
-    """wheel: the package, where the cluster's image lacks it."""
+    """wheel: a file with the package, where the cluster's image lacks it. Raises ConfigError where there is no such file."""
     found: dict[str, Any] = {"env_vars": env or {}}
+    if wheel and not wheel.is_file():
+        raise ConfigError(f"--wheel {wheel}: there is no such file; `pip wheel --no-deps .` makes one of a checkout")
     if wheel:
         data = wheel.read_bytes()
         # A wheel is a zip with the package in it. As .whl Ray would have pip install it, and torch with it.
         found["py_modules"] = [jobs.upload(f"{wheel.stem}-{hashlib.sha256(data).hexdigest()[:12]}.zip", data)]
     return found
-
-
-def wheel_of(wanted: str | None) -> Path | None:
-    """A wheel file, or for `build` one of the checkout that this package runs from. Raises ConfigError."""
-    if wanted != "build":
-        if wanted and not Path(wanted).is_file():
-            raise ConfigError(f"--wheel {wanted}: there is no such file; `build` makes one of a checkout")
-        return Path(wanted) if wanted else None
-    if not (ROOT / "pyproject.toml").exists():
-        raise ConfigError(f"--wheel build: {ROOT} is no checkout of the project; name a wheel file")
-    folder = tempfile.mkdtemp(prefix="context-diffusion-wheel-")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ConfigError(f"--wheel build: {done.stderr.strip()[-500:]}")
-    return next(Path(folder).glob("*.whl"))
 
 
 def local_paths(values: dict[str, Any], address: str) -> list[str]:

@@ -26,8 +26,9 @@ from rich.console import Console
 
 
 class Harmless:
-    """A text stream that never raises: nobody may read it any more, its disk may be full, its encoding may lack a sign. What
-    it cannot say is left out or escaped, since a message must not end a run. file: None is stderr as it is then."""
+    """A text stream that never raises: nobody may read it any more, its disk may be full, its encoding may
+    lack a sign. What it cannot say is left out or escaped, since a message must not end a run. file: None is
+    stderr as it is then."""
 
     def __init__(self, file: IO[str] | None = None) -> None:
         self._file = file
@@ -40,7 +41,8 @@ class Harmless:
         return self._file or sys.stderr
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError, AttributeError):  # ValueError: it is closed; AttributeError: there is none
+        # ValueError: it is closed; AttributeError: there is none
+        with suppress(OSError, ValueError, AttributeError):
             encoding = getattr(self._target, "encoding", None) or "utf-8"
             self._target.write(text.encode(encoding, "backslashreplace").decode(encoding))  # type: ignore[union-attr]
         return len(text)
@@ -61,8 +63,8 @@ def console(file: IO[str] | None = None) -> Console:
 
 
 def open_standard_streams() -> None:
-    """Give a process that was started without stdin, stdout or stderr an empty one: the next file that is opened would get
-    its number, and be written to by all that prints."""
+    """Give a process that was started without stdin, stdout or stderr an empty one: the next file that is
+    opened would get its number, and be written to by all that prints."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
@@ -83,7 +85,8 @@ class Log:
 
     @property
     def is_terminal(self) -> bool:
-        """Does a person look at it as it goes? Console.is_terminal also believes FORCE_COLOR, which notebooks set."""
+        """Does a person look at it as it goes? Console.is_terminal also believes FORCE_COLOR, which notebooks
+        set."""
         return self.console.file.isatty()
 
     def tell(self, event: str, text: str | None = None, level: str = "info", **fields: Any) -> None:

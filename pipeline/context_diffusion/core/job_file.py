@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -67,7 +69,8 @@ _scalar(
 )
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 _Loader.add_constructor(
-    "tag:yaml.org,2002:float", lambda _, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    "tag:yaml.org,2002:float",
+    lambda _, node: float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan")),
 )
 
 
@@ -88,16 +91,17 @@ def load_job(path: str, overrides: list[str] | None = None) -> StrictModel:
 
 
 def load_jobs(path: str, overrides: list[str] | None = None) -> list[StrictModel]:
-    """The same of a file with several jobs: YAML documents, or a list. `2.key=value` overrides in the second of them.
+    """The same of a file with several jobs: YAML documents, or a list. An override holds in each job whose
+    kind has the key.
 
     Raises ConfigError with all that is wrong in any of them.
     """
     documents = _documents(path)
     for override in overrides or []:
-        number, key = re.fullmatch(r"(?:(\d+)\.)?(.*)", override, flags=re.DOTALL).groups()  # type: ignore[union-attr]
-        if number and not 0 < int(number) <= len(documents):
-            raise ConfigError(f"--set {override}: there is no job {number}, {path} holds {len(documents)}")
-        _override(documents[int(number or 1) - 1], key)
+        key = re.split("[.=]", override)[0]
+        having = [values for values in documents if key in _keys(values)]
+        for values in having or documents:  # a key that none has is an error of each
+            _override(values, override)
     jobs, wrong = [], []
     for number, values in enumerate(documents, 1):
         try:
@@ -107,6 +111,12 @@ def load_jobs(path: str, overrides: list[str] | None = None) -> list[StrictModel
     if wrong := wrong or _same_outputs(path, documents):
         raise ConfigError("\n".join(wrong))
     return jobs
+
+
+def _keys(values: dict[str, Any]) -> Iterable[str]:
+    """The keys that a job of this kind has; none where the kind is unknown."""
+    model = KINDS.get(str(values.get("kind")))
+    return model.model_fields if model else ()
 
 
 def _documents(path: str) -> list[dict[str, Any]]:
@@ -138,7 +148,9 @@ def _same_outputs(path: str, documents: list[dict[str, Any]]) -> list[str]:
     wrong = []
     for number, values in enumerate(documents, 1):
         if (before := first.setdefault(normal(values["output"]), number)) < number:
-            wrong.append(f"{path}: job {number}: output: {values['output']} is job {before}'s too; choose another")
+            wrong.append(
+                f"{path}: job {number}: output: {values['output']} is job {before}'s too; choose another"
+            )
     return wrong
 
 
@@ -154,7 +166,9 @@ def check_job(values: dict[str, Any], where: str = "job") -> StrictModel:
     except ValidationError as error:
         lines = [_explain(KINDS[kind], item) for item in error.errors()]
         unique = list(dict.fromkeys(lines))
-        raise ConfigError("\n".join([f"{where}: {len(unique)} thing(s) wrong:", *(f"  {line}" for line in unique)])) from None
+        raise ConfigError(
+            "\n".join([f"{where}: {len(unique)} thing(s) wrong:", *(f"  {line}" for line in unique)])
+        ) from None
 
 
 def absolute(job: StrictModel) -> dict[str, Any]:
@@ -193,12 +207,18 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _explain(model: type[BaseModel], item: Any) -> str:
     """One pydantic error -> one line: where, what is wrong, with which value, what is allowed."""
-    path = [part for part in item["loc"] if isinstance(part, int) or not re.search(r"\[|^(str|int|list|dict)$|Parts$", str(part))]
+    path = [
+        part
+        for part in item["loc"]
+        if isinstance(part, int) or not re.search(r"\[|^(str|int|list|dict)$|Parts$", str(part))
+    ]
     where = ".".join(str(part) for part in path)
     if item["type"] == "extra_forbidden":
         known = list(_model_at(model, path[:-1]).model_fields)
         close = difflib.get_close_matches(str(path[-1]), known, 1, cutoff=0.5)
-        return f"{where}: unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
+        return f"{where}: unknown key; " + (
+            f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+        )
     if item["type"] == "missing":
         return f"{where}: is missing and has no default"
     message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")

@@ -18,19 +18,19 @@ from context_diffusion.core.job_base import Fit, Limits
 from context_diffusion.core.records import Pixels
 from context_diffusion.core.schema import ID, SCORES, columns_of
 from context_diffusion.core.uris import normal
-from context_diffusion.evaluation.compare import compared, page
+from context_diffusion.evaluation.compare import compared
 from context_diffusion.evaluation.distances import References, reference_sources
 from context_diffusion.evaluation.pairs import Pair, find_pairs, source_key
 from context_diffusion.evaluation.scores import measure
 from context_diffusion.evaluation.shuffled_controls import SWAPPED, auc, others
 from context_diffusion.inputs.decode import resize
-from context_diffusion.inputs.image_sources import Source, read_pixels
+from context_diffusion.inputs.image_sources import ImageSource, read_pixels
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 from context_diffusion.storage.parquet_files import to_parquet
 
 Row = dict[str, Any]
-KEPT = 64  # decoded queries and contexts
+CACHED_IMAGES = 64  # decoded queries and contexts
 
 
 def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
     if measured:
         summary["distances"] = measured.distances(pairs)
     if job.compare:
-        summary["compare"] = _compare(job, output, pairs, rows, other, loader, measured)
+        summary["compare"] = _compare(job, output, rows, other, loader, measured)
     seconds = time.perf_counter() - started
     summary |= {"skipped": 0, "seconds": round(seconds, 2), "images_per_second": round(summary["images"] / seconds, 3)}
     failed = summary["failed"] or summary.get("compare", summary)["failed"]
@@ -76,23 +76,13 @@ def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
 
 
 def _compare(
-    job: EvaluateJob,
-    output: Output,
-    pairs: list[Pair],
-    rows: list[Row],
-    other: list[Pair],
-    loader: _Loader,
-    measured: References | None,
+    job: EvaluateJob, output: Output, rows: list[Row], other: list[Pair], loader: _Loader, measured: References | None
 ) -> Row:
-    """Writes the other system's compare.parquet, and compare.html. -> what summary.json says of both."""
+    """Write the other system's compare.parquet. Returns what summary.json says of both."""
     theirs = [_score(pair, {}, loader, job)[0] for pair in other]
     output.storage.replace(f"{output.root}/compare.parquet", to_parquet(pa.Table.from_pylist(theirs, SCORES)))
-    table = compared(rows, theirs, columns_of(job.score))
-    first, second = (list(zip(of, scored, strict=True)) for of, scored in ((pairs, rows), (other, theirs)))
-    html = page((job.images, str(job.compare)), table, first, second, loader.pixels)
-    output.storage.replace(f"{output.root}/compare.html", html.encode())
-    found = {"of": job.compare, **_counts(theirs), "scores": table}
-    return found | {"distances": measured.distances(other)} if measured else found
+    summary = {"of": job.compare, **_counts(theirs), "scores": compared(rows, theirs, columns_of(job.score))}
+    return summary | {"distances": measured.distances(other)} if measured else summary
 
 
 @dataclass
@@ -104,16 +94,16 @@ class _Loader:
     storage: Storage
     kept: dict[Hashable, Pixels] = field(default_factory=dict)
 
-    def pixels(self, source: Source) -> Pixels:
+    def pixels(self, source: ImageSource) -> Pixels:
         """As it is. Raises RowError."""
         return read_pixels(source, self.allow, self.limits, self.storage)
 
-    def fitted(self, source: Source, image: Pixels, fit: Fit) -> Pixels:
+    def fitted(self, source: ImageSource, image: Pixels, fit: Fit) -> Pixels:
         """At the size of the picture that was made of it."""
         key = (source_key(source), image.shape, fit)
         if key not in self.kept:
             pixels = resize(self.pixels(source), image.shape[1], image.shape[0], fit)
-            if len(self.kept) == KEPT:
+            if len(self.kept) == CACHED_IMAGES:
                 del self.kept[next(iter(self.kept))]
             self.kept[key] = pixels
         return self.kept[key]

@@ -1,7 +1,8 @@
-"""Which protocols the pictures of a manifest's rows are named by, over all rows, and which of them lack their package here.
+"""Which protocols the pictures of a manifest's rows are named by, over all rows, and which of them lack their
+package here.
 
-Reads the columns that name pictures, of a Parquet file these alone and no bytes in them. Knows no pixels and opens no store.
-"""
+Reads the columns that name pictures, of a Parquet file these alone and no bytes in them. Knows no pixels and
+opens no store."""
 
 from __future__ import annotations
 
@@ -33,17 +34,18 @@ NAMED = r'(?:^|")(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://'  # a URI, or the first 
 
 @dataclass
 class Lacking:
-    """A protocol that cannot be used here. rows: how many name it; why: what is missing, at the first URI of it."""
+    """A protocol that cannot be used here. rows: how many name it; why: what is missing, at the first URI of
+    it."""
 
     rows: int
     why: str
 
 
 def lacking(job: GenerateJob, files: list[ManifestFile], storage: Storage) -> tuple[dict[str, Lacking], int]:
-    """By protocol, those that rows may read and that cannot be used for want of a package; and how many rows name one of them.
-    Raises ManifestError."""
+    """By protocol, those that rows may read and that cannot be used for want of a package; and how many rows
+    name one of them. Raises ManifestError."""
     found: dict[str, Lacking] = {}
-    total, names = 0, column_names(job)
+    total, names = 0, column_names(job.columns)
     for file in files:
         for schemes in _schemes(file, [names[name] for name in (QUERY, CONTEXT, CONTROL_IMAGE)], storage):
             failing = set[int]()
@@ -81,7 +83,9 @@ def _of_row(row: Row, columns: list[str]) -> Schemes:
     uris: list[str] = []
     for name in columns:
         with suppress(RowError):  # the row's own failure
-            uris += [str(source["path"]) for source in as_sources(row.get(name), "") if source["bytes"] is None]
+            uris += [
+                str(source["path"]) for source in as_sources(row.get(name), "") if source["bytes"] is None
+            ]
     return {protocol(uri): ({0}, uri) for uri in reversed(uris)}
 
 
@@ -101,7 +105,9 @@ def _of_table(table: pa.Table) -> Schemes:
         texts, places = _texts(column.combine_chunks())
         schemes = pc.utf8_lower(pc.struct_field(pc.extract_regex(texts, NAMED), "scheme"))
         for scheme in pc.unique(schemes.drop_null()).to_pylist():
-            where = np.flatnonzero(pc.fill_null(pc.equal(schemes, scheme), False).to_numpy(zero_copy_only=False))
+            where = np.flatnonzero(
+                pc.fill_null(pc.equal(schemes, scheme), False).to_numpy(zero_copy_only=False)
+            )
             rows, _ = found.setdefault(scheme, (set(), texts[int(where[0])].as_py().lstrip('[" ')))
             rows.update(places[where].tolist())
     return found
@@ -117,7 +123,8 @@ def _texts(array: Any) -> tuple[Any, NDArray[np.int64]]:
             array = pc.struct_field(array, 0)
         elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
             places, array = places[pc.list_parent_indices(array).to_numpy()], pc.list_flatten(array)
-        elif getattr(array.type, "value_field", None) and not pa.types.is_dictionary(array.type):  # other kinds of lists
+        # other kinds of lists
+        elif getattr(array.type, "value_field", None) and not pa.types.is_dictionary(array.type):
             array = array.cast(pa.list_(array.type.value_type))
         else:
             array = array.cast(pa.string())

@@ -1,4 +1,4 @@
-"""Many small parts -> few large Parquet files with the pictures in them, by a column's values if asked; checked row by row.
+"""Many small parts -> few large Parquet files with the pictures in them, checked row by row.
 
 What is written follows from OUTPUT and the options alone, so a run that was broken off is taken up by the same command.
 """
@@ -8,15 +8,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from context_diffusion.core.errors import JobError, OutputConflictError, StorageError
@@ -26,28 +23,12 @@ from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.parquet_files import to_parquet
 
 FILE_BYTES = 256 * 2**20  # a file is closed when it holds so much, or `rows`
-HELD_BYTES = 2**30  # of all files that are open, one for each value of the column
 THREADS = 16
-NO_VALUE = "__HIVE_DEFAULT_PARTITION__"  # Hive's name for null, which pyarrow, DuckDB (1.5 on) and Spark read
-
-
-@dataclass
-class _File:
-    """What waits to become one file."""
-
-    tables: list[pa.Table] = field(default_factory=list)
-    rows: int = 0
-    bytes: int = 0
-
-    def add(self, table: pa.Table) -> None:
-        self.tables.append(table)
-        self.rows += len(table)
-        self.bytes += table.nbytes
 
 
 @dataclass
 class _Sum:
-    """Rows and the sum of their digests: equal sums are equal rows, in whatever order and files they stand."""
+    """Rows and the sum of their digests: equal sums are equal rows, in whatever files they stand."""
 
     rows: int = 0
     digest: int = 0
@@ -58,38 +39,29 @@ class _Sum:
             self.digest = (self.digest + int.from_bytes(hashlib.blake2b(repr(row).encode("utf-8", "replace")).digest())) % 2**512
 
 
-def compact(output: Output, to: Output, rows: int = 10_000, partition_by: str | None = None) -> dict[str, Any]:
-    """OUTPUT -> `to`: part-00000.parquet, ..., or COLUMN=VALUE/part-00000.parquet, and _SUCCESS. -> what was written.
+def compact(output: Output, to: Output, rows: int = 10_000) -> dict[str, Any]:
+    """Write OUTPUT to `to` as part-00000.parquet, ..., and _SUCCESS. Returns what was written.
 
-    Raises JobError where OUTPUT is not finished or lacks the column, OutputConflictError where `to` holds something else,
-    StorageError where what was written does not read back as what was read.
+    Raises JobError where OUTPUT is not finished, OutputConflictError where `to` holds something else, StorageError where what
+    was written does not read back as what was read.
     """
     if not output.storage.exists(output.success):
         raise JobError(f"{output.root} is not finished, it has no _SUCCESS: run its job again, then this")
-    _, first = next(output.read_parts())
-    if partition_by and partition_by not in first.column_names:
-        there = ", ".join(first.column_names)
-        raise JobError(f"--partition-by: {output.root} has no column {partition_by!r}; there are {there}")
     made_of = {"source": output.root, "digest": output.storage.read(output.success).decode().strip()}
-    _claim(to, made_of | {"rows": rows, "partition_by": partition_by})
-    read, written, files = _Sum(), _Sum(), list[str]()
-    for value, number, table in _gathered(output, rows, partition_by, read):
-        files.append(f"{_folder(partition_by, value)}{part_name(number)}.parquet")
-        stored = table.drop_columns([partition_by]) if partition_by else table
-        to.storage.create(f"{to.root}/{files[-1]}", to_parquet(stored, ("image",)))
-        again = pq.read_table(io.BytesIO(to.storage.read(f"{to.root}/{files[-1]}")))
-        if partition_by:
-            again = again.append_column(
-                table.schema.field(partition_by), pa.array([value] * len(again), table[partition_by].type)
-            )
-        written.add(again)
+    _claim(to, made_of | {"rows": rows})
+    read, written, files = _Sum(), _Sum(), 0
+    for number, table in enumerate(_gathered(output, rows, read)):
+        uri = f"{to.root}/{part_name(number)}.parquet"
+        to.storage.create(uri, to_parquet(table, ("image",)))
+        written.add(pq.read_table(io.BytesIO(to.storage.read(uri))))
+        files = number + 1
     if read != written:
         raise StorageError(
             f"{to.root}: its {written.rows} rows are not the {read.rows} of {output.root}; remove it and run this again"
         )
-    told = {"rows": read.rows, "files": len(files)}
-    to.storage.replace(to.success, json.dumps(made_of | told).encode())
-    return {"output": to.root, **told}
+    counts = {"rows": read.rows, "files": files}
+    to.storage.replace(to.success, json.dumps(made_of | counts).encode())
+    return {"output": to.root, **counts}
 
 
 def _claim(to: Output, made_of: dict[str, Any]) -> None:
@@ -101,41 +73,19 @@ def _claim(to: Output, made_of: dict[str, Any]) -> None:
         raise OutputConflictError(f"{to.root} was made of another OUTPUT or with other options; choose another folder")
 
 
-def _folder(partition_by: str | None, value: Any) -> str:
-    if partition_by is None:
-        return ""
-    return f"{partition_by}={NO_VALUE if value is None else quote(str(value), safe='')}/"
-
-
-def _gathered(output: Output, rows: int, partition_by: str | None, read: _Sum) -> Iterator[tuple[Any, int, pa.Table]]:
-    """(value, number of its file, table): each as large as a file should be, or smaller where too many are open."""
-    waiting: dict[Any, _File] = {}
-    numbers: Counter[Any] = Counter()
-
-    def close(value: Any) -> tuple[Any, int, pa.Table]:
-        numbers[value] += 1
-        return value, numbers[value] - 1, pa.concat_tables(waiting.pop(value).tables)
-
+def _gathered(output: Output, rows: int, read: _Sum) -> Iterator[pa.Table]:
+    """Tables as large as a file should be: of `rows`, or fewer where they are FILE_BYTES. read: sums up what comes in."""
+    waiting: list[pa.Table] = []
     for table in _parts(output):
         read.add(table)
-        for value, part in _by_value(table, partition_by):
-            for begin in range(0, len(part), rows):
-                waiting.setdefault(value, _File()).add(part.slice(begin, rows))
-                if waiting[value].rows >= rows or waiting[value].bytes >= FILE_BYTES:
-                    yield close(value)
-        while sum(file.bytes for file in waiting.values()) > HELD_BYTES:
-            yield close(max(waiting, key=lambda value: waiting[value].bytes))
-    for value in list(waiting):
-        yield close(value)
-
-
-def _by_value(table: pa.Table, partition_by: str | None) -> Iterator[tuple[Any, pa.Table]]:
-    if partition_by is None:
-        yield None, table
-        return
-    column = table[partition_by]
-    for value in dict.fromkeys(column.to_pylist()):
-        yield value, table.filter(pc.is_null(column) if value is None else pc.equal(column, value))
+        while len(table):
+            waiting.append(table.slice(0, rows - sum(map(len, waiting))))
+            table = table.slice(len(waiting[-1]))
+            if sum(map(len, waiting)) == rows or sum(part.nbytes for part in waiting) >= FILE_BYTES:
+                yield pa.concat_tables(waiting)
+                waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def _parts(output: Output) -> Iterator[pa.Table]:

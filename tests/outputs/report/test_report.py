@@ -17,7 +17,7 @@ from PIL import Image
 
 from context_diffusion.core.errors import RowError, StorageError
 from context_diffusion.outputs.finalize import verify
-from context_diffusion.outputs.report.build import PAGE_BYTES, cost, rebuild, write_report
+from context_diffusion.outputs.report.build import PAGE_BYTES, rebuild, write_report
 from context_diffusion.outputs.report.row_sample import BINS, EVEN, EXTREME, FAILED, survey
 from context_diffusion.outputs.report.thumbnails import PATIENCE, Pictures
 from context_diffusion.outputs.report.viewer_cache import Shelf
@@ -260,13 +260,11 @@ def test_a_store_that_is_away_is_not_waited_for_again_and_again(tmp_path: Path, 
     assert len(asked) == PATIENCE
 
 
-def test_a_price_gives_what_an_image_cost_and_the_output_stays_whole(tmp_path: Path) -> None:
+def test_a_rebuilt_report_keeps_what_the_run_knew_and_the_output_whole(tmp_path: Path) -> None:
     output = finished(tmp_path, 8)
-    summary = rebuild(output, price_per_hour=3.6)
-    assert summary["cost_per_image"] == pytest.approx(3.6 / 3600 / 2.0)
+    summary = rebuild(output)
+    assert summary["images_per_second"] == 2.0
     assert output.read_json(output.summary) == summary
     page = Path(output.report).read_text()
-    assert re.search(r"<dt>cost an image</dt><dd>0.0005</dd>", page)
     assert "<dt>denoise</dt>" in page
     assert verify(output) == []
-    assert cost(None, 2.0) == cost(3.6, 0.0) == cost(3.6, None) == {}

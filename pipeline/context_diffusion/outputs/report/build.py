@@ -23,26 +23,16 @@ Shown = tuple[str, Frame | None]  # a query or context, and the shape in which i
 PAGE_BYTES = 9 * 2**20  # rows first, then thumbnails while there is room: made pictures, queries, contexts
 
 
-def rebuild(output: Output, price_per_hour: float | None = None) -> dict[str, Any]:
-    """Counts again and writes summary.json and report.html; what only the run knew is kept. price_per_hour: of all the
-    machines that the run had."""
+def rebuild(output: Output) -> dict[str, Any]:
+    """Counts again and writes summary.json and report.html; what only the run knew is kept."""
     counts = output.count()
     summary = output.read_json(output.summary) if output.storage.exists(output.summary) else {}
     summary |= {"output": output.root, **vars(counts)}
-    if price_per_hour is not None:
-        summary |= cost(price_per_hour, summary.get("images_per_second"))
     output.storage.replace(output.summary, json.dumps(summary, indent=2).encode())
     write_report(output, summary)
     if output.storage.exists(output.success):
         close(output)  # the checksums of the two files changed
     return summary
-
-
-def cost(price_per_hour: float | None, images_per_second: float | None) -> dict[str, float]:
-    """cost_per_image, in the price's currency; nothing where no price is set or no image was made."""
-    if price_per_hour is None or not images_per_second:
-        return {}
-    return {"cost_per_image": float(f"{price_per_hour / 3600 / images_per_second:.4g}")}
 
 
 def write_report(output: Output, summary: dict[str, Any]) -> None:
