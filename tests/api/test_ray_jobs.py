@@ -10,13 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, entrypoint_of
+from support.http_server import Answer, serving
 from support.manifests import job_values, write_manifest
 from support.ports import free_port
 from support.processes import COMMAND, ENVIRONMENT
@@ -27,27 +26,13 @@ def dashboard(*answers: tuple[int, str]) -> Iterator[tuple[str, list[tuple[str, 
     """An HTTP server that gives these answers in turn, the last one ever after. -> its address, and what it was asked."""
     asked: list[tuple[str, str]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, text = answers[min(len(asked), len(answers) - 1)]
-            asked.append((self.command, self.path))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text.encode())
+    def answer(method: str, path: str) -> Answer:
+        asked.append((method, path))
+        status, text = answers[min(len(asked), len(answers)) - 1]
+        return status, {}, text.encode()
 
-        do_GET = do_POST = answer  # noqa: N815  (http.server's names)
-
-        def log_message(self, format: str, *values: Any) -> None:
-            """Says nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(answer) as address:
+        yield address, asked
 
 
 @contextmanager

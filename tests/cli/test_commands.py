@@ -8,10 +8,7 @@ import pty
 import re
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import pytest
 import typer
@@ -23,6 +20,7 @@ from context_diffusion.cli.main import app
 from context_diffusion.core.model_parts import PRESETS
 from context_diffusion.models.hub import split
 from context_diffusion.storage.filesystem import Storage
+from support.http_server import serving
 from support.hub_server import hub_of
 from support.manifests import write_pictures
 from support.ports import free_port
@@ -220,24 +218,13 @@ def test_storage_is_tried_as_a_run_uses_it(s3: str, tmp_path: Path) -> None:
 
 
 def test_the_cluster_is_asked_at_its_dashboard_or_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dashboard(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps([{"submission_id": "a"}]).encode())
-
-        def log_message(self, *_: Any) -> None: ...
-
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     assert cluster(None).ok
-    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        port = server.server_address[1]
-        assert cluster(f"http://127.0.0.1:{port}").told == f"http://127.0.0.1:{port} answers, 1 jobs"
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        assert cluster(None).told == f"127.0.0.1:{port} is open"
-        server.shutdown()
+    with serving(lambda *_: (200, {}, b'[{"submission_id": "a"}]')) as dashboard:
+        assert cluster(dashboard).told == f"{dashboard} answers, 1 jobs"
+        monkeypatch.setenv("RAY_ADDRESS", dashboard.removeprefix("http://"))
+        assert cluster(None).told == f"{dashboard.removeprefix('http://')} is open"
     assert not cluster(None).ok
 
 
