@@ -19,7 +19,7 @@ from context_diffusion.core.job_base import Limits
 from context_diffusion.core.records import Pixels
 from context_diffusion.inputs.decode import decode_image, decode_resized, resize
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip.py
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 

@@ -34,7 +34,7 @@ from context_diffusion.core.schema import (
 from context_diffusion.core.settings import Settings
 from context_diffusion.core.sweep import Matrix, check_combinations
 from context_diffusion.inputs.image_sources import as_source, as_sources
-from context_diffusion.inputs.manifest_files import Row
+from context_diffusion.inputs.text_rows import Row
 
 
 @dataclass(frozen=True)

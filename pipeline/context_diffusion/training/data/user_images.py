@@ -20,7 +20,8 @@ from context_diffusion.core.training_job import FinetuneJob
 from context_diffusion.core.uris import normal, parent
 from context_diffusion.inputs.decode import decode_resized
 from context_diffusion.inputs.image_sources import ImageSource, as_source, as_sources, read_bytes
-from context_diffusion.inputs.manifest_files import FORMATS, Row, expand, open_file, raw_rows
+from context_diffusion.inputs.manifest_files import FORMATS, expand, open_file, raw_rows
+from context_diffusion.inputs.text_rows import Row
 from context_diffusion.storage.filesystem import Storage
 
 
