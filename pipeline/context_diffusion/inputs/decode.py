@@ -58,9 +58,8 @@ def decode_resized(
     width, height = size_of(file_height, file_width) if turned else size_of(file_width, file_height)
     needed = (height, width) if turned else (width, height)
     factor = max(needed[0] / file_width, needed[1] / file_height)
-    draft = image.draft(
-        None, (math.ceil(file_width * factor), math.ceil(file_height * factor))
-    )  # None: no JPEG
+    draft_size = (math.ceil(file_width * factor), math.ceil(file_height * factor))
+    draft = image.draft(None, draft_size)  # None: no JPEG
     extent: tuple[float, float] = draft[1][2:] if draft else image.size
     if orientation != 1 and extent != image.size:  # turning would move the partly filled last row and column
         image = open_image(data, limits, name)
@@ -102,16 +101,15 @@ def open_image(data: bytes, limits: Limits, name: str, texts: bool = False) -> I
         raise _row_error(error, code, message) from error
     width, height = image.size
     if width * height > limits.max_pixels:
-        message = (
-            f"{name}: {width} x {height} = {width * height} pixels, at most {limits.max_pixels} are allowed"
+        pixels = f"{width} x {height} = {width * height} pixels"
+        raise RowError(
+            ErrorCode.TOO_MANY_PIXELS, f"{name}: {pixels}, at most {limits.max_pixels} are allowed"
         )
-        raise RowError(ErrorCode.TOO_MANY_PIXELS, message)
     if image.format == "JPEG":
         scans = data.count(b"\xff\xda")
         if scans > MAX_SCANS:
-            raise RowError(
-                ErrorCode.NOT_AN_IMAGE, f"{name}: a JPEG with {scans} scans, at most {MAX_SCANS} are allowed"
-            )
+            message = f"{name}: a JPEG with {scans} scans, at most {MAX_SCANS} are allowed"
+            raise RowError(ErrorCode.NOT_AN_IMAGE, message)
     return image
 
 
@@ -273,9 +271,8 @@ def _scale(image: Image.Image, size: Size, box: tuple[float, float, float, float
 
 def statistics(pixels: Pixels) -> tuple[list[float], list[float]]:
     """Return the mean and the (population) std of each channel, for values in [0, 1]."""
-    histogram = np.reshape(
-        Image.fromarray(pixels).histogram(), (3, 256)
-    )  # numpy's mean and std take 20 times as long
+    # Pillow's histogram: numpy's mean and std take 20 times as long.
+    histogram = np.reshape(Image.fromarray(pixels).histogram(), (3, 256))
     shares = histogram / (pixels.size // 3)
     values = np.arange(256) / 255
     mean = shares @ values

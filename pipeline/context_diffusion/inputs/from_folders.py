@@ -56,7 +56,8 @@ def write_manifest(pairing: Pairing, out: str) -> dict[str, Any]:
     Returns its URI, its number of rows, and the folders that a job must allow in addition to the manifest's
     own. Raises JobError, ManifestError.
     """
-    uri, storage = normal(out), Storage()
+    uri = normal(out)
+    storage = Storage()
     manifest_format = next((name for ending, name in FORMATS.items() if uri.lower().endswith(ending)), None)
     if manifest_format is None:
         raise JobError(f"--out {out}: expected a name that ends in one of {', '.join(FORMATS)}")
@@ -113,7 +114,8 @@ def pair_up(pairing: Pairing, storage: Storage) -> Iterator[Triple]:
 
 def _context_groups(pairing: Pairing, storage: Storage) -> list[list[str]]:
     """Return the contexts of each row; with `random`, the groups from which a row's contexts are drawn."""
-    images, root = _images("--contexts", pairing.contexts, storage), normal(pairing.contexts)
+    images = _images("--contexts", pairing.contexts, storage)
+    root = normal(pairing.contexts)
     styles = {
         style: list(uris) for style, uris in itertools.groupby(images, lambda uri: _first_folder(uri, root))
     }
@@ -140,7 +142,8 @@ def _check_styles(pairing: Pairing, styles: dict[str, list[str]]) -> None:
         both = f"images ({styles[''][0]}) and sub-folders ({folders})"
         raise ManifestError(f"--contexts {pairing.contexts} has {both}: keep one of the two")
     smallest = min(styles, key=lambda style: len(styles[style]))
-    count, size = len(styles[smallest]), pairing.contexts_per_row
+    count = len(styles[smallest])
+    size = pairing.contexts_per_row
     if size and size > count:
         folder = f"{pairing.contexts}/{smallest}".rstrip("/")
         raise ManifestError(f"--contexts-per-row {size}: {folder} has only {count} images")

@@ -30,9 +30,9 @@ class Scan:
     """Scans a manifest: counts, byte offsets, types of unknown columns, uniqueness of ids.
 
     digests: of the rows of each file: whole rows and their offsets in text files, ids in Parquet files.
-    marks: a number of rows of each file, after which `marked` stores the digest, to tell whether the file has only
-    grown. planned: the ids with which a file's rows were planned, None for rows without one: derived ids are
-    kept, given ids must be equal. Raises ManifestError, OutputConflictError.
+    marks: a number of rows of each file, after which `marked` stores the digest, to tell whether the file
+    has only grown. planned: the ids with which a file's rows were planned, None for rows without one: derived
+    ids are kept, given ids must be equal. Raises ManifestError, OutputConflictError.
     """
 
     def __init__(
@@ -123,8 +123,9 @@ class Scan:
             differs = planned_id is not None and planned_id != identifier
             if given and differs:
                 raise OutputConflictError(
-                    f"row {count} of {self.files[number].uri} has the id {identifier!r}, and had {planned_id!r} "
-                    "when it was planned: rows are matched by position, so none may be moved, inserted or removed"
+                    f"row {count} of {self.files[number].uri} has the id {identifier!r}, and had "
+                    f"{planned_id!r} when it was planned: rows are matched by position, so none may be "
+                    "moved, inserted or removed"
                 )
             if changed and differs:
                 changed.add(identifier)
