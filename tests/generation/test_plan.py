@@ -341,7 +341,8 @@ def test_rows_without_ids_that_moved_are_not_retried(tmp_path: Path) -> None:
     write_rows(tmp_path, [*table[:3], table[3] | {"prompt": "better"}, *table[4:]], "jsonl")
     open_plan(planned, output, STORAGE, retry_failed=True)
     write_rows(tmp_path, [*table[:3], table[3] | {"prompt": "better"}, *table[4:], table[3]], "jsonl")
-    with pytest.raises(OutputConflictError, match="have the content of other rows"):  # the new row would have the corrected one's id
+    # The new row would have the id of the corrected one.
+    with pytest.raises(OutputConflictError, match="have the content of other rows"):
         open_plan(planned, output, STORAGE, extend=True)
 
 
