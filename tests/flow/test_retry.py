@@ -39,7 +39,7 @@ def test_corrected_cells_and_another_allow_make_the_failed_rows_and_leave_the_ot
     assert (first["exit"], first.get("failed")) == (3, 4), first
     before = read_output(tmp_path / "out")
     assert next(row for row in before if row["error_code"] == "forbidden_uri")["error_message"].endswith(
-        f"`allow: [{tmp_path}/in, {tmp_path}/elsewhere]`, then run again with --retry-failed"
+        f"`allow: [{tmp_path}/in, {tmp_path}/elsewhere]`, and rerun with --retry-failed"
     )
     table[3]["query"], table[5]["scheduler"] = right, "euler"
     write(manifest, table)
