@@ -14,7 +14,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from context_diffusion.cli.main import app
-from context_diffusion.core.errors import ConfigError, JobError, ManifestError, ModelError, OutputConflictError
+from context_diffusion.core.errors import (
+    ConfigError,
+    JobError,
+    ManifestError,
+    ModelError,
+    OutputConflictError,
+)
 from context_diffusion.core.schema import SCORE_COLUMNS
 from context_diffusion.outputs.finalize import close
 from support.evaluate_job import CHEAP, evaluate

@@ -80,7 +80,9 @@ def _make_missing(
     reads, load, write = build_stages(plan, output, done, frozenset(redo))
     if not reads:
         return None
-    from context_diffusion.cluster import dataflow  # here, not above: a wrong job is refused before Ray is imported
+    from context_diffusion.cluster import (
+        dataflow,  # here, not above: a wrong job is refused before Ray is imported
+    )
     from context_diffusion.cluster.metrics import RunMetrics
     from context_diffusion.cluster.ray_session import ray_session
 

@@ -25,7 +25,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from context_diffusion.image_tensors import channels_first
 from context_diffusion.models.native.build import build_tokenizer
 from context_diffusion.training.data.layouts import Rng, make_layout
-from context_diffusion.training.data.prompts import PALETTE_WORDS, TEXTURE_WORDS, THING_WORDS, describe, vocabulary
+from context_diffusion.training.data.prompts import (
+    PALETTE_WORDS,
+    TEXTURE_WORDS,
+    THING_WORDS,
+    describe,
+    vocabulary,
+)
 from context_diffusion.training.data.styles import dress, make_style
 
 SIZE, PATCH, WIDTH, LAYERS, TOKENS = 128, 16, 128, 2, 20

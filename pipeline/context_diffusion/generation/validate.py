@@ -12,7 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED, EXIT_TOO_MANY_FAILED, ConfigError, one_line
+from context_diffusion.core.errors import (
+    EXIT_OK,
+    EXIT_ROWS_FAILED,
+    EXIT_TOO_MANY_FAILED,
+    ConfigError,
+    one_line,
+)
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard
 from context_diffusion.core.schema import CONTEXT, CONTROL_IMAGE, ID, QUERY

@@ -19,7 +19,15 @@ from context_diffusion.core.errors import JobError, RowError
 from context_diffusion.core.generate_job import ControlName, control_kinds
 from context_diffusion.core.job_base import Fit, StrictModel
 from context_diffusion.core.model_parts import Parts
-from context_diffusion.core.schema import CONTEXT, CONTROL_IMAGE, ID, NEGATIVE_PROMPT, PROMPT, QUERY, SETTING_TYPES
+from context_diffusion.core.schema import (
+    CONTEXT,
+    CONTROL_IMAGE,
+    ID,
+    NEGATIVE_PROMPT,
+    PROMPT,
+    QUERY,
+    SETTING_TYPES,
+)
 from context_diffusion.core.settings import Settings
 from context_diffusion.core.uris import resolve
 from context_diffusion.outputs.encode import read_metadata

@@ -7,7 +7,15 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
-from context_diffusion.core.schema import CONTEXT, ID, NEGATIVE_PROMPT, PROMPT, QUERY, SCORE_COLUMNS, SETTING_TYPES
+from context_diffusion.core.schema import (
+    CONTEXT,
+    ID,
+    NEGATIVE_PROMPT,
+    PROMPT,
+    QUERY,
+    SCORE_COLUMNS,
+    SETTING_TYPES,
+)
 
 CONTEXTS = 8  # of a row's contexts so many are shown
 LONGEST = {"error_message": 500, PROMPT: 1000, NEGATIVE_PROMPT: 300}  # characters
