@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -188,11 +189,8 @@ class Engine:
         for slot in slots:
             slot.charge(slot.lanes / used, seconds, paid)
             if self.callback:
-                self.callback(
-                    StepUpdate(
-                        slot.request, slot.step, len(slot.table), lambda slot=slot: self._preview(slot)
-                    )
-                )  # type: ignore[misc]
+                preview = partial(self._preview, slot)
+                self.callback(StepUpdate(slot.request, slot.step, len(slot.table), preview))
 
     def _decode(self, slot: Slot) -> Decoded:
         """Decode a finished row, whole; after out-of-memory in tiles, then with fewer rows beside it."""
