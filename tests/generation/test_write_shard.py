@@ -137,7 +137,7 @@ def test_a_flipped_byte_in_any_file_is_found(tmp_path: Path, form: str) -> None:
         path.write_bytes(data)
     (tmp_path / "out" / "data" / "part-00009.parquet").write_bytes(b"")
     next((tmp_path / "out" / "plan").iterdir()).unlink()
-    assert [line.split(": ")[-1] for line in verify(output)] == ["missing", "not of this job"]
+    assert [line.split(": ")[-1] for line in verify(output)] == ["missing", "does not belong to this job"]
 
 
 def test_every_part_has_the_same_schema_failed_rows_or_not(tmp_path: Path) -> None:

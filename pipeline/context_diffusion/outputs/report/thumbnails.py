@@ -1,7 +1,7 @@
-"""The pictures that the report and the viewer show: made ones, queries, contexts; whole or as thumbnails.
+"""Reads the images that the report and the viewer show, in full or as thumbnails: outputs, queries, contexts.
 
-What a row names is untrusted here too: sources are read under the rules of OUTPUT's job, and a file_name leads to
-images/ and webdataset/ of OUTPUT alone.
+The names in a row are untrusted: sources are read under the rules of OUTPUT's job, and a file_name must lie in images/ or
+webdataset/ of OUTPUT.
 """
 
 from __future__ import annotations
@@ -22,89 +22,100 @@ from context_diffusion.inputs.image_sources import INLINE, read_bytes
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
-MADE_SIDE, SOURCE_SIDE = 256, 128  # pixels of a thumbnail's longer side
-THREADS = 4  # each may decode a picture of limits.max_pixels
-PATIENCE_S, PATIENCE = 5.0, 3  # that a source is waited for, and how many may be in vain before none is looked for
-Frame = tuple[int, int]  # width and height at which a picture is shown, cut or padded to them as the job's `fit` says
-OURS = re.compile(r"(images/part-\d{5,}|webdataset/part-\d{5,}\.tar)/[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+OUTPUT_SIDE = 256  # pixels of the longer side of an output's thumbnail
+SOURCE_SIDE = 128  # pixels of the longer side of a query's or context's thumbnail
+THREADS = 4  # each may decode an image of limits.max_pixels
+SOURCE_TIMEOUT_S = 5.0
+MAX_UNAVAILABLE = 3  # sources that storage could not provide, before no more are read
+Frame = tuple[int, int]  # width and height of a query's thumbnail, to which the job's `fit` crops or pads it
+OUTPUT_FILE = re.compile(r"(images/part-\d{5,}|webdataset/part-\d{5,}\.tar)/[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
-class Pictures:
-    """Of one OUTPUT. Threads may share it."""
+class ImageReader:
+    """Reads the images of one OUTPUT. It may be used by several threads."""
 
     def __init__(self, output: Output) -> None:
         plan = output.read_json(output.plan)
         job = GenerateJob.model_validate(plan["job"])
-        self._output, self._limits = output, job.limits
-        # Columns without which a row's picture is not found; a part's pictures are held by one thread at a time.
+        self._output = output
+        self._limits = job.limits
+        self._fit = job.fit
+        self._base = output.base()
+        self._allow = plan["allow"]
+        self._storage = Storage(job.storage_options, deadline_s=SOURCE_TIMEOUT_S)
+        self._unavailable = 0
+        self._tar_lock = threading.Lock()
+        # Columns that contain the images. A part with images is held in memory by one thread at a time.
         self.columns = ["image"] if job.pictures_in == "parquet" else []
         self.threads = 1 if self.columns else THREADS
-        self._fit, self._base = job.fit, output.base()
-        self._allow = plan["allow"]
-        self._storage = Storage(job.storage_options, deadline_s=PATIENCE_S)
-        self._in_vain, self._tars = 0, threading.Lock()
 
-    def made(self, row: dict[str, Any]) -> tuple[bytes, str]:
-        """-> a finished row's picture file and its media type. Raises RowError, StorageError."""
-        data, name = self._made(row), row["file_name"] or row["id"]
+    def output_image(self, row: dict[str, Any]) -> tuple[bytes, str]:
+        """Return a finished row's image file and its media type. Raises RowError, StorageError."""
+        data = self._output_bytes(row)
+        name = row["file_name"] or row["id"]
         return data, Image.MIME[open_image(data, Limits(), name).format or "PNG"]
 
-    def _made(self, row: dict[str, Any]) -> bytes:
+    def _output_bytes(self, row: dict[str, Any]) -> bytes:
         name = row["file_name"]
         if row.get("image"):
-            return self._output.picture(row)
-        if not name or not OURS.fullmatch(name):
-            raise RowError(ErrorCode.MISSING_FILE, f"{row['id']}: {str(name)[:200]!r} is not a picture of this OUTPUT")
+            return self._output.image(row)
+        if not name or not OUTPUT_FILE.fullmatch(name):
+            message = f"{row['id']}: {str(name)[:200]!r} is not an image of this OUTPUT"
+            raise RowError(ErrorCode.MISSING_FILE, message)
         try:
             if ".tar/" not in name:
-                return self._output.picture(row)
-            with self._tars:  # one at a time is kept
-                return self._output.picture(row)
+                return self._output.image(row)
+            with self._tar_lock:  # Output holds one tar at a time
+                return self._output.image(row)
         except (FileNotFoundError, KeyError):
-            raise RowError(ErrorCode.MISSING_FILE, f"{name} is gone from {self._output.root}") from None
+            raise RowError(ErrorCode.MISSING_FILE, f"{name} is missing from {self._output.root}") from None
 
-    def made_thumbnail(self, row: dict[str, Any]) -> bytes | None:
-        """WebP; None where the picture is gone or damaged."""
+    def output_thumbnail(self, row: dict[str, Any]) -> bytes | None:
+        """Return a WebP thumbnail of a row's image; None if the image is missing or damaged."""
         try:
-            return thumbnail(self._made(row), MADE_SIDE, Limits())
+            return thumbnail(self._output_bytes(row), OUTPUT_SIDE, Limits())
         except RowError:
             return None
 
     def source_thumbnail(self, uri: str | None, frame: Frame | None = None) -> bytes | None:
-        """WebP of a query or context; None where it was inline in the manifest, is gone, or may not be read.
+        """Return a WebP thumbnail of a query or context; None if it was inline, is missing, or may not be read.
 
-        frame: of a query, `frame_of` its row; left out: the whole picture."""
-        if uri is None or uri == INLINE or self._in_vain >= PATIENCE:
+        frame: of a query, from frame_of; default: the whole image.
+        """
+        if uri is None or uri == INLINE or self._unavailable >= MAX_UNAVAILABLE:
             return None
+        source = {"bytes": None, "path": resolve(uri, self._base)}
         try:
-            data = read_bytes({"bytes": None, "path": resolve(uri, self._base)}, self._allow, self._limits, self._storage)
+            data = read_bytes(source, self._allow, self._limits, self._storage)
             return thumbnail(data, SOURCE_SIDE, self._limits, frame, self._fit)
         except StorageError:
-            self._in_vain += 1
+            self._unavailable += 1
         except ContextDiffusionError:
             pass
         return None
 
 
 def frame_of(row: dict[str, Any]) -> Frame | None:
-    """How a row's query is shown beside its picture: in its shape, as the engine had it. None where none was made."""
+    """Return the frame in which a row's query has the shape that the model was given. None for a failed row."""
     if row["status"] != "ok" or not row["width"] or not row["height"]:
         return None
-    return _within(SOURCE_SIDE, row["width"], row["height"])
+    return _size_within(SOURCE_SIDE, row["width"], row["height"])
 
 
 def thumbnail(data: bytes, side: int, limits: Limits, frame: Frame | None = None, fit: Fit = "stretch") -> bytes:
-    """WebP, its longer side `side` pixels, or as many as the picture has; with a frame, brought to that by `fit`. Raises
-    RowError."""
+    """Encode a WebP thumbnail that fits into `side` pixels and is never enlarged, or that `fit` brings to a frame.
+
+    Raises RowError.
+    """
 
     def size(width: int, height: int) -> Size:
-        return frame or _within(side, width, height)
+        return frame or _size_within(side, width, height)
 
     sink = io.BytesIO()
     Image.fromarray(decode_resized(data, limits, "thumbnail", size, fit)).save(sink, "WEBP", quality=82)
     return sink.getvalue()
 
 
-def _within(side: int, width: int, height: int) -> Size:
+def _size_within(side: int, width: int, height: int) -> Size:
     factor = min(1.0, side / max(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))
