@@ -102,7 +102,7 @@ def test_a_tar_a_part_reads_with_the_webdataset_package(tmp_path: Path) -> None:
     assert len(samples) == len(rows) == 18
     for sample in samples:
         row = rows[sample["json"]["id"], sample["json"]["index"]]
-        assert sample["json"]["sha256"] == row["sha256"] == hashlib.sha256(output.picture(row)).hexdigest()
+        assert sample["json"]["sha256"] == row["sha256"] == hashlib.sha256(output.image(row)).hexdigest()
         assert sample["png"].shape == (row["height"], row["width"], 3)
     assert not (tmp_path / "out" / "images").exists()
 
@@ -119,7 +119,7 @@ def test_who_comes_second_takes_the_earlier_tar_s_pictures_and_adds_what_it_lack
     _, output = make(tmp_path, output_format="webdataset")
     assert dict(members(tar.read_bytes())) == files | {names[0]: b"the picture of another device"}
     for _, part in output.read_parts():
-        assert all(hashlib.sha256(output.picture(row)).hexdigest() == row["sha256"] for row in part.to_pylist())
+        assert all(hashlib.sha256(output.image(row)).hexdigest() == row["sha256"] for row in part.to_pylist())
 
 
 @pytest.mark.parametrize("form", ["files", "webdataset"])

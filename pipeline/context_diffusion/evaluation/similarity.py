@@ -1,6 +1,6 @@
-"""Style in a context encoder's space: how alike a picture and its contexts are to what a model sees styles with.
+"""Style similarity: how near an image is to its contexts in the space of a context encoder.
 
-N pictures  K tokens  D width  H W pixels
+N images  K tokens  D width  H W pixels
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ Embed = Callable[[list[Pixels]], Tensor]  # uint8 (H, W, 3) each -> (N, D)
 
 @cache
 def load_embedding(name: str = "bundled") -> Embed:
-    """Of the encoder that a native model sees contexts with (`bundled`, or its folder), or of CLIP, SigLIP or DINOv2 by
-    folder or hub id. Once a process. Raises ModelError."""
+    """Return the embedding of an encoder, loaded once per process. Raises ModelError.
+
+    name: `bundled` or a native model's folder, for the context encoder of that model, or the folder or hub id
+    of a CLIP, SigLIP or DINOv2 model."""
     if name == "bundled" or (Path(name) / "model_index.json").is_file():
         model = NativeModel.from_pretrained(model_folder(name))
         return lambda images: model.encode_images(_pixels(images, model.context_size)).mean(1)
@@ -45,24 +47,25 @@ def load_embedding(name: str = "bundled") -> Embed:
 
 
 def _pixels(images: list[Pixels], size: int) -> Tensor:
-    """uint8 (N, 3, size, size)."""
+    """Crop images to uint8 (N, 3, size, size)."""
     return channels_first([resize(image, size, size, "crop") for image in images])
 
 
 @torch.inference_mode()
 def embedded(images: list[Pixels], encoder: str = "bundled") -> NDArray[np.float64]:
-    """Pictures as features (N, D)."""
+    """Return the features (N, D) of images."""
     return load_embedding(encoder)(images).double().numpy()
 
 
 @torch.inference_mode()
 def style_similarity(image: Pixels, contexts: list[Pixels], encoder: str = "bundled") -> float:
-    """The cosine between a picture's mean token and that of its contexts, 0 to 1."""
-    made, *shown = (torch.from_numpy(_embedded_once(one, encoder)) for one in (image, *contexts))
-    return float(F.cosine_similarity(made, torch.stack(shown).mean(0), dim=0).clamp(0, 1))
+    """Return the cosine between the image's embedding and the mean embedding of its contexts, 0 to 1."""
+    embedding = torch.from_numpy(_cached_embedding(image, encoder))
+    context_embeddings = [torch.from_numpy(_cached_embedding(context, encoder)) for context in contexts]
+    return float(F.cosine_similarity(embedding, torch.stack(context_embeddings).mean(0), dim=0).clamp(0, 1))
 
 
-def _embedded_once(image: Pixels, encoder: str) -> NDArray[np.float32]:
+def _cached_embedding(image: Pixels, encoder: str) -> NDArray[np.float32]:
     def embed() -> NDArray[np.float32]:
         return load_embedding(encoder)([image])[0].numpy()
 

@@ -28,7 +28,8 @@ THREADS = 16
 
 @dataclass
 class _RowDigest:
-    """Counts rows and sums their hashes: equal sums mean equal rows, in any order and split into any files."""
+    """Counts rows and sums their hashes: equal sums mean equal rows, in any order and split into any
+    files."""
 
     rows: int = 0
     sum: int = 0
@@ -41,11 +42,11 @@ class _RowDigest:
 
 
 def compact(output: Output, to: Output, rows: int = 10_000) -> dict[str, Any]:
-    """Write OUTPUT to `to` as part-00000.parquet, ..., and _SUCCESS. Returns the folder and the rows and files written.
+    """Write OUTPUT to `to` as part-00000.parquet, ..., and _SUCCESS. Returns the folder and the rows and
+    files written.
 
-    Raises JobError if OUTPUT is not finished, OutputConflictError if `to` holds something else, and StorageError if
-    the rows read back differ from those of OUTPUT.
-    """
+    Raises JobError if OUTPUT is not finished, OutputConflictError if `to` holds something else, and
+    StorageError if the rows read back differ from those of OUTPUT."""
     if not output.storage.exists(output.success):
         raise JobError(f"{output.root} is not finished: it has no _SUCCESS; rerun its job, then this command")
     origin = {"source": output.root, "digest": output.storage.read(output.success).decode().strip()}
@@ -60,8 +61,8 @@ def compact(output: Output, to: Output, rows: int = 10_000) -> dict[str, Any]:
         files += 1
     if source_digest != written_digest:
         raise StorageError(
-            f"{to.root}: its {written_digest.rows} rows differ from the {source_digest.rows} rows of {output.root}; "
-            "delete it and rerun this command"
+            f"{to.root}: its {written_digest.rows} rows differ from the {source_digest.rows} rows "
+            f"of {output.root}; delete it and rerun this command"
         )
     counts = {"rows": source_digest.rows, "files": files}
     to.storage.replace(to.success, json.dumps(origin | counts).encode())
@@ -81,7 +82,8 @@ def _claim(to: Output, origin: dict[str, Any]) -> None:
 
 
 def _file_tables(output: Output, rows: int, source_digest: _RowDigest) -> Iterator[pa.Table]:
-    """Yield one table per file, of `rows` rows or fewer where they reach FILE_BYTES. Adds each part to the digest."""
+    """Yield one table per file, of `rows` rows or fewer where they reach FILE_BYTES. Adds each part to the
+    digest."""
     pending: list[pa.Table] = []
     for part in _parts_with_images(output):
         source_digest.add(part)
@@ -104,7 +106,9 @@ def _parts_with_images(output: Output) -> Iterator[pa.Table]:
             rows = part.select(names).to_pylist()
 
             def image_of(row: dict[str, Any]) -> dict[str, Any] | None:
-                return {"bytes": output.image(row), "path": row["file_name"]} if row["status"] == "ok" else None
+                return (
+                    {"bytes": output.image(row), "path": row["file_name"]} if row["status"] == "ok" else None
+                )
 
             in_tar = any(".tar/" in (row["file_name"] or "") for row in rows)
             images = list(map(image_of, rows)) if in_tar else list(threads.map(image_of, rows))

@@ -1,4 +1,5 @@
-"""Finishes an OUTPUT: writes its metadata files, checksums and _SUCCESS, in that order. Verifies every byte later."""
+"""Finishes an OUTPUT: writes its metadata files, checksums and _SUCCESS, in that order. Verifies every byte
+later."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ Checksum = tuple[str, int | None, str]  # file name, bytes (None for images), SH
 
 
 def close(output: Output) -> None:
-    """Write images/part-*/metadata.parquet, checksums.parquet and then _SUCCESS with the digest of the checksums."""
+    """Write images/part-*/metadata.parquet, checksums.parquet and then _SUCCESS with the digest of the
+    checksums."""
     with ThreadPoolExecutor(THREADS) as threads:
         by_part = threads.map(lambda shard: _close_part(output, shard), sorted(output.finished()))
         rows = [row for part_rows in by_part for row in part_rows]
@@ -31,7 +33,9 @@ def close(output: Output) -> None:
         for name in ("summary.json", "report.html"):
             if output.storage.exists(f"{output.root}/{name}"):
                 rows.append(_checksum(output, name))
-    columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
+    columns = [
+        pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)
+    ]
     data = to_parquet(pa.table(columns, schema=SCHEMA))
     output.storage.replace(output.checksums, data)
     output.storage.replace(output.success, _success(data))
@@ -83,7 +87,8 @@ def _write_image_folder(output: Output, shard: int, stored: pa.Table) -> Checksu
 
 
 def verify(output: Output) -> list[str]:
-    """Return one line for each error in a finished OUTPUT; an empty list if every byte is as it was written."""
+    """Return one line for each error in a finished OUTPUT; an empty list if every byte is as it was
+    written."""
     if not output.storage.exists(output.success):
         return [f"{output.success}: missing, the job is not finished"]
     data = output.storage.read(output.checksums)

@@ -1,8 +1,7 @@
 """Stores a shard's images: as files, in the part's `image` column, both, or in a WebDataset tar.
 
-Images are stored before the part and are never overwritten. An image left by an earlier attempt determines its row's
-checksum.
-"""
+Images are stored before the part and are never overwritten. An image left by an earlier attempt determines
+its row's checksum."""
 
 from __future__ import annotations
 
@@ -22,7 +21,9 @@ Rows = list[dict[str, Any]]
 PART_ONLY = ("created_at", "seconds", "image", "file_name")
 
 
-def store_images(output: Output, job: GenerateJob, shard: int, rows: Rows, images: list[bytes | None]) -> None:
+def store_images(
+    output: Output, job: GenerateJob, shard: int, rows: Rows, images: list[bytes | None]
+) -> None:
     """Store each row's image (None: the row has none). Fills in file_name, sha256 and image of the rows.
 
     Images that an earlier attempt stored are kept, and replace those in `images`.
@@ -48,11 +49,15 @@ def existing_images(output: Output, job: GenerateJob, shard: int) -> set[str]:
     """Return the names of the files that an earlier attempt at the shard stored."""
     if job.pictures_in == "webdataset":
         tar = f"{output.root}/webdataset/{part_name(shard)}.tar"
-        return {name for name, _ in members(output.storage.read(tar))} if output.storage.exists(tar) else set()
+        return (
+            {name for name, _ in members(output.storage.read(tar))} if output.storage.exists(tar) else set()
+        )
     return set(output.storage.list(f"{output.root}/images/{part_name(shard)}"))
 
 
-def _store_files(output: Output, job: GenerateJob, shard: int, rows: Rows, images: list[bytes | None]) -> None:
+def _store_files(
+    output: Output, job: GenerateJob, shard: int, rows: Rows, images: list[bytes | None]
+) -> None:
     folder = f"images/{part_name(shard)}"
     for number, (row, image) in enumerate(zip(rows, images, strict=True)):
         if image is None:

@@ -51,7 +51,8 @@ class Output:
         return f"{self.root}/plan.json"
 
     def base(self) -> str:
-        """Return the folder of the first manifest file. Relative URIs in rows and image metadata are relative to it."""
+        """Return the folder of the first manifest file. Relative URIs in rows and image metadata are relative
+        to it."""
         return parent(self.read_json(self.plan)["manifest"][0]["uri"])
 
     def allow(self) -> list[str]:
@@ -89,7 +90,8 @@ class Output:
         return json.loads(self.storage.read(uri))
 
     def read_parts(self, columns: list[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
-        """Yield each finished shard's number and part, in order. Raises StorageError if a part is unreadable."""
+        """Yield each finished shard's number and part, in order. Raises StorageError if a part is
+        unreadable."""
         shards = sorted(self.finished())
         if columns is None:  # parts may contain images: one at a time
             yield from ((shard, self.read_part(shard)) for shard in shards)
@@ -97,7 +99,9 @@ class Output:
         with ThreadPoolExecutor(READERS) as threads:
             for begin in range(0, len(shards), AHEAD):
                 batch = shards[begin : begin + AHEAD]
-                yield from zip(batch, threads.map(lambda shard: self.read_part(shard, columns), batch), strict=True)
+                yield from zip(
+                    batch, threads.map(lambda shard: self.read_part(shard, columns), batch), strict=True
+                )
 
     def read_part(self, shard: int, columns: list[str] | None = None) -> pa.Table:
         """Read a part, or only the given columns. Raises StorageError naming a part that is unreadable."""

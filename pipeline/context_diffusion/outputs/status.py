@@ -32,7 +32,8 @@ def progress_of(output: Output) -> StatusReport:
     counts = sum((part_counts for _, part_counts in parts), Counts())
     finished = output.storage.exists(output.success)
     state = "finished" if finished else "not finished"
-    lines = [f"{output.root}: {state}, {counts.rows} of {rows} rows, {counts.failed} failed, {counts.images} images"]
+    counted = f"{counts.rows} of {rows} rows, {counts.failed} failed, {counts.images} images"
+    lines = [f"{output.root}: {state}, {counted}"]
     lines += [f"  {code}: {count}" for code, count in sorted(counts.codes.items())]
     marked = {"flagged": counts.flagged, "unsafe": counts.unsafe}
     lines += [f"  {name}: {count}" for name, count in marked.items() if count]
@@ -47,13 +48,18 @@ def progress_of(output: Output) -> StatusReport:
 
 
 def recent_rates(parts: list[WrittenPart]) -> tuple[float, float] | None:
-    """Return rows and images per second over the RATE_WINDOW_S before the last part. None for too few parts."""
+    """Return rows and images per second over the RATE_WINDOW_S before the last part. None for too few
+    parts."""
     last = max((at for at, _ in parts), default=None)
     if last is None:
         return None
-    recent = sorted((part for part in parts if (last - part[0]).total_seconds() <= RATE_WINDOW_S), key=lambda part: part[0])
+    recent = sorted(
+        (part for part in parts if (last - part[0]).total_seconds() <= RATE_WINDOW_S),
+        key=lambda part: part[0],
+    )
     seconds = (last - recent[0][0]).total_seconds()
     if seconds <= 0:
         return None
-    counts = sum((part_counts for _, part_counts in recent[1:]), Counts())  # the first part was generated before
+    # the first part was generated before
+    counts = sum((part_counts for _, part_counts in recent[1:]), Counts())
     return counts.rows / seconds, counts.images / seconds

@@ -16,9 +16,8 @@ MAX_LIMIT = 200
 class RowQuery:
     """A filter over rows, their order and a page of them. An empty text means no filter.
 
-    text: searched in id, prompt and error message; score: filtered to low <= score < high, without an upper bound if
-    high is 1.
-    """
+    text: searched in id, prompt and error message; score: filtered to low <= score < high, without an upper
+    bound if high is 1."""
 
     text: str = ""
     status: str = ""
@@ -32,8 +31,13 @@ class RowQuery:
     limit: int = 60
 
     def __post_init__(self) -> None:
-        """Check the names that become part of the SQL; all other values are passed as parameters. Raises ValueError."""
-        names = (("score", self.score, SCORE_COLUMNS), ("sort", self.sort, SORT_COLUMNS), ("order", self.order, ORDERS))
+        """Check the names that become part of the SQL; all other values are passed as parameters. Raises
+        ValueError."""
+        names = (
+            ("score", self.score, SCORE_COLUMNS),
+            ("sort", self.sort, SORT_COLUMNS),
+            ("order", self.order, ORDERS),
+        )
         for key, name, allowed in names:
             if name and name not in allowed:
                 raise ValueError(f"{key}={name[:80]!r}: expected one of {', '.join(allowed)}")

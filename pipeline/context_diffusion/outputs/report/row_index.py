@@ -1,9 +1,8 @@
 """Indexes all rows of an OUTPUT in DuckDB: filters, sorts and pages over millions of rows, and histograms.
 
-data/ is many small files, and a query that opens all of them is slow (51 s for 15,625: tests/benchmarks/LOG.md). So the
-columns of queries are read once, part by part, into a database on disk; the other columns of the rows on a page are read
-from their parts.
-"""
+data/ is many small files, and a query that opens all of them is slow (51 s for 15,625:
+tests/benchmarks/LOG.md). So the columns of queries are read once, part by part, into a database on disk; the
+other columns of the rows on a page are read from their parts."""
 
 from __future__ import annotations
 
@@ -40,9 +39,13 @@ class RowIndex:
         self._notify = notify
         self._folder = tempfile.TemporaryDirectory(prefix="context-diffusion-view-")
         # The database can access its own files only, so that no query can reach another file or address.
-        config = {"memory_limit": MEMORY, "temp_directory": f"{self._folder.name}/spilled"}
-        self._database = duckdb.connect(f"{self._folder.name}/rows.duckdb", config=config)
-        self._database.register("empty", SCHEMA.empty_table()).execute("create table data as select * from empty")
+        self._database = duckdb.connect(
+            f"{self._folder.name}/rows.duckdb",
+            config={"memory_limit": MEMORY, "temp_directory": f"{self._folder.name}/spilled"},
+        )
+        self._database.register("empty", SCHEMA.empty_table()).execute(
+            "create table data as select * from empty"
+        )
         self._database.execute("set enable_external_access = false")
         self.refresh()
 
@@ -51,7 +54,8 @@ class RowIndex:
         self._folder.cleanup()
 
     def refresh(self) -> None:
-        """Add the parts that were written since the last call. Raises StorageError if a part is unreadable."""
+        """Add the parts that were written since the last call. Raises StorageError if a part is
+        unreadable."""
         with self._refresh_lock, ThreadPoolExecutor(READERS) as threads:
             new = sorted(self.output.finished() - self._indexed)
             last_notice = time.monotonic()

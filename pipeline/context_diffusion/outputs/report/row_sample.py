@@ -1,8 +1,8 @@
 """Chooses the rows of a report and collects the score statistics of all rows, in one pass over the parts.
 
-The sample holds rows at even distances, the worst and the best rows by each score, and some failed rows of each error
-code. Only the columns in SAMPLED are read, and only rows that may still be chosen are held in memory.
-"""
+The sample holds rows at even distances, the worst and the best rows by each score, and some failed rows of
+each error code. Only the columns in SAMPLED are read, and only rows that may still be chosen are held in
+memory."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ class ScoreStatistics:
 
 @dataclass
 class RowSample:
-    """The chosen rows. scores: by column, only those that some row has; failures: by error code; rows: of OUTPUT."""
+    """The chosen rows. scores: by column, only those that some row has; failures: by error code; rows: of
+    OUTPUT."""
 
     scores: dict[str, ScoreStatistics] = field(default_factory=lambda: defaultdict(ScoreStatistics))
     even: list[Position] = field(default_factory=list)

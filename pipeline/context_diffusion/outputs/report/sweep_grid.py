@@ -1,4 +1,5 @@
-"""Renders contact sheets of a job with a matrix: a grid of the images of each of the first rows, with labelled axes."""
+"""Renders contact sheets of a job with a matrix: a grid of the images of each of the first rows, with
+labelled axes."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from context_diffusion.outputs.report.thumbnails import Frame, frame_of
 ROWS = 24  # on the page, at most
 IMAGES = 480  # on the page, at most; but the first row is shown whole
 COLUMNS = [
-    ID, "index", "status", "file_name", "image", QUERY, CONTEXT, PROMPT, "width", "height", "seed", "num_images",
+    ID, "index", "status", "file_name", "image", QUERY, CONTEXT, PROMPT, "width", "height", "seed",
+    "num_images",
 ]  # fmt: skip
 Row = dict[str, Any]
 OutputThumbnail = Callable[[Row], str | None]
@@ -31,9 +33,8 @@ T = TypeVar("T")
 class Grid:
     """The layout of a matrix: its first axis goes down and the others go across; a single axis goes across.
 
-    across: the name of each axis, the columns that each value spans, and the values from left to right; down: name and
-    values.
-    """
+    across: the name of each axis, the columns that each value spans, and the values from left to right; down:
+    name and values."""
 
     across: list[tuple[str, int, list[str]]]
     down: tuple[str, list[str]]
@@ -53,17 +54,19 @@ class Grid:
         return cls(across, down, width)
 
     def lines(self, images: list[Row]) -> list[tuple[str, list[list[Row]]]]:
-        """Arrange a row's images, ordered by index. Returns each value of the axis down with its cells of images."""
+        """Arrange a row's images, ordered by index. Returns each value of the axis down with its cells of
+        images."""
         cells = _cut(images, images[0]["num_images"])
         return list(zip(self.down[1], _cut(cells, self.width), strict=True))
 
 
-def contact_sheets(output: Output, output_thumbnail: OutputThumbnail, source_thumbnail: SourceThumbnail) -> Markup:
+def contact_sheets(
+    output: Output, output_thumbnail: OutputThumbnail, source_thumbnail: SourceThumbnail
+) -> Markup:
     """Render the HTML of the sheets; empty if the job has no matrix.
 
-    output_thumbnail: the thumbnail of a row of data/; source_thumbnail: that of a query or context by its URI and
-    frame. Both return a data: URL, or None if the image is missing.
-    """
+    output_thumbnail: the thumbnail of a row of data/; source_thumbnail: that of a query or context by its URI
+    and frame. Both return a data: URL, or None if the image is missing."""
     matrix: Matrix = output.read_json(output.plan)["job"].get("matrix") or {}
     if not matrix:
         return Markup()

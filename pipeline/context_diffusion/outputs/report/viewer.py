@@ -3,7 +3,7 @@
 /                             the page with current figures, also of a running job
 /rows?text=&status=&sort=...  a page of rows (outputs/report/query.py)
 /row?id=&index=               one row, for links
-/image/PART/NUMBER/NAME       an image of a row, by its position; NAME: full, output, query, or a context's number
+/image/PART/NUMBER/NAME       an image of a row, by its position; NAME: full, output, query or context number
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ class Viewer:
         self.index.refresh()
         counts = self.index.counts()
         entries = counts.pop("entries")
-        summary = self.output.read_json(self.output.summary) if self.output.storage.exists(self.output.summary) else {}
+        summary = (
+            self.output.read_json(self.output.summary)
+            if self.output.storage.exists(self.output.summary)
+            else {}
+        )
         summary |= {"output": self.output.root, **counts}
         data = {
             "served": True,
@@ -107,7 +111,8 @@ class Viewer:
         with suppress(RowError):  # the file is missing or damaged
             data, media_type = self._image(position, request.path_params["name"])
         if data is None:
-            return Response(status_code=204, headers=HEADERS)  # not an error: the page shows that there is no image
+            # not an error: the page shows that there is no image
+            return Response(status_code=204, headers=HEADERS)
         return Response(data, headers=HEADERS, media_type=media_type)
 
     def _image(self, position: Position, name: str) -> tuple[bytes | None, str]:
@@ -139,7 +144,8 @@ def _unavailable(_: Request, error: Exception) -> Response:
 
 
 def make_app(viewer: Viewer) -> Starlette:
-    """Create the app. It refuses other host names, so that no foreign web page can read from it (DNS rebinding)."""
+    """Create the app. It refuses other host names, so that no foreign web page can read from it (DNS
+    rebinding)."""
     routes = [
         Route("/", viewer.page),
         Route("/rows", viewer.rows),
@@ -147,11 +153,14 @@ def make_app(viewer: Viewer) -> Starlette:
         Route("/image/{part:int}/{number:int}/{name}", viewer.image),
     ]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    return Starlette(routes=routes, middleware=[hosts], exception_handlers={ContextDiffusionError: _unavailable})
+    return Starlette(
+        routes=routes, middleware=[hosts], exception_handlers={ContextDiffusionError: _unavailable}
+    )
 
 
 def serve(output: Output, port: int, notify: Callable[[str], None]) -> str:
-    """Serve until Ctrl-C or SIGTERM, and return the URL. port 0: any free port. Raises JobError if the port is in use."""
+    """Serve until Ctrl-C or SIGTERM, and return the URL. port 0: any free port. Raises JobError if the port
+    is in use."""
     try:
         listening = socket.create_server((HOST, port))
     except OSError as error:
