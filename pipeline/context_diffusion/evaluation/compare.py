@@ -23,7 +23,8 @@ def compared(rows: Sequence[Row], baseline_rows: Sequence[Row], columns: Sequenc
 
     Returns the means, the mean difference to the baseline, the number of rows that are better (of a leakage:
     lower), worse and equal, and the p of the sign test. Only `rows` is returned for a column without shared
-    rows."""
+    rows.
+    """
     statistics: dict[str, Row] = {}
     for column in columns:
         by_row = _by_row(rows, column)
@@ -63,8 +64,10 @@ def _paired(values: NDArray[np.float64], baseline: NDArray[np.float64], sign: fl
 
 
 def sign_test(better: int, worse: int) -> float:
-    """Return the p of the two-sided sign test: how likely a fair coin is at least this uneven. Ties are left
-    out."""
+    """Return the p of the two-sided sign test: how likely a fair coin is at least this uneven.
+
+    Equal rows are ignored.
+    """
     count = better + worse
 
     def probability(k: int) -> float:  # by logarithms: the binomials of many rows have thousands of digits

@@ -30,12 +30,12 @@ BATCH = 16
 
 
 def frechet_distance(first: Features, second: Features) -> float:
-    """Return the Fréchet distance of the Gaussians with the means and covariances of features (N, D) and (M,
-    D).
+    """Return the Fréchet distance of the Gaussians fitted to features (N, D) and (M, D).
 
     |m - n|² + tr(A + B - 2 (A B)^½) (Fréchet 1957; the FID of Heusel et al. 2017 with other features). The
     estimate is too large, the more so the fewer the images; below D images the covariance is undefined in
-    some directions."""
+    some directions.
+    """
     first_mean = first.mean(0)
     second_mean = second.mean(0)
     first_covariance = np.atleast_2d(np.cov(first.T))
@@ -53,7 +53,8 @@ def kernel_distance(first: Features, second: Features) -> float:
     """Return the MMD² with the kernel (x·y / D + 1)³, unbiased and over all pairs.
 
     This is the KID of Bińkowski et al. 2018 with other features. It is 0 on average for sets of one
-    distribution, so it can be negative."""
+    distribution, so it can be negative.
+    """
     within = _mean_within(first) + _mean_within(second)
     return within - 2 * _kernel_sum(first, second) / (len(first) * len(second))
 
@@ -78,8 +79,7 @@ def _blocks(features: Features) -> Iterator[Features]:
 
 
 def reference_sources(job: EvaluateJob, pairs: Sequence[Pair], storage: Storage) -> list[ImageSource]:
-    """Return each reference image once: of the manifest's column, of an OUTPUT, or of a folder and its
-    subfolders.
+    """Return each reference image once: from the manifest's column, an OUTPUT, or a folder with subfolders.
 
     Raises JobError if there are fewer than MIN_IMAGES.
     """
@@ -111,8 +111,7 @@ class References:
         self._features, self._skipped = self._embed(sources)
 
     def distances(self, pairs: Iterable[Pair]) -> dict[str, Any]:
-        """Return the Fréchet and the kernel distance, None for too few images, and the counts that they
-        depend on."""
+        """Return the Fréchet and the kernel distance, None for too few images, and the counts behind them."""
         features, skipped = self._embed(scored_images(pairs))
         fewest = min(len(features), len(self._features))
         width = self._features.shape[1]
@@ -137,8 +136,10 @@ class References:
         return summary
 
     def _embed(self, sources: list[ImageSource]) -> tuple[Features, int]:
-        """Return the features (N, D) and the number of unreadable images. Raises JobError if all are
-        unreadable."""
+        """Return the features (N, D) and the number of unreadable images.
+
+        Raises JobError if all are unreadable.
+        """
         from context_diffusion.evaluation.similarity import embedded  # imports torch
 
         batches: list[Features] = []

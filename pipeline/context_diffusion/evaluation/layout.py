@@ -61,7 +61,8 @@ def layout_score(image: Pixels, query: Pixels) -> float:
     """Return the mean correlation of the image's and the query's edges over EDGE_SCALES, 0 to 1.
 
     Edges agree in position and direction. Among 8 queries the score identifies the right one for .980 of 256
-    held-out true images, and for .957 without the direction."""
+    held-out true images, and for .957 without the direction.
+    """
     query = as_large_as(query, image)
     correlations = [_correlation(directed(image, scale), directed(query, scale)) for scale in EDGE_SCALES]
     return float(np.clip(np.mean(correlations), 0, 1))
@@ -73,8 +74,7 @@ def _correlation(first: NDArray[np.complex64], second: NDArray[np.complex64]) ->
 
 
 def boundaries(image: Pixels) -> NDArray[np.bool_]:
-    """Return edges as thin lines (Canny 1986), with thresholds relative to the image's gradients. bool (H,
-    W)."""
+    """Return edges as thin lines (Canny 1986), bool (H, W), with thresholds relative to the gradients."""
     across, down = gradients(image, BOUNDARY_SCALE)
     steep = float(np.percentile(np.hypot(across, down), 99))
     high = max(BOUNDARY_SHARE * steep, MIN_BOUNDARY_GRADIENT) * CANNY_UNITS
@@ -83,12 +83,12 @@ def boundaries(image: Pixels) -> NDArray[np.bool_]:
 
 
 def boundary_f1(image: Pixels, reference: Pixels, tolerance_px: float = 2) -> float:
-    """Return the F1 of the image's boundary pixels against the reference's, 0 to 1; a hit lies within
-    `tolerance_px`.
+    """Return the F1 of the image's boundary pixels against the reference's, 0 to 1.
 
-    As Martin, Fowlkes and Malik 2004, without their one-to-one matching. For images of one style, such as an
-    output and its ground truth: a texture that only one of them has counts as boundaries. Two images without
-    boundaries score 1."""
+    A hit lies within `tolerance_px`. As Martin, Fowlkes and Malik 2004, without their one-to-one matching.
+    For images of one style, such as an output and its ground truth: a texture that only one of them has
+    counts as boundaries. Two images without boundaries score 1.
+    """
     image_boundaries = boundaries(image)
     reference_boundaries = boundaries(as_large_as(reference, image))
     if not image_boundaries.any() or not reference_boundaries.any():

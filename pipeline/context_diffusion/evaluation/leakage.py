@@ -17,14 +17,14 @@ MIN_DIFFERENCE = 5.0  # Lab units: palettes that are nearer count as the same co
 
 
 def layout_leakage(image: Pixels, query: Pixels, contexts: list[Pixels]) -> float:
-    """Return how much of the image's layout comes from a context and not from the query, 0 to 1; the worst
-    context counts.
+    """Return how much of the image's layout comes from a context and not from the query, 0 to 1.
 
-    The score is the correlation r of the edge fields of image and context, after removing what each shares
-    with the query (a partial correlation). A shared texture correlates too, but is style; textures repeat and
-    layouts do not, so the best correlation r' at another position is removed: (r - r') / (1 - r'). 1: the
-    context's image itself; about 0.5: a blend of both. Figures that a context repeats may be mistaken for
-    texture."""
+    The context with the highest leakage counts. The score is the correlation r of the edge fields of image
+    and context, after removing what each shares with the query (a partial correlation). A shared texture
+    correlates too, but is style; textures repeat and layouts do not, so the best correlation r' at another
+    position is removed: (r - r') / (1 - r'). 1: the context's image itself; about 0.5: a blend of both.
+    Figures that a context repeats may be mistaken for texture.
+    """
     side = max(image.shape[:2])
     if side > MAX_SIDE:
         width, height = (max(1, round(length * MAX_SIDE / side)) for length in image.shape[1::-1])
@@ -41,8 +41,7 @@ def layout_leakage(image: Pixels, query: Pixels, contexts: list[Pixels]) -> floa
 
 
 def _residuals(image: Pixels, query_edges: list[Field]) -> list[Spectrum]:
-    """Return at each scale the spectrum of the image's edges (H, W) without what they share with the
-    query's."""
+    """Return at each scale the spectrum of an image's edges (H, W) minus what they share with the query's."""
     residuals: list[Spectrum] = []
     for scale, query_field in zip(EDGE_SCALES, query_edges, strict=True):
         field = edges(image, scale)
@@ -65,7 +64,8 @@ def colour_leakage(image: Pixels, query: Pixels, contexts: list[Pixels]) -> floa
     The smaller of two shares counts, both from palettes in Lab: the distance of the image's colours from the
     contexts', relative to that of the query's; and how much nearer they are to the query's than the contexts'
     are. So colours of neither are no leak. 1: the query's own colours; about 0.5: halfway between. None:
-    query and contexts have the same colours, within MIN_DIFFERENCE."""
+    query and contexts have the same colours, within MIN_DIFFERENCE.
+    """
     image_colours = palette([image])
     query_colours = palette([query])
     context_colours = palette(contexts)

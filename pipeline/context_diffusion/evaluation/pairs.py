@@ -1,7 +1,8 @@
 """Collects what is scored: each finished image with its query, contexts and prompt, as undecoded sources.
 
 Images lie in an OUTPUT or in any folder; their inputs come from a manifest or from OUTPUT's rows. All pairs
-are held in memory, with the bytes of images that are stored in Parquet files."""
+are held in memory, with the bytes of images that are stored in Parquet files.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Pair:
     """An image and its inputs.
 
     error: code and message of a row that cannot be scored; reference: the image in the manifest's column
-    `reference`."""
+    `reference`.
+    """
 
     id: str
     index: int
@@ -70,8 +72,7 @@ def scored_images(pairs: Iterable[Pair]) -> list[ImageSource]:
 
 
 def find_pairs(job: EvaluateJob, storage: Storage) -> tuple[list[Pair], list[str]]:
-    """Return the pairs, and the URI prefixes under which their sources may lie. Raises JobError,
-    ManifestError."""
+    """Return the pairs and the allowed URI prefixes of their sources. Raises JobError, ManifestError."""
     folder = Output(normal(job.images), storage)
     is_output = storage.exists(folder.plan)
     _check_images(job, folder, is_output)
@@ -188,14 +189,16 @@ def _with_image(pair: Pair, image: ImageSource | None, where: str) -> Pair:
 
 
 def _read_manifest(job: EvaluateJob, storage: Storage, uri: str) -> Iterator[tuple[Row, Pair]]:
-    """Yield the raw rows of a manifest file, each with its pair without an image. Settings of rows are
-    ignored."""
+    """Yield the raw rows of a manifest file, each with its pair without an image.
+
+    Settings of rows are ignored.
+    """
     file = open_file(uri, storage)
     names = {name: job.columns.get(name, name) for name in (ID, QUERY, CONTEXT, PROMPT)}
     required_names = [names[QUERY], names[CONTEXT], *job.columns.values()]
     rules = RowRules(limits=job.limits)
     for number, raw in enumerate(raw_rows(file, storage)):
-        missing = [name for name in required_names if name not in raw]
+        missing = [name for name in dict.fromkeys(required_names) if name not in raw]
         if missing and number == 0:
             raise ManifestError(f"{uri}: missing columns: {', '.join(missing)}; it has {', '.join(raw)}")
         values = {name: raw.get(names[name]) for name in (QUERY, CONTEXT, PROMPT)} | {ID: row_id(raw, names)}

@@ -1,5 +1,4 @@
-"""The prompt score: whether an image shows what its prompt names, by the bundled tiny CLIP model or another
-one."""
+"""The prompt score: whether an image shows what its prompt names, by the bundled or another CLIP model."""
 
 from __future__ import annotations
 
@@ -87,12 +86,12 @@ def load_judge(name: str = "bundled") -> PromptJudge:
 
 
 def prompt_score(image: Pixels, prompt: str, judge: str = "bundled") -> float:
-    """Return the probability that the image belongs to its prompt rather than to another one, 0 to 1; 0.5:
-    undecided.
+    """Return the probability that the image belongs to its prompt rather than to another one, 0 to 1.
 
-    For each of REFERENCES, 14 kinds of colours in 10 kinds of texture, the model's softmax between the two
-    prompts: a logistic function of the difference of their similarities, scaled by the model's temperature
-    (Radford et al. 2021). The score is the mean of these, so it hardly depends on the level of a model's
-    similarities. The bundled judge knows the words of training/data/prompts.py only and ignores others. It
-    distinguishes colours (held-out AUC .999) but not textures (.46)."""
+    0.5: undecided. For each of REFERENCES, 14 kinds of colours in 10 kinds of texture, the model's softmax
+    between the two prompts: a logistic function of the difference of their similarities, scaled by the
+    model's temperature (Radford et al. 2021). The score is the mean of these, so it hardly depends on the
+    level of a model's similarities. The bundled judge knows the words of training/data/prompts.py only and
+    ignores others. It distinguishes colours (held-out AUC .999) but not textures (.46).
+    """
     return load_judge(judge).score(image, prompt)

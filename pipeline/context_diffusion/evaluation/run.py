@@ -35,8 +35,10 @@ CACHED_IMAGES = 64  # decoded queries and contexts
 
 
 def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
-    """Write scores.parquet, summary.json and the comparison. Returns the summary with `exit`. Raises
-    JobError."""
+    """Write scores.parquet, summary.json and the comparison.
+
+    Returns the summary with `exit`. Raises JobError.
+    """
     started = time.perf_counter()
     storage = Storage(job.storage_options)
     output = Output(normal(job.output), storage)
@@ -88,8 +90,10 @@ def _has_references(job: EvaluateJob) -> bool:
 
 
 def _baseline_pairs(job: EvaluateJob, pairs: list[Pair], storage: Storage) -> tuple[list[Pair], list[str]]:
-    """Return the pairs and URI prefixes of the system in `compare`. Raises JobError if it shares no row with
-    `images`."""
+    """Return the pairs and URI prefixes of the system in `compare`.
+
+    Raises JobError if it shares no row with `images`.
+    """
     if not job.compare:
         return [], []
     baseline, allow = find_pairs(job.model_copy(update={"images": job.compare}), storage)

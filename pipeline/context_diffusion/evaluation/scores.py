@@ -54,7 +54,8 @@ def best_of(images: Sequence[Scores], columns: Sequence[str]) -> int:
     """Return the number of the image that `keep: best` keeps: that with the highest mean of its scores.
 
     A leakage counts as 1 - leakage. A score that is undefined for one of the images is ignored for all of
-    them. The first of equal images is kept."""
+    them. The first of equal images is kept.
+    """
     defined = [column for column in columns if all(image[column] is not None for image in images)]
     sums = [sum(worth(column, image[column]) for column in defined) for image in images]
     return sums.index(max(sums))

@@ -1,5 +1,4 @@
-"""Shuffled controls: pairs whose query, contexts or prompt are another row's, and the AUC that measures a
-score."""
+"""Shuffled controls: pairs whose query, contexts or prompt are another row's, and the AUC of a score."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ SWAPPED = {
 
 
 def others(pairs: Sequence[Pair]) -> list[dict[str, Pair | None]]:
-    """Return for each pair, by input, a pair with a different one: its shuffled controls. None if all are
-    equal."""
+    """Return for each pair and input the shuffled control, a pair that differs; None if all are equal."""
     valid = [pair for pair in pairs if not pair.error]
     with_prompt = [pair for pair in valid if pair.prompt]
     by_input = {
@@ -39,8 +37,7 @@ def others(pairs: Sequence[Pair]) -> list[dict[str, Pair | None]]:
 def _next_different(
     pairs: list[Pair], keys: Callable[[Pair], set[str | None]]
 ) -> dict[tuple[str, int], Pair]:
-    """Return for each pair, by (id, index), the next one that shares none of its keys, wrapping around at the
-    end."""
+    """Return for each pair, by (id, index), the next one that shares none of its keys, in a circle."""
     first_by_keys = {frozenset(keys(pair)): pair for pair in reversed(pairs)}
     ring = list(reversed(first_by_keys.items()))
     position = {pair_keys: number for number, (pair_keys, _) in enumerate(ring)}
@@ -56,14 +53,14 @@ def _next_different(
 
 
 def named_first(scores: NDArray[np.float64]) -> float:
-    """Return the share of rows whose own candidate, on the diagonal, has the highest score. scores: (N,
-    N)."""
+    """Return the share of rows whose own candidate, on the diagonal, has the highest score (N, N)."""
     return float((scores.argmax(1) == np.arange(len(scores))).mean())
 
 
 def auc(true: ArrayLike, false: ArrayLike) -> float:
-    """Return the chance that a true pair scores higher than a false one; ties count half (Mann and Whitney
-    1947).
+    """Return the chance that a true pair scores higher than a false one (Mann and Whitney 1947).
+
+    Ties count half.
 
     0.5: the score cannot distinguish them.
     """

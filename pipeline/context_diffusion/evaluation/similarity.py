@@ -32,7 +32,8 @@ def load_embedding(name: str = "bundled") -> Embed:
     """Return the embedding of an encoder, loaded once per process. Raises ModelError.
 
     name: `bundled` or a native model's folder, for the context encoder of that model, or the folder or hub id
-    of a CLIP, SigLIP or DINOv2 model."""
+    of a CLIP, SigLIP or DINOv2 model.
+    """
     if name == "bundled" or (Path(name) / "model_index.json").is_file():
         model = NativeModel.from_pretrained(model_folder(name))
         return lambda images: model.encode_images(_pixels(images, model.context_size)).mean(1)

@@ -1,10 +1,10 @@
-"""Trains the bundled judge of the prompt score, a tiny CLIP, on synthetic images and prompts: six minutes on
-one core.
+"""Trains the bundled judge of the prompt score, a tiny CLIP, on synthetic images: six minutes on one core.
 
     python -m context_diffusion.evaluation.train_judge FOLDER [--steps 1300] [--seed 0]
 
 A batch contains several images that match one prompt, so the targets of the contrastive loss (InfoNCE, van
-den Oord et al. 2018; CLIP, Radford et al. 2021) are soft: spread over all matching pairs of the batch."""
+den Oord et al. 2018; CLIP, Radford et al. 2021) are soft: spread over all matching pairs of the batch.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def build_tokenizer_with_end() -> PreTrainedTokenizerFast:
     """Return the model's word tokenizer with an end token of the highest id.
 
     Where eos_token_id is 2, transformers' CLIP takes the features at the highest id of a prompt; that must
-    not be a word in the middle."""
+    not be a word in the middle.
+    """
     tokenizer = build_tokenizer(vocabulary(), TOKENS)
     tokenizer.add_special_tokens({"eos_token": "[END]"})
     special_tokens = [("[BOS]", tokenizer.bos_token_id), ("[END]", tokenizer.eos_token_id)]
@@ -122,8 +123,7 @@ def build_judge(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip images, crop them and resize the crop to full size, and add a little noise. (B, 3, H, W) -> (B, 3,
-    H, W)."""
+    """Flip images (B, 3, H, W), crop them, resize the crops to full size and add a little noise."""
     flips = torch.rand(2, generator=generator) < 0.5
     pixels = pixels.flip([axis for axis, flip in zip((2, 3), flips.tolist(), strict=True) if flip])
     side = int(SIZE * (0.6 + 0.4 * torch.rand(1, generator=generator)))
@@ -147,8 +147,10 @@ def contrastive_loss(logits: Tensor, pairs: Tensor) -> Tensor:
 
 
 def train_judge(folder: Path, steps: int, seed: int = 0) -> CLIPModel:
-    """Train a judge and save it in transformers' format, as float16. Deterministic for equal seed and
-    steps."""
+    """Train a judge and save it in transformers' format, as float16.
+
+    Deterministic for equal seed and steps.
+    """
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     torch.manual_seed(seed)  # of the fresh weights; everything else has its own generator

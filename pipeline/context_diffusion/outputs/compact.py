@@ -28,8 +28,7 @@ THREADS = 16
 
 @dataclass
 class _RowDigest:
-    """Counts rows and sums their hashes: equal sums mean equal rows, in any order and split into any
-    files."""
+    """Counts rows and sums their hashes. Equal sums mean equal rows, in any order and any files."""
 
     rows: int = 0
     sum: int = 0
@@ -42,11 +41,13 @@ class _RowDigest:
 
 
 def compact(output: Output, to: Output, rows: int = 10_000) -> dict[str, Any]:
-    """Write OUTPUT to `to` as part-00000.parquet, ..., and _SUCCESS. Returns the folder and the rows and
-    files written.
+    """Write OUTPUT to `to` as part-00000.parquet, ..., and _SUCCESS.
+
+    Returns the folder and the rows and files written.
 
     Raises JobError if OUTPUT is not finished, OutputConflictError if `to` holds something else, and
-    StorageError if the rows read back differ from those of OUTPUT."""
+    StorageError if the rows read back differ from those of OUTPUT.
+    """
     if not output.storage.exists(output.success):
         raise JobError(f"{output.root} is not finished: it has no _SUCCESS; rerun its job, then this command")
     origin = {"source": output.root, "digest": output.storage.read(output.success).decode().strip()}
@@ -82,8 +83,7 @@ def _claim(to: Output, origin: dict[str, Any]) -> None:
 
 
 def _file_tables(output: Output, rows: int, source_digest: _RowDigest) -> Iterator[pa.Table]:
-    """Yield one table per file, of `rows` rows or fewer where they reach FILE_BYTES. Adds each part to the
-    digest."""
+    """Yield one table per file, of at most `rows` rows and about FILE_BYTES. Adds each part to the digest."""
     pending: list[pa.Table] = []
     for part in _parts_with_images(output):
         source_digest.add(part)

@@ -21,8 +21,7 @@ Cell = tuple[str, Pixels]  # caption, image (H, W, 3)
 
 
 def contact_sheet(rows: Sequence[Sequence[Cell]]) -> Pixels:
-    """Draw rows of images, each in a square of SIDE pixels with its caption below. Returns uint8 (H, W, 3) on
-    white."""
+    """Draw rows of images on white, each in a square of SIDE pixels above its caption. -> uint8 (H, W, 3)"""
     captions = [[_caption_lines(caption) for caption, _ in row] for row in rows]
     heights = [SIDE + GAP + (FONT_SIZE + 4) * max(map(len, row), default=0) + GAP for row in captions]
     width = GAP + (SIDE + GAP) * max(map(len, rows))

@@ -1,5 +1,4 @@
-"""Finishes an OUTPUT: writes its metadata files, checksums and _SUCCESS, in that order. Verifies every byte
-later."""
+"""Finishes an OUTPUT: writes its metadata files, its checksums and then _SUCCESS; and verifies them later."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ Checksum = tuple[str, int | None, str]  # file name, bytes (None for images), SH
 
 
 def close(output: Output) -> None:
-    """Write images/part-*/metadata.parquet, checksums.parquet and then _SUCCESS with the digest of the
-    checksums."""
+    """Write images/part-*/metadata.parquet, checksums.parquet, and _SUCCESS with the digest of the latter."""
     with ThreadPoolExecutor(THREADS) as threads:
         by_part = threads.map(lambda shard: _close_part(output, shard), sorted(output.finished()))
         rows = [row for part_rows in by_part for row in part_rows]
@@ -87,8 +85,7 @@ def _write_image_folder(output: Output, shard: int, stored: pa.Table) -> Checksu
 
 
 def verify(output: Output) -> list[str]:
-    """Return one line for each error in a finished OUTPUT; an empty list if every byte is as it was
-    written."""
+    """Return one line for each error in a finished OUTPUT; an empty list if no byte has changed."""
     if not output.storage.exists(output.success):
         return [f"{output.success}: missing, the job is not finished"]
     data = output.storage.read(output.checksums)

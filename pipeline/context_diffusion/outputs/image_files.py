@@ -1,7 +1,8 @@
 """Stores a shard's images: as files, in the part's `image` column, both, or in a WebDataset tar.
 
 Images are stored before the part and are never overwritten. An image left by an earlier attempt determines
-its row's checksum."""
+its row's checksum.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The metadata that reproduces an image: written into its file, read from there or from its row of OUTPUT.
 
 Generates no pixels. The metadata of an image file is untrusted input: it is validated like a job, and names
-no folder or model that is opened without the user's consent."""
+no folder or model that is opened without the user's consent.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +43,10 @@ Metadata = dict[str, Any]
 
 
 class _Untrusted(BaseModel):
-    """The types of the entries that are used as they are. Settings, fit and control are validated where they
-    are used."""
+    """The types of the entries that are used as they are.
+
+    Settings, fit and control are validated where they are used.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True)
     id: str
@@ -75,7 +78,8 @@ def metadata_texts(written: dict[str, Any], loaded: dict[str, Any], parts: Parts
     """Return the texts of an image file.
 
     written: the image's row of the part; loaded: its row of the flow; parts: of a pretrained model. The texts
-    hold no time and no place, so equal rows have equal bytes."""
+    hold no time and no place, so equal rows have equal bytes.
+    """
     metadata = {key: written[key] for key in ROW if written.get(key) is not None}
     metadata |= {"versions": versions(), "inputs": input_digests(loaded)}
     if parts is not None:
@@ -158,8 +162,10 @@ def model_parts_of(metadata: Metadata, name: str) -> Parts | None:
 
 
 def differences(before: Metadata, texts: dict[str, str]) -> list[str]:
-    """List what differs between an image's metadata and the texts of the image generated now; unknown entries
-    are skipped."""
+    """List the differences between an image's metadata and the texts of the image generated now.
+
+    Unknown entries are skipped.
+    """
     now = json.loads(texts[KEY])
     compared = [(name, before.get(name), now[name]) for name in ("device", "model")]
     compared += [

@@ -51,8 +51,10 @@ class Output:
         return f"{self.root}/plan.json"
 
     def base(self) -> str:
-        """Return the folder of the first manifest file. Relative URIs in rows and image metadata are relative
-        to it."""
+        """Return the folder of the first manifest file.
+
+        Relative URIs in rows and image metadata are relative to it.
+        """
         return parent(self.read_json(self.plan)["manifest"][0]["uri"])
 
     def allow(self) -> list[str]:
@@ -90,8 +92,10 @@ class Output:
         return json.loads(self.storage.read(uri))
 
     def read_parts(self, columns: list[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
-        """Yield each finished shard's number and part, in order. Raises StorageError if a part is
-        unreadable."""
+        """Yield each finished shard's number and part, in order.
+
+        Raises StorageError if a part is unreadable.
+        """
         shards = sorted(self.finished())
         if columns is None:  # parts may contain images: one at a time
             yield from ((shard, self.read_part(shard)) for shard in shards)

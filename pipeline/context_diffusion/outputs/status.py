@@ -48,8 +48,7 @@ def progress_of(output: Output) -> StatusReport:
 
 
 def recent_rates(parts: list[WrittenPart]) -> tuple[float, float] | None:
-    """Return rows and images per second over the RATE_WINDOW_S before the last part. None for too few
-    parts."""
+    """Return rows and images per second in the RATE_WINDOW_S before the last part; None for too few parts."""
     last = max((at for at, _ in parts), default=None)
     if last is None:
         return None

@@ -1,5 +1,4 @@
-"""Writes summary.json and report.html: the figures, images beside their queries and contexts, and the failed
-rows."""
+"""Writes summary.json and report.html: figures, images beside their queries and contexts, and failed rows."""
 
 from __future__ import annotations
 
@@ -27,8 +26,10 @@ PAGE_BYTES = 9 * 2**20  # the rows, then thumbnails while they fit: outputs, que
 
 
 def rebuild(output: Output) -> dict[str, Any]:
-    """Count again and write summary.json and report.html. Figures that only the run could measure are
-    kept."""
+    """Count again and write summary.json and report.html.
+
+    Figures that only the run could measure are kept.
+    """
     counts = output.count()
     summary = output.read_json(output.summary) if output.storage.exists(output.summary) else {}
     summary |= {"output": output.root, **vars(counts)}
@@ -87,8 +88,7 @@ def _relative_url(row: dict[str, Any]) -> str | None:
 def _add_thumbnails(
     rows: list[dict[str, Any]], cards: list[dict[str, Any]], source_thumbnails: SourceThumbnails, room: int
 ) -> list[str]:
-    """Set each `thumbnail` of the cards to a position in the returned list of data: URLs; None where it does
-    not fit.
+    """Set each `thumbnail` of the cards to a position in the returned list of data: URLs; None if it is full.
 
     room: of the list, in bytes. Equal thumbnails of queries and contexts are stored once.
     """

@@ -25,8 +25,11 @@ COLUMNS = [*FIELDS, *MAX_CHARACTERS, "file_name", QUERY, CONTEXT, *DETAILS, *SCO
 
 
 def card(row: dict[str, Any], full_image: str | None) -> dict[str, Any]:
-    """Return what the page shows of a row, without thumbnails. full_image: the URL of the row's image
-    file."""
+    """Return what the page shows of a row, without thumbnails.
+
+    full_image: the URL of the row's image file.
+
+    """
     contexts = row.get(CONTEXT) or []
     return {
         **{name: _to_json(row.get(name)) for name in FIELDS},

@@ -1,7 +1,8 @@
 """Renders the report as one HTML file that contains its markup, style, script and data, and needs no network.
 
 Texts of manifests are untrusted: Jinja escapes what it inserts, the script sets plain text only, and the
-page's Content Security Policy runs no other script."""
+page's Content Security Policy runs no other script.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def render(
     """Render the page.
 
     data: what source.js reads; sheets: from sweep_grid.py; connect: where the script may request rows, as a
-    source of the Content Security Policy."""
+    source of the Content Security Policy.
+    """
     environment = templates("context_diffusion.outputs.report")
     assert environment.loader
     script_files = [environment.loader.get_source(environment, name)[0] for name in SCRIPTS]

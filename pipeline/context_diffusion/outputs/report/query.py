@@ -17,7 +17,8 @@ class RowQuery:
     """A filter over rows, their order and a page of them. An empty text means no filter.
 
     text: searched in id, prompt and error message; score: filtered to low <= score < high, without an upper
-    bound if high is 1."""
+    bound if high is 1.
+    """
 
     text: str = ""
     status: str = ""
@@ -31,8 +32,10 @@ class RowQuery:
     limit: int = 60
 
     def __post_init__(self) -> None:
-        """Check the names that become part of the SQL; all other values are passed as parameters. Raises
-        ValueError."""
+        """Check the names that become part of the SQL. Raises ValueError.
+
+        All other values are passed to the SQL as parameters.
+        """
         names = (
             ("score", self.score, SCORE_COLUMNS),
             ("sort", self.sort, SORT_COLUMNS),

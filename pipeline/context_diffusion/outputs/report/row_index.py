@@ -2,7 +2,8 @@
 
 data/ is many small files, and a query that opens all of them is slow (51 s for 15,625:
 tests/benchmarks/LOG.md). So the columns of queries are read once, part by part, into a database on disk; the
-other columns of the rows on a page are read from their parts."""
+other columns of the rows on a page are read from their parts.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +55,10 @@ class RowIndex:
         self._folder.cleanup()
 
     def refresh(self) -> None:
-        """Add the parts that were written since the last call. Raises StorageError if a part is
-        unreadable."""
+        """Add the parts that were written since the last call.
+
+        Raises StorageError if a part is unreadable.
+        """
         with self._refresh_lock, ThreadPoolExecutor(READERS) as threads:
             new = sorted(self.output.finished() - self._indexed)
             last_notice = time.monotonic()

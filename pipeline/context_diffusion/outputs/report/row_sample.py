@@ -2,7 +2,8 @@
 
 The sample holds rows at even distances, the worst and the best rows by each score, and some failed rows of
 each error code. Only the columns in SAMPLED are read, and only rows that may still be chosen are held in
-memory."""
+memory.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +57,11 @@ class ScoreStatistics:
 
 @dataclass
 class RowSample:
-    """The chosen rows. scores: by column, only those that some row has; failures: by error code; rows: of
-    OUTPUT."""
+    """The chosen rows.
+
+    scores: by column, only those that some row has; failures: by error code; rows: of OUTPUT.
+
+    """
 
     scores: dict[str, ScoreStatistics] = field(default_factory=lambda: defaultdict(ScoreStatistics))
     even: list[Position] = field(default_factory=list)

@@ -1,5 +1,4 @@
-"""Renders contact sheets of a job with a matrix: a grid of the images of each of the first rows, with
-labelled axes."""
+"""Renders the contact sheets of a job with a matrix: a labelled grid of images for each of the first rows."""
 
 from __future__ import annotations
 
@@ -34,7 +33,8 @@ class Grid:
     """The layout of a matrix: its first axis goes down and the others go across; a single axis goes across.
 
     across: the name of each axis, the columns that each value spans, and the values from left to right; down:
-    name and values."""
+    name and values.
+    """
 
     across: list[tuple[str, int, list[str]]]
     down: tuple[str, list[str]]
@@ -54,8 +54,10 @@ class Grid:
         return cls(across, down, width)
 
     def lines(self, images: list[Row]) -> list[tuple[str, list[list[Row]]]]:
-        """Arrange a row's images, ordered by index. Returns each value of the axis down with its cells of
-        images."""
+        """Arrange a row's images, ordered by index.
+
+        Returns each value of the axis down with its cells of images.
+        """
         cells = _cut(images, images[0]["num_images"])
         return list(zip(self.down[1], _cut(cells, self.width), strict=True))
 
@@ -66,7 +68,8 @@ def contact_sheets(
     """Render the HTML of the sheets; empty if the job has no matrix.
 
     output_thumbnail: the thumbnail of a row of data/; source_thumbnail: that of a query or context by its URI
-    and frame. Both return a data: URL, or None if the image is missing."""
+    and frame. Both return a data: URL, or None if the image is missing.
+    """
     matrix: Matrix = output.read_json(output.plan)["job"].get("matrix") or {}
     if not matrix:
         return Markup()

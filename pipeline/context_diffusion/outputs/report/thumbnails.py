@@ -1,7 +1,8 @@
 """Reads the images that the report and the viewer show, in full or as thumbnails: outputs, queries, contexts.
 
 The names in a row are untrusted: sources are read under the rules of OUTPUT's job, and a file_name must lie
-in images/ or webdataset/ of OUTPUT."""
+in images/ or webdataset/ of OUTPUT.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +78,7 @@ class ImageReader:
             return None
 
     def source_thumbnail(self, uri: str | None, frame: Frame | None = None) -> bytes | None:
-        """Return a WebP thumbnail of a query or context; None if it was inline, is missing, or may not be
-        read.
+        """Return a WebP thumbnail of a query or context; None if it was inline, is missing or is not allowed.
 
         frame: of a query, from frame_of; default: the whole image.
         """
@@ -96,8 +96,7 @@ class ImageReader:
 
 
 def frame_of(row: dict[str, Any]) -> Frame | None:
-    """Return the frame in which a row's query has the shape that the model was given. None for a failed
-    row."""
+    """Return the frame with the shape in which the model was given a row's query; None for a failed row."""
     if row["status"] != "ok" or not row["width"] or not row["height"]:
         return None
     return _size_within(SOURCE_SIDE, row["width"], row["height"])
@@ -106,8 +105,7 @@ def frame_of(row: dict[str, Any]) -> Frame | None:
 def thumbnail(
     data: bytes, side: int, limits: Limits, frame: Frame | None = None, fit: Fit = "stretch"
 ) -> bytes:
-    """Encode a WebP thumbnail that fits into `side` pixels and is never enlarged, or that `fit` brings to a
-    frame.
+    """Encode a WebP thumbnail of at most `side` pixels, or of a frame, to which `fit` brings the image.
 
     Raises RowError.
     """

@@ -144,8 +144,10 @@ def _unavailable(_: Request, error: Exception) -> Response:
 
 
 def make_app(viewer: Viewer) -> Starlette:
-    """Create the app. It refuses other host names, so that no foreign web page can read from it (DNS
-    rebinding)."""
+    """Create the app.
+
+    It refuses other host names, so that no foreign web page can read from it (DNS rebinding).
+    """
     routes = [
         Route("/", viewer.page),
         Route("/rows", viewer.rows),
@@ -159,8 +161,10 @@ def make_app(viewer: Viewer) -> Starlette:
 
 
 def serve(output: Output, port: int, notify: Callable[[str], None]) -> str:
-    """Serve until Ctrl-C or SIGTERM, and return the URL. port 0: any free port. Raises JobError if the port
-    is in use."""
+    """Serve until Ctrl-C or SIGTERM, and return the URL. port 0: any free port.
+
+    Raises JobError if the port is in use.
+    """
     try:
         listening = socket.create_server((HOST, port))
     except OSError as error:
