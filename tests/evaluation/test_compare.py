@@ -104,9 +104,9 @@ def test_outputs_of_ours_are_compared_and_referred_to_without_a_manifest(tmp_pat
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"reference": "/nowhere"}, JobError, "/nowhere has 0 pictures, distances need 2"),
+        ({"reference": "/nowhere"}, JobError, "/nowhere has 0 images, distances need at least 2"),
         ({"reference": "x", "columns": {"reference": "wanted"}}, ConfigError, "takes the place of the key `reference`"),
-        ({"compare": "/nowhere"}, JobError, "/nowhere is no folder"),
+        ({"compare": "/nowhere"}, JobError, "folder not found: /nowhere"),
         ({"compare": "strangers"}, JobError, "none of the rows of .*a, such as 'r0'"),
     ],
 )

@@ -64,5 +64,5 @@ def test_another_clip_model_from_a_folder_is_a_judge_and_what_is_none_is_refused
     assert prompt_score(image, "ocean", str(tmp_path / "other")) != prompt_score(image, "ocean")
     (tmp_path / "other" / "model.safetensors").unlink()
     for wrong in (tmp_path / "other", tmp_path / "nothing"):
-        with pytest.raises(ModelError, match=r"is no CLIP model"):
+        with pytest.raises(ModelError, match=r"is not a CLIP model"):
             PromptJudge(str(wrong))

@@ -125,11 +125,11 @@ def test_a_column_may_name_the_pictures_and_missing_ones_are_rows(folder: Path) 
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"images": "/nowhere"}, JobError, "/nowhere is no folder"),
+        ({"images": "/nowhere"}, JobError, "folder not found: /nowhere"),
         ({"manifest": None}, JobError, "no plan.json"),
         ({"manifest": "/nowhere.csv"}, ManifestError, "nowhere.csv"),
-        ({"columns": {"query": "frage"}}, ManifestError, "frage are missing; there are name, query"),
-        ({"columns": {"id": "prompt"}, "twice": True}, ManifestError, "stands more than once"),
+        ({"columns": {"query": "frage"}}, ManifestError, "missing columns: frage; it has name, query"),
+        ({"columns": {"id": "prompt"}, "twice": True}, ManifestError, "duplicate id"),
         ({"columns": {"qeury": "x"}}, ConfigError, "'qeury' is none of ours"),
         ({"score": []}, ConfigError, "score"),
         ({"score": ["beauty"]}, ConfigError, "layout"),

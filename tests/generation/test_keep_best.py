@@ -86,7 +86,7 @@ def test_the_best_image_alone_is_written_with_the_seed_that_makes_it_again(tmp_p
         best = max(every[row["id"]], key=mean)
         same = ("index", "seed", "num_images", "author", "style_score", "layout_leakage")
         assert [row[name] for name in same] == [best[name] for name in same]
-        data = output.picture(row)
+        data = output.image(row)
         told = json.loads(read_metadata(data)["context_diffusion"])
         assert (told["index"], told["seed"]) == (best["index"], best["seed"])
     assert len({row["index"] for row in kept}) > 1, "not always the first"

@@ -108,7 +108,7 @@ def test_the_first_job_that_does_not_finish_ends_them_with_its_code(tmp_path: Pa
     assert code == told["exit"] == 2
     assert [job["exit"] for job in told["jobs"]] == [0, 2]
     assert told["error"] == told["jobs"][1]["error"]
-    assert f"error: images: {tmp_path / 'nowhere'} is no folder" in log
+    assert f"error: images: folder not found: {tmp_path / 'nowhere'}" in log
     assert not (tmp_path / "scores-3").exists()
 
 

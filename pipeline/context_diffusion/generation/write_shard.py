@@ -39,7 +39,7 @@ from context_diffusion.evaluation.scores import best_of, is_flagged, measure
 from context_diffusion.generation.stages import span
 from context_diffusion.inputs.image_sources import INLINE
 from context_diffusion.outputs.encode import encode_image
-from context_diffusion.outputs.image_files import picture_name, place, standing
+from context_diffusion.outputs.image_files import existing_images, image_name, store_images
 from context_diffusion.outputs.image_metadata import metadata_texts
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.parquet_files import to_parquet
@@ -67,7 +67,7 @@ class WriteShard:
         rows_and_images = [self._row(flow_rows[number]) for number in selected]
         rows = [row for row, _ in rows_and_images]
         images = [image for _, image in rows_and_images]
-        place(self.output, self.job, shard, rows, images)
+        store_images(self.output, self.job, shard, rows, images)
         part = self._part(table, selected, rows)
         if shard in self.redo:
             part = _merged(self.output.read_part(shard), part)
@@ -89,11 +89,11 @@ class WriteShard:
         if self.job.keep == "all":
             return list(range(len(rows)))
         columns = columns_of(self.job.score)
-        existing = standing(self.output, self.job, shard)
+        existing = existing_images(self.output, self.job, shard)
         selected = []
         for _, group in groupby(range(len(rows)), key=lambda number: rows[number][ID]):
             numbers = list(group)
-            written = [number for number in numbers if picture_name(self.job, rows[number]) in existing]
+            written = [number for number in numbers if image_name(self.job, rows[number]) in existing]
             safe = [number for number in numbers if not rows[number]["unsafe"]]
             candidates = written or safe or numbers
             selected.append(candidates[best_of([rows[number] for number in candidates], columns)])

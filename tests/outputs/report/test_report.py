@@ -18,9 +18,9 @@ from PIL import Image
 from context_diffusion.core.errors import RowError, StorageError
 from context_diffusion.outputs.finalize import verify
 from context_diffusion.outputs.report.build import PAGE_BYTES, rebuild, write_report
-from context_diffusion.outputs.report.row_sample import BINS, EVEN, EXTREME, FAILED, survey
-from context_diffusion.outputs.report.thumbnails import PATIENCE, Pictures
-from context_diffusion.outputs.report.viewer_cache import Shelf
+from context_diffusion.outputs.report.row_sample import BINS, EVEN, EXTREME, FAILED, sample_rows
+from context_diffusion.outputs.report.thumbnails import MAX_UNAVAILABLE, ImageReader
+from context_diffusion.outputs.report.viewer_cache import ViewerCache
 from context_diffusion.storage.filesystem import Storage
 from support.report_outputs import ATTACK, data_of, finished, parts, png
 
@@ -39,8 +39,8 @@ def scored(count: int) -> list[dict[str, Any]]:
 
 def test_the_sample_is_even_and_has_the_ends_of_each_score_and_some_failures_of_each_code(tmp_path: Path) -> None:
     rows = scored(3000)
-    found = survey(parts(tmp_path, rows, 37), 2700)
-    at = {place: rows[place[0] * 37 + place[1]] for place in found.places}
+    found = sample_rows(parts(tmp_path, rows, 37), 2700)
+    at = {place: rows[place[0] * 37 + place[1]] for place in found.positions}
     made = [number for number, row in enumerate(rows) if "status" not in row]
     even = [made.index(shard * 37 + row) for shard, row in found.even]
     assert len(even) == EVEN
@@ -56,7 +56,7 @@ def test_the_sample_is_even_and_has_the_ends_of_each_score_and_some_failures_of_
 
 def test_histograms_count_all_pictures_not_the_sample(tmp_path: Path) -> None:
     rows = scored(2000)
-    for told in survey(parts(tmp_path, rows, 64), 1800).histograms:
+    for told in sample_rows(parts(tmp_path, rows, 64), 1800).histograms:
         values = np.float32([row[told["name"]] for row in rows if row.get(told["name"]) is not None])
         bins = [0] * BINS
         for value in values:
@@ -66,7 +66,7 @@ def test_histograms_count_all_pictures_not_the_sample(tmp_path: Path) -> None:
 
 
 def test_few_images_all_stand_on_the_page(tmp_path: Path) -> None:
-    found = survey(parts(tmp_path, scored(30), 4), 27)
+    found = sample_rows(parts(tmp_path, scored(30), 4), 27)
     assert len(found.even) == 27
     assert found.rows == 30
 
@@ -92,7 +92,7 @@ def test_the_page_stays_small_whatever_the_rows_hold(tmp_path: Path) -> None:
     page = Path(output.report).read_bytes()
     data = data_of(page.decode())
     assert len(data["rows"]) == EVEN + 18 * FAILED
-    assert 0 < len(data["pictures"]) < EVEN, "the room ended within the pictures"
+    assert 0 < len(data["thumbnails"]) < EVEN, "the room ended within the pictures"
     assert PAGE_BYTES - 2**18 < len(page) < PAGE_BYTES + 2**15 < 10**7
 
 
@@ -162,10 +162,10 @@ def test_queries_and_contexts_are_embedded_once_where_the_job_may_read_them(tmp_
     rows = {row["id"]: row for row in data["rows"]}
     assert len(rows) == 12
     made = [row for row in rows.values() if row["status"] == "ok"]
-    assert all(row["made"] is not None and row["query"]["picture"] is not None for row in made)
-    assert all((tmp_path / "out" / row["whole"]).is_file() for row in made)
-    assert len(data["pictures"]) == len(made) + 6, "six files are queries and contexts of all rows"
-    assert rows["row-003"]["query"] == {"uri": "gone.png", "picture": None}
+    assert all(row["thumbnail"] is not None and row["query"]["thumbnail"] is not None for row in made)
+    assert all((tmp_path / "out" / row["full_image"]).is_file() for row in made)
+    assert len(data["thumbnails"]) == len(made) + 6, "six files are queries and contexts of all rows"
+    assert rows["row-003"]["query"] == {"uri": "gone.png", "thumbnail": None}
 
 
 def green_in_red(width: int, height: int) -> bytes:
@@ -178,7 +178,7 @@ def green_in_red(width: int, height: int) -> bytes:
 
 def picture_of(data: Any, source: dict[str, Any]) -> Image.Image:
     """A card's thumbnail as a browser shows it."""
-    return Image.open(io.BytesIO(base64.b64decode(data["pictures"][source["picture"]].partition(",")[2])))
+    return Image.open(io.BytesIO(base64.b64decode(data["thumbnails"][source["thumbnail"]].partition(",")[2])))
 
 
 def reds(image: Image.Image) -> float:
@@ -203,7 +203,7 @@ def test_a_wide_query_is_shown_as_the_engine_had_it_and_a_context_whole(
     assert (query.size, reds(query) > 0) == (size, has_red)
     assert context.size == (128, 43)
     assert reds(context) > 0.5
-    served = Image.open(io.BytesIO(Shelf(output).source_thumbnail((0, 0), None) or b""))
+    served = Image.open(io.BytesIO(ViewerCache(output).source_thumbnail((0, 0), None) or b""))
     assert (served.size, reds(served)) == (query.size, reds(query))
 
 
@@ -221,7 +221,7 @@ def test_what_the_job_may_not_read_is_not_shown(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png(1))
     (tmp_path / "out" / "in").mkdir(parents=True)
     (tmp_path / "out" / "in" / "open.png").write_bytes(png(2))
-    pictures = Pictures(parts(tmp_path / "out", [{"id": "a"}], 1))
+    pictures = ImageReader(parts(tmp_path / "out", [{"id": "a"}], 1))
     assert pictures.source_thumbnail(str(tmp_path / "out" / "in" / "open.png"))
     assert pictures.source_thumbnail(str(tmp_path / "secret.png")) is None
     assert pictures.source_thumbnail(str(tmp_path / "out" / "in" / ".." / ".." / "secret.png")) is None
@@ -230,7 +230,7 @@ def test_what_the_job_may_not_read_is_not_shown(tmp_path: Path) -> None:
 
 def test_a_file_name_leads_nowhere_but_to_its_outputs_pictures(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png(1))
-    pictures = Pictures(parts(tmp_path / "out", [{"id": "a"}], 1))
+    pictures = ImageReader(parts(tmp_path / "out", [{"id": "a"}], 1))
     for name in (
         "../secret.png",
         "images/part-00000/../../../secret.png",
@@ -239,12 +239,12 @@ def test_a_file_name_leads_nowhere_but_to_its_outputs_pictures(tmp_path: Path) -
         "images/part-00000/..",
         "",
     ):
-        with pytest.raises(RowError, match="not a picture of this OUTPUT"):
-            pictures.made({"id": "a", "file_name": name})
-    with pytest.raises(RowError, match="is gone"):
-        pictures.made({"id": "a", "file_name": "images/part-00000/a-0.png"})
-    with pytest.raises(RowError, match="not a picture of this OUTPUT"):
-        pictures.made({"id": "a", "file_name": None, "image": None})
+        with pytest.raises(RowError, match="is not an image of this OUTPUT"):
+            pictures.output_image({"id": "a", "file_name": name})
+    with pytest.raises(RowError, match="is missing from"):
+        pictures.output_image({"id": "a", "file_name": "images/part-00000/a-0.png"})
+    with pytest.raises(RowError, match="is not an image of this OUTPUT"):
+        pictures.output_image({"id": "a", "file_name": None, "image": None})
 
 
 def test_a_store_that_is_away_is_not_waited_for_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,9 +255,9 @@ def test_a_store_that_is_away_is_not_waited_for_again_and_again(tmp_path: Path, 
         raise StorageError(f"{uri}: away")
 
     monkeypatch.setattr(Storage, "read_input", away)
-    pictures = Pictures(parts(tmp_path, [{"id": "a"}], 1))
+    pictures = ImageReader(parts(tmp_path, [{"id": "a"}], 1))
     assert [pictures.source_thumbnail(str(tmp_path / "in" / f"{number}.png")) for number in range(9)] == [None] * 9
-    assert len(asked) == PATIENCE
+    assert len(asked) == MAX_UNAVAILABLE
 
 
 def test_a_rebuilt_report_keeps_what_the_run_knew_and_the_output_whole(tmp_path: Path) -> None:
