@@ -130,7 +130,7 @@ def test_a_column_may_name_the_pictures_and_missing_ones_are_rows(folder: Path) 
         ({"manifest": "/nowhere.csv"}, ManifestError, "nowhere.csv"),
         ({"columns": {"query": "frage"}}, ManifestError, "missing columns: frage; it has name, query"),
         ({"columns": {"id": "prompt"}, "twice": True}, ManifestError, "duplicate id"),
-        ({"columns": {"qeury": "x"}}, ConfigError, "'qeury' is none of ours"),
+        ({"columns": {"qeury": "x"}}, ConfigError, "unknown name 'qeury'"),
         ({"score": []}, ConfigError, "score"),
         ({"score": ["beauty"]}, ConfigError, "layout"),
         ({"jugde": "x"}, ConfigError, "did you mean 'judge'"),

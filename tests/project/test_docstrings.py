@@ -32,6 +32,7 @@ NOUNS = {
     "DataLoader",
     "datasets",
     "tojson",
+    "DigitalSourceType",
 }
 CLASS = re.compile(r"(?<![\w./-])[A-Z][a-z]+(?:[A-Z][a-z]+)+(?:\.\w+)*")
 QUOTED = re.compile(r"`([A-Za-z_][\w.]*)(?:\(\.*\))?`")

@@ -25,19 +25,14 @@ REPORTS = (
 class AutoencoderSteps(StrictModel):
     """The stage that trains the autoencoder."""
 
-    minutes: float = Field(
-        default=25, gt=0, description="duration of the stage; the learning rate decays to its end"
-    )
+    minutes: float = Field(default=25, gt=0, description="duration; the learning rate decays over it")
     decoder_minutes: float = Field(
-        default=4, gt=0, description="duration of the final stage, which trains the decoder alone"
+        default=4, gt=0, description="duration of the final stage: the decoder alone"
     )
     batch_size: int = Field(default=16, ge=1, description="of all workers together")
     learning_rate: float = Field(default=5e-4, gt=0, description="of AdamW")
     crops: float = Field(
-        default=0.8,
-        ge=0,
-        le=1,
-        description="fraction of the stage, from its start, that trains on quarters of the images",
+        default=0.8, ge=0, le=1, description="first part of the stage, on quarters of images"
     )
     latent_noise: float = Field(
         default=0.08, ge=0, description="noise on the latents, which makes the decoder robust to small errors"
@@ -47,26 +42,17 @@ class AutoencoderSteps(StrictModel):
 class DiffusionSteps(StrictModel):
     """The stage that trains the diffusion model."""
 
-    minutes: float = Field(
-        default=170, gt=0, description="duration of the stage; the learning rate decays to its end"
-    )
+    minutes: float = Field(default=170, gt=0, description="duration; the learning rate decays over it")
     batch_size: int = Field(default=32, ge=1, description="of all workers together")
     accumulate: int = Field(default=1, ge=1, description="gradient accumulation steps of each worker")
-    learning_rate: float = Field(
-        default=1e-3, gt=0, description="of AdamW, for vectors, embeddings, first and last layers"
-    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW: vectors and outer layers")
     matrix_learning_rate: float = Field(default=0.02, gt=0, description="of Muon, for the other matrices")
     ema: float = Field(default=0.999, ge=0, lt=1, description="decay of the averaged weights")
     min_snr: float = Field(default=5.0, gt=0, description="gamma of min-SNR weighting (Hang et al. 2023)")
-    context_dropout: float = Field(
-        default=0.15, ge=0, le=1, description="fraction of samples without contexts"
-    )
+    context_dropout: float = Field(default=0.15, ge=0, le=1, description="share of samples without contexts")
     prompt_dropout: float = Field(default=0.4, ge=0, le=1, description="fraction of samples without a prompt")
     crops: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="fraction of the stage, from its start, that trains on quarters of the images",
+        default=0.0, ge=0, le=1, description="first part of the stage, on quarters of images"
     )
     auxiliary: float = Field(default=0.2, ge=0, description="weight of the loss of the auxiliary heads")
 
@@ -92,12 +78,8 @@ class Normalization(StrictModel):
 class FinetuneSteps(DiffusionSteps):
     """The stage that fine-tunes the diffusion model, with smaller steps so that it keeps what it learned."""
 
-    minutes: float = Field(
-        default=15, gt=0, description="duration of the stage; the learning rate decays to its end"
-    )
-    learning_rate: float = Field(
-        default=1e-4, gt=0, description="of AdamW, for vectors, embeddings, first and last layers"
-    )
+    minutes: float = Field(default=15, gt=0, description="duration; the learning rate decays over it")
+    learning_rate: float = Field(default=1e-4, gt=0, description="of AdamW: vectors and outer layers")
     matrix_learning_rate: float = Field(default=0.002, gt=0, description="of Muon, for the other matrices")
     ema: float = Field(default=0.98, ge=0, lt=1, description="decay of the averaged weights")
     auxiliary: float = Field(
@@ -115,9 +97,7 @@ class ReliefSteps(StrictModel):
         default=4500, ge=0, description="steps of the stage, at most `max_steps`; 0: the stage is skipped"
     )
     batch_size: int = Field(default=16, ge=1, description="images, each with its own layout and style")
-    learning_rate: float = Field(
-        default=1e-3, gt=0, description="of AdamW, for vectors, first and last layers"
-    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="of AdamW: vectors and outer layers")
     matrix_learning_rate: float = Field(default=0.01, gt=0, description="of Muon, for the other matrices")
 
 
@@ -209,11 +189,7 @@ class TrainingJob(StrictModel):
     styles: int = Field(default=640, ge=2, description="styles per pool of data")
     pictures: int = Field(default=5, ge=4, description="layouts per style of a pool")
     pool_steps: int = Field(default=800, ge=1, description="steps before the next pool is generated")
-    checkpoint_every: int = Field(
-        default=500,
-        ge=1,
-        description=REPORTS,
-    )
+    checkpoint_every: int = Field(default=500, ge=1, description=REPORTS)
     workers: int = Field(
         default=1, ge=1, description="worker processes on Ray Train; each takes its share of a batch"
     )
@@ -318,9 +294,5 @@ class FinetuneJob(TrainingJob):
         default=0, ge=0, description="seed of batches, noise and the choice of validation images"
     )
     styles: int = Field(default=160, ge=2, description="styles per pool of generated data")
-    checkpoint_every: int = Field(
-        default=200,
-        ge=1,
-        description=REPORTS,
-    )
+    checkpoint_every: int = Field(default=200, ge=1, description=REPORTS)
     diffusion: FinetuneSteps = FinetuneSteps()

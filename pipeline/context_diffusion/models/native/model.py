@@ -1,5 +1,4 @@
-"""The native Context Diffusion model: standard diffusers and transformers components and a small fusion
-module.
+"""The native model: components of diffusers and transformers, and a small fusion module.
 
 The query's control map goes through a ControlNet without cross-attention, contexts and prompt through
 cross-attention of the U-Net (after arXiv 2312.03584, with masked and normalised fusion, a null context and
@@ -154,8 +153,7 @@ class NativeModel:
         )
 
     def summarise_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Summarise uint8 (N, 3, S, S) as (N, K, 2·D_v) by the context encoder, and return the images'
-        statistics too."""
+        """Summarise uint8 (N, 3, S, S) as (N, K, 2·D_v), and return the images' statistics too."""
         kind = self.normalization.contexts or "none"
         values, _, _ = normalise(images, kind)
         if kind == "none":
@@ -234,15 +232,13 @@ class NativeModel:
         return self.relief.texture if self.relief.learned else None
 
     def encode_draft(self, drafts: Tensor) -> EncodedDraft:
-        """Encode drafts (B, CHANNELS, H, W) for the U-Net: folded pixels, and latents of the textured
-        channels, 0 without one."""
+        """Encode drafts (B, CHANNELS, H, W) for the U-Net: folded pixels, latents of textured channels or 0."""
         present = drafts.flatten(1).any(1)[:, None, None, None]
         latents = self._encode(drafts[:, TEXTURED]) * present
         return EncodedDraft(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
 
     def detail(self, drafts: Tensor, draft: EncodedDraft) -> tuple[Tensor, Tensor]:
-        """Return the textured drafts without noise, and their reconstructions: (B, 3, H, W) in [0, 1]
-        each."""
+        """Return the textured drafts without noise, and their reconstructions: (B, 3, H, W) in [0, 1]."""
         return denoised(drafts[:, TEXTURED] / 2 + 0.5), self.decode(draft.latents).float()
 
     def precondition(
@@ -277,8 +273,7 @@ class NativeModel:
         return self._encode(images / 127.5 - 1)
 
     def _encode(self, signed: Tensor) -> Tensor:
-        """Encode values in [-1, 1]; `fold` x `fold` latents become channels of one place, so that the U-Net's
-        grid stays coarse."""
+        """Encode values in [-1, 1]; `fold` x `fold` latents become channels of one position of the U-Net."""
         return (
             F.pixel_unshuffle(self.vae.encode(signed.to(self.dtype)).latents, self.fold) * self.latent_scale
         )
