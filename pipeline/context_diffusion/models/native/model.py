@@ -174,15 +174,12 @@ class NativeModel:
         return self.fusion(text, text_mask, contexts, weights)
 
     def encode_control(self, control_maps: Tensor, kinds: list[str]) -> Tensor:
-        """Encode control maps, uint8 (B, 3, H, W), to latents (B, C, h, w) for the ControlNet, once a row.
+        """Encode control maps, uint8 (B, 3, H, W), to latents (B, C, h, w), once a row.
 
-        Maps that show tones are normalised first (tanh keeps the order of outliers), edge maps are used as
-        they are."""
+        Maps that show tones are normalised first; tanh keeps the order of outliers."""
         normal, _, _ = normalise(control_maps, self.normalization.query)
-        picture = shows_tones(kinds, control_maps.device)
-        signed = torch.where(
-            picture[:, None, None, None], torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1
-        )
+        tones = shows_tones(kinds, control_maps.device)[:, None, None, None]
+        signed = torch.where(tones, torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1)
         return self._encode(signed)
 
     def control(self, latents: Tensor, timesteps: Tensor, encoded: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -232,7 +229,7 @@ class NativeModel:
         return self.relief.texture if self.relief.learned else None
 
     def encode_draft(self, drafts: Tensor) -> EncodedDraft:
-        """Encode drafts (B, CHANNELS, H, W) for the U-Net: folded pixels, latents of textured channels or 0."""
+        """Encode drafts (B, CHANNELS, H, W) for the U-Net: folded pixels, latents of textures or 0."""
         present = drafts.flatten(1).any(1)[:, None, None, None]
         latents = self._encode(drafts[:, TEXTURED]) * present
         return EncodedDraft(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
