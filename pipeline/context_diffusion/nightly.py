@@ -3,10 +3,9 @@
     python -m context_diffusion.nightly ready jobs/nightly.yaml --day 2026-11-27     # 75 without a manifest
     python -m context_diffusion.nightly run jobs/nightly.yaml --day 2026-11-27 --max-failed-share 0.01
 
-RAY_API_SERVER_ADDRESS and RAY_AUTH_TOKEN name the cluster. SIGTERM stops the Ray job; the same command resumes
-it. Needs only the standard library, PyYAML and ray_jobs.py: `pip install --no-deps context-diffusion`, or both
-files next to the DAG.
-"""
+RAY_API_SERVER_ADDRESS and RAY_AUTH_TOKEN name the cluster. SIGTERM stops the Ray job; the same command
+resumes it. Needs only the standard library, PyYAML and ray_jobs.py: `pip install --no-deps
+context-diffusion`, or both files next to the DAG."""
 
 from __future__ import annotations
 
@@ -127,8 +126,9 @@ def check(summary: dict[str, Any], max_failed_share: float = 0.01) -> str:
     """Return the path of OUTPUT. Raises WrongJobError if a larger share of the rows failed."""
     share = summary["failed"] / max(summary["rows"], 1)
     if share > max_failed_share:
-        counts = f"{summary['failed']} of {summary['rows']} rows failed ({share:.1%}, at most {max_failed_share:.1%} allowed)"
-        raise WrongJobError(f"{summary['output']}: {counts}; see its report.html")
+        counts = f"{summary['failed']} of {summary['rows']} rows failed, {share:.1%}"
+        limit = f"at most {max_failed_share:.1%} are allowed"
+        raise WrongJobError(f"{summary['output']}: {counts}; {limit}: see its report.html")
     return str(summary["output"])
 
 

@@ -134,7 +134,7 @@ def test_stdout_holds_the_result_alone(tmp_path: Path) -> None:
         (["validate", "jobs/demo.yaml", "--pictures", "sheet"], "--pictures sheet: the contact sheet is a PNG"),
         (
             ["submit", "jobs/demo.yaml", "--address", "http://127.0.0.1:1", "--wheel", "x.whl"],
-            "--wheel x.whl: there is no such file",
+            "--wheel x.whl: file not found",
         ),
         (["doctor", "--nonsense"], "No such option: --nonsense"),
     ],

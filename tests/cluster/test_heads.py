@@ -67,7 +67,7 @@ def test_a_head_whose_python_on_path_is_another_one_runs_the_job_on_rays_own_and
         assert code == told["exit"] == 0, log
         assert len(read_output(tmp_path / "out")) == 4
         code, told, log = call(head, "status", "out", address=f"http://{head.address}")
-        assert (code, "no Ray dashboard" in told["error"], "8265" in told["error"]) == (75, True, True), log
+        assert (code, "not a Ray dashboard" in told["error"], "8265" in told["error"]) == (75, True, True), log
         assert asks_for_a_token(head)
 
 

@@ -77,7 +77,7 @@ def test_engines_whose_number_is_left_open_grow_with_the_gpus(cluster: Cluster, 
     wait_for(lambda: sorted(one["node_id"] for one in engines(cluster)) == sorted([first, second]))
     assert jobs.follow(submitted["submission_id"], print) == 0
     assert len(read_output(tmp_path / "out")) == 1000
-    assert "on which their torch finds none" in jobs.logs(submitted["submission_id"]), "the GPUs are logical"
+    assert "but their torch finds none" in jobs.logs(submitted["submission_id"]), "the GPUs are logical"
 
 
 def test_a_cluster_that_is_lost_ends_the_wait_with_75_and_its_name(cluster: Cluster, tmp_path: Path) -> None:

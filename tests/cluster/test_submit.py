@@ -81,7 +81,7 @@ def test_what_is_wrong_is_told(cluster: Cluster, tmp_path: Path) -> None:
     assert call(cluster, "status", "nothing-of-the-kind")[0] == 2
     code, _, log = call(cluster, "stop", "nothing-of-the-kind")
     assert code == 75
-    assert "knows no job nothing-of-the-kind" in log
+    assert "has no job nothing-of-the-kind" in log
     code, told, log = call(cluster, "submit", job, "--set", "manifest=/nowhere/at/all.parquet", "--wait")
     assert code == told["exit"] == 2
     assert "/nowhere/at/all.parquet" in log

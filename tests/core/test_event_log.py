@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from context_diffusion.cluster import progress
-from context_diffusion.cluster.progress import Progress
+from context_diffusion.cluster.progress import RunProgress
 from context_diffusion.core.event_log import LOG, LogFormat
 from context_diffusion.core.records import Counts
 from support.finished_output import make
@@ -29,11 +29,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return sink
 
 
-def watched(folder: Path) -> Progress:
+def watched(folder: Path) -> RunProgress:
     """Progress over two real shards, one row of them failed."""
     heard: list[dict[str, Any]] = []
     make(folder, 8, {5: {"scheduler": PROMPT}}, written=heard, rows_per_part=4)
-    with Progress(10, Counts(rows=2, ok=2, images=2), "/logs/of/ray") as shown:
+    with RunProgress(10, Counts(rows=2, ok=2, images=2), "/logs/of/ray") as shown:
         for one in heard:
             shown.add(one)
     return shown

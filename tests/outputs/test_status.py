@@ -60,5 +60,5 @@ def test_the_pace_is_that_of_the_last_quarter_of_an_hour_in_which_parts_were_wri
 def test_a_name_that_is_neither_a_folder_nor_a_submission() -> None:
     with pytest.raises(JobError, match=r"some/where: no plan\.json there"):
         submission_of("some/where", None)
-    with pytest.raises(JobError, match="give --address"):
+    with pytest.raises(JobError, match="with --address"):
         submission_of("demo-1", None)
