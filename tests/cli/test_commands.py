@@ -18,7 +18,7 @@ import typer
 from packaging.requirements import Requirement
 
 from context_diffusion.cli.doctor import cluster, readable, weights, writable
-from context_diffusion.cli.machine_checks import extras, lacks, machine_checks
+from context_diffusion.cli.machine_checks import extras, machine_checks, problems_of
 from context_diffusion.cli.main import app
 from context_diffusion.core.model_parts import PRESETS
 from context_diffusion.models.hub import split
@@ -174,7 +174,7 @@ def test_doctor_names_a_temporary_folder_that_is_too_long_for_sockets(tmp_path: 
     code, out, _ = call("doctor", RAY_ADDRESS="", TMPDIR=str(long))
     broken = [check["told"] for check in json.loads(out)["checks"] if not check["ok"]]
     assert (code, len(broken)) == (2, 1)
-    assert "set RAY_TMPDIR to a short one" in broken[0]
+    assert "set RAY_TMPDIR to a short path" in broken[0]
     assert call("doctor", RAY_ADDRESS="", TMPDIR=str(long), RAY_TMPDIR="/tmp")[0] == 0
 
 
@@ -198,24 +198,24 @@ def test_doctor_says_what_forbids_the_download_of_weights(tmp_path: Path) -> Non
 
 
 def test_a_package_that_is_too_old_or_missing_is_named() -> None:
-    assert lacks(Requirement("pillow>=1")) == []
-    assert lacks(Requirement("pillow>=999"))[0].startswith("pillow>=999 is needed, ")
-    assert lacks(Requirement("no-such-package")) == ["no-such-package is needed, none is here: pip install 'no-such-package'"]
+    assert problems_of(Requirement("pillow>=1")) == []
+    assert problems_of(Requirement("pillow>=999"))[0].startswith("pillow>=999 is required, ")
+    assert problems_of(Requirement("no-such-package")) == ["no-such-package is required, it is not installed: pip install 'no-such-package'"]
     assert all(check.ok for check in machine_checks())
     assert not {"dev", "full"} & set(extras().values["missing"])
 
 
 def test_storage_is_tried_as_a_run_uses_it(s3: str, tmp_path: Path) -> None:
     STORAGE.create(f"{s3}/rows/a.jsonl", b"{}\n")
-    assert readable(f"{s3}/rows", STORAGE).told == f"{s3}/rows: 1 entries"
+    assert readable(f"{s3}/rows", STORAGE).message == f"{s3}/rows: 1 entries"
     assert readable(f"{s3}/rows/a.jsonl", STORAGE).ok
     assert not readable(f"{s3}/rows/b.jsonl", STORAGE).ok
     assert not readable("gs://bucket/rows", STORAGE).ok
-    assert "context-diffusion[gcs]" in readable("gs://bucket/rows", STORAGE).told
+    assert "context-diffusion[gcs]" in readable("gs://bucket/rows", STORAGE).message
     assert writable(f"{s3}/out", STORAGE).ok
     assert not STORAGE.exists(f"{s3}/out")
     (tmp_path / "file").touch()
-    assert "cannot be written" in writable(str(tmp_path / "file"), STORAGE).told
+    assert "cannot be written" in writable(str(tmp_path / "file"), STORAGE).message
     assert not writable("s3://no-such-bucket/out", STORAGE).ok
 
 
@@ -234,9 +234,9 @@ def test_the_cluster_is_asked_at_its_dashboard_or_its_port(monkeypatch: pytest.M
     with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         port = server.server_address[1]
-        assert cluster(f"http://127.0.0.1:{port}").told == f"http://127.0.0.1:{port} answers, 1 jobs"
+        assert cluster(f"http://127.0.0.1:{port}").message == f"http://127.0.0.1:{port} answers, 1 jobs"
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        assert cluster(None).told == f"127.0.0.1:{port} is open"
+        assert cluster(None).message == f"127.0.0.1:{port} is open"
         server.shutdown()
     assert not cluster(None).ok
 
