@@ -204,5 +204,5 @@ def test_after_sigterm_the_shards_that_were_begun_are_finished_in_their_grace_an
     )  # for the log
     assert process.returncode == 143
     assert least <= len(list(data.iterdir())) - before <= most
-    assert ("the shards that were begun are finished first" in log) is (grace != "0")
+    assert ("the shards in progress are finished first" in log) is (grace != "0")
     assert len(set(pq.read_table(data)["id"].to_pylist())) == 8 * len(list(data.iterdir())), "whole parts"

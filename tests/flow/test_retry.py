@@ -76,10 +76,10 @@ def test_why_rows_failed_and_the_next_command_are_told(tmp_path: Path) -> None:
     done = subprocess.run([*COMMAND, "run", path], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 3
     first, *rows, report, following = done.stderr.splitlines()[-6:]
-    assert first == "4 of 8 rows failed, such as"
+    assert first == "4 of 8 rows failed, for example:"
     assert [row.split(":")[:2] for row in rows] == [[f"  row-00{n}", " missing_file"] for n in (1, 2, 4)]
-    assert report == f"all of them: {tmp_path}/out/report.html"
-    assert following == f"correct what they name, then: context-diffusion run {path} --retry-failed"
+    assert report == f"all failed rows: {tmp_path}/out/report.html"
+    assert following == f"fix the causes, then run: context-diffusion run {path} --retry-failed"
 
 
 def test_a_job_that_was_given_up_is_finished_by_retry_failed(tmp_path: Path) -> None:

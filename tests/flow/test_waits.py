@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from context_diffusion.cluster import stall_guard
-from context_diffusion.cluster.stall_guard import Needs, Standstill
+from context_diffusion.cluster.stall_guard import EngineNeeds, StallGuard
 from context_diffusion.core.errors import ClusterError
 from context_diffusion.generation.fault_ledger import Ledger
 from support.manifests import job_values, write_manifest
@@ -51,7 +51,7 @@ def test_an_engine_that_hangs_ends_the_run(tmp_path: Path) -> None:
     job = job_values(write_manifest(tmp_path / "in", 6), tmp_path / "out", **STRICT)
     summary, _ = run(job, "hangs")
     assert summary["exit"] == 75
-    assert "shard(s), and none ends" in summary["error"]
+    assert "shard(s) and finish none" in summary["error"]
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_a_cluster_that_others_hold_is_told(tmp_path: Path) -> None:
         holding.kill()
         holding.wait()
     assert summary["exit"] == 75
-    assert "engine(s) start or wait for room" in summary["error"]
+    assert "engine(s) start or wait for resources" in summary["error"]
     assert "CPUs, 0 of 2 are free" in log
 
 
@@ -111,7 +111,7 @@ def test_a_port_of_something_else_ends_with_the_reason(tmp_path: Path) -> None:
     assert "waiting, " in log
 
 
-NEEDS = Needs(1, 1.0, 0.0)
+NEEDS = EngineNeeds(1, 1.0, 0.0)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def pass_time(
-    clock: list[float], judge: Standstill, seconds: float, each: Callable[[], object] = lambda: None
+    clock: list[float], judge: StallGuard, seconds: float, each: Callable[[], object] = lambda: None
 ) -> None:
     for _ in range(int(seconds / 10)):
         clock[0] += 10
@@ -133,7 +133,7 @@ def pass_time(
 
 def test_what_goes_on_is_no_standstill(clock: list[float]) -> None:
     ledger = Ledger()
-    judge = Standstill(ledger.state, 600, NEEDS)
+    judge = StallGuard(ledger.state, 600, NEEDS)
     ledger.engine_loads("a")
     pass_time(clock, judge, 3000)
     ledger.engine_ready("a")
@@ -145,13 +145,13 @@ def test_what_goes_on_is_no_standstill(clock: list[float]) -> None:
 
 def test_what_does_not_is_one(clock: list[float]) -> None:
     ledger = Ledger()
-    judge = Standstill(ledger.state, 600, NEEDS)
+    judge = StallGuard(ledger.state, 600, NEEDS)
     ledger.engine_ready("a")
     ledger.hold(0)
     pass_time(clock, judge, 600)
-    with pytest.raises(ClusterError, match=r"engines hold 1 shard\(s\), and none ends"):
+    with pytest.raises(ClusterError, match=r"engines hold 1 shard\(s\) and finish none"):
         pass_time(clock, judge, 60)
-    judge = Standstill((again := Ledger()).state, 600, NEEDS)
+    judge = StallGuard((again := Ledger()).state, 600, NEEDS)
     for _ in range(3):
         again.engine_loads("b")
         pass_time(clock, judge, 300)

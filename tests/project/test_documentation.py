@@ -98,7 +98,10 @@ TRAINING = {
 TABLES = {
     "metrics": listed(
         "| metric | what it is | labels |",
-        {f"`{exported(name)}`": f"{one.what} | {', '.join(one.labels)}" for name, one in METRICS.items()},
+        {
+            f"`{exported(name)}`": f"{one.description} | {', '.join(one.labels)}"
+            for name, one in METRICS.items()
+        },
     ),
     "settings": table({"": Settings}),
     "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits}),

@@ -16,7 +16,7 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from context_diffusion.cluster.supervisor import _members
-from context_diffusion.cluster.train_workers import _told
+from context_diffusion.cluster.train_workers import _failure
 from context_diffusion.core.errors import ClusterError, ModelError
 from context_diffusion.core.training_job import TrainJob
 from context_diffusion.models.native.model import NativeModel
@@ -91,8 +91,8 @@ def test_a_lost_worker_is_a_fault_from_outside_and_the_last_checkpoint_goes_on(t
 @pytest.mark.parametrize("fault", [ModelError("the cause"), TypeError("the cause")])
 def test_the_worker_that_failed_is_told_not_the_one_that_misses_it(fault: Exception) -> None:
     gone = WorkerHealthCheckFailedError("a health check failed", RuntimeError())
-    assert _told(WorkerGroupError("", {0: ClusterError("gone"), 1: gone}))["exit"] == 75
-    told = _told(WorkerGroupError("", {0: ClusterError("gone"), 1: fault}))
+    assert _failure(WorkerGroupError("", {0: ClusterError("gone"), 1: gone}))["exit"] == 75
+    told = _failure(WorkerGroupError("", {0: ClusterError("gone"), 1: fault}))
     assert told["exit"] == (2 if isinstance(fault, ModelError) else 1)
     assert "the cause" in told["error"]
 

@@ -1,8 +1,8 @@
 """Train texture separation: which part of an image's tones is its style's texture, and which its layout.
 
 Every step has new images, of layouts of many more kinds than the other stages see
-(training/data/textured_layouts.py), so that a texture is learned as such, not as whatever no known layout has.
-B images  S pixels
+(training/data/textured_layouts.py), so that a texture is learned as
+such, not as whatever no known layout has. B images  S pixels
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Contact sheets: each picture stands under its own settings; what a manifest says is escaped; the page stays bounded."""
+"""Contact sheets: each picture stands under its own settings; what a manifest says is escaped; the page stays
+bounded."""
 
 from __future__ import annotations
 
@@ -14,11 +15,16 @@ from context_diffusion.outputs.report.sweep_grid import IMAGES, Grid, contact_sh
 from support.fakes import FakeEngine
 from support.finished_output import make
 
-AXES: dict[str, list[Any]] = {"guidance_scale": [1, 3], "strength": [None, 0.5, 1], "scheduler": ["ddim", "lcm"]}
+AXES: dict[str, list[Any]] = {
+    "guidance_scale": [1, 3],
+    "strength": [None, 0.5, 1],
+    "scheduler": ["ddim", "lcm"],
+}
 
 
 class Tables(HTMLParser):
-    """The tables of a page as a browser lays them out: a list of lines of texts and image sources, spans unrolled."""
+    """The tables of a page as a browser lays them out: a list of lines of texts and image sources, spans
+    unrolled."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -52,8 +58,15 @@ def sheets(folder: Path, count: int = 2, **more: Any) -> list[list[list[str]]]:
     _, output = make(folder, count, **more)
 
     def named(row: dict[str, Any]) -> str:
-        written = next(r for _, part in output.read_parts() for r in part.to_pylist() if r["file_name"] == row["file_name"])
-        return "|".join(str(written[name]) for name in ("id", "guidance_scale", "strength", "scheduler", "seed"))
+        written = next(
+            r
+            for _, part in output.read_parts()
+            for r in part.to_pylist()
+            if r["file_name"] == row["file_name"]
+        )
+        return "|".join(
+            str(written[name]) for name in ("id", "guidance_scale", "strength", "scheduler", "seed")
+        )
 
     return Tables(contact_sheets(output, named, lambda uri, _frame: f"source:{uri}")).tables
 
@@ -67,7 +80,8 @@ def test_each_picture_stands_under_its_own_settings(tmp_path: Path) -> None:
         assert [line[0] for line in lines] == ["guidance_scale 1", "guidance_scale 3"]
         for line in lines:
             for strength, scheduler, cell in zip(strengths[1:], schedulers[1:], line[1:], strict=True):
-                own = f"row-{number:03d}|{float(line[0].split()[1])}|{None if strength == 'default' else float(strength)}"
+                used = None if strength == "default" else float(strength)
+                own = f"row-{number:03d}|{float(line[0].split()[1])}|{used}"
                 assert cell.split() == [f"{own}|{scheduler}|{seed}" for seed in (7, 8)]
 
 

@@ -168,7 +168,7 @@ def _check_lora(pipe: Any, path: Path, adapter: str, name: str, base: str) -> No
         message = (
             f"model: lora {name} fits {base} only in part: {len(unused)} of its keys fit no layer: {names}"
         )
-        LOG.tell("warning", f"warning: {message}", "warning", message=message)
+        LOG.warn(message)
 
 
 def _unused_keys(path: Path, layers: list[nn.Module], adapter: str) -> list[str]:
