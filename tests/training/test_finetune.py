@@ -266,7 +266,7 @@ def test_a_batch_keeps_its_share_of_old_styles_and_workers_share_it_row_by_row(t
         return source.samples(np.random.default_rng(3), 10, 0.2, 0.5, workers.share(np.arange(10)))
 
     whole = samples(Workers())
-    assert {source.own.draw_kind(np.random.default_rng(k)) for k in range(20)} == {"canny"}  # type: ignore[attr-defined]
+    assert {source.user.draw_kind(np.random.default_rng(k)) for k in range(20)} == {"canny"}  # type: ignore[attr-defined]
     kept = round(0.25 * 10)
     assert len(whole.hints.palettes) == whole.counts[:kept].sum(), "hints are for the generator's rows alone"
     own = [pixels.tobytes() for pixels in pictures.pixels]
