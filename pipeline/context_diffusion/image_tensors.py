@@ -76,7 +76,7 @@ def load_image_as_tensor(
     FileNotFoundError, RowError if it is no image, ValueError for a wrong size or normalization."""
     if normalization not in get_args(Normalization):
         raise ValueError(
-            f"normalization is one of {', '.join(get_args(Normalization))}, not {normalization!r}"
+            f"normalization must be one of {', '.join(get_args(Normalization))}, not {normalization!r}"
         )
     wanted = None if size is None else _size(size)
     pixels = to_pixels(source)
@@ -108,9 +108,7 @@ def _size(size: Any) -> tuple[int, int]:
         or len(sides) != 2
         or not all(type(s) is int and s >= 1 for s in sides)
     ):
-        raise ValueError(
-            f"size is a whole number of pixels from 1 on or a pair (width, height) of them, not {size!r}"
-        )
+        raise ValueError(f"size must be a positive number of pixels or a pair (width, height), not {size!r}")
     return sides[0], sides[1]
 
 
@@ -134,10 +132,10 @@ def to_pixels(source: Any) -> Pixels:
         return rgb_pixels(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
-            raise ValueError(f"an array of a picture is uint8 (H, W, 3), not {source.dtype} {source.shape}")
+            raise ValueError(f"an image array must be uint8 (H, W, 3), not {source.dtype} {source.shape}")
         return np.ascontiguousarray(source)
     raise TypeError(
-        f"a picture is a path, URI, bytes, PIL image, array or tensor, not a {type(source).__name__}"
+        f"an image must be a path, URI, bytes, PIL image, array or tensor, not a {type(source).__name__}"
     )
 
 
@@ -177,9 +175,7 @@ def _tensor_pixels(tensor: torch.Tensor) -> Pixels:
     if values.ndim == 4 and values.shape[0] == 1:
         values = values[0]  # a batch of one
     if values.ndim != 3 or values.shape[0] != 3 or not values.numel() or not values.is_floating_point():
-        raise ValueError(
-            f"a tensor of a picture is float (3, H, W), not {values.dtype} {tuple(tensor.shape)}"
-        )
+        raise ValueError(f"an image tensor must be float (3, H, W), not {values.dtype} {tuple(tensor.shape)}")
     values = values.float().cpu()
     if isinstance(tensor, ImageTensor) and _remembers(tensor):
         mean, std = torch.tensor(tensor.removed_mean), torch.tensor(tensor.removed_std)
@@ -187,6 +183,6 @@ def _tensor_pixels(tensor: torch.Tensor) -> Pixels:
     elif not (values.min() >= -LEVEL / 2 and values.max() <= 1 + LEVEL / 2):  # NaN is not either
         extremes = f"{values.min():.3g} to {values.max():.3g}"
         raise ValueError(
-            f"a plain tensor of a picture is in [0, 1], not {extremes}: clamp it, or undo its normalisation"
+            f"a plain image tensor must be in [0, 1], not {extremes}: clamp it, or undo its normalisation"
         )
     return (values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()

@@ -28,6 +28,15 @@ from context_diffusion.core.event_log import LOG, LogFormat
 from context_diffusion.ray_jobs import RayJobs, known_address
 
 
+Wait = Annotated[bool, typer.Option("--wait", help="follow the job's log and end with its exit code")]
+Wheel = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="ship this wheel of the package, if the cluster lacks it")
+]
+Environment = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment variable of the job's processes")
+]
+
+
 def _cluster(address: str | None) -> RayJobs:
     """Return the cluster of the address or the environment, which reports long waits."""
     return RayJobs.known(address, lambda line: LOG.emit("waiting", line, message=line))
@@ -37,17 +46,9 @@ def submit(
     job: JobFile,
     sets: Sets = None,
     address: Address = None,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="follow the job's log and end with its exit code")
-    ] = False,
-    wheel: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="ship this wheel of the package, if the cluster lacks it"),
-    ] = None,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="environment variable of the job's processes"),
-    ] = None,
+    wait: Wait = False,
+    wheel: Wheel = None,
+    env: Environment = None,
     retry_failed: RetryFailed = False,
     extend: Extend = False,
     accept_change: AcceptChange = False,

@@ -74,13 +74,12 @@ def reproduce(
     result = reproduction.reproduce(origin, allow or [], model, base)
     write(result)
     verdict = "identical" if result.identical else "different"
-    stderr.print(
-        f"{file}: {verdict}{', although these differ:' if result.identical and result.differs else ''}"
-    )
+    note = ", although these differ:" if result.identical and result.differs else ""
+    stderr.print(f"{file}: {verdict}{note}")
     for line in result.differs:
         stderr.print(f"  {line}")
     code = EXIT_OK if result.identical else EXIT_ROWS_FAILED
-    row = {"id": origin.metadata["id"], "index": origin.metadata.get("index", 0), "device": result.device}
-    comparison = {"identical": result.identical, "differs": result.differs}
-    print_summary({"file": origin.uri, **row, **comparison, "exit": code})
+    fields = {"id": origin.metadata["id"], "index": origin.metadata.get("index", 0), "device": result.device}
+    fields |= {"identical": result.identical, "differs": result.differs}
+    print_summary({"file": origin.uri, **fields, "exit": code})
     raise typer.Exit(code)

@@ -57,8 +57,8 @@ class EvaluateJob(StrictModel):
     ] = Field(
         default={},
         description="mapping of column names: ours -> the manifest's; `image`: the image file, default "
-        "ID.png, ID.jpg, ...; "
-        "`reference`: replaces the key",
+        "ID.png, ID.jpg, "
+        "...; `reference`: replaces the key",
     )
     fit: Fit = Field(
         default="crop", description="how a query is fitted to its image's size; rows of OUTPUT have their own"

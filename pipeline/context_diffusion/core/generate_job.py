@@ -96,8 +96,8 @@ class GenerateJob(StrictModel):
     control: ControlName | Annotated[list[ControlName], Field(min_length=1)] | None = Field(
         default=None,
         description="the control map computed from the query, or one per ControlNet; none: the query "
-        "itself; disabled: no "
-        "ControlNet runs; default: the map that the model's ControlNet was trained on",
+        "itself; disabled: "
+        "no ControlNet runs; default: the map that the model's ControlNet was trained on",
     )
     columns: Annotated[
         dict[str, str],

@@ -130,9 +130,8 @@ def _relocated(shards: list[Shard], number: int, scanned: Scan) -> list[Shard]:
             group = bisect_right(group_starts, first) - 1
             if end > group_starts[group] + file.groups[group]:
                 raise OutputConflictError(
-                    f"--retry-failed: the row groups of {file.uri} ({file.groups} rows) cut the planned "
-                    f"rows {first} to "
-                    f"{end - 1}: write the file with its former row groups"
+                    f"--retry-failed: the row groups of {file.uri} ({file.groups} rows) cut the planned rows "
+                    f"{first} to {end - 1}: write the file with its former row groups"
                 )
             relocated.append(replace(shard, group=group, first_row=first - group_starts[group]))
         first = end
@@ -172,8 +171,7 @@ def _check_rows(old: list[Any], scanned: Scan) -> None:
         if rows != file["rows"]:
             raise OutputConflictError(
                 f"--retry-failed: {file['uri']} had {file['rows']} rows and has {rows}; correct its cells, "
-                "but add no rows "
-                "(a run with `--extend` does that) and remove none"
+                "but add no rows (a run with `--extend` does that) and remove none"
             )
 
 

@@ -86,7 +86,7 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
         if defaults.control is None:
             names = ", ".join(defaults.controlnets)
             raise ConfigError(
-                f"control: which map the ControlNet {names} was trained on is unknown; "
+                f"control: the map that the ControlNet {names} was trained on is unknown; "
                 "set control to canny, gray, soft_edges or none (the query itself), a list for several, or "
                 "to disabled"
             )

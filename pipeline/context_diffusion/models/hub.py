@@ -34,12 +34,10 @@ def commit_of(repo: str, revision: str | None) -> str:
     try:
         commit = HfApi().model_info(repo, revision=revision).sha
     except HFValidationError as error:
-        raise ModelError(f"model: {repo!r} is neither a folder that is here nor a hub id: {error}") from error
+        raise ModelError(f"model: {repo!r} not found: expected a folder or a hub id ({error})") from error
     except HfHubHTTPError as error:
         hint = "check the name and the revision; a private or gated one needs HF_TOKEN"
-        raise ModelError(
-            f"model: the hub has no {repo} at {revision or 'main'} for us ({error}); {hint}"
-        ) from error
+        raise ModelError(f"model: the hub has no {repo} at {revision or 'main'} ({error}); {hint}") from error
     except Exception as error:  # what a network's absence leads the client to
         cached = (
             Path(constants.HF_HUB_CACHE)
@@ -49,7 +47,7 @@ def commit_of(repo: str, revision: str | None) -> str:
         )
         if not cached.is_file():
             raise ModelError(
-                f"model: {repo} is not in the cache and the hub is out of reach: {_hint(error)}"
+                f"model: {repo} is not in the cache, and the hub cannot be reached: {_hint(error)}"
             ) from error
         commit = cached.read_text().strip()
     return str(commit)
@@ -69,10 +67,10 @@ def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
         wanted = f"{folder}/*" if folder else None
         return Path(snapshot_download(repo, revision=revision.get(repo), allow_patterns=wanted)) / folder
     except HFValidationError as error:
-        raise ModelError(f"model: {part!r} is neither a folder that is here nor a hub id: {error}") from error
+        raise ModelError(f"model: {part!r} not found: expected a folder or a hub id ({error})") from error
     except Exception as error:  # no such file, no room, no network
         raise ModelError(
-            f"model: {part}: cannot get {name or 'its files'} of the hub: {_hint(error)}"
+            f"model: {part}: cannot download {name or 'its files'} from the hub: {_hint(error)}"
         ) from error
 
 

@@ -19,7 +19,15 @@ from torch.nn.attention import sdpa_kernel
 from context_diffusion.core.training_job import SMALL, TrainingJob
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.preconditioning import REST
-from context_diffusion.training.data.batches import CONTEXTS, BatchSource, Data, Samples, Summaries, cropped
+from context_diffusion.training.data.batches import (
+    CONTEXTS,
+    BatchSource,
+    Data,
+    Hints,
+    Samples,
+    Summaries,
+    cropped,
+)
 from context_diffusion.training.data.styles import TEXTURES
 from context_diffusion.training.loop.checkpoints import (
     Metrics,
@@ -207,9 +215,8 @@ class Run:
         noise = torch.randn(size, *samples.latents.shape[1:], generator=noise_generator, device=device)[rows]
         alphas = self.alphas[timesteps]
         noisy, target = noised(samples.latents.float(), noise, alphas)
-        counts = torch.from_numpy(samples.counts)
-        # on the CPU: a mask on a GPU would synchronise
-        filled = torch.arange(CONTEXTS)[None] < counts[:, None]
+        # On the CPU: a mask on a GPU would synchronise.
+        filled = torch.arange(CONTEXTS)[None] < torch.from_numpy(samples.counts)[:, None]
         with torch.no_grad(), mixed_precision(device):
             draft = model.encode_draft(samples.drafts.to(device)) if model.drafts else None
         with mixed_precision(device):
@@ -221,13 +228,21 @@ class Run:
             down, mid = model.control(noisy, timesteps, samples.controls.float())
             output = model.predict(noisy, timesteps, hidden, bias, down, mid, draft)
         loss = v_loss(output, target, alphas, self.job.diffusion.min_snr, has_draft, REST)
-        if (hints := samples.hints) is None or not self.job.diffusion.auxiliary:
+        if samples.hints is None or not self.job.diffusion.auxiliary:
             return loss
-        # Each row has the same weight, whatever the number of its contexts.
-        weights = (1 / counts.clamp(min=1) / len(filled))[:, None].expand(filled.shape)[filled].to(device)
+        return loss + self.job.diffusion.auxiliary * self._auxiliary_loss(samples.hints, contexts, filled)
+
+    def _auxiliary_loss(self, hints: Hints, contexts: Tensor, filled: Tensor) -> Tensor:
+        """Return the loss of the auxiliary heads. Each row has the same weight for any number of contexts.
+
+        contexts: tokens of all contexts; filled: (B, CONTEXTS) bool, which of a row's slots have one.
+        """
+        counts = filled.sum(1)
+        weights = (1 / counts.clamp(min=1) / len(filled))[:, None].expand(filled.shape)[filled]
         hinted = len(hints.palettes)
-        auxiliary = self.heads(contexts[:hinted], hints.palettes, hints.textures, weights[:hinted])
-        return loss + self.job.diffusion.auxiliary * auxiliary
+        return self.heads(
+            contexts[:hinted], hints.palettes, hints.textures, weights.to(self.model.device)[:hinted]
+        )
 
     @torch.no_grad()
     def validate(self, source: BatchSource) -> float:

@@ -280,7 +280,7 @@ def test_a_wrong_part_is_named(model: Model, change: Model, told: str) -> None:
 
 
 def test_pickles_are_refused() -> None:
-    with pytest.raises(ModelError, match="only .safetensors files are loaded"):
+    with pytest.raises(ModelError, match=r"only \.safetensors files are loaded"):
         load({"base": "x/y", "ip_adapter": "a", "ip_adapter_weight_name": "ip-adapter.bin"})
 
 

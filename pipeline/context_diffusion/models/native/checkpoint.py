@@ -64,7 +64,9 @@ def _index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX).read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no readable {INDEX}; is it a folder that `kind: train` made?") from error
+        raise ModelError(
+            f"{folder}: {INDEX} cannot be read; expected a folder that `kind: train` writes"
+        ) from error
     if index.pop("_class_name", None) != CLASS:
         raise ModelError(f"{folder}: not a native Context Diffusion model (_class_name in {INDEX})")
     if "normalization" in index:

@@ -82,8 +82,7 @@ class StableBackbone:
         if settings.context_guidance_scale not in (None, settings.guidance_scale):
             message = (
                 "context_guidance_scale: this model reads one guidance scale, for prompt and contexts "
-                "together; "
-                "leave it out, and set context_scale for the contexts' strength"
+                "together; leave it out, and set context_scale for the contexts' strength"
             )
             raise RowError(ErrorCode.INVALID_SETTING, message)
         return [Branch(1.0, contexts=True, prompt=True)]

@@ -71,7 +71,8 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
     for name, net in zip(parts.controlnets, controlnets, strict=True):
         if (width := net.config.cross_attention_dim) != pipe.unet.config.cross_attention_dim:
             raise ModelError(
-                f"model: controlnet {name} reads text of width {width}, base {parts.base} has another one"
+                f"model: controlnet {name} reads text of width {width}, that of base {parts.base} is "
+                "different"
             )
     _fuse_loras(pipe, parts)
     if parts.ip_adapter and parts.ip_adapter_weight_name:
@@ -99,7 +100,7 @@ class _Loader:
         with random weights."""
         class_name = read_json(part, "config.json", self.parts.revision).get("_class_name")
         if class_name != kind.__name__:
-            raise ModelError(f"model: {part} holds a {class_name}, wanted is a {kind.__name__}")
+            raise ModelError(f"model: {part} is a {class_name}, expected a {kind.__name__}")
         return self(kind, part)
 
     def __call__(self, kind: Any, part: str, dtype_name: str = "torch_dtype", **components: Any) -> Any:
@@ -127,7 +128,8 @@ def _load_safety_checker(loader: _Loader, part: str) -> Any:
     if info["missing_keys"]:  # transformers would use random ones
         missing = sorted(info["missing_keys"])
         raise ModelError(
-            f"model: safety_checker {part} is none: it lacks {len(missing)} weights, {', '.join(missing[:3])}"
+            f"model: safety_checker {part} is not a safety checker: {len(missing)} weights are missing, "
+            f"{', '.join(missing[:3])}"
         )
     return checker
 
@@ -161,7 +163,7 @@ def _check_lora(pipe: Any, path: Path, adapter: str, name: str, base: str) -> No
     ):
         raise ModelError(
             f"model: lora {name} changes no weight of {base}: its keys fit none of its layers; "
-            "was it made for another kind of model, or saved without the prefix unet.?"
+            "was it trained for another kind of model, or saved without the prefix unet.?"
         )
     if unused := _unused_keys(path, layers, adapter):
         names = ", ".join(unused[:NAMED]) + (", ..." if unused[NAMED:] else "")
@@ -200,11 +202,13 @@ def _digest(weight: torch.Tensor) -> bytes:
 
 def _load_ip_adapter(pipe: Any, parts: Parts, path: Path) -> None:
     if pipe.image_encoder is None:
-        raise ModelError("model: ip_adapter needs image_encoder, the CLIP vision model that it was made with")
+        raise ModelError(
+            "model: ip_adapter needs image_encoder, the CLIP vision model that it was trained with"
+        )
     try:
         pipe.load_ip_adapter(str(path.parent), subfolder="", weight_name=path.name, image_encoder_folder=None)
     except Exception as error:
-        raise ModelError(f"model: ip_adapter {path} doesn't fit {parts.base}: {error}") from error
+        raise ModelError(f"model: ip_adapter {path} does not fit {parts.base}: {error}") from error
     [layer] = pipe.unet.encoder_hid_proj.image_projection_layers
     if not isinstance(layer, ADAPTERS):
         known = ", ".join(kind.__name__ for kind in ADAPTERS)

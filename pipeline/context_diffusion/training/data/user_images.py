@@ -113,12 +113,9 @@ def _read_folder(job: FinetuneJob, read: _Reader) -> None:
     names = [name for name in sorted(storage.list(root)) if not name.startswith(".")]
     styles = [name for name in names if storage.is_folder(f"{root}/{name}")]
     if not styles:
-        hint = next(
-            (f"; or did you mean the manifest {root}/{n}?" for n in names if n.endswith(tuple(FORMATS))), ""
-        )
-        raise ManifestError(
-            f"data: {root} has no sub-folders; each style's pictures stand in one of their own{hint}"
-        )
+        manifest = next((name for name in names if name.endswith(tuple(FORMATS))), None)
+        hint = f", or did you mean the manifest {root}/{manifest}?" if manifest else ""
+        raise ManifestError(f"data: {root} has no sub-folders; put the images of each style into one{hint}")
     for style in styles:
         files = [
             uri for uri in storage.files(f"{root}/{style}") if not uri.rsplit("/", 1)[-1].startswith(".")
@@ -137,9 +134,8 @@ def _read_folder(job: FinetuneJob, read: _Reader) -> None:
     if few:
         reasons = "".join(f"\n  {reason}" for reason in list(pictures.skipped.values())[:10])
         raise ManifestError(
-            "data: a style needs two different pictures that can be read, for one shows the other's style: "
-            f"{root} has fewer "
-            f"in {', '.join(few)}. Add pictures or remove the folder{reasons}"
+            "data: a style needs at least two different readable images, since one shows the style of the "
+            f"other; {root} has fewer in {', '.join(few)}. Add images or remove the folder{reasons}"
         )
 
 

@@ -30,9 +30,8 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free / 2**20
         raise StorageError(
-            f"{path}: cannot be written, {free:.0f} MiB are free there: {error}. The last checkpoint is "
-            "whole: make room, "
-            "and the same command goes on from it"
+            f"{path}: cannot be written ({free:.0f} MiB are free): {error}. Free some space, then rerun the "
+            "same command to resume from the last checkpoint"
         ) from error
 
 
@@ -76,9 +75,8 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
         ]
         more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ModelError(
-            f"{path}: a checkpoint of another architecture: {'; '.join(examples)}{more}. Name the model or "
-            "architecture that it "
-            "began with, or another `output:`, or remove that file to begin anew"
+            f"{path}: the checkpoint has another architecture: {'; '.join(examples)}{more}. Use the model or "
+            "architecture that it was started with, another `output:`, or remove the file to start again"
         )
     module.load_state_dict(weights)
 
@@ -91,7 +89,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ModelError(
-            f"{path}: not a readable checkpoint ({error}); remove it to start that stage anew"
+            f"{path}: the checkpoint cannot be read ({error}); remove it to start that stage again"
         ) from error
 
 
@@ -100,7 +98,8 @@ def check_origin(path: Path, then: dict[str, str], now: dict[str, str]) -> None:
     if changed := [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]:
         changes = ", ".join(f"{name} (digest {then.get(name)} then, {now.get(name)} now)" for name in changed)
         raise ModelError(
-            f"{path} began with another {changes}: name another `output:`, or remove that file to begin anew"
+            f"{path} was started with another {changes}: use another `output:`, or remove the file to "
+            "start again"
         )
 
 

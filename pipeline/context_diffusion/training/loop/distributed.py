@@ -84,4 +84,4 @@ def _add_up(values: Tensor) -> None:
     try:
         distributed.all_reduce(values)
     except RuntimeError as error:  # gloo's and NCCL's
-        raise ClusterError(f"another worker cannot be reached any more: {error}") from error
+        raise ClusterError(f"another worker can no longer be reached: {error}") from error

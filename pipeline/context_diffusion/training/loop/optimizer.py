@@ -155,9 +155,9 @@ class Clipping:
         self._count.zero_()
         if count > LOOK // 2:
             raise ModelError(
-                f"the gradients of {count} of the last {LOOK} steps are not finite, nothing is learned any "
-                "more: lower "
-                "learning_rate and matrix_learning_rate. The last checkpoint is whole, and the same command "
-                "goes on from it"
+                f"the gradients of {count} of the last {LOOK} steps are not finite, so nothing is learned: "
+                "lower learning_rate and matrix_learning_rate, then rerun the same command to resume "
+                "from the "
+                "last checkpoint"
             )
         return count
