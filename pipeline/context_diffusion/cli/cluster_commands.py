@@ -27,7 +27,6 @@ from context_diffusion.core.errors import EXIT_OK, JobError
 from context_diffusion.core.event_log import LOG, LogFormat
 from context_diffusion.ray_jobs import RayJobs, known_address
 
-
 Wait = Annotated[bool, typer.Option("--wait", help="follow the job's log and end with its exit code")]
 Wheel = Annotated[
     Path | None, typer.Option(metavar="FILE", help="ship this wheel of the package, if the cluster lacks it")

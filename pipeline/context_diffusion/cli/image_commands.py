@@ -79,7 +79,8 @@ def reproduce(
     for line in result.differs:
         stderr.print(f"  {line}")
     code = EXIT_OK if result.identical else EXIT_ROWS_FAILED
-    fields = {"id": origin.metadata["id"], "index": origin.metadata.get("index", 0), "device": result.device}
+    metadata = origin.metadata
+    fields = {"id": metadata["id"], "index": metadata.get("index", 0), "device": result.device}
     fields |= {"identical": result.identical, "differs": result.differs}
     print_summary({"file": origin.uri, **fields, "exit": code})
     raise typer.Exit(code)
