@@ -114,7 +114,7 @@ def test_stdout_holds_the_result_alone(tmp_path: Path) -> None:
             "'each' is not one of 'all', 'zip'",
         ),
         (["manifest", "--queries", ".", "--pair", "all", "--out", "x.csv"], "Missing option '--contexts'"),
-        (["manifest", "--queries", "/nowhere", "--contexts", ".", "--pair", "all", "--out", "x.csv"], "no such folder"),
+        (["manifest", "--queries", "/nowhere", "--contexts", ".", "--pair", "all", "--out", "x.csv"], "the folder does not exist"),
         (
             ["preview", "jobs/demo.yaml", "--grid", "guidance_scale=1", "--out", "grid.jpg"],
             "--out grid.jpg: the contact sheet is a PNG",

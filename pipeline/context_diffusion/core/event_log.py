@@ -3,12 +3,12 @@
 time     ISO 8601, UTC          level   info, warning or error
 event    see below              job     its OUTPUT
 
-started     rows, done, logs                    shard       shard, rows, failed, images, bytes, seconds of each stage
+started     rows, done, logs                    shard       shard, rows, failed, images, bytes, seconds by stage
 row_failed  shard, id, code, message            progress    rows, of, failed, images_per_second, seconds_left
 stopping                                        finished    rows, ok, failed, images, seconds, exit
 error       error                               submitted   id, attached
 waiting     message, seconds                    rows_failed failed, first, report
-warning     message                             log         message: a line of a submitted job that is no event
+warning     message                             log         message: a submitted job's line that is no event
 """
 
 from __future__ import annotations
