@@ -109,7 +109,9 @@ class ContextDiffusion:
     ) -> Any: ...  # an image, or a list of them
 
     @overload
-    def __call__(self, query: Any, context: list[Any], prompt: str | None = None, **settings: Any) -> Image.Image: ...
+    def __call__(
+        self, query: Any, context: list[Any], prompt: str | None = None, **settings: Any
+    ) -> Image.Image: ...
 
     def __call__(
         self,

@@ -10,13 +10,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, entrypoint_of
+from support.http_server import Answer, serving
 from support.manifests import job_values, write_manifest
 from support.ports import free_port
 from support.processes import COMMAND, ENVIRONMENT
@@ -27,27 +26,13 @@ def dashboard(*answers: tuple[int, str]) -> Iterator[tuple[str, list[tuple[str, 
     """An HTTP server that gives these answers in turn, the last one ever after. -> its address, and what it was asked."""
     asked: list[tuple[str, str]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, text = answers[min(len(asked), len(answers) - 1)]
-            asked.append((self.command, self.path))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text.encode())
+    def answer(method: str, path: str) -> Answer:
+        asked.append((method, path))
+        status, text = answers[min(len(asked), len(answers)) - 1]
+        return status, {}, text.encode()
 
-        do_GET = do_POST = answer  # noqa: N815  (http.server's names)
-
-        def log_message(self, format: str, *values: Any) -> None:
-            """Says nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(answer) as address:
+        yield address, asked
 
 
 @contextmanager
@@ -98,7 +83,9 @@ def words_of(command: str, folder: Path) -> list[str]:
         pytest.param("submit", False, marks=pytest.mark.slow),
     ],
 )
-def test_an_address_where_nobody_answers_is_told_soon_and_given_up(command: str, silent: bool, tmp_path: Path) -> None:
+def test_an_address_where_nobody_answers_is_told_soon_and_given_up(
+    command: str, silent: bool, tmp_path: Path
+) -> None:
     with listener() as never:
         address = never if silent else f"http://127.0.0.1:{free_port()}"
         begun = time.monotonic()
@@ -127,7 +114,9 @@ def test_what_is_no_dashboard_is_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["", "token"])
 @pytest.mark.parametrize("token", ["", "another"])
-def test_a_cluster_that_asks_for_a_token_says_what_is_not_set_here(mode: str, token: str, tmp_path: Path) -> None:
+def test_a_cluster_that_asks_for_a_token_says_what_is_not_set_here(
+    mode: str, token: str, tmp_path: Path
+) -> None:
     settings = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": token, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
     with dashboard((401, "Unauthorized")) as (address, _):
         code, error, _ = call("status", "nothing-1", "--address", address, **settings)
@@ -164,4 +153,6 @@ def test_a_python_that_lacks_the_package_is_named_by_the_job_itself(tmp_path: Pa
         f"error: {tmp_path}/python, the Python of this cluster, lacks context_diffusion: install it there"
     )
     brought = {"pip": ["context-diffusion"]}
-    assert "python_worker_command" not in entrypoint_of(["run", "/dev/stdin"], {}, brought), "its own `python` comes first"
+    assert "python_worker_command" not in entrypoint_of(["run", "/dev/stdin"], {}, brought), (
+        "its own `python` comes first"
+    )

@@ -8,10 +8,7 @@ import pty
 import re
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import pytest
 import typer
@@ -23,6 +20,7 @@ from context_diffusion.cli.main import app
 from context_diffusion.core.model_parts import PRESETS
 from context_diffusion.models.hub import split
 from context_diffusion.storage.filesystem import Storage
+from support.http_server import serving
 from support.hub_server import hub_of
 from support.manifests import write_pictures
 from support.ports import free_port
@@ -35,7 +33,9 @@ NAMES = {*typer.main.get_command(app).commands}  # type: ignore[attr-defined]
 
 def call(*arguments: str, **more: str) -> tuple[int, str, str]:
     """-> exit code, stdout, stderr."""
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT | more, timeout=150)
+    done = subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT | more, timeout=150
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -53,7 +53,9 @@ def test_the_module_is_the_command_and_its_help_needs_no_torch() -> None:
     assert code == 0
     assert all(name in out for name in NAMES)
     heavy = "import sys, context_diffusion.cli.main; print([m for m in ('torch', 'ray', 'diffusers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout.strip() == "[]"
+    )
 
 
 def test_what_preview_needs_is_shown_as_needed() -> None:
@@ -72,7 +74,11 @@ def test_completion_can_be_shown_and_completes(shell: str) -> None:
 
 
 def test_a_shell_is_told_the_commands_that_begin_so() -> None:
-    words = {"_CONTEXT_DIFFUSION_COMPLETE": "complete_bash", "COMP_WORDS": "context-diffusion re", "COMP_CWORD": "1"}
+    words = {
+        "_CONTEXT_DIFFUSION_COMPLETE": "complete_bash",
+        "COMP_WORDS": "context-diffusion re",
+        "COMP_CWORD": "1",
+    }
     installed = Path(sys.executable).with_name("context-diffusion")
     done = subprocess.run([installed], capture_output=True, text=True, env=ENVIRONMENT | words)
     assert (done.returncode, set(done.stdout.split())) == (0, {"report", "reproduce"})
@@ -100,9 +106,19 @@ def test_a_terminal_has_colours_unless_it_wants_none(no_color: str) -> None:
 def test_stdout_holds_the_result_alone(tmp_path: Path) -> None:
     write_pictures(tmp_path / "queries", 2)
     write_pictures(tmp_path / "contexts", 2)
-    told = ["--queries", f"{tmp_path}/queries", "--contexts", f"{tmp_path}/contexts", "--out", f"{tmp_path}/rows.csv"]
+    told = [
+        "--queries",
+        f"{tmp_path}/queries",
+        "--contexts",
+        f"{tmp_path}/contexts",
+        "--out",
+        f"{tmp_path}/rows.csv",
+    ]
     code, out, err = call("manifest", *told, "--pair", "zip")
-    assert (code, json.loads(out)) == (0, {"manifest": f"{tmp_path}/rows.csv", "rows": 2, "allow": [], "exit": 0})
+    assert (code, json.loads(out)) == (
+        0,
+        {"manifest": f"{tmp_path}/rows.csv", "rows": 2, "allow": [], "exit": 0},
+    )
     assert err == f"2 rows: {tmp_path}/rows.csv\n"
 
 
@@ -114,24 +130,45 @@ def test_stdout_holds_the_result_alone(tmp_path: Path) -> None:
             "'each' is not one of 'all', 'zip'",
         ),
         (["manifest", "--queries", ".", "--pair", "all", "--out", "x.csv"], "Missing option '--contexts'"),
-        (["manifest", "--queries", "/nowhere", "--contexts", ".", "--pair", "all", "--out", "x.csv"], "the folder does not exist"),
+        (
+            ["manifest", "--queries", "/nowhere", "--contexts", ".", "--pair", "all", "--out", "x.csv"],
+            "the folder does not exist",
+        ),
         (
             ["preview", "jobs/demo.yaml", "--grid", "guidance_scale=1", "--out", "grid.jpg"],
             "--out grid.jpg: the contact sheet is a PNG",
         ),
-        (["preview", "jobs/demo.yaml", "--grid", "guidance=1", "--out", "grid.png"], "did you mean 'guidance_scale'?"),
-        (["preview", "jobs/demo.yaml", "--grid", "num_images=1,2", "--out", "grid.png"], "not a setting that a grid can vary"),
+        (
+            ["preview", "jobs/demo.yaml", "--grid", "guidance=1", "--out", "grid.png"],
+            "did you mean 'guidance_scale'?",
+        ),
+        (
+            ["preview", "jobs/demo.yaml", "--grid", "num_images=1,2", "--out", "grid.png"],
+            "not a setting that a grid can vary",
+        ),
         (["preview", "jobs/demo.yaml", "--out", "grid.png"], "Missing option '--grid'"),
-        (["preview", "nowhere.yaml", "--grid", "seed=1", "--out", "grid.png"], "nowhere.yaml: cannot read the job file"),
-        (["preview", "jobs/demo.yaml", "--grid", "seed=1", "seed=2", "--out", "g.png"], "seed is given twice"),
+        (
+            ["preview", "nowhere.yaml", "--grid", "seed=1", "--out", "grid.png"],
+            "nowhere.yaml: cannot read the job file",
+        ),
+        (
+            ["preview", "jobs/demo.yaml", "--grid", "seed=1", "seed=2", "--out", "g.png"],
+            "seed is given twice",
+        ),
         (["preview", "jobs/demo.yaml", "--grid", "seed=[1", "--out", "g.png"], "the values are not YAML"),
-        (["preview", "jobs/train.yaml", "--grid", "seed=1", "--out", "g.png"], "takes a job of kind generate"),
+        (
+            ["preview", "jobs/train.yaml", "--grid", "seed=1", "--out", "g.png"],
+            "takes a job of kind generate",
+        ),
         (["reproduce", "nowhere.png"], "nowhere.png does not exist"),
         (["reproduce", "README.md"], "not one of JPEG, PNG"),
         (["reproduce", "jobs/demo.png"], "the image has no metadata of its generation"),
         (["reproduce", "jobs/demo.png", "--output", "jobs/demo.gif"], "ends in .png, .webp"),
         (["reproduce", "jobs/demo.png", "--output", "jobs/demo.png"], "exists already"),
-        (["validate", "jobs/demo.yaml", "--pictures", "sheet"], "--pictures sheet: the contact sheet is a PNG"),
+        (
+            ["validate", "jobs/demo.yaml", "--pictures", "sheet"],
+            "--pictures sheet: the contact sheet is a PNG",
+        ),
         (
             ["submit", "jobs/demo.yaml", "--address", "http://127.0.0.1:1", "--wheel", "x.whl"],
             "--wheel x.whl: file not found",
@@ -139,7 +176,9 @@ def test_stdout_holds_the_result_alone(tmp_path: Path) -> None:
         (["doctor", "--nonsense"], "No such option: --nonsense"),
     ],
 )
-def test_wrong_words_end_with_2_and_say_why(arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_wrong_words_end_with_2_and_say_why(
+    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     from context_diffusion.cli import main
 
     with pytest.MonkeyPatch.context() as patched:
@@ -155,13 +194,29 @@ def test_doctor_looks_at_all_and_ends_with_2_where_something_is_broken(tmp_path:
     code, out, err = call("doctor", str(tmp_path), "--output", str(tmp_path / "new" / "out"), RAY_ADDRESS="")
     checks = {check["name"]: check for check in json.loads(out)["checks"]}
     assert (code, [check["told"] for check in checks.values() if not check["ok"]]) == (0, [])
-    assert {"packages", "extras", "devices", "memory", "disk", "sockets", "storage", "output", "cluster", "model"} == set(checks)
+    assert {
+        "packages",
+        "extras",
+        "devices",
+        "memory",
+        "disk",
+        "sockets",
+        "storage",
+        "output",
+        "cluster",
+        "model",
+    } == set(checks)
     assert checks["packages"]["versions"]["torch"]
     assert checks["memory"]["gib"] >= checks["memory"]["free_gib"] > 0
     assert not (tmp_path / "new").exists()
     assert len(err.splitlines()) == len(checks)
     code, out, err = call(
-        "doctor", str(tmp_path / "gone"), "--model", "no-such-model", "--address", f"http://127.0.0.1:{free_port()}"
+        "doctor",
+        str(tmp_path / "gone"),
+        "--model",
+        "no-such-model",
+        "--address",
+        f"http://127.0.0.1:{free_port()}",
     )
     broken = [check["name"] for check in json.loads(out)["checks"] if not check["ok"]]
     assert (code, json.loads(out)["exit"], broken) == (2, 2, ["storage", "cluster", "model"])
@@ -180,7 +235,11 @@ def test_doctor_names_a_temporary_folder_that_is_too_long_for_sockets(tmp_path: 
 
 def test_doctor_says_what_forbids_the_download_of_weights(tmp_path: Path) -> None:
     """As `validate` and `run` would find, which cannot begin then."""
-    away = {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}", "HF_HUB_OFFLINE": "0"}
+    away = {
+        "HF_HUB_CACHE": str(tmp_path),
+        "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+        "HF_HUB_OFFLINE": "0",
+    }
     code, out, _ = call("doctor", "--model", "sd15", RAY_ADDRESS="", **away)
     [check] = [check for check in json.loads(out)["checks"] if not check["ok"]]
     assert (code, check["name"]) == (2, "model")
@@ -200,7 +259,9 @@ def test_doctor_says_what_forbids_the_download_of_weights(tmp_path: Path) -> Non
 def test_a_package_that_is_too_old_or_missing_is_named() -> None:
     assert problems_of(Requirement("pillow>=1")) == []
     assert problems_of(Requirement("pillow>=999"))[0].startswith("pillow>=999 is required, ")
-    assert problems_of(Requirement("no-such-package")) == ["no-such-package is required, it is not installed: pip install 'no-such-package'"]
+    assert problems_of(Requirement("no-such-package")) == [
+        "no-such-package is required, it is not installed: pip install 'no-such-package'"
+    ]
     assert all(check.ok for check in machine_checks())
     assert not {"dev", "full"} & set(extras().values["missing"])
 
@@ -220,24 +281,13 @@ def test_storage_is_tried_as_a_run_uses_it(s3: str, tmp_path: Path) -> None:
 
 
 def test_the_cluster_is_asked_at_its_dashboard_or_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dashboard(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps([{"submission_id": "a"}]).encode())
-
-        def log_message(self, *_: Any) -> None: ...
-
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     assert cluster(None).ok
-    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        port = server.server_address[1]
-        assert cluster(f"http://127.0.0.1:{port}").message == f"http://127.0.0.1:{port} answers, 1 jobs"
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        assert cluster(None).message == f"127.0.0.1:{port} is open"
-        server.shutdown()
+    with serving(lambda *_: (200, {}, b'[{"submission_id": "a"}]')) as dashboard:
+        assert cluster(dashboard).message == f"{dashboard} answers, 1 jobs"
+        monkeypatch.setenv("RAY_ADDRESS", dashboard.removeprefix("http://"))
+        assert cluster(None).message == f"{dashboard.removeprefix('http://')} is open"
     assert not cluster(None).ok
 
 

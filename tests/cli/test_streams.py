@@ -45,9 +45,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def call(*command: str, stderr: int = subprocess.PIPE, **environment: str) -> tuple[int, dict[str, Any], bytes]:
+def call(
+    *command: str, stderr: int = subprocess.PIPE, **environment: str
+) -> tuple[int, dict[str, Any], bytes]:
     """-> the code, stdout's last line, stderr."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT | environment, timeout=280)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT | environment, timeout=280
+    )
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr or b""
 
 
@@ -66,7 +70,9 @@ def test_a_process_without_stderr_has_its_result_and_writes_into_no_other_file(j
 @pytest.mark.parametrize("kind", ["full", "broken"])
 def test_stdout_that_takes_nothing_leaves_the_code(job: str, kind: str) -> None:
     with stream(kind) as stdout:
-        done = subprocess.run([*COMMAND, "validate", job], stdout=stdout, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        done = subprocess.run(
+            [*COMMAND, "validate", job], stdout=stdout, stderr=subprocess.PIPE, env=ENVIRONMENT
+        )
     assert (done.returncode, b"6 rows in 2 shards" in done.stderr) == (3, True)
 
 
@@ -106,7 +112,13 @@ def test_a_run_in_a_notebook_tells_plain_lines(job: str, tmp_path: Path) -> None
     assert b"\x1b" not in err
     own, terminal = pty.openpty()
     told[-1] = f"output={tmp_path / 'again'}"
-    subprocess.run([*COMMAND, *told], stdout=subprocess.PIPE, stderr=terminal, env=ENVIRONMENT | {"TERM": "xterm"}, timeout=280)
+    subprocess.run(
+        [*COMMAND, *told],
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        env=ENVIRONMENT | {"TERM": "xterm"},
+        timeout=280,
+    )
     os.close(terminal)
     assert b"\x1b[" in os.read(own, 65536)
     os.close(own)

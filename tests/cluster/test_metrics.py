@@ -110,8 +110,14 @@ def read(url: str, **headers: str) -> str:
         return str(answer.read().decode())
 
 
-def test_every_name_that_is_asked_for_is_there_and_the_counts_are_the_jobs(watched: Cluster, tmp_path: Path) -> None:
-    changes: dict[int, dict[str, Any]] = {2: {"scheduler": "magic"}, 5: {"query": "gone.png"}, 14: {"query": "gone.png"}}
+def test_every_name_that_is_asked_for_is_there_and_the_counts_are_the_jobs(
+    watched: Cluster, tmp_path: Path
+) -> None:
+    changes: dict[int, dict[str, Any]] = {
+        2: {"scheduler": "magic"},
+        5: {"query": "gone.png"},
+        14: {"query": "gone.png"},
+    }
     job, out = write_job(tmp_path, 16, changes, settings={"num_images": 2}), tmp_path / "out"
     with Scrapes(watched) as seen:
         code, _, log = call(watched, "submit", job, "--wait", "--log-format", "json")

@@ -35,7 +35,9 @@ def cluster() -> Iterator[Cluster]:
 
 def engines(cluster: Cluster) -> list[dict[str, Any]]:
     """The engines that live now, as Ray's state API lists them."""
-    asked = urllib.request.Request(f"{cluster.dashboard}/api/v0/actors?limit=1000", headers={"Authorization": f"Bearer {TOKEN}"})
+    asked = urllib.request.Request(
+        f"{cluster.dashboard}/api/v0/actors?limit=1000", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
     with urllib.request.urlopen(asked, timeout=30) as answer:
         found = json.load(answer)["data"]["result"]["result"]
     return [one for one in found if one["state"] == "ALIVE" and "Generate" in one["class_name"]]
@@ -83,7 +85,9 @@ def test_engines_whose_number_is_left_open_grow_with_the_gpus(cluster: Cluster, 
 def test_a_cluster_that_is_lost_ends_the_wait_with_75_and_its_name(cluster: Cluster, tmp_path: Path) -> None:
     job = write_job(tmp_path, 60, rows_per_part=2)
     command = [*COMMAND, "submit", job, "--wait", "--address", cluster.dashboard]
-    waiting = subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    waiting = subprocess.Popen(
+        command, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for(lambda: list((tmp_path / "out").glob("data/*")))
     cluster.die()
     out, log = waiting.communicate(timeout=300)
@@ -93,7 +97,9 @@ def test_a_cluster_that_is_lost_ends_the_wait_with_75_and_its_name(cluster: Clus
     assert json.loads(again.stdout.splitlines()[-1])["rows"] > 0, "OUTPUT tells it without the cluster"
 
 
-def test_weights_are_fetched_once_for_two_nodes_and_then_by_no_engine(cluster: Cluster, tmp_path: Path) -> None:
+def test_weights_are_fetched_once_for_two_nodes_and_then_by_no_engine(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     cluster.add()
     for name, made in (("base", make_base(tmp_path / "made")), ("net", make_controlnet(tmp_path / "made"))):
         shutil.copytree(made, tmp_path / "hub" / "someone" / name)
@@ -113,7 +119,9 @@ def test_weights_are_fetched_once_for_two_nodes_and_then_by_no_engine(cluster: C
             "HF_HUB_OFFLINE": "0",
         }
         jobs, lines = RayJobs(cluster.dashboard, TOKEN), list[str]()
-        jobs.submit("warm-1", f"python -m context_diffusion warm {job} --address auto", {"env_vars": variables})
+        jobs.submit(
+            "warm-1", f"python -m context_diffusion warm {job} --address auto", {"env_vars": variables}
+        )
         assert jobs.follow("warm-1", lines.append) == 0, lines
         assert len(json.loads(lines[-1])["nodes"]) == 2
         assert len(fetched) > 8

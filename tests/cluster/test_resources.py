@@ -15,7 +15,9 @@ from context_diffusion.core.generate_job import GenerateJob
 
 
 def shares(cpus: float, gpus: float, **cluster: Any) -> Resources:
-    job = GenerateJob.model_validate({"kind": "generate", "manifest": "m.csv", "output": "out", "cluster": cluster})
+    job = GenerateJob.model_validate(
+        {"kind": "generate", "manifest": "m.csv", "output": "out", "cluster": cluster}
+    )
     return share_resources(job, cpus, gpus)
 
 

@@ -48,7 +48,9 @@ def test_people_read_lines(tmp_path: Path, told: io.StringIO) -> None:
     assert (shown.counts.failed, shown.counts.codes) == (1, {"unknown_scheduler": 1})
 
 
-def test_machines_read_an_object_a_line(tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_read_an_object_a_line(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LOG, "format", LogFormat.JSON)
     watched(tmp_path)
     lines = [json.loads(line) for line in told.getvalue().splitlines()]
@@ -60,7 +62,12 @@ def test_machines_read_an_object_a_line(tmp_path: Path, told: io.StringIO, monke
     assert (shard["shard"], shard["rows"], shard["failed"], shard["images"]) == (0, 4, 0, 4)
     assert set(shard["seconds"]) == {"load", "generate", "write"}
     assert (going["rows"], going["of"]) == (6, 10)
-    assert (failed["level"], failed["shard"], failed["id"], failed["code"]) == ("warning", 1, "row-005", "unknown_scheduler")
+    assert (failed["level"], failed["shard"], failed["id"], failed["code"]) == (
+        "warning",
+        1,
+        "row-005",
+        "unknown_scheduler",
+    )
     assert PROMPT[:40] in failed["message"]
 
 

@@ -115,7 +115,9 @@ def test_what_the_drivers_process_is_given_leaves_a_presets_parts_to_the_preset(
     given = GenerateJob.model_validate(json.loads(driver_input(job, {}))["job"])
     assert given == job
     assert isinstance(given.model, Parts)
-    assert parts_of(given.model) == PRESETS["sd15"].model_copy(update={"vae": "mine/vae", "safety_checker": None})
+    assert parts_of(given.model) == PRESETS["sd15"].model_copy(
+        update={"vae": "mine/vae", "safety_checker": None}
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,13 @@ def test_a_file_holds_several_jobs_as_yaml_documents_or_a_list(tmp_path: Path) -
     generate, evaluate = (job.model_dump(exclude_unset=True) for job in jobs)
     manifests = ["a.csv", "b.parquet"]  # of both kinds, the other keys of one
     assert generate == {**GOOD, "manifest": manifests, "seed": 7, "settings": {"seed": 3}}
-    assert evaluate == {"kind": "evaluate", "images": "out", "output": "scores", "judge": "mine", "manifest": manifests}
+    assert evaluate == {
+        "kind": "evaluate",
+        "images": "out",
+        "output": "scores",
+        "judge": "mine",
+        "manifest": manifests,
+    }
     path.write_text(json.dumps([generate, evaluate]))
     assert load_jobs(str(path)) == jobs
     with pytest.raises(ConfigError, match="has 2 jobs, expected one"):
@@ -170,7 +178,11 @@ def test_a_file_holds_several_jobs_as_yaml_documents_or_a_list(tmp_path: Path) -
     ("change", "sets", "words"),
     [
         (("out\n---", "out\ncontrol: cany\n---"), [], ["job.yaml: job 1: ", "control: should be"]),
-        (("images: out", "image: out"), ["modle=x"], ["did you mean 'model'", "job 2: ", "did you mean 'images'"]),
+        (
+            ("images: out", "image: out"),
+            ["modle=x"],
+            ["did you mean 'model'", "job 2: ", "did you mean 'images'"],
+        ),
         (("output: scores", "output: ./out/"), [], ["job 2: output: ./out/ is also job 1's"]),
         (("kind: evaluate", "kind: evaluat"), [], ["job 2: kind: 'evaluat'", "did you mean 'evaluate'"]),
         (("scores\n", "scores\n---\n"), [], ["job 3: a job is a mapping", "got NoneType"]),
@@ -195,14 +207,23 @@ def test_a_job_for_another_working_directory_has_absolute_paths_and_the_names_it
     monkeypatch.chdir(tmp_path)
     for folder in ("mine", "bundled"):
         (tmp_path / folder).mkdir()
-    values = GOOD | {"manifest": ["m.csv", "s3://b/m.csv"], "model": {"base": "sd15", "vae": "mine", "controlnet": "o/name"}}
+    values = GOOD | {
+        "manifest": ["m.csv", "s3://b/m.csv"],
+        "model": {"base": "sd15", "vae": "mine", "controlnet": "o/name"},
+    }
     told = absolute(check_job(values))
     assert told["manifest"] == [f"{tmp_path}/m.csv", "s3://b/m.csv"]
     assert told["model"] == {"base": "sd15", "vae": f"{tmp_path}/mine", "controlnet": "o/name"}
     assert told["output"] == f"{tmp_path}/out"
     assert told.keys() == values.keys()
-    tuned = absolute(check_job({"kind": "finetune", "data": "pictures", "output": "tuned", "model": "bundled"}))
-    assert (tuned["data"], tuned["output"], tuned["model"]) == (f"{tmp_path}/pictures", f"{tmp_path}/tuned", "bundled")
+    tuned = absolute(
+        check_job({"kind": "finetune", "data": "pictures", "output": "tuned", "model": "bundled"})
+    )
+    assert (tuned["data"], tuned["output"], tuned["model"]) == (
+        f"{tmp_path}/pictures",
+        f"{tmp_path}/tuned",
+        "bundled",
+    )
 
 
 @given(st.integers(1, 10_000), st.integers(0, 100))

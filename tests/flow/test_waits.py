@@ -57,7 +57,10 @@ def test_an_engine_that_hangs_ends_the_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
 def test_a_cluster_that_others_hold_is_told(tmp_path: Path) -> None:
-    hold = "import ray, sys; ray.init(); ray.get(ray.remote(num_cpus=2)(lambda: __import__('time').sleep(600)).remote())"
+    hold = (
+        "import ray, sys; ray.init(); ray.get(ray.remote(num_cpus=2)(lambda: "
+        "__import__('time').sleep(600)).remote())"
+    )
     holding = subprocess.Popen([sys.executable, "-c", hold])
     try:
         ray.init()
@@ -65,7 +68,9 @@ def test_a_cluster_that_others_hold_is_told(tmp_path: Path) -> None:
         while ray.available_resources().get("CPU", 0) > 0.5:
             assert time.monotonic() < until
             time.sleep(0.2)
-        summary, log = run(job_values(write_manifest(tmp_path / "in", 6), tmp_path / "out", **STRICT), "quick")
+        summary, log = run(
+            job_values(write_manifest(tmp_path / "in", 6), tmp_path / "out", **STRICT), "quick"
+        )
     finally:
         ray.shutdown()
         holding.kill()
@@ -80,7 +85,9 @@ def command(tmp_path: Path, address: str) -> tuple[int, dict[str, Any], str]:
     manifest = write_manifest(tmp_path / "in", 6)
     job = tmp_path / "job.json"
     job.write_text(json.dumps({"kind": "generate", "manifest": manifest, "output": str(tmp_path / "out")}))
-    done = subprocess.run([*COMMAND, "run", job, "--address", address], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [*COMMAND, "run", job, "--address", address], capture_output=True, text=True, env=ENVIRONMENT
+    )
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
@@ -115,7 +122,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def pass_time(clock: list[float], judge: StallGuard, seconds: float, each: Callable[[], object] = lambda: None) -> None:
+def pass_time(
+    clock: list[float], judge: StallGuard, seconds: float, each: Callable[[], object] = lambda: None
+) -> None:
     for _ in range(int(seconds / 10)):
         clock[0] += 10
         each()

@@ -1,4 +1,5 @@
-"""Names, folders and hub ids of models: found where they are, refused with what to do; a hub's cache stands in for the hub."""
+"""Names, folders and hub ids of models: found where they are, refused with what to do; a hub's cache stands
+in for the hub."""
 
 from __future__ import annotations
 
@@ -41,7 +42,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_part_may_lie_in_a_folder_of_a_hub_id() -> None:
-    assert split("h94/IP-Adapter/sdxl_models/image_encoder") == ("h94/IP-Adapter", "sdxl_models/image_encoder")
+    assert split("h94/IP-Adapter/sdxl_models/image_encoder") == (
+        "h94/IP-Adapter",
+        "sdxl_models/image_encoder",
+    )
     assert split("someone/base") == ("someone/base", "")
 
 
@@ -98,7 +102,9 @@ def test_a_wrong_name_says_what_to_do(cache: Path, model: str | Parts, told: str
 
 
 @pytest.mark.parametrize("part", COMPONENTS)
-def test_a_native_folder_that_lacks_a_component_is_refused_before_any_engine_starts(part: str, tmp_path: Path) -> None:
+def test_a_native_folder_that_lacks_a_component_is_refused_before_any_engine_starts(
+    part: str, tmp_path: Path
+) -> None:
     assert set(COMPONENTS) == {*NativeModel.MODULES, "tokenizer"}
     tiny_model().save_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / part)

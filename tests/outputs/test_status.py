@@ -31,7 +31,9 @@ def write_part(folder: Path, shard: int, at: datetime) -> None:
         ("c", 0, "failed", "missing_file", None, None),
     ]
     names = [field.name for field in SCHEMA]
-    table = pa.Table.from_pylist([dict(zip(names, (f"{row[0]}{shard}", *row[1:], at), strict=True)) for row in rows], SCHEMA)
+    table = pa.Table.from_pylist(
+        [dict(zip(names, (f"{row[0]}{shard}", *row[1:], at), strict=True)) for row in rows], SCHEMA
+    )
     (folder / "data").mkdir(exist_ok=True)
     (folder / "data" / f"part-{shard:05d}.parquet").write_bytes(to_parquet(table))
 

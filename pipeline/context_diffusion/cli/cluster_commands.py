@@ -35,7 +35,7 @@ Variables = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment variable of the job's processes")
 ]
 SubmissionId = Annotated[str, typer.Argument(metavar="SUBMISSION", help="the name that `submit` printed")]
-OutputOrSubmissionId = Annotated[
+OutputOrSubmission = Annotated[
     str,
     typer.Argument(metavar="OUTPUT|SUBMISSION", help="an output folder, or the name that `submit` printed"),
 ]

@@ -3,7 +3,7 @@
 time     ISO 8601, UTC          level   info, warning or error
 event    see below              job     its OUTPUT
 
-started     rows, done, logs                    shard       shard, rows, failed, images, bytes, seconds by stage
+started     rows, done, logs                    shard       shard, rows, failed, images, bytes, seconds
 row_failed  shard, id, code, message            progress    rows, of, failed, images_per_second, seconds_left
 stopping                                        finished    rows, ok, failed, images, seconds, exit
 error       error                               submitted   id, attached

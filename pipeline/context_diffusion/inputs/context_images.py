@@ -19,7 +19,7 @@ from context_diffusion.core.job_base import Limits
 from context_diffusion.core.records import Pixels
 from context_diffusion.inputs.decode import decode_image, decode_resized, resize
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP, clip.py
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -106,9 +106,13 @@ def image_processor(config: Mapping[str, Any] | None, image_size: int, name: str
     """
     if config is None:
         return ImageProcessor(image_size, image_size)
-    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor")
+    kind = str(
+        config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
+    )
     clip = kind.startswith("CLIP")
-    size = _size(config.get("size", 224), square=not clip, name=name) if config.get("do_resize", True) else None
+    size = (
+        _size(config.get("size", 224), square=not clip, name=name) if config.get("do_resize", True) else None
+    )
     crop = config.get("do_center_crop", clip or "crop_size" in config)
     result_size = _size(config.get("crop_size", 224), square=True, name=name) if crop else size
     if result_size != (image_size, image_size):

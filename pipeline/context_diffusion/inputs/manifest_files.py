@@ -6,14 +6,12 @@ Knows file formats, but no meaning of columns (inputs/rows.py).
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -22,17 +20,15 @@ import pyarrow.parquet as pq
 from context_diffusion.core.errors import ManifestError
 from context_diffusion.core.records import Shard
 from context_diffusion.core.uris import normal, parent
+from context_diffusion.inputs.text_rows import Row, csv_records, csv_rows, json_rows
 from context_diffusion.storage.filesystem import Storage
 from context_diffusion.storage.parquet_files import NotParquetError, read_parquet_file
 
 T = TypeVar("T")
-Row = dict[str, Any]
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 GLOB = set("*?[")
 PARTITION = re.compile(r"[A-Za-z_]\w*=.")  # folders that name a column
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
-LINE_BYTES = 64 * 2**20  # the longest line, so that a file without line ends is not read whole
-CELL_CHARACTERS = 16 * 2**20  # the longest CSV cell, in case a quote is never closed
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,9 @@ def visible(files: list[str], folder: str) -> list[str]:
 
     def hidden(uri: str) -> bool:
         names = uri.removeprefix(folder).strip("/").split("/")
-        return any(name.startswith((".", "__MACOSX")) or (name.startswith("_") and "=" not in name) for name in names)
+        return any(
+            name.startswith((".", "__MACOSX")) or (name.startswith("_") and "=" not in name) for name in names
+        )
 
     return [uri for uri in files if not hidden(uri) and not uri.startswith(tuple(outputs))]
 
@@ -94,7 +92,7 @@ def open_file(uri: str, storage: Storage) -> ManifestFile:
 def _csv_header(uri: str, storage: Storage) -> list[str]:
     """Read the columns of a CSV file. Raises ManifestError for other separators and duplicate columns."""
     with storage.open(uri) as file:
-        *_, columns = next(_csv_records(uri, file, 0))
+        *_, columns = next(csv_records(uri, file, 0))
     for sign, name in ((";", "`;`, as Excel does in many languages"), ("\t", "tabs")):
         if len(columns) == 1 and sign in columns[0]:
             raise ManifestError(f"{uri}: the header is separated by {name}; a CSV manifest needs commas")
@@ -130,11 +128,11 @@ def scan_text(file: ManifestFile, storage: Storage) -> Iterator[tuple[int, int, 
     folders = partitions(file.uri)
     with storage.open(file.uri) as handle:
         if file.format == "jsonl":
-            rows = _json_rows(file.uri, handle, 0)
+            rows = json_rows(file.uri, handle, 0)
         else:
-            records = _csv_records(file.uri, handle, 0)
+            records = csv_records(file.uri, handle, 0)
             next(records)  # the header
-            rows = _csv_rows(file, records)
+            rows = csv_rows(file.uri, file.columns, records)
         for begin, end, row in rows:
             yield begin, end, folders | row
 
@@ -147,11 +145,15 @@ def scan_parquet(file: ManifestFile, storage: Storage, columns: list[str] | None
 
 
 def scan_texts(file: ManifestFile, storage: Storage, columns: list[str]) -> Iterator[Row]:
-    """All rows with these columns alone, and of a Parquet file's only the texts in them, not the bytes of images."""
+    """Read all rows with these columns only, and from Parquet only their texts, not the bytes of images."""
 
     def texts(opened: pq.ParquetFile, group: int) -> pa.Table:
         leaves = map(opened.schema.column, range(len(opened.schema)))
-        chosen = [leaf.path for leaf in leaves if leaf.path.split(".")[0] in columns and str(leaf.logical_type) == "String"]
+        chosen = [
+            leaf.path
+            for leaf in leaves
+            if leaf.path.split(".")[0] in columns and str(leaf.logical_type) == "String"
+        ]
         return opened.read_row_group(group, chosen)
 
     if file.format != "parquet":
@@ -167,9 +169,14 @@ def read_text(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:
     handle = io.BytesIO(storage.read_range(file.uri, shard.offset, shard.size))
     folders = partitions(file.uri)
     if file.format == "jsonl":
-        rows = [folders | row for *_, row in _json_rows(file.uri, handle, shard.first_row)]
+        rows = [folders | row for *_, row in json_rows(file.uri, handle, shard.first_row)]
     else:
-        rows = [folders | row for *_, row in _csv_rows(file, _csv_records(file.uri, handle, shard.first_row + 1))]
+        rows = [
+            folders | row
+            for *_, row in csv_rows(
+                file.uri, file.columns, csv_records(file.uri, handle, shard.first_row + 1)
+            )
+        ]
     _check_count(file, shard, len(rows))
     return rows
 
@@ -214,7 +221,9 @@ def _check_count(file: ManifestFile, shard: Shard, count: int) -> None:
         raise ManifestError(f"{file.uri}: {count} rows where the plan has {shard.rows}: did the file change?")
 
 
-def _row_group(file: ManifestFile, group: int, storage: Storage, columns: list[str] | None = None) -> pa.Table:
+def _row_group(
+    file: ManifestFile, group: int, storage: Storage, columns: list[str] | None = None
+) -> pa.Table:
     problem = f"row group {group} cannot be read as Parquet"
     table = _parquet(file.uri, storage, lambda parquet: parquet.read_row_group(group, columns), problem)
     for name, value in partitions(file.uri).items():
@@ -235,70 +244,3 @@ def _names_and_groups(file: pq.ParquetFile) -> tuple[list[str], list[int]]:
     """Return a file's columns, and the rows of each row group."""
     groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
     return file.schema_arrow.names, groups
-
-
-def _lines(uri: str, handle: BinaryIO) -> Iterator[bytes]:
-    """Read a file line by line. Raises ManifestError for a line over LINE_BYTES."""
-    buffered = io.BufferedReader(handle, 2**20)  # type: ignore[type-var]
-    begin = 0
-    while line := buffered.readline(LINE_BYTES + 1):
-        if len(line) > LINE_BYTES:
-            problem = f"the line that begins at byte {begin} is over {LINE_BYTES >> 20} MiB long"
-            raise ManifestError(f"{uri}: {problem}: expected one row per line")
-        begin += len(line)
-        yield line
-
-
-def _json_rows(uri: str, handle: BinaryIO, first: int) -> Iterator[tuple[int, int, Row]]:
-    end = 0
-    for number, line in enumerate(_lines(uri, handle), first + 1):
-        begin, end = end, end + len(line)
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig"), parse_constant=_constant)
-        except (ValueError, RecursionError) as error:
-            raise ManifestError(f"{uri}: line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ManifestError(f"{uri}: line {number} is not a JSON object but {type(row).__name__}")
-        yield begin, end, row
-
-
-def _constant(name: str) -> float | None:
-    """Return null for NaN, which pandas writes for missing values, and infinities as floats."""
-    return None if name == "NaN" else float(name)
-
-
-def _csv_records(uri: str, handle: BinaryIO, first: int) -> Iterator[tuple[int, int, list[str]]]:
-    """Read CSV records as (begin, end, cells) with their byte offsets; quoted cells may have line ends."""
-    end = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal end
-        for line in _lines(uri, handle):
-            text = line.decode("utf-8-sig" if end == 0 else "utf-8")
-            end += len(line)
-            yield text
-
-    begin = 0
-    number = first
-    csv.field_size_limit(CELL_CHARACTERS)
-    try:
-        for record in csv.reader(lines(), strict=True):
-            number += 1
-            if record:
-                yield begin, end, record
-            begin = end
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ManifestError(f"{uri}: record {number + 1} is not CSV in UTF-8: {error}") from error
-    if end == 0 and first == 0:
-        raise ManifestError(f"{uri}: the file is empty; expected a header")
-
-
-def _csv_rows(file: ManifestFile, records: Iterator[tuple[int, int, list[str]]]) -> Iterator[tuple[int, int, Row]]:
-    for begin, end, record in records:
-        if len(record) != len(file.columns):
-            counts = f"a record has {len(record)} cells, the header has {len(file.columns)}"
-            raise ManifestError(f"{file.uri}: {counts}: {','.join(record)[:120]}")
-        cells = zip(file.columns, record, strict=True)
-        yield begin, end, {name: cell if cell != "" else None for name, cell in cells}

@@ -9,7 +9,12 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 
 from context_diffusion.core.errors import ModelError, one_line
 
@@ -32,11 +37,20 @@ def commit_of(repo: str, revision: str | None) -> str:
         raise ModelError(f"model: {repo!r} is neither a folder that is here nor a hub id: {error}") from error
     except HfHubHTTPError as error:
         hint = "check the name and the revision; a private or gated one needs HF_TOKEN"
-        raise ModelError(f"model: the hub has no {repo} at {revision or 'main'} for us ({error}); {hint}") from error
+        raise ModelError(
+            f"model: the hub has no {repo} at {revision or 'main'} for us ({error}); {hint}"
+        ) from error
     except Exception as error:  # what a network's absence leads the client to
-        cached = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs" / (revision or "main")
+        cached = (
+            Path(constants.HF_HUB_CACHE)
+            / f"models--{repo.replace('/', '--')}"
+            / "refs"
+            / (revision or "main")
+        )
         if not cached.is_file():
-            raise ModelError(f"model: {repo} is not in the cache and the hub is out of reach: {_hint(error)}") from error
+            raise ModelError(
+                f"model: {repo} is not in the cache and the hub is out of reach: {_hint(error)}"
+            ) from error
         commit = cached.read_text().strip()
     return str(commit)
 
@@ -57,7 +71,9 @@ def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
     except HFValidationError as error:
         raise ModelError(f"model: {part!r} is neither a folder that is here nor a hub id: {error}") from error
     except Exception as error:  # no such file, no room, no network
-        raise ModelError(f"model: {part}: cannot get {name or 'its files'} of the hub: {_hint(error)}") from error
+        raise ModelError(
+            f"model: {part}: cannot get {name or 'its files'} of the hub: {_hint(error)}"
+        ) from error
 
 
 def fetch_optional(part: str, name: str, revision: dict[str, str]) -> Path | None:
@@ -67,7 +83,9 @@ def fetch_optional(part: str, name: str, revision: dict[str, str]) -> Path | Non
     except ModelError as error:
         # Offline, a file that the cache lacks counts as absent; with a network, an answer is needed.
         absent = isinstance(error.__cause__, EntryNotFoundError)
-        if absent and (constants.is_offline_mode() or not isinstance(error.__cause__, LocalEntryNotFoundError)):
+        if absent and (
+            constants.is_offline_mode() or not isinstance(error.__cause__, LocalEntryNotFoundError)
+        ):
             return None
         raise
     return path if path.is_file() else None
@@ -82,11 +100,14 @@ def obstacle_to(repo: str, timeout_s: float) -> str | None:
     except HfHubHTTPError as error:
         return f"the hub refuses {repo}: {one_line(str(error))}; a private or gated one needs HF_TOKEN"
     except Exception as error:  # what a network's absence leads the client to
-        return f"the hub at {constants.ENDPOINT} is out of reach: {type(error).__name__}: {one_line(str(error))}"
+        return (
+            f"the hub at {constants.ENDPOINT} is out of reach: {type(error).__name__}: {one_line(str(error))}"
+        )
     return None
 
 
 def _hint(error: Exception) -> str:
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set; unset it once to download, or name a folder"
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}; check name and network, or name a folder"
+    reason = str(error).splitlines()[0][:200]
+    return f"{type(error).__name__}: {reason}; check name and network, or name a folder"

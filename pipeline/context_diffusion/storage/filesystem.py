@@ -89,7 +89,8 @@ class Storage:
             raise
 
     def _report_waiting(self, uri: str, waits: contextlib.ExitStack, state: tenacity.RetryCallState) -> None:
-        """Report on stderr, from the first failure, what is retried: a wrong endpoint would look like a job that hangs."""
+        """Report on stderr, from the first failure, what is retried: a wrong endpoint would look like a job
+        that hangs."""
         if state.attempt_number == 1 and state.outcome:
             error = state.outcome.exception()
             reason = one_line(f"{type(error).__name__}: {error}", 300)
@@ -266,7 +267,9 @@ class Storage:
 
 def _missing_file(uri: str, error: OSError) -> RowError:
     """Return the error of a row whose file does not exist."""
-    if isinstance(error.__cause__, RowError):  # from http_client: fsspec raises FileNotFoundError for every error
+    if isinstance(
+        error.__cause__, RowError
+    ):  # from http_client: fsspec raises FileNotFoundError for every error
         return error.__cause__
     quoted = is_local(uri) and unquote(uri) != uri
     hint = f"; percent signs are not decoded in local paths: did you mean {unquote(uri)!r}?" if quoted else ""

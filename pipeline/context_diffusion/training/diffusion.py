@@ -31,7 +31,13 @@ from context_diffusion.training.loop.checkpoints import (
     save_model,
 )
 from context_diffusion.training.loop.distributed import Workers
-from context_diffusion.training.loop.losses import AuxiliaryHeads, noised, rest_timesteps, spread_timesteps, v_loss
+from context_diffusion.training.loop.losses import (
+    AuxiliaryHeads,
+    noised,
+    rest_timesteps,
+    spread_timesteps,
+    v_loss,
+)
 from context_diffusion.training.loop.optimizer import LOOK, Averaged, Clipping, Optimizer, update_ema
 from context_diffusion.training.loop.precision import SOUND, mixed_precision
 from context_diffusion.training.samples import draw_curves, save_samples
@@ -41,7 +47,9 @@ PADDED = 64  # contexts of a batch are padded to a multiple of it
 TRAINED = ("unet", "controlnet", "image_encoder", "text_encoder", "fusion")
 
 
-def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Path, metrics: Metrics) -> dict[str, Any]:
+def train_diffusion(
+    job: TrainingJob, model: NativeModel, data: Data, folder: Path, metrics: Metrics
+) -> dict[str, Any]:
     """Train in place, resuming an earlier run; the model ends with the averaged weights."""
     run = Run(job, model, folder, data.origin)
     if model.device.type == "cpu":
@@ -101,7 +109,9 @@ class Run:
         self.path = folder / "diffusion.pt"
         self.workers = Workers.here()
         self.origin = origin
-        self.modules = nn.ModuleDict({name: model.modules[name] for name in trained(model)}).requires_grad_(True).train()
+        self.modules = (
+            nn.ModuleDict({name: model.modules[name] for name in trained(model)}).requires_grad_(True).train()
+        )
         for module in self.modules.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(job.seed + 1)
@@ -123,7 +133,9 @@ class Run:
             spent = state["spent"]
         average = state["average"] if state else self.modules.state_dict()
         self.average = {name: value.to(model.device, copy=True) for name, value in average.items()}
-        self.progress = StageSchedule(job.diffusion.minutes, job.max_steps, job.cpu_threads, model.device, spent)
+        self.progress = StageSchedule(
+            job.diffusion.minutes, job.max_steps, job.cpu_threads, model.device, spent
+        )
 
     def save(self, done: bool) -> None:
         optimizer = self.optimizer.state_dict()  # collective: each worker holds a part of it
@@ -166,12 +178,19 @@ class Run:
         samples = source.samples(rng, size, stage.context_dropout, stage.prompt_dropout, rows)
         generator = torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step)
         with sdpa_kernel(SOUND):
-            loss = self.loss(samples, rows, size, generator, self.progress.at(self.step) < stage.crops) * weight
+            loss = (
+                self.loss(samples, rows, size, generator, self.progress.at(self.step) < stage.crops) * weight
+            )
         loss.backward()
         return loss.detach()
 
     def loss(
-        self, samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator, crop: bool = False
+        self,
+        samples: Samples,
+        rows: NDArray[np.int64],
+        size: int,
+        generator: torch.Generator,
+        crop: bool = False,
     ) -> Tensor:
         """Return the loss of some rows of a batch of `size`; all noise, timesteps and crops depend on the
         generator alone."""

@@ -80,9 +80,13 @@ def _component(folder: Path, name: str, kind: Any) -> torch.nn.Module:
     if not (where / "config.json").exists():
         raise ModelError(f"{folder}: the component {name}/ is missing; copy the whole model folder")
     try:
-        module = load_vision_model(where) if kind is None else kind.from_pretrained(where, use_safetensors=True)
+        module = (
+            load_vision_model(where) if kind is None else kind.from_pretrained(where, use_safetensors=True)
+        )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{where}: cannot be loaded as {kind.__name__ if kind else 'a vision model'}: {error}") from error
+        raise ModelError(
+            f"{where}: cannot be loaded as {kind.__name__ if kind else 'a vision model'}: {error}"
+        ) from error
     # A copy: float32 weights would stay in the mapped file, at unaligned addresses, which changes the last
     # bits of
     # results against the same weights in memory of their own.

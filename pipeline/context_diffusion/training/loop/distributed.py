@@ -60,7 +60,10 @@ class Workers:
         if self.count == 1 or not tensors:
             return
         flat = _flatten_dense_tensors(
-            [tensor if i % self.count == self.rank else torch.zeros_like(tensor) for i, tensor in enumerate(tensors)]
+            [
+                tensor if i % self.count == self.rank else torch.zeros_like(tensor)
+                for i, tensor in enumerate(tensors)
+            ]
         )
         _add_up(flat)
         for tensor, whole in zip(tensors, _unflatten_dense_tensors(flat, tensors), strict=True):
