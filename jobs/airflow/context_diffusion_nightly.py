@@ -31,9 +31,7 @@ def context_diffusion_nightly() -> None:
     @task.sensor(poke_interval=300, timeout=6 * 3600, mode="reschedule")
     def manifest(ds: str) -> PokeReturnValue:
         try:
-            return PokeReturnValue(
-                is_done=True, xcom_value=nightly.check_ready(RayJobs.known(), nightly.job_of(ds, JOB))
-            )
+            return PokeReturnValue(is_done=True, xcom_value=nightly.check_ready(RayJobs.known(), nightly.job_of(ds, JOB)))
         except nightly.NotReadyError:
             return PokeReturnValue(is_done=False)
         except nightly.WrongJobError as error:

@@ -27,16 +27,12 @@ def step(name: str, words: list[str], retry: models.RetryStrategy) -> Container:
             models.EnvVar(
                 name="RAY_AUTH_TOKEN",
                 value_from=models.EnvVarSource(
-                    secret_key_ref=models.SecretKeySelector(
-                        name="context-diffusion-ray-token", key="auth_token"
-                    )
+                    secret_key_ref=models.SecretKeySelector(name="context-diffusion-ray-token", key="auth_token")
                 ),
             ),
         ],
         volume_mounts=[models.VolumeMount(name="job", mount_path="/etc/context-diffusion", read_only=True)],
-        resources=models.ResourceRequirements(
-            requests={"cpu": "500m", "memory": "1Gi"}, limits={"memory": "2Gi"}
-        ),
+        resources=models.ResourceRequirements(requests={"cpu": "500m", "memory": "1Gi"}, limits={"memory": "2Gi"}),
         retry_strategy=retry,
     )
 
@@ -52,9 +48,7 @@ def workflow() -> CronWorkflow:
         timezone="Etc/UTC",
         concurrency_policy="Forbid",
         entrypoint="night",
-        volumes=[
-            models.Volume(name="job", config_map=models.ConfigMapVolumeSource(name="context-diffusion-job"))
-        ],
+        volumes=[models.Volume(name="job", config_map=models.ConfigMapVolumeSource(name="context-diffusion-job"))],
     ) as made:
         ready = step("manifest", ["ready", JOB], waiting)
         images = step("images", ["run", JOB, "--max-failed-share", "0.01"], resuming)

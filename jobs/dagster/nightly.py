@@ -30,9 +30,7 @@ def context_diffusion_images(context: dg.AssetExecutionContext) -> dg.Materializ
     except nightly.WrongJobError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
     told = {key: summary[key] for key in ("output", "rows", "failed", "images", "images_per_second")}
-    return dg.MaterializeResult(
-        metadata=told | {"report": dg.MetadataValue.url(f"{summary['output']}/report.html")}
-    )
+    return dg.MaterializeResult(metadata=told | {"report": dg.MetadataValue.url(f"{summary['output']}/report.html")})
 
 
 @dg.asset_check(asset=context_diffusion_images, blocking=True)

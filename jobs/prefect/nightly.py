@@ -40,9 +40,7 @@ def images(job: nightly.Job) -> dict[str, Any]:
 @task
 def publish(summary: dict[str, Any]) -> str:
     output = nightly.check(summary, MAX_FAILED_SHARE)
-    create_link_artifact(
-        f"{output}/report.html", key="context-diffusion-images", description=f"{summary['rows']} rows"
-    )
+    create_link_artifact(f"{output}/report.html", key="context-diffusion-images", description=f"{summary['rows']} rows")
     return output
 
 

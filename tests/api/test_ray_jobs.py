@@ -1,4 +1,5 @@
-"""Clusters that are not there, or are something else: what `submit`, `status` and `stop` say, and when they give up."""
+"""Clusters that are not there, or are something else: what `submit`, `status` and `stop` say, and when they
+give up."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from support.processes import COMMAND, ENVIRONMENT
 
 @contextmanager
 def dashboard(*answers: tuple[int, str]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """An HTTP server that gives these answers in turn, the last one ever after. -> its address, and what it was asked."""
+    """An HTTP server that gives these answers in turn, the last one ever after. -> its address, and what it
+    was asked."""
     asked: list[tuple[str, str]] = []
 
     def answer(method: str, path: str) -> Answer:

@@ -1,4 +1,5 @@
-"""The command line as a person meets it: help, completion, colours, the commands that need no Ray and no model."""
+"""The command line as a person meets it: help, completion, colours, the commands that need no Ray and no
+model."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def test_the_module_is_the_command_and_its_help_needs_no_torch() -> None:
     code, out, _ = call("--help")
     assert code == 0
     assert all(name in out for name in NAMES)
-    heavy = "import sys, context_diffusion.cli.main; print([m for m in ('torch', 'ray', 'diffusers') if m in sys.modules])"
+    imported = "[m for m in ('torch', 'ray', 'diffusers') if m in sys.modules]"
+    heavy = f"import sys, context_diffusion.cli.main; print({imported})"
     assert (
         subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout.strip() == "[]"
     )

@@ -1,4 +1,5 @@
-"""Messages never end a command: whatever stderr and stdout are, and whatever is said on them. Real processes, real streams."""
+"""Messages never end a command: whatever stderr and stdout are, and whatever is said on them. Real processes,
+real streams."""
 
 from __future__ import annotations
 
@@ -89,7 +90,8 @@ def test_signs_that_the_encoding_lacks_are_escaped(job: str, tmp_path: Path) -> 
 @pytest.mark.ray
 @pytest.mark.parametrize("form", ["text", pytest.param("json", marks=pytest.mark.slow)])
 def test_a_run_whose_messages_nobody_can_take_is_made(job: str, tmp_path: Path, form: str) -> None:
-    """Its driver is another process, with a stream of its own: one run without stderr at all, one whose reader is gone."""
+    """Its driver is another process, with a stream of its own: one run without stderr at all, one whose
+    reader is gone."""
     output = str(tmp_path / SIGNS)
     told = ["run", job, "--set", f"output={output}", "--log-format", form]
     if form == "text":

@@ -1,4 +1,5 @@
-"""Values that nobody expected: each is what it means, or its own row's failure, and never ends the rest of a job."""
+"""Values that nobody expected: each is what it means, or its own row's failure, and never ends the rest of a
+job."""
 
 from __future__ import annotations
 
@@ -307,7 +308,8 @@ def test_what_programs_leave_in_a_folder_is_no_manifest(tmp_path: Path) -> None:
 
 
 def adobe_rgb() -> bytes:
-    """A matrix profile with Adobe RGB's primaries and gamma (its specification of 1998, adapted to D50), written by hand."""
+    """A matrix profile with Adobe RGB's primaries and gamma (its specification of 1998, adapted to D50),
+    written by hand."""
 
     def number(value: float) -> bytes:
         return struct.pack(">i", round(value * 65536))

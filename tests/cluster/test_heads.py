@@ -65,7 +65,8 @@ def test_a_job_that_is_stopped_finishes_the_shards_it_has_begun(head: Cluster, t
 def test_a_head_whose_python_on_path_is_another_one_runs_the_job_on_rays_own_and_is_waited_for(
     tmp_path: Path,
 ) -> None:
-    """The head has just begun to start, and neither its PATH nor its folder leads to the Python that Ray runs on."""
+    """The head has just begun to start, and neither its PATH nor its folder leads to the Python that Ray runs
+    on."""
     job = write_job(tmp_path, 4)
     with start_head(path=f"{bare_python(tmp_path)}:{BARE}") as head:
         wait_for(lambda: listens(head.dashboard), 60)

@@ -1,4 +1,5 @@
-"""A real job on a real cluster, as Prometheus sees it: every name that dashboard and alerts ask for, values that add up."""
+"""A real job on a real cluster, as Prometheus sees it: every name that dashboard and alerts ask for, values
+that add up."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ def watched() -> Iterator[Cluster]:
 
 
 class Scrapes(threading.Thread):
-    """Reads the nodes' metrics while a job runs, and finds them, as infra/prometheus/prometheus.yaml has Prometheus do it: the
-    last value of each of ours, by name and labels."""
+    """Reads the nodes' metrics while a job runs, and finds them, as infra/prometheus/prometheus.yaml has
+    Prometheus do it: the last value of each of ours, by name and labels."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)

@@ -47,7 +47,8 @@ def test_engines_wait_for_gpus_of_their_kind_grow_with_them_and_leave_a_node_tha
     cluster: Cluster, tmp_path: Path
 ) -> None:
     pool = {"actors": [1, 2], "gpus_per_actor": 1, "accelerator_type": "L4"}
-    # A node takes half a minute to start, a shard of two rows a quarter of a second at most: enough of them to see it come.
+    # A node takes half a minute to start, a shard of two rows a quarter of a second at most: enough of them
+    # to see it come.
     job = write_job(tmp_path, 1000, rows_per_part=2, cluster=pool)
     parts = tmp_path / "out" / "data"
     code, told, log = call(cluster, "submit", job)

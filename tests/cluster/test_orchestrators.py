@@ -1,4 +1,5 @@
-"""The nightly job really run by each orchestrator, in an environment of its own without Ray, torch or this package."""
+"""The nightly job really run by each orchestrator, in an environment of its own without Ray, torch or this
+package."""
 
 from __future__ import annotations
 
@@ -134,7 +135,8 @@ def test_a_night_by_each_orchestrator(
 
 @pytest.mark.parametrize("name", [*RUNS, "command"])
 def test_who_stops_the_night_stops_its_ray_job(name: str, cluster: Cluster, tmp_path: Path) -> None:
-    """By the signal that the orchestrator's cancellation sends to a task's process, then by the kill that follows it."""
+    """By the signal that the orchestrator's cancellation sends to a task's process, then by the kill that
+    follows it."""
     out = write_night(tmp_path, 200, 0, rows_per_part=2, settings={"num_inference_steps": 50})
     settings = environment(cluster, tmp_path)
     if name == "command":

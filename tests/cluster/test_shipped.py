@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """All that the package needs, and not the package: a folder on sys.path has its .pth files ignored, an editable
-    install's among them."""
+    """All that the package needs, and not the package: a folder on sys.path has its .pth files ignored, an
+    editable install's among them."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, symlinks=True)
     python = str(folder / "bin" / "python")

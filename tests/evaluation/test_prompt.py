@@ -38,16 +38,8 @@ def test_the_prompt_score_tells_the_prompt_of_a_picture_from_another_ones() -> N
 def test_the_word_for_the_colours_counts_in_any_place_of_the_prompt() -> None:
     """transformers takes a text's features at the highest id where the end token's id is 2: words behind it were lost."""
     row = next(row for row in named_rows() if row.style.palette == "ocean")
-    for wording in (
-        "{} colours",
-        "a picture in {}",
-        "wavy violin and the {}",
-        "{} tones with a texture of waves",
-    ):
-        assert (
-            prompt_score(row.truth, wording.format("ocean"))
-            > prompt_score(row.truth, wording.format("ember")) + 0.2
-        )
+    for wording in ("{} colours", "a picture in {}", "wavy violin and the {}", "{} tones with a texture of waves"):
+        assert prompt_score(row.truth, wording.format("ocean")) > prompt_score(row.truth, wording.format("ember")) + 0.2
 
 
 def test_the_judge_is_small_safe_and_knows_the_words_it_compares_with() -> None:

@@ -35,9 +35,7 @@ def test_every_row_and_picture_arrives_once(tmp_path: Path, form: str) -> None:
 
     output, to = finished(tmp_path, output_format=form), Output(str(tmp_path / "to"), STORAGE)
     assert compact(output, to, rows=7) == {"output": to.root, "rows": 10, "files": 2}
-    loaded = load_dataset(
-        "parquet", data_files=f"{to.root}/*.parquet", split="train", cache_dir=str(tmp_path / "cache")
-    )
+    loaded = load_dataset("parquet", data_files=f"{to.root}/*.parquet", split="train", cache_dir=str(tmp_path / "cache"))
     expected = rows_of(output)
     assert [row["id"] for row in loaded] == list(expected)
     for row in loaded.filter(lambda row: row["status"] == "ok"):

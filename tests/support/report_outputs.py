@@ -59,12 +59,7 @@ def parts(folder: Path, rows: list[dict[str, Any]], per_part: int, **job: Any) -
         OUTPUT if any("image" in row for row in rows) else pa.schema([f for f in OUTPUT if f.name != "image"])
     )
     values = {"kind": "generate", "manifest": f"{folder}/in/rows.parquet", "output": str(folder)} | job
-    plan = {
-        "job": values,
-        "rows": len(rows),
-        "manifest": [{"uri": values["manifest"]}],
-        "allow": [f"{folder}/in"],
-    }
+    plan = {"job": values, "rows": len(rows), "manifest": [{"uri": values["manifest"]}], "allow": [f"{folder}/in"]}
     output.storage.replace(output.plan, json.dumps(plan).encode())
     for shard, begin in enumerate(range(0, len(rows), per_part)):
         filled = [

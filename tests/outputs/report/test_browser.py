@@ -19,12 +19,8 @@ from support.report_outputs import ATTACK, ODD_ID, data_of, finished, served
 
 pytestmark = pytest.mark.slow
 AXE = Path(__file__).parents[3] / "build" / "axe" / "package" / "axe.min.js"
-SHOWN = (
-    "[...document.querySelectorAll('#cards article')].map(card => card.querySelector('strong').textContent)"
-)
-BROKEN = (
-    "[...document.images].filter(image => !(image.complete && image.naturalWidth)).map(image => image.alt)"
-)
+SHOWN = "[...document.querySelectorAll('#cards article')].map(card => card.querySelector('strong').textContent)"
+BROKEN = "[...document.images].filter(image => !(image.complete && image.naturalWidth)).map(image => image.alt)"
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +60,11 @@ class Watched:
 
     def __post_init__(self) -> None:
         def ask(request: Any) -> None:
-            if not request.url.startswith(
-                ("file:///", "data:") if self.url.startswith("file:") else (self.url, "data:")
-            ):
+            if not request.url.startswith(("file:///", "data:") if self.url.startswith("file:") else (self.url, "data:")):
                 self.wrong.append(f"asked for {request.url[:200]}")
 
         self.page.on("request", ask)
-        self.page.on(
-            "console",
-            lambda message: self.wrong.append(message.text) if message.type in ("error", "warning") else None,
-        )
+        self.page.on("console", lambda message: self.wrong.append(message.text) if message.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("dialog", lambda dialog: self.wrong.append(f"dialog: {dialog.message}"))
 
@@ -91,9 +82,7 @@ class Watched:
         self.becomes("Boolean(document.querySelector('dialog[open]') || location.hash)", False)
 
     def told(self, text: str) -> None:
-        self.page.wait_for_function(
-            "text => document.getElementById('count').textContent.startsWith(text)", arg=text
-        )
+        self.page.wait_for_function("text => document.getElementById('count').textContent.startsWith(text)", arg=text)
 
 
 @pytest.fixture(params=["file", "served"])
@@ -151,9 +140,7 @@ def test_a_bar_of_a_histogram_shows_its_pictures(watched: Watched, output: Outpu
     for number in range(bars.count()):
         bar = bars.nth(number)
         low, high = float(bar.get_attribute("data-low")), float(bar.get_attribute("data-high"))
-        expected = rows(
-            output, lambda row: row["style_score"] is not None and low <= row["style_score"] < high
-        )  # noqa: B023
+        expected = rows(output, lambda row: row["style_score"] is not None and low <= row["style_score"] < high)  # noqa: B023
         bar.click()
         watched.told(f"1–{len(expected)} of {len(expected)}")
         assert page.evaluate(SHOWN) == expected
@@ -351,20 +338,13 @@ def test_the_sample_says_what_it_lacks(chromium: Any, output: Output, tmp_path: 
     from context_diffusion.outputs.report.build import rebuild
     from support.report_outputs import parts
 
-    many = parts(
-        tmp_path / "out",
-        [{"id": f"row-{number}", "layout_score": number / 1000} for number in range(1000)],
-        100,
-    )
+    many = parts(tmp_path / "out", [{"id": f"row-{number}", "layout_score": number / 1000} for number in range(1000)], 100)
     rebuild(many)
     found = Watched(chromium.new_page(), f"file://{many.report}")
     page = found.open()
     here = len(data_of(Path(many.report).read_text())["rows"])
     assert 120 <= here < 150
-    assert (
-        f"1–60 of {here} on this page; OUTPUT has 1,000: run context-diffusion view OUTPUT"
-        in page.locator("#count").inner_text()
-    )
+    assert f"1–60 of {here} on this page; OUTPUT has 1,000: run context-diffusion view OUTPUT" in page.locator("#count").inner_text()
     assert "50 images" in page.locator(".bars button").first.get_attribute("aria-label")
     assert found.wrong == []
     page.close()

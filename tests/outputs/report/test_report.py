@@ -31,18 +31,13 @@ def scored(count: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number in range(count):
         failed = number % 10 == 3
-        scores = {
-            "layout_score": None if number % 7 == 0 else float(rng.random()),
-            "style_score": float(rng.normal(0.5, 0.4)),
-        }
+        scores = {"layout_score": None if number % 7 == 0 else float(rng.random()), "style_score": float(rng.normal(0.5, 0.4))}
         code = {"status": "failed", "error_code": f"code_{number % 3}", "error_message": "why"}
         rows.append({"id": f"row-{number}", **(code if failed else scores)})
     return rows
 
 
-def test_the_sample_is_even_and_has_the_ends_of_each_score_and_some_failures_of_each_code(
-    tmp_path: Path,
-) -> None:
+def test_the_sample_is_even_and_has_the_ends_of_each_score_and_some_failures_of_each_code(tmp_path: Path) -> None:
     rows = scored(3000)
     found = sample_rows(parts(tmp_path, rows, 37), 2700)
     at = {place: rows[place[0] * 37 + place[1]] for place in found.positions}
@@ -91,22 +86,9 @@ def test_the_page_stays_small_whatever_the_rows_hold(tmp_path: Path) -> None:
     }
     rows = [{"id": f"row-{number}", "image": image, "file_name": None, **long} for number in range(EVEN)]
     bad = {"status": "failed", "error_message": "\0<&'" * 4000}
-    rows += [
-        {"id": f"bad-{number}", "error_code": f"code-{number % 18}", **bad, **long}
-        for number in range(18 * FAILED)
-    ]
+    rows += [{"id": f"bad-{number}", "error_code": f"code-{number % 18}", **bad, **long} for number in range(18 * FAILED)]
     output = parts(tmp_path / "out", rows, 64, image_format="none")
-    write_report(
-        output,
-        {
-            "rows": len(rows),
-            "ok": EVEN,
-            "failed": 144,
-            "images": EVEN,
-            "codes": {"code-1": 8},
-            "output": "out",
-        },
-    )
+    write_report(output, {"rows": len(rows), "ok": EVEN, "failed": 144, "images": EVEN, "codes": {"code-1": 8}, "output": "out"})
     page = Path(output.report).read_bytes()
     data = data_of(page.decode())
     assert len(data["rows"]) == EVEN + 18 * FAILED
@@ -150,8 +132,7 @@ def parsed(page: str) -> Scripts:
 def test_what_a_manifest_says_stays_text(tmp_path: Path) -> None:
     output = finished(tmp_path, 12)
     output.storage.replace(
-        output.summary,
-        json.dumps({"codes": {}, "images_per_second": ATTACK, "seconds_by_stage": {ATTACK: 1}}).encode(),
+        output.summary, json.dumps({"codes": {}, "images_per_second": ATTACK, "seconds_by_stage": {ATTACK: 1}}).encode()
     )
     rebuild(output)
     page = Path(output.report).read_text()
@@ -161,9 +142,7 @@ def test_what_a_manifest_says_stays_text(tmp_path: Path) -> None:
     assert {row["id"] for row in json.loads(data)["rows"]} >= {ATTACK}
     assert ATTACK in {row["prompt"] for row in json.loads(data)["rows"]}
     assert not [
-        tag
-        for tag, attributes in seen.tags
-        if tag in ("svg", "img") or any(name.startswith("on") for name in attributes)
+        tag for tag, attributes in seen.tags if tag in ("svg", "img") or any(name.startswith("on") for name in attributes)
     ]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert seen.policy["script-src"] == f"'sha256-{digest}'"
@@ -171,14 +150,9 @@ def test_what_a_manifest_says_stays_text(tmp_path: Path) -> None:
 
 def test_the_page_names_no_other_place(tmp_path: Path) -> None:
     page = Path(finished(tmp_path, 8).report).read_text()
-    rules, named = (
-        parsed(page).policy,
-        [str(value) for _, attributes in parsed(page).tags for value in attributes.values()],
-    )
+    rules, named = parsed(page).policy, [str(value) for _, attributes in parsed(page).tags for value in attributes.values()]
     assert not [value for value in named if re.search("//|^[a-z]+:(?!,)", value)]
-    assert (
-        rules["default-src"] == rules["connect-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
-    )
+    assert rules["default-src"] == rules["connect-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
     assert rules["img-src"] == "data: 'self' file:"
 
 
@@ -214,8 +188,7 @@ def reds(image: Image.Image) -> float:
 
 
 @pytest.mark.parametrize(
-    ("fit", "size", "has_red"),
-    [("crop", (64, 64), False), ("stretch", (64, 64), True), ("keep", (112, 64), True)],
+    ("fit", "size", "has_red"), [("crop", (64, 64), False), ("stretch", (64, 64), True), ("keep", (112, 64), True)]
 )
 def test_a_wide_query_is_shown_as_the_engine_had_it_and_a_context_whole(
     tmp_path: Path, fit: str, size: tuple[int, int], has_red: bool
@@ -226,10 +199,7 @@ def test_a_wide_query_is_shown_as_the_engine_had_it_and_a_context_whole(
     output = finished(tmp_path, 4, wide, fit=fit)
     data = data_of(Path(output.report).read_text())
     rows = {row["id"]: row for row in data["rows"]}
-    query, context = (
-        picture_of(data, rows["row-000"]["query"]),
-        picture_of(data, rows["row-001"]["context"][0]),
-    )
+    query, context = picture_of(data, rows["row-000"]["query"]), picture_of(data, rows["row-001"]["context"][0])
     assert (query.size, reds(query) > 0) == (size, has_red)
     assert context.size == (128, 43)
     assert reds(context) > 0.5
@@ -277,9 +247,7 @@ def test_a_file_name_leads_nowhere_but_to_its_outputs_pictures(tmp_path: Path) -
         pictures.output_image({"id": "a", "file_name": None, "image": None})
 
 
-def test_a_store_that_is_away_is_not_waited_for_again_and_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_is_away_is_not_waited_for_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def away(_self: Storage, uri: str, *_: Any) -> bytes:
@@ -288,9 +256,7 @@ def test_a_store_that_is_away_is_not_waited_for_again_and_again(
 
     monkeypatch.setattr(Storage, "read_input", away)
     pictures = ImageReader(parts(tmp_path, [{"id": "a"}], 1))
-    assert [pictures.source_thumbnail(str(tmp_path / "in" / f"{number}.png")) for number in range(9)] == [
-        None
-    ] * 9
+    assert [pictures.source_thumbnail(str(tmp_path / "in" / f"{number}.png")) for number in range(9)] == [None] * 9
     assert len(asked) == MAX_UNAVAILABLE
 
 

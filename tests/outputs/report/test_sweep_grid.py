@@ -14,11 +14,7 @@ from context_diffusion.outputs.report.sweep_grid import IMAGES, Grid, contact_sh
 from support.fakes import FakeEngine
 from support.finished_output import make
 
-AXES: dict[str, list[Any]] = {
-    "guidance_scale": [1, 3],
-    "strength": [None, 0.5, 1],
-    "scheduler": ["ddim", "lcm"],
-}
+AXES: dict[str, list[Any]] = {"guidance_scale": [1, 3], "strength": [None, 0.5, 1], "scheduler": ["ddim", "lcm"]}
 
 
 class Tables(HTMLParser):
@@ -56,15 +52,8 @@ def sheets(folder: Path, count: int = 2, **more: Any) -> list[list[list[str]]]:
     _, output = make(folder, count, **more)
 
     def named(row: dict[str, Any]) -> str:
-        written = next(
-            r
-            for _, part in output.read_parts()
-            for r in part.to_pylist()
-            if r["file_name"] == row["file_name"]
-        )
-        return "|".join(
-            str(written[name]) for name in ("id", "guidance_scale", "strength", "scheduler", "seed")
-        )
+        written = next(r for _, part in output.read_parts() for r in part.to_pylist() if r["file_name"] == row["file_name"])
+        return "|".join(str(written[name]) for name in ("id", "guidance_scale", "strength", "scheduler", "seed"))
 
     return Tables(contact_sheets(output, named, lambda uri, _frame: f"source:{uri}")).tables
 

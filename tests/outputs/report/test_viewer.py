@@ -31,10 +31,7 @@ def mixed(count: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(3)
     rows: list[dict[str, Any]] = []
     for number in range(count):
-        row = {
-            "id": f"Row-{number:04d}",
-            "prompt": ["a Misty forest", None, "50% off; DROP TABLE data"][number % 3],
-        }
+        row = {"id": f"Row-{number:04d}", "prompt": ["a Misty forest", None, "50% off; DROP TABLE data"][number % 3]}
         score = None if number % 5 == 0 else float(np.float32(rng.random()))
         made = {"layout_score": score, "seconds": float(number % 13)}
         failed = {"status": "failed", "error_code": f"code_{number % 2}", "error_message": f"why {number}"}
@@ -73,20 +70,12 @@ def told(index: RowIndex, **asked: Any) -> list[str]:
         ({"status": "failed"}, lambda row: "error_code" in row),
         ({"code": "code_1"}, lambda row: row.get("error_code") == "code_1"),
         ({"code": "code_1' or 'a'='a"}, lambda row: False),
-        (
-            {"score": "layout_score", "low": 0.25, "high": 0.5},
-            lambda row: 0.25 <= (row.get("layout_score") or -1) < 0.5,
-        ),
+        ({"score": "layout_score", "low": 0.25, "high": 0.5}, lambda row: 0.25 <= (row.get("layout_score") or -1) < 0.5),
         ({"score": "layout_score"}, lambda row: row.get("layout_score") is not None),
-        (
-            {"status": "ok", "text": "forest"},
-            lambda row: "error_code" not in row and row["prompt"] == "a Misty forest",
-        ),
+        ({"status": "ok", "text": "forest"}, lambda row: "error_code" not in row and row["prompt"] == "a Misty forest"),
     ],
 )
-def test_pages_of_a_question_hold_each_row_that_matches_once(
-    index: RowIndex, asked: dict[str, Any], expected: Any
-) -> None:
+def test_pages_of_a_question_hold_each_row_that_matches_once(index: RowIndex, asked: dict[str, Any], expected: Any) -> None:
     assert told(index, **asked) == [row["id"] for row in mixed(400) if expected(row)]
 
 
@@ -159,11 +148,7 @@ def test_pictures_come_from_wherever_the_job_put_them(tmp_path: Path, form: str)
                 continue
             status, kind, data = get(url + row["full_image"])
             assert (status, kind, hashlib.sha256(data).hexdigest()) == (200, "image/png", digests[row["id"]])
-            for name in (
-                row["thumbnail"],
-                row["query"]["thumbnail"],
-                *(context["thumbnail"] for context in row["context"]),
-            ):
+            for name in (row["thumbnail"], row["query"]["thumbnail"], *(context["thumbnail"] for context in row["context"])):
                 status, kind, data = get(url + name)
                 assert (status, kind, data[8:12]) == (200, "image/webp", b"WEBP")
 
@@ -173,12 +158,7 @@ def test_a_row_is_found_by_its_id_whatever_signs_it_holds(tmp_path: Path) -> Non
         for row_id in (ATTACK, ODD_ID, "row-003"):
             found = json.loads(get(f"{url}row?{urlencode({'id': row_id, 'index': 0})}")[2])["row"]
             assert found["id"] == row_id
-        for wrong in (
-            {"id": "row-003", "index": 7},
-            {"id": "nobody", "index": 0},
-            {"id": "row-003", "index": "x"},
-            {},
-        ):
+        for wrong in ({"id": "row-003", "index": 7}, {"id": "nobody", "index": 0}, {"id": "row-003", "index": "x"}, {}):
             assert json.loads(get(f"{url}row?{urlencode(wrong)}")[2]) == {"row": None}
 
 
@@ -223,16 +203,12 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "context_diffusion", "view", output.root, "--port", "0"]
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "NO_COLOR": "1"}
     (tmp_path / "tmp").mkdir()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stderr
         url = next(line for line in process.stderr if "Ctrl-C" in line).split()[0]
         assert b"Context Diffusion" in get(url)[2]
-        taken = subprocess.run(
-            [*command[:-1], url.split(":")[-1].strip("/")], capture_output=True, text=True, env=environment
-        )
+        taken = subprocess.run([*command[:-1], url.split(":")[-1].strip("/")], capture_output=True, text=True, env=environment)
         assert taken.returncode == 2
         assert "choose another" in taken.stderr
     finally:
@@ -245,11 +221,7 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
 def test_a_missing_extra_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from context_diffusion.cli.output_commands import view
 
-    loaded = (
-        "context_diffusion.outputs.report.viewer",
-        "context_diffusion.outputs.report.row_index",
-        "starlette",
-    )
+    loaded = ("context_diffusion.outputs.report.viewer", "context_diffusion.outputs.report.row_index", "starlette")
     for missing in ("duckdb", "uvicorn", "starlette"):
         for name in [name for name in sys.modules if name.startswith(loaded)]:
             monkeypatch.delitem(sys.modules, name)
@@ -257,7 +229,5 @@ def test_a_missing_extra_names_the_command(tmp_path: Path, monkeypatch: pytest.M
             for name in [name for name in sys.modules if name.startswith(loaded)]:
                 patched.delitem(sys.modules, name)
             patched.setitem(sys.modules, missing, None)  # what import makes of a package that is not there
-            with pytest.raises(
-                JobError, match=rf"view needs {missing}.*pip install 'context-diffusion\[view\]'"
-            ):
+            with pytest.raises(JobError, match=rf"view needs {missing}.*pip install 'context-diffusion\[view\]'"):
                 view(str(tmp_path))
