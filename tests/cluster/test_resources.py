@@ -65,7 +65,7 @@ def test_what_is_given_out_fits_or_is_refused(cpus: int, gpus: int, actors: int 
 @pytest.mark.parametrize(
     ("cluster", "message"),
     [
-        ({"actors": [3, 2]}, "least"),
+        ({"actors": [3, 2]}, "minimum"),
         ({"gpus_per_actor": 1.5}, "whole number"),
         ({"actors": [1]}, "at least 2"),
         ({"gpu_per_actor": 1}, "gpu_per_actor"),

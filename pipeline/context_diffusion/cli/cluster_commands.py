@@ -25,14 +25,19 @@ from context_diffusion.cli.options import (
 )
 from context_diffusion.core.errors import EXIT_OK, JobError
 from context_diffusion.core.event_log import LOG, LogFormat
-from context_diffusion.ray_jobs import RayJobs, known_address
+from context_diffusion.ray_jobs import RayJobs, Submission, known_address
 
 Wait = Annotated[bool, typer.Option("--wait", help="follow the job's log and end with its exit code")]
 Wheel = Annotated[
     Path | None, typer.Option(metavar="FILE", help="ship this wheel of the package, if the cluster lacks it")
 ]
-Environment = Annotated[
+Variables = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment variable of the job's processes")
+]
+SubmissionId = Annotated[str, typer.Argument(metavar="SUBMISSION", help="the name that `submit` printed")]
+OutputOrSubmission = Annotated[
+    str,
+    typer.Argument(metavar="OUTPUT|SUBMISSION", help="an output folder, or the name that `submit` printed"),
 ]
 
 
@@ -47,7 +52,7 @@ def submit(
     address: Address = None,
     wait: Wait = False,
     wheel: Wheel = None,
-    env: Environment = None,
+    env: Variables = None,
     retry_failed: RetryFailed = False,
     extend: Extend = False,
     accept_change: AcceptChange = False,
@@ -72,16 +77,19 @@ def submit(
     environment = runtime_env(cluster, wheel, _variables(env or []))
     submission = ray_jobs.submit(cluster, values, flags, environment, grace, log_format)
     LOG.job = submission.output
-    paths = [path for job_values in values for path in local_paths(job_values, cluster.address)]
-    for path in dict.fromkeys(paths):
+    for path in dict.fromkeys(path for listed in values for path in local_paths(listed, cluster.address)):
         LOG.warn(f"{path} is a path of this machine: every node of {cluster.address} must have it")
-    state = "is already running" if submission.attached else "is submitted"
-    text = f"{submission.id} {state}; to see its progress: context-diffusion status {submission.id}"
-    LOG.emit("submitted", text, id=submission.id, attached=submission.attached)
+    _report_submission(submission)
     code = cluster.follow(submission.id, LOG.relay) if wait else EXIT_OK
     fields = {"submission_id": submission.id, "attached": submission.attached, "output": submission.output}
     print_summary({**fields, "exit": code})
     raise typer.Exit(code)
+
+
+def _report_submission(submission: Submission) -> None:
+    state = "is already running" if submission.attached else "is submitted"
+    text = f"{submission.id} {state}; to see its progress: context-diffusion status {submission.id}"
+    LOG.emit("submitted", text, id=submission.id, attached=submission.attached)
 
 
 def _variables(pairs: list[str]) -> dict[str, str]:
@@ -92,15 +100,7 @@ def _variables(pairs: list[str]) -> dict[str, str]:
     return variables
 
 
-def status(
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="OUTPUT|SUBMISSION", help="an output folder, or the name that `submit` printed"
-        ),
-    ],
-    address: Address = None,
-) -> None:
+def status(name: OutputOrSubmission, address: Address = None) -> None:
     """Show the progress of a job.
 
     Counts the parts in its OUTPUT, so it works without its cluster.
@@ -127,10 +127,7 @@ def status(
     print_summary({**({"submission": submission} if submission else {}), **progress.values, "exit": EXIT_OK})
 
 
-def stop(
-    submission: Annotated[str, typer.Argument(metavar="SUBMISSION", help="the name that `submit` printed")],
-    address: Address = None,
-) -> None:
+def stop(submission: SubmissionId, address: Address = None) -> None:
     """Stop a submitted job.
 
     The shards in progress are finished. Submit the job again to resume.

@@ -9,27 +9,43 @@ import typer
 from context_diffusion.cli.options import JobFile, Sets, load_generating, print_summary, stderr
 from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED
 
+Grid = Annotated[
+    list[str],
+    typer.Option(metavar="SETTING=VALUE,...", help="setting of the columns; given twice, of the rows"),
+]
+SheetFile = Annotated[str, typer.Option(metavar="FILE.png", help="file of the contact sheet")]
+MoreAxes = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SETTING=VALUE,...]", help="setting of the rows, same as --grid"),
+]
+RowId = Annotated[str | None, typer.Option(metavar="ID", help="id of the row; default: the first row")]
+
+ImageFile = Annotated[
+    str, typer.Argument(metavar="FILE", help="an image that a job generated, a path or URL")
+]
+NewFile = Annotated[
+    str | None, typer.Option(metavar="FILE2", help="file of the new image: .png, .webp or .jpg")
+]
+Prefixes = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PREFIX", help="prefixes of URIs that may be read; default: the job's"),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER", help="folder of relative sources, allowed to be read; default: the manifest's"
+    ),
+]
+Model = Annotated[str | None, typer.Option(help="the model; default: the job's")]
+
 
 def preview(
-    job: JobFile,
-    grid: Annotated[
-        list[str],
-        typer.Option(metavar="SETTING=VALUE,...", help="setting of the columns; given twice, of the rows"),
-    ],
-    out: Annotated[str, typer.Option(metavar="FILE.png", help="file of the contact sheet")],
-    more: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[SETTING=VALUE,...]", help="setting of the rows, same as --grid"),
-    ] = None,
-    row: Annotated[
-        str | None, typer.Option(metavar="ID", help="id of the row; default: the first row")
-    ] = None,
-    sets: Sets = None,
+    job: JobFile, grid: Grid, out: SheetFile, more: MoreAxes = None, row: RowId = None, sets: Sets = None
 ) -> None:
     """Generate one row at each value of one or two settings, side by side, without Ray.
 
-    Example: context-diffusion preview jobs/demo.yaml --grid guidance_scale=1,3 context_scale=.4,1 --out
-    grid.png"""
+    Example: context-diffusion preview jobs/demo.yaml --grid guidance_scale=1,3,5 --out grid.png
+    """
     from context_diffusion.generation.local_model import png_uri, write_sheet
     from context_diffusion.generation.preview import axes_of, setting_grid
 
@@ -43,21 +59,7 @@ def preview(
 
 
 def reproduce(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="an image that a job generated, a path or URL")],
-    output: Annotated[
-        str | None, typer.Option(metavar="FILE2", help="file of the new image: .png, .webp or .jpg")
-    ] = None,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PREFIX", help="prefixes of URIs that may be read; default: the job's"),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER", help="folder of relative sources, allowed to be read; default: the manifest's"
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="the model; default: the job's")] = None,
+    file: ImageFile, output: NewFile = None, allow: Prefixes = None, base: Base = None, model: Model = None
 ) -> None:
     """Generate an image again and compare the pixels.
 
@@ -75,12 +77,9 @@ def reproduce(
     write(result)
     verdict = "identical" if result.identical else "different"
     note = ", although these differ:" if result.identical and result.differs else ""
-    stderr.print(f"{file}: {verdict}{note}")
-    for line in result.differs:
-        stderr.print(f"  {line}")
+    stderr.print("\n  ".join([f"{file}: {verdict}{note}", *result.differs]))
     code = EXIT_OK if result.identical else EXIT_ROWS_FAILED
-    metadata = origin.metadata
-    fields = {"id": metadata["id"], "index": metadata.get("index", 0), "device": result.device}
-    fields |= {"identical": result.identical, "differs": result.differs}
-    print_summary({"file": origin.uri, **fields, "exit": code})
+    row = {"id": origin.metadata["id"], "index": origin.metadata.get("index", 0), "device": result.device}
+    comparison = {"identical": result.identical, "differs": result.differs}
+    print_summary({"file": origin.uri, **row, **comparison, "exit": code})
     raise typer.Exit(code)

@@ -85,7 +85,7 @@ def _generate_missing(
     reads, load, write = build_stages(plan, output, done, frozenset(redo))
     if not reads:
         return None
-    # Imported here, so that an invalid job is refused before Ray is imported.
+    # Here, so that an invalid job is refused before Ray is imported.
     from context_diffusion.cluster import dataflow
     from context_diffusion.cluster.metrics import RunMetrics
     from context_diffusion.cluster.ray_session import ray_session

@@ -167,10 +167,9 @@ def _check_lora(pipe: Any, path: Path, adapter: str, name: str, base: str) -> No
         )
     if unused := _unused_keys(path, layers, adapter):
         names = ", ".join(unused[:NAMED]) + (", ..." if unused[NAMED:] else "")
-        message = (
+        LOG.warn(
             f"model: lora {name} fits {base} only in part: {len(unused)} of its keys fit no layer: {names}"
         )
-        LOG.warn(message)
 
 
 def _unused_keys(path: Path, layers: list[nn.Module], adapter: str) -> list[str]:
