@@ -130,7 +130,7 @@ def test_a_run_from_validate_to_verify(tmp_path: Path) -> None:
     code, summary, _ = call("run", job, "--set", "settings.guidance_scale=1.0")
     assert (code, summary["skipped"]) == (3, 8)
     code, _, told = call("run", job)
-    assert (code, "settings.guidance_scale: 1.0 there, 1.5 here" in told) == (2, True)
+    assert (code, "settings.guidance_scale: 1.0 planned, 1.5 now" in told) == (2, True)
     code, found, _ = call("status", str(tmp_path / "out"))
     assert (code, found["finished"], found["rows"], found["codes"]) == (0, True, 8, {"unknown_scheduler": 1})
     assert call("report", str(tmp_path / "out"))[0] == 0
