@@ -244,7 +244,7 @@ def test_other_weights_are_told(tmp_path: Path, base: str) -> None:
     assert found.identical
     assert found.differs[0].startswith(f"model: {copy}@")
     shutil.rmtree(copy)
-    with pytest.raises(ModelError, match="is no folder that is here"):
+    with pytest.raises(ModelError, match="not found: expected a folder"):
         again(path)
 
 
