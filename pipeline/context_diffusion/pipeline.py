@@ -29,9 +29,8 @@ from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import find_model
 
-# By model and kind of device. The native model on two cores: chunks of 2, 4 and 8 lanes took .73, .56 and .51
-# s an
-# image of 20 guided steps; a single image also pays for the empty lanes of its chunk.
+# By model and kind of device. The native model on two cores: an image of 20 guided steps took .73, .56 and
+# .51 s in chunks of 2, 4 and 8 lanes; a single image also pays for the empty lanes of its chunk.
 SHAPES = {
     ("native", "cpu"): Shape(4, 12),
     ("native", "cuda"): Shape(32, 64, 16),

@@ -444,3 +444,15 @@ def test_a_correction_that_is_broken_off_is_done_by_the_next(tmp_path: Path) -> 
         open_plan(planned, output, STORAGE)
     open_plan(planned, output, STORAGE, retry_failed=True)
     assert [row["prompt"] for row in read_all(planned, output)] == [row["prompt"] for row in table]
+
+
+def test_a_plan_of_an_older_version_is_refused_with_the_reason(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path / "in", 3)
+    output = Output(str(tmp_path / "out"), STORAGE)
+    open_plan(job(manifest, tmp_path / "out"), output, STORAGE)
+    record = output.read_json(output.plan)
+    del record["allow"]
+    record["job"]["cluster"]["price_per_hour"] = None
+    Path(output.plan).write_text(json.dumps(record))
+    with pytest.raises(OutputConflictError, match="planned by an older version"):
+        open_plan(job(manifest, tmp_path / "out"), output, STORAGE)

@@ -160,7 +160,7 @@ def run(
     code = summaries[-1]["exit"]
     if code in FINISHED:
         code = max(summary["exit"] for summary in summaries)
-    print_summary(summary_of_all(summaries, code))
+    print_summary(summary_of_all(summaries, code, len(jobs)))
     raise typer.Exit(code)
 
 

@@ -61,10 +61,10 @@ def print_error(error: str) -> None:
     LOG.emit("error", f"error: {error}", "error", error=error)
 
 
-def summary_of_all(summaries: list[dict[str, Any]], code: int) -> dict[str, Any]:
-    """Return the summary of a file's jobs: the last job's, with all of them under `jobs` if there are
-    several."""
-    return {**summaries[-1], **({"jobs": summaries} if len(summaries) > 1 else {}), "exit": code}
+def summary_of_all(summaries: list[dict[str, Any]], code: int, jobs: int) -> dict[str, Any]:
+    """Return the summary of a file of `jobs` jobs: that of the last one that ran, with all of them under
+    `jobs` if the file has several."""
+    return {**summaries[-1], **({"jobs": summaries} if jobs > 1 else {}), "exit": code}
 
 
 def title_of(job: StrictModel) -> str:

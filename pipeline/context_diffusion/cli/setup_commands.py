@@ -124,7 +124,7 @@ def validate(
         _print_validation(summary, with_estimate=sheet is not None)
         summaries.append(summary)
     code = max(summary["exit"] for summary in summaries)
-    print_summary(summary_of_all(summaries, code))
+    print_summary(summary_of_all(summaries, code, len(jobs)))
     raise typer.Exit(code)
 
 

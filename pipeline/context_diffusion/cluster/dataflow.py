@@ -149,7 +149,7 @@ class Generate:
         ledger_proxy.engine_loads(engine_id)
         engine = make_engine(job, _end_process)
         ledger_proxy.engine_ready(engine_id)
-        self.guarded = GuardedEngine(engine, ledger_proxy, job)
+        self.guarded = GuardedEngine(engine, ledger_proxy)
         self.metrics: EngineMetrics | None = None
         if isinstance(engine, Watched):
             if ray.get_gpu_ids() and engine.stats().gpu_bytes is None:

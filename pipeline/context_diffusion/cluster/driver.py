@@ -62,7 +62,7 @@ def run_generate(
         if counts.rows != plan.rows:
             message = f"{output.root} has {counts.rows} rows, the manifest {plan.rows}"
             raise ClusterError(f"{message}: rerun the same command to resume")
-    return _finish(job, output, before, counts, time.perf_counter() - started, occupancy)
+    return _finish(output, before, counts, time.perf_counter() - started, occupancy)
 
 
 def _generate_missing(
@@ -128,7 +128,7 @@ def _check_failures(job: GenerateJob, plan: Plan, counts: Counts) -> None:
 
 
 def _finish(
-    job: GenerateJob, output: Output, before: Counts, counts: Counts, seconds: float, occupancy: float | None
+    output: Output, before: Counts, counts: Counts, seconds: float, occupancy: float | None
 ) -> dict[str, Any]:
     """Write summary.json, report.html, checksums.parquet and at last _SUCCESS, unless OUTPUT is finished.
 

@@ -69,7 +69,7 @@ def check_combinations(settings: Settings, matrix: Matrix) -> None:
     if images > MAX_IMAGES:
         counted = f"{count} combinations of {settings.num_images} image(s) are {images}"
         raise ValueError(f"matrix: {counted} images of one row, at most {MAX_IMAGES} are allowed")
-    for combination in combinations(matrix):
+    for combination in combinations(matrix) if matrix else []:  # without axes the settings are valid already
         try:
             type(settings).model_validate(settings.model_dump() | combination)
         except ValidationError as error:

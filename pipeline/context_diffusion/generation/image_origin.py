@@ -81,7 +81,7 @@ def find_origin(file: str) -> ImageOrigin:
     except RowError as error:
         raise JobError(error.message) from error
     metadata, output = metadata_in(data, file), _output_of(uri, storage)
-    origin = ImageOrigin(uri, data, metadata, output, output.read_json(output.plan) if output else None)
+    origin = ImageOrigin(uri, data, metadata, output, output.read_plan() if output else None)
     row = _row(origin)
     if metadata and row and row[ID] != metadata[ID]:
         raise JobError(

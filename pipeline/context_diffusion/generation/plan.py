@@ -80,7 +80,7 @@ def open_plan(
     OutputConflictError."""
     if not output.storage.exists(output.plan):
         _write_plan(job, output, storage)
-    record = output.read_json(output.plan)
+    record = output.read_plan()
     model = find_model(job.model, record["model"]["commits"])
     job = resolved_job(job, model.defaults)
     changed = _changed_keys(record, job)
@@ -109,7 +109,7 @@ def check_output(job: GenerateJob, model: ResolvedModel, output: Output) -> None
 
     job: with its model's defaults filled in.
     """
-    record = output.read_json(output.plan)
+    record = output.read_plan()
     _check_same(record, _changed_keys(record, job), model, output, accept_change=False)
     if differing := _differing(record, job, output.storage):
         raise OutputConflictError(f"{differing}; {HINT}")

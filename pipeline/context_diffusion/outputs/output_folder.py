@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from context_diffusion.core.errors import StorageError
+from context_diffusion.core.errors import OutputConflictError, StorageError
 from context_diffusion.core.records import Counts, part_name
 from context_diffusion.core.uris import parent
 from context_diffusion.storage.filesystem import Storage
@@ -57,9 +57,19 @@ class Output:
         """
         return parent(self.read_json(self.plan)["manifest"][0]["uri"])
 
+    def read_plan(self) -> Any:
+        """Read plan.json. Raises OutputConflictError if an older version of the package wrote it."""
+        record = self.read_json(self.plan)
+        if "allow" not in record:
+            raise OutputConflictError(
+                f"{self.root} was planned by an older version of context-diffusion, which this one cannot "
+                "read; choose another `output:`"
+            )
+        return record
+
     def allow(self) -> list[str]:
         """Return the URI prefixes that its rows may read."""
-        return list(self.read_json(self.plan)["allow"])
+        return list(self.read_plan()["allow"])
 
     @property
     def success(self) -> str:

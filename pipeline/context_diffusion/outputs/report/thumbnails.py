@@ -35,7 +35,7 @@ class ImageReader:
     """Reads the images of one OUTPUT. It may be used by several threads."""
 
     def __init__(self, output: Output) -> None:
-        plan = output.read_json(output.plan)
+        plan = output.read_plan()
         job = GenerateJob.model_validate(plan["job"])
         self._output = output
         self._limits = job.limits

@@ -54,8 +54,7 @@ class ViewerCache:
 
     def output_thumbnail(self, position: Position) -> bytes | None:
         """Return a thumbnail of the row's image; None if it is missing or damaged."""
-        key = ("output", position)
-        return self._thumbnail(key, lambda: self._images.output_thumbnail(self._with_image(position)))
+        return self._thumbnail(position, lambda: self._images.output_thumbnail(self._with_image(position)))
 
     def source_thumbnail(self, position: Position, number: int | None) -> bytes | None:
         """Return a thumbnail of the row's context with this number, or of its query if the number is None."""
