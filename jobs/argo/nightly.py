@@ -1,5 +1,4 @@
-"""Argo Workflows: writes the CronWorkflow that waits for the night's manifest, runs the job on a Ray cluster
-and checks it.
+"""Argo Workflows: writes a CronWorkflow that waits for the manifest, runs the job on Ray and checks it.
 
     python jobs/argo/nightly.py > nightly.yaml && kubectl apply -f nightly.yaml     # needs `pip install hera`
 

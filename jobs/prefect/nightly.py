@@ -1,5 +1,4 @@
-"""Prefect 3: waits for the night's manifest, runs the job on a Ray cluster, checks failed rows, publishes the
-path.
+"""Prefect 3: waits for the manifest, runs the job on a Ray cluster, checks failed rows, publishes the path.
 
     python jobs/prefect/nightly.py            # serves it, every night at two
 

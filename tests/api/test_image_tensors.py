@@ -150,7 +150,7 @@ def test_size_cuts_the_middle() -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True, "16", (16,), (16, 0), (16, 16, 3), (16, 2.0)])
 def test_a_wrong_size_says_what_is_allowed(size: Any) -> None:
-    with pytest.raises(ValueError, match="a whole number of pixels from 1 on or a pair"):
+    with pytest.raises(ValueError, match="a positive number of pixels or a pair"):
         load_image_as_tensor(PIXELS, size)
 
 
@@ -185,7 +185,7 @@ def test_a_missing_file_is_pythons_own_error_and_a_bad_one_a_row_error(tmp_path:
     ],
 )
 def test_wrong_shapes_types_and_ranges_are_refused(source: Any) -> None:
-    with pytest.raises(ValueError, match="of a picture is"):
+    with pytest.raises(ValueError, match="must be (uint8|float|in)"):
         to_pixels(source)
 
 

@@ -144,7 +144,7 @@ def test_outputs_of_ours_are_compared_and_referred_to_without_a_manifest(tmp_pat
         (
             {"reference": "x", "columns": {"reference": "wanted"}},
             ConfigError,
-            "takes the place of the key `reference`",
+            "excludes the key `reference`",
         ),
         ({"compare": "/nowhere"}, JobError, "folder not found: /nowhere"),
         ({"compare": "strangers"}, JobError, "none of the rows of .*a, such as 'r0'"),

@@ -46,7 +46,7 @@ def write_job(folder: Path, count: int = 8, **more: Any) -> str:
         ({"modle": 1}, "did you mean 'model'"),
         ({"manifest": "nowhere.parquet"}, "nowhere.parquet"),
         ({"model": "no-such-model"}, "no-such-model"),
-        ({"kind": "paint"}, "generate, train"),
+        ({"kind": "paint"}, "'paint' is unknown; did you mean 'train'?"),
     ],
 )
 def test_a_wrong_job_ends_with_2_before_ray_starts(

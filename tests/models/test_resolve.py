@@ -88,12 +88,12 @@ def test_a_native_model_on_the_hub_is_loaded_at_the_commit_that_the_plan_found(c
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ("someone/other", "not in the cache and the hub is out of reach: HF_HUB_OFFLINE is set"),
-        ("./nowhere", "no folder that is here, and none of bundled, sd15, sdxl"),
-        ("sd51", "no folder that is here, and none of bundled, sd15, sdxl"),
-        (Parts(base="someone/base", vae="/no/such/vae"), "/no/such/vae is not here"),
+        ("someone/other", "not in the cache, and the hub cannot be reached: HF_HUB_OFFLINE is set"),
+        ("./nowhere", "not found: expected a folder, a hub id or one of bundled, sd15, sdxl"),
+        ("sd51", "not found: expected a folder, a hub id or one of bundled, sd15, sdxl"),
+        (Parts(base="someone/base", vae="/no/such/vae"), "/no/such/vae not found"),
         ("someone/parts", "model_index.json"),
-        ("a/b/c d", "neither a folder that is here nor a hub id|not in the cache"),
+        ("a/b/c d", "not found: expected a folder or a hub id|not in the cache"),
     ],
 )
 def test_a_wrong_name_says_what_to_do(cache: Path, model: str | Parts, told: str) -> None:
@@ -108,7 +108,7 @@ def test_a_native_folder_that_lacks_a_component_is_refused_before_any_engine_sta
     assert set(COMPONENTS) == {*NativeModel.MODULES, "tokenizer"}
     tiny_model().save_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / part)
-    with pytest.raises(ModelError, match=f"lacks the component {part}/; copy the whole"):
+    with pytest.raises(ModelError, match=f"has no component {part}/; copy the whole"):
         find_model(str(tmp_path / "model"))
 
 

@@ -44,7 +44,7 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) ->
         assert (find_device("auto").type, find_device("cpu").type) == (found, "cpu")
     assert find_device("cuda").type == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="device: cuda, but torch finds no GPU here"):
+    with pytest.raises(ConfigError, match="device: cuda, but torch finds no GPU"):
         find_device("cuda")
 
 

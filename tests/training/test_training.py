@@ -79,11 +79,11 @@ def test_a_checkpoint_of_another_architecture_or_encoder_is_refused_and_stays(tm
         run_training(first.model_copy(update={"architecture": SIZES.model_copy(update=sizes)}))
 
     with pytest.raises(
-        ModelError, match=r"autoencoder.pt: a checkpoint of another architecture: .* \(16.* there and \(32"
+        ModelError, match=r"autoencoder.pt: the checkpoint has another architecture: .* \(16.* there and \(32"
     ):
         again(vae_width=32)
     with pytest.raises(
-        ModelError, match=r"diffusion.pt: a checkpoint of another architecture: .*\(32.* there and \(48"
+        ModelError, match=r"diffusion.pt: the checkpoint has another architecture: .*\(32.* there and \(48"
     ):
         again(width=48)
     with pytest.raises(ModelError, match=r"nowhere.* has no config that can be read .*; known are `small`"):
@@ -106,7 +106,7 @@ def test_a_torn_checkpoint_is_told_and_a_failed_save_leaves_the_last_one(
     assert load_checkpoint(path) == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ModelError, match="not a readable checkpoint"):
+    with pytest.raises(ModelError, match="the checkpoint cannot be read"):
         load_checkpoint(path)
 
 

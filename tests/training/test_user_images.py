@@ -150,7 +150,7 @@ def test_unknown_keys_are_told_with_the_nearest() -> None:
         ConfigError, match=r"workers x accumulate \(34\) must not exceed diffusion.batch_size \(32\)"
     ):
         check_job(values | {"workers": 2, "diffusion": {"accumulate": 17}})
-    with pytest.raises(ConfigError, match="known are target, context, query, prompt"):
+    with pytest.raises(ConfigError, match="expected one of target, context, query, prompt"):
         check_job(values | {"columns": {"picture": "image"}})
 
 

@@ -61,7 +61,7 @@ def test_two_workers_reach_one_workers_loss(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.slow
 def test_an_error_of_a_worker_is_told_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "autoencoder.pt").write_bytes(b"torn")
-    with pytest.raises(ModelError, match=r"autoencoder.pt: not a readable checkpoint"):
+    with pytest.raises(ModelError, match=r"autoencoder.pt: the checkpoint cannot be read"):
         in_a_process(job(tmp_path, workers=2))
 
 

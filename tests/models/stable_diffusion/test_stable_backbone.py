@@ -262,12 +262,15 @@ def test_a_row_with_too_few_maps_fails_alone(pipeline: ContextDiffusion) -> None
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"base": "nowhere"}, "neither a folder that is here nor a hub id"),
-        ({"controlnet": "{base}/vae"}, "vae holds a AutoencoderKL, wanted is a ControlNetModel"),
+        ({"base": "nowhere"}, "not found: expected a folder or a hub id"),
+        ({"controlnet": "{base}/vae"}, "vae is a AutoencoderKL, expected a ControlNetModel"),
         ({"image_encoder": None}, "ip_adapter needs image_encoder"),
         ({"ip_adapter_weight_name": "other.safetensors"}, "other.safetensors"),
         ({"lora": "{base}/none.safetensors"}, "none.safetensors"),
-        ({"safety_checker": str(BUNDLED)}, "safety_checker .*judge is none: it lacks .* concept_embeds"),
+        (
+            {"safety_checker": str(BUNDLED)},
+            "safety_checker .*judge is not a safety checker: .* concept_embeds",
+        ),
     ],
 )
 def test_a_wrong_part_is_named(model: Model, change: Model, told: str) -> None:
