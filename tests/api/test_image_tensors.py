@@ -185,7 +185,7 @@ def test_a_missing_file_is_pythons_own_error_and_a_bad_one_a_row_error(tmp_path:
     ],
 )
 def test_wrong_shapes_types_and_ranges_are_refused(source: Any) -> None:
-    with pytest.raises(ValueError, match="must be (uint8|float|in)"):
+    with pytest.raises(ValueError, match=r"must be (uint8|float|in)"):
         to_pixels(source)
 
 

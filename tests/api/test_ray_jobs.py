@@ -104,7 +104,7 @@ def test_what_is_no_dashboard_is_refused_at_once(tmp_path: Path) -> None:
     with listener(b"\0\0\x06\x04\0\0\0\0\0\0\x05\0\0@\0") as grpc:  # as Ray's other ports begin
         code, error, _ = call("status", "nothing-1", "--address", grpc)
         assert (code, "not a Ray dashboard" in error, "8265" in error) == (75, True, True)
-        with dashboard((404, "<h1>Not Found</h1>")) as (web, _):
+    with dashboard((404, "<h1>Not Found</h1>")) as (web, _):
         for words in (["status", "nothing-1"], ["stop", "nothing-1"], words_of("submit", tmp_path)):
             code, error, _ = call(*words, "--address", web)
             assert (code, f"{web} is not a Ray dashboard" in error) == (75, True)
