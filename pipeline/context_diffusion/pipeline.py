@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from context_diffusion.core.errors import ConfigError, ModelError
 from context_diffusion.core.generate_job import GenerateJob
-from context_diffusion.core.job_base import Fit
+from context_diffusion.core.job_base import Fit, problem_of
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import Failure, Pixels, Request, Result, derive_seed
 from context_diffusion.core.settings import Settings, did_you_mean
@@ -207,7 +207,7 @@ class ContextDiffusion:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "settings"
-            message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+            message = problem_of(first)
             raise ValueError(f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
 
 

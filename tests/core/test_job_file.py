@@ -186,7 +186,7 @@ def test_a_file_holds_several_jobs_as_yaml_documents_or_a_list(tmp_path: Path) -
         (("output: scores", "output: ./out/"), [], ["job 2: output: ./out/ is also job 1's"]),
         (("kind: evaluate", "kind: evaluat"), [], ["job 2: kind: 'evaluat'", "did you mean 'evaluate'"]),
         (("scores\n", "scores\n---\n"), [], ["job 3: a job is a mapping", "got NoneType"]),
-        (("", ""), ["output=here"], ["job 2: output: here is also job 1's"]),
+        (("", ""), ["output=here"], ["has 2 jobs, and each needs its own output"]),
         (("", ""), ["seed"], ["key=value"]),
     ],
 )

@@ -286,7 +286,7 @@ def test_what_is_no_picture_of_ours_is_refused(tmp_path: Path, made: Path) -> No
             find_origin(str(tmp_path / name))
     path = pictures(made)[0]
     path.write_bytes(pictures(made)[3].read_bytes())
-    with pytest.raises(JobError, match="which is right"):
+    with pytest.raises(JobError, match="but its OUTPUT names"):
         find_origin(str(path))
     for output, words in ((path, "exists already"), (tmp_path / "picture.gif", "ends in .png, .webp")):
         with pytest.raises(JobError, match=words):

@@ -137,10 +137,10 @@ def test_a_full_disk_or_another_model_leaves_the_last_checkpoint_which_goes_on(t
     ):
         run_training(job(data, out, str(tmp_path / "wider"), keep=0.0))
     build(SIZES, ["ocean", "dots", "forest"]).save_pretrained(tmp_path / "other")
-    with pytest.raises(ModelError, match=r"was started with another model .*output"):
+    with pytest.raises(ModelError, match=r"was started with different model .*output"):
         run_training(job(data, out, str(tmp_path / "other"), keep=0.0))
     write_styles(data / "style-1" / "more")
-    with pytest.raises(ModelError, match="was started with another data"):
+    with pytest.raises(ModelError, match="was started with different data"):
         run_training(job(data, out, base, keep=0.0))
     (data / "style-1" / "more").rename(tmp_path / "more")
     assert run_training(job(data, out, base, keep=0.0))["steps"] == 4

@@ -115,7 +115,7 @@ def validate(
     sheet = png_uri("--pictures", pictures) if pictures else None
     jobs = load_generating(job, sets)
     if sheet and len(jobs) > 1:
-        raise JobError(f"{job} has {len(jobs)} generate jobs: --pictures takes a file of one")
+        raise JobError(f"{job} has {len(jobs)} generate jobs: --pictures needs a file with one job")
     summaries = []
     for generate_job in jobs:
         if len(jobs) > 1:

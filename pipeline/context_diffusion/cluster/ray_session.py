@@ -50,7 +50,11 @@ def _connect(target: str | None, num_cpus: int | None) -> None:
         if target
         else {"num_cpus": num_cpus, "object_store_memory": OBJECT_STORE, "include_dashboard": False}
     )
-    reason = f"the Ray cluster at {target} accepts this run" if target else "Ray starts on this machine"
+    reason = (
+        f"for the Ray cluster at {target} to accept this run"
+        if target
+        else "for Ray to start on this machine"
+    )
     logs = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         with WaitNotice(lambda: reason):

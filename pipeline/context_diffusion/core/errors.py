@@ -148,8 +148,8 @@ REMEDIES: dict[ErrorCode, str] = {
     ErrorCode.INVALID_SETTING: "use a value in the range that the message gives",
     ErrorCode.INVALID_ID: "use ids without the path parts `.` and `..`",
     ErrorCode.PROMPT_TOO_LONG: "shorten the prompt, or raise `limits.max_prompt_characters`",
-    ErrorCode.ENGINE_CRASH: "run the row alone in Python, `model(...)`: it ended an engine's process three "
-    "times on its own",
+    ErrorCode.ENGINE_CRASH: "run the row alone in Python, `model(...)`: it crashed an engine three times "
+    "when run alone",
     ErrorCode.ENGINE_ERROR: "use a smaller guidance_scale or another scheduler, or dtype float32 where the "
     "model overflows",
     ErrorCode.OUT_OF_MEMORY: "use a smaller width and height, a smaller input image, or a machine with "

@@ -56,7 +56,8 @@ class EvaluateJob(StrictModel):
         dict[str, str], known_columns("id", "query", "context", "prompt", "image", "reference")
     ] = Field(
         default={},
-        description="mapping of column names: ours -> the manifest's; `image`: the image file, default "
+        description="mapping of column names: name here -> name in the manifest; `image`: the image file, "
+        "default "
         "ID.png, ID.jpg, "
         "...; `reference`: replaces the key",
     )

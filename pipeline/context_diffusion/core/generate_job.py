@@ -102,7 +102,7 @@ class GenerateJob(StrictModel):
     columns: Annotated[
         dict[str, str],
         known_columns("id", "query", "context", "prompt", "negative_prompt", *Settings.model_fields),
-    ] = Field(default={}, description="mapping of column names: ours -> the manifest's")
+    ] = Field(default={}, description="mapping of column names: name here -> name in the manifest")
     settings: Settings = Field(default=Settings(), description="default row settings; override the model's")
     matrix: Matrix = Field(
         default={}, description="row setting -> list of values: every combination is generated for each row"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -15,6 +16,11 @@ def writable_url(url: str) -> str:
     if re.match("https?://", url, re.IGNORECASE):
         raise ValueError("http:// is read-only; use a local folder, s3://, gs:// or az://")
     return url
+
+
+def problem_of(details: Mapping[str, Any]) -> str:
+    """Return the message of one of pydantic's errors, without pydantic's own wording."""
+    return str(details["msg"]).removeprefix("Value error, ").replace("Input should", "should")
 
 
 OutputFolder = Annotated[str, Field(min_length=1), AfterValidator(writable_url)]

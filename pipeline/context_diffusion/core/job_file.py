@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from context_diffusion.core.errors import ConfigError
 from context_diffusion.core.evaluate_job import EvaluateJob
 from context_diffusion.core.generate_job import GenerateJob
-from context_diffusion.core.job_base import StrictModel
+from context_diffusion.core.job_base import StrictModel, problem_of
 from context_diffusion.core.model_parts import PRESETS
 from context_diffusion.core.settings import did_you_mean
 from context_diffusion.core.training_job import FinetuneJob, TrainJob
@@ -99,6 +99,10 @@ def load_jobs(path: str, overrides: list[str] | None = None) -> list[StrictModel
     for override in overrides or []:
         key = re.split("[.=]", override)[0]
         with_key = [values for values in documents if key in _keys(values)]
+        if key == "output" and len(with_key) > 1:
+            raise ConfigError(
+                f"--set {override}: {path} has {len(with_key)} jobs, and each needs its own output"
+            )
         for values in with_key or documents:  # a key that no kind has is an error of each job
             _override(values, override)
     jobs = []
@@ -224,7 +228,7 @@ def _explain(model: type[BaseModel], item: Any) -> str:
         )
     if item["type"] == "missing":
         return f"{where}: is missing and has no default"
-    message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    message = problem_of(item)
     value = json.dumps(item.get("input"), default=str)
     short_value = value if len(value) <= 60 else value[:57] + "..."
     return f"{where}: {message}, got {short_value}" if path else message

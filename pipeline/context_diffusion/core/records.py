@@ -45,7 +45,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """One generated image, uint8 RGB (H, W, 3), with what it cost."""
+    """One generated image, uint8 RGB (H, W, 3), with its cost in time and lane steps."""
 
     image: Pixels
     seconds: float

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from context_diffusion.core.job_base import problem_of
 from context_diffusion.core.settings import Settings, did_you_mean
 
 Matrix = dict[str, list[Any]]  # the axes, in the order in which the job names them
@@ -78,7 +79,7 @@ def check_combinations(settings: Settings, matrix: Matrix) -> None:
 
 
 def images_of(settings: Settings, matrix: Matrix) -> list[Settings]:
-    """Return the settings of each image of a row that has a seed and whose combinations were checked.
+    """Return the settings of each image of a row with a seed and checked combinations.
 
     Axes override the row's own values. Image k of combination c has the index c * num_images + k and the seed
     seed + k, the same in all combinations.
@@ -103,4 +104,4 @@ def _checked_value(name: str, value: Any, settings: type[Settings]) -> Any:
 
 
 def _message(error: ValidationError) -> str:
-    return error.errors()[0]["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return problem_of(error.errors()[0])

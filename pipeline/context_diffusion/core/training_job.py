@@ -282,7 +282,7 @@ class FinetuneJob(TrainingJob):
         description="the kinds of control maps that are computed from queries",
     )
     columns: Annotated[dict[str, str], known_columns(TARGET, CONTEXT, QUERY, PROMPT)] = Field(
-        default={}, description="mapping of column names: ours -> the manifest's"
+        default={}, description="mapping of column names: name here -> name in the manifest"
     )
     allow: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[], description="URI prefixes that rows may read; default: the manifest's folder"

@@ -16,7 +16,7 @@ from context_diffusion.outputs.output_folder import Output
 def build_stages(
     plan: Plan, output: Output, finished: set[int], redo: frozenset[int]
 ) -> tuple[list[ReadShard], LoadImages, WriteShard]:
-    """Return what stands around the engine.
+    """Return the stages before and after the engine.
 
     finished: shards that are left out; redo: finished shards of which only the failed rows are generated
     again."""

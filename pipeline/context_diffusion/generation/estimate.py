@@ -88,7 +88,7 @@ def estimate_lines(figures: dict[str, Any]) -> list[str]:
     lines = [
         f"{figures['images']} images, {figures['seconds_per_image']} s each on {device}: "
         f"about {minutes // 60} h {minutes % 60} min {seconds} s on {engines} like this one",
-        f"measured on {figures['measured_images']} images after a first one as warm-up "
+        f"measured on {figures['measured_images']} images after one warm-up image "
         f"({figures['warm_up_seconds']} s); the start of Ray and of the engines is not included",
         f"the sample used {figures['filled']:.0%} of the model's lanes; the estimate assumes that the job "
         "uses all of them",

@@ -132,7 +132,7 @@ class LedgerClient(Protocol):
 
 
 class SharedOrAlone:
-    """A lock that many may share or one may hold alone. Those that wait to be alone go first."""
+    """A lock that many may share or one may hold alone. Exclusive waiters have priority."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()

@@ -85,7 +85,7 @@ def find_origin(file: str) -> ImageOrigin:
     row = _row(origin)
     if metadata and row and row[ID] != metadata[ID]:
         raise JobError(
-            f"{file}: its metadata names the row {metadata[ID]!r}, OUTPUT names {row[ID]!r}: which is right?"
+            f"{file}: its metadata names the row {metadata[ID]!r}, but its OUTPUT names {row[ID]!r}"
         )
     metadata = (metadata_of_row(row, origin.record) if row else {}) | metadata
     if metadata:

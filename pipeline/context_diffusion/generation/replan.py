@@ -40,7 +40,7 @@ def extend(record: Any, job: GenerateJob, output: Output, storage: Storage) -> A
             "--extend: a run with --retry-failed was interrupted; rerun that command first"
         )
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
-    # A corrected row keeps its id, which a new row could derive from what the corrected one said before.
+    # A corrected row keeps its id, which a new row could derive from the former cells of the corrected one.
     planned = _planned_ids(output, len(old)) if record.get("corrected") else None
     scanned = Scan(job, files, storage, [file["rows"] for file in old], planned)
     _check_grown(old, scanned)

@@ -91,7 +91,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
         "sampled": loaded.rows,
         "problems": loaded.problems,
         "warnings": [*column_warnings(scan.passed().names), *missing_warnings],
-        "missing_packages": dict(missing.rows),
+        "missing_packages": dict(sorted(missing.rows.items())),
         "exit": _exit_code(job, scan.rows, loaded.rows, len(loaded.problems), missing.failing),
         "model_revision": model.revision,
         **estimate,

@@ -61,7 +61,7 @@ def decode_resized(
     draft_size = (math.ceil(file_width * factor), math.ceil(file_height * factor))
     draft = image.draft(None, draft_size)  # None: no JPEG
     extent: tuple[float, float] = draft[1][2:] if draft else image.size
-    if orientation != 1 and extent != image.size:  # turning would move the partly filled last row and column
+    if orientation != 1 and extent != image.size:  # rotation would move the partial last row and column
         image = open_image(data, limits, name)
         extent = image.size
     return resize(_decoded(image, name), width, height, fit, extent[::-1] if turned else extent)

@@ -152,7 +152,9 @@ def scan_texts(file: ManifestFile, storage: Storage, columns: list[str]) -> Iter
         chosen = [
             leaf.path
             for leaf in leaves
-            if leaf.path.split(".")[0] in columns and str(leaf.logical_type) == "String"
+            if leaf.path.split(".")[0] in columns
+            and leaf.path.split(".")[-1] in (leaf.path.split(".")[0], "element", "item", "path")
+            and str(leaf.logical_type) == "String"
         ]
         return opened.read_row_group(group, chosen)
 

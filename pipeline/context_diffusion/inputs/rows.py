@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from context_diffusion.core.errors import ErrorCode, ManifestError, RowError
 from context_diffusion.core.generate_job import GenerateJob
-from context_diffusion.core.job_base import Limits
+from context_diffusion.core.job_base import Limits, problem_of
 from context_diffusion.core.records import derive_id, derive_seed
 from context_diffusion.core.schema import (
     CONTEXT,
@@ -183,7 +183,7 @@ def _settings(row: Row, names: dict[str, str], rules: RowRules, id_: str) -> Set
     except ValidationError as error:
         first = error.errors()[0]
         where = str(first["loc"][0]) if first["loc"] else "settings"
-        message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        message = problem_of(first)
         code = ErrorCode.UNKNOWN_SCHEDULER if where == "scheduler" else ErrorCode.INVALID_SETTING
         raise RowError(code, f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
     try:

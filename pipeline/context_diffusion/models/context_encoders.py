@@ -101,11 +101,11 @@ def load_vision_model(name: str | Path) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"context encoder {str(name)!r} has no config that can be read ({reason}); known are {known}"
+            f"context encoder {str(name)!r} has no readable config ({reason}); expected one of {known}"
         ) from error
     if kind not in ENCODERS:
         raise ModelError(
-            f"context encoder {str(name)!r} is of the unknown model_type {kind!r}; known are {known}"
+            f"context encoder {str(name)!r} has the unknown model_type {kind!r}; expected one of {known}"
         )
     component = ENCODERS[kind][0]
     try:

@@ -36,7 +36,7 @@ SCHEDULERS: dict[str, SchedulerName] = {
     "LCMScheduler": "lcm",
     "FlowMatchEulerDiscreteScheduler": "flow_euler",
 }
-# Published ControlNets whose map is one of ours, with the scale that their card recommends.
+# Published ControlNets whose map this package computes, with the scale that their card recommends.
 CONTROLNETS: dict[str, tuple[ControlName, float]] = {
     "lllyasviel/control_v11p_sd15_canny": ("canny", 1.0),
     "lllyasviel/sd-controlnet-canny": ("canny", 1.0),

@@ -140,7 +140,7 @@ def _prompts(model: NativeModel, pool: Pool, rng: Rng) -> Prompts:
     for number in rng.permutation(np.repeat(np.arange(len(pool.targets)), EACH)):
         style = pool.styles[number // (len(pool.targets) // len(pool.styles))]
         prompt = describe(rng, style, pool.families[pool.layout_of[number]]).split()
-        # Words that no image depends on must have no meaning: wordings have fillers beside what they name.
+        # Words that no image depends on must have no meaning: prompts contain filler words.
         prompt = [word for word in prompt if rng.random() >= DROPPED] + rng.choice(
             FILLERS, int(rng.integers(0, 4))
         ).tolist()

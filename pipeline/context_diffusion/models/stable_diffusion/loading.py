@@ -116,7 +116,7 @@ class _Loader:
                 return kind.from_pretrained(
                     repo, **options, **components, **({"variant": variant} if variant else {})
                 )
-            except Exception as error:  # whatever a folder's files lead the loaders to
+            except Exception as error:  # loaders may raise any exception on bad files
                 problems.append(error)
         raise ModelError(f"model: {part} cannot be loaded as {kind.__name__}: {problems[-1]}") from problems[
             -1

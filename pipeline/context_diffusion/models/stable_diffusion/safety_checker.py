@@ -28,7 +28,7 @@ class SafetyChecker:
 
     @torch.inference_mode()
     def __call__(self, image: Pixels) -> bool:
-        """Return whether an image is unsafe; it is checked alone, so that no other image matters."""
+        """Return whether an image is unsafe. Images are checked one at a time."""
         values = self.processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
         # The checker blackens the images that it is given, so it gets an empty one.
         _, [unsafe] = self.checker(values.to(self.checker.device, self.checker.dtype), [np.zeros(1)])

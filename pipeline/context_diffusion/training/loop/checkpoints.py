@@ -98,7 +98,7 @@ def check_origin(path: Path, then: dict[str, str], now: dict[str, str]) -> None:
     if changed := [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]:
         changes = ", ".join(f"{name} (digest {then.get(name)} then, {now.get(name)} now)" for name in changed)
         raise ModelError(
-            f"{path} was started with another {changes}: use another `output:`, or remove the file to "
+            f"{path} was started with different {changes}: use another `output:`, or remove the file to "
             "start again"
         )
 
