@@ -1,4 +1,5 @@
-"""Pictures as tensors, dynamically normalised: the Python side of what a job does with files. Knows nothing of Ray.
+"""Pictures as tensors, dynamically normalised: the Python side of what a job does with files. Knows nothing
+of Ray.
 
 Shapes: C = 3 channels RGB, H W pixels.
 """
@@ -6,7 +7,7 @@ Shapes: C = 3 channels RGB, H W pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -28,10 +29,11 @@ REMEMBERING = {"to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda
 
 
 class ImageTensor(torch.Tensor):
-    """(3, H, W) float32 that remembers what normalisation removed: `removed_mean`, `removed_std`, 3 values of [0, 1].
+    """(3, H, W) float32 that remembers what normalisation removed: `removed_mean`, `removed_std`, 3 values of
+    [0, 1].
 
-    Copies with the same values remember too (REMEMBERING, deepcopy, pickle); every other result is a plain tensor.
-    """
+    Copies with the same values remember too (REMEMBERING, deepcopy, pickle); every other result is a plain
+    tensor."""
 
     removed_mean: list[float]
     removed_std: list[float]
@@ -64,18 +66,17 @@ def load_image_as_tensor(
 ) -> ImageTensor:
     """A picture as float32 (3, H, W); `to_image` gives it back.
 
-    source: path, URI, bytes, PIL image or uint8 array (H, W, 3). size: a side or (width, height), centre cut to fit.
-    normalization: `dynamic` removes the picture's own mean and deviation by channel (as the model does: a constant
-    picture becomes 0), `clip` CLIP's constants, `none` leaves [0, 1].
-    Raises FileNotFoundError, RowError for what is no picture, ValueError for a wrong size or normalization.
-    """
+    source: path, URI, bytes, PIL image or uint8 array (H, W, 3). size: a side or (width, height), centre cut
+    to fit. normalization: `dynamic` removes the picture's own mean and deviation by channel (as the model
+    does: a constant picture becomes 0), `clip` CLIP's constants, `none` leaves [0, 1]. Raises
+    FileNotFoundError, RowError for what is no picture, ValueError for a wrong size or normalization."""
     if normalization not in get_args(Normalization):
         raise ValueError(f"normalization is one of {', '.join(get_args(Normalization))}, not {normalization!r}")
     wanted = None if size is None else _size(size)
     pixels = to_pixels(source)
     if wanted is not None:
         pixels = resize(pixels, *wanted, "crop")
-    values = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().contiguous() / 255  # (3, H, W)
+    values = channels_first(pixels.copy()).float().contiguous() / 255  # (3, H, W)
     mean, std = torch.zeros(3), torch.ones(3)
     if normalization == "dynamic":
         mean, std = values.mean((1, 2)), values.flatten(1).std(1, correction=0).clamp(min=LEVEL)
@@ -86,6 +87,14 @@ def load_image_as_tensor(
     return _remember((values - mean[:, None, None]) / std[:, None, None], mean.tolist(), std.tolist())
 
 
+def channels_first(pixels: Pixels | Sequence[Pixels]) -> torch.Tensor:
+    """Turn pixels (H, W, 3), or N of them, into a tensor (3, H, W), or (N, 3, H, W), of the same type.
+
+    The channels stay last in memory, which one array shares with its tensor: copy an array that is
+    read-only."""
+    return torch.from_numpy(np.asarray(pixels)).movedim(-1, -3)
+
+
 def _size(size: Any) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, tuple | list) or len(sides) != 2 or not all(type(s) is int and s >= 1 for s in sides):
@@ -94,17 +103,17 @@ def _size(size: Any) -> tuple[int, int]:
 
 
 def to_image(tensor: torch.Tensor) -> Image.Image:
-    """The picture of a tensor (3, H, W), to rounding: what normalisation removed is put back; others are in [0, 1]."""
+    """The picture of a tensor (3, H, W), to rounding: what normalisation removed is put back; others are in
+    [0, 1]."""
     return Image.fromarray(_tensor_pixels(tensor))
 
 
 def to_pixels(source: Any) -> Pixels:
     """Anything that the Python API takes for a picture -> uint8 (H, W, 3).
 
-    source: ImageTensor (what was removed is put back), float tensor (3, H, W) in [0, 1], PIL image, uint8 array
-    (H, W, 3), path, URI or bytes. Raises FileNotFoundError, RowError for bytes that are no picture, ValueError for a
-    wrong shape or range, TypeError for anything else.
-    """
+    source: ImageTensor (what was removed is put back), float tensor (3, H, W) in [0, 1], PIL image, uint8
+    array (H, W, 3), path, URI or bytes. Raises FileNotFoundError, RowError for bytes that are no picture,
+    ValueError for a wrong shape or range, TypeError for anything else."""
     if (file := _file(source)) is not None:
         return decode_image(file[0], Limits(), file[1])
     if isinstance(source, torch.Tensor):
@@ -119,7 +128,8 @@ def to_pixels(source: Any) -> Pixels:
 
 
 def to_resized(source: Any, size_of: Callable[[int, int], Size], fit: Fit) -> Pixels:
-    """to_pixels and resize, by a job's own path: the same pixels. size_of: the picture's (width, height) -> the wanted."""
+    """to_pixels and resize, by a job's own path: the same pixels. size_of: the picture's (width, height) ->
+    the wanted."""
     if (file := _file(source)) is not None:
         return decode_resized(file[0], Limits(), file[1], size_of, fit)
     pixels = to_pixels(source)

@@ -1,4 +1,4 @@
-"""The Python API: one model, pictures in, a picture out. What a job's engine runs, too."""
+"""The Python API: one model, images in, an image out. A job's engine is made here too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import Failure, Pixels, Request, Result, derive_seed
 from context_diffusion.core.settings import Settings, did_you_mean
 from context_diffusion.engine.backbone import Backbone
-from context_diffusion.engine.engine import Engine, Progress
+from context_diffusion.engine.engine import Engine, StepUpdate
 from context_diffusion.engine.model_calls import Shape
 from context_diffusion.engine.service import EngineService
 from context_diffusion.image_tensors import to_context, to_resized
@@ -29,8 +29,9 @@ from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import find_model
 
-# By model and kind of device. The native model on two cores: chunks of 2, 4 and 8 lanes took .73, .56 and .51 s a picture
-# of 20 guided steps; a picture alone pays for the empty lanes of its chunk.
+# By model and kind of device. The native model on two cores: chunks of 2, 4 and 8 lanes took .73, .56 and .51
+# s an
+# image of 20 guided steps; a single image also pays for the empty lanes of its chunk.
 SHAPES = {
     ("native", "cpu"): Shape(4, 12),
     ("native", "cuda"): Shape(32, 64, 16),
@@ -43,7 +44,7 @@ CPU_THREADS = 2
 
 
 class ContextDiffusion:
-    """A model that keeps a query's layout, wears its contexts' style and follows a prompt.
+    """A model that keeps a query's layout, takes its style from context images and follows a prompt.
 
     model = ContextDiffusion.from_pretrained()
     image = model(query, context, "a misty forest")
@@ -58,10 +59,16 @@ class ContextDiffusion:
         unsafe: Callable[[Pixels], bool] | None = None,
         defaults: Defaults | None = None,
     ) -> None:
-        """kind: of SHAPES; cpu_threads: calls of the model at once, on a CPU; unsafe: a safety checker; defaults: what holds
-        where a call leaves it out."""
-        self.backbone, self.device, self.shape, self.unsafe = backbone, device, SHAPES[kind, device.type], unsafe
-        self.threads, self.defaults = cpu_threads, defaults or Defaults()
+        """Wrap a loaded backbone.
+
+        kind: a key of SHAPES. cpu_threads: calls of the model that run at once, on a CPU. unsafe: a safety
+        checker. defaults: the settings that a call which leaves them out gets."""
+        self.backbone = backbone
+        self.device = device
+        self.shape = SHAPES[kind, device.type]
+        self.unsafe = unsafe
+        self.threads = cpu_threads
+        self.defaults = defaults or Defaults()
 
     @classmethod
     def from_pretrained(
@@ -70,23 +77,28 @@ class ContextDiffusion:
         device: str | None = None,
         cpu_threads: int = CPU_THREADS,
     ) -> ContextDiffusion:
-        """model: bundled, sd15, sdxl, a folder, a hub id, or a mapping of parts as a job's `model:`. Raises ModelError."""
+        """Load a model and its weights.
+
+        model: bundled, sd15, sdxl, a folder, a hub id, or a mapping of parts as a job's `model:`. device:
+        default, a GPU if there is one. Raises ModelError."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
-            source = find_model(Parts.model_validate(model) if isinstance(model, dict) else model)
+            resolved = find_model(Parts.model_validate(model) if isinstance(model, dict) else model)
         except ValidationError as error:
             raise ModelError(f"model: {error}") from None
-        if source.folder:
-            native = NativeModel.from_pretrained(source.folder).to(where)
-            return cls(NativeBackbone(native), "native", where, cpu_threads, defaults=source.defaults)
-        from context_diffusion.models.stable_diffusion.backbone import StableBackbone  # diffusers' pipelines: some seconds
+        if resolved.folder:
+            native = NativeModel.from_pretrained(resolved.folder).to(where)
+            return cls(NativeBackbone(native), "native", where, cpu_threads, defaults=resolved.defaults)
+        # diffusers' pipelines: some seconds
+        from context_diffusion.models.stable_diffusion.backbone import StableBackbone
         from context_diffusion.models.stable_diffusion.loading import load
 
-        assert source.parts
-        loaded = load(source.parts, where)
-        assert isinstance(source.contexts, ImageProcessor)
-        backbone, kind = StableBackbone(loaded, source.contexts), "sdxl" if loaded.xl else "sd"
-        return cls(backbone, kind, where, cpu_threads, loaded.unsafe, source.defaults)
+        assert resolved.parts
+        loaded = load(resolved.parts, where)
+        assert isinstance(resolved.contexts, ImageProcessor)
+        backbone = StableBackbone(loaded, resolved.contexts)
+        kind = "sdxl" if loaded.xl else "sd"
+        return cls(backbone, kind, where, cpu_threads, loaded.unsafe, resolved.defaults)
 
     def engine(self) -> Engine:
         return Engine(self.backbone, self.device, self.shape, unsafe=self.unsafe, threads=self.threads)
@@ -108,31 +120,34 @@ class ContextDiffusion:
         negative_prompt: str | None = None,
         control: str | list[str] | None = None,
         fit: Fit = "crop",
-        callback: Callable[[Progress], None] | None = None,
+        callback: Callable[[StepUpdate], None] | None = None,
         **settings: Any,
     ) -> Any:
-        """query and each context: a tensor of load_image_as_tensor, PIL image, array, path, URI or bytes.
+        """Generate an image with the query's layout and the contexts' style.
 
-        control: the query's map for each ControlNet; default: what they were trained on. settings: the row settings,
-        num_inference_steps, guidance_scale, seed, ..., over the model's own; callback: told of each step, with a preview.
-        -> a PIL image, or a list of them where num_images is over 1; a safety checker's verdict is its
-        info["unsafe"]. Raises ValueError for a wrong setting, RowError where the row cannot be made.
-        """
+        query and each context: a tensor of load_image_as_tensor, PIL image, array, path, URI or bytes.
+        control: the query's control map for each ControlNet; default: the kinds that they were trained on.
+        settings: row settings (num_inference_steps, guidance_scale, seed, ...) that replace the model's own.
+        callback: called after each step.
+
+        Returns a PIL image, or a list of them when num_images is over 1; a safety checker's verdict is the
+        image's info["unsafe"]. Raises ValueError for a wrong setting, RowError for a row that cannot be
+        generated."""
         requests = self.requests(query, context, prompt, negative_prompt, control, fit, settings)
-        made: dict[int, Image.Image] = {}
+        images: dict[int, Image.Image] = {}
         for request, outcome in self.generate(requests, callback):
             if isinstance(outcome, Failure):
                 raise ValueError(f"{outcome.code}: {outcome.message}")
-            made[request.index] = Image.fromarray(outcome.image)
+            images[request.index] = Image.fromarray(outcome.image)
             if outcome.unsafe is not None:
-                made[request.index].info["unsafe"] = outcome.unsafe
-        images = [made[index] for index in range(len(requests))]
-        return images[0] if len(images) == 1 else images
+                images[request.index].info["unsafe"] = outcome.unsafe
+        in_order = [images[index] for index in range(len(requests))]
+        return in_order[0] if len(in_order) == 1 else in_order
 
     def generate(
-        self, requests: list[Request], callback: Callable[[Progress], None] | None = None
+        self, requests: list[Request], callback: Callable[[StepUpdate], None] | None = None
     ) -> Iterator[tuple[Request, Result | Failure]]:
-        """Requests of any settings together in full batches; each comes back as it finishes."""
+        """Generate requests of any settings in shared batches; yield each with its outcome as it finishes."""
         engine = self.engine()
         engine.callback = callback
         return engine.run(requests)
@@ -147,7 +162,30 @@ class ContextDiffusion:
         fit: Fit,
         settings: dict[str, Any],
     ) -> list[Request]:
-        """The requests of one row: what a job makes of the same pictures and settings."""
+        """Return the requests of one row, the same as a job makes of the same images and settings."""
+        kinds = self._control_kinds(control)
+        context = list(context) if isinstance(context, list | tuple) else [context]
+        if not context:
+            raise ValueError("context: give one image or a list of them")
+        checked = self._checked_settings(settings)
+
+        def size(width: int, height: int) -> Size:
+            return output_size(fit, width, height, checked.width, checked.height, self.backbone.image_size)
+
+        pixels = to_resized(query, size, fit)
+        controls = controls_of(pixels, kinds)
+        contexts = tuple(to_context(image, self.backbone.contexts) for image in context)
+        seed = checked.seed
+        if seed is None:
+            seed = derive_seed(0, hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest())
+        seeded = [checked.model_copy(update={"seed": seed + index}) for index in range(checked.num_images)]
+        return [
+            Request("row", index, pixels, controls, contexts, prompt, negative_prompt, image_settings)
+            for index, image_settings in enumerate(seeded)
+        ]
+
+    def _control_kinds(self, control: str | list[str] | None) -> list[str]:
+        """Return the kind of control map for each ControlNet. Raises ValueError for an unknown kind."""
         try:
             kinds = resolved_control(self.defaults, control)
         except ConfigError as error:
@@ -155,44 +193,24 @@ class ContextDiffusion:
         for kind in kinds:
             if kind not in CONTROLS:
                 raise ValueError(f"control is one of {', '.join(CONTROLS)} or disabled, not {kind!r}")
-        context = list(context) if isinstance(context, list | tuple) else [context]
-        if not context:
-            raise ValueError("context: give one image or a list of them")
+        return kinds
+
+    def _checked_settings(self, settings: dict[str, Any]) -> Settings:
+        """Return the settings over the model's own defaults. Raises ValueError for an unknown name or a wrong
+        value."""
         for name in settings:
             if name not in Settings.model_fields:
                 raise ValueError(f"{name} is not a setting; {did_you_mean(name, Settings.model_fields)}")
         try:
-            checked = resolved_settings(self.defaults, Settings.model_validate(settings))
+            return resolved_settings(self.defaults, Settings.model_validate(settings))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "settings"
             message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
             raise ValueError(f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
 
-        def size(wide: int, tall: int) -> Size:
-            return output_size(fit, wide, tall, checked.width, checked.height, self.backbone.image_size)
-
-        pixels = to_resized(query, size, fit)
-        contexts = tuple(to_context(image, self.backbone.contexts) for image in context)
-        seed = checked.seed
-        if seed is None:
-            seed = derive_seed(0, hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest())
-        return [
-            Request(
-                "row",
-                index,
-                pixels,
-                controls_of(pixels, kinds),
-                contexts,
-                prompt,
-                negative_prompt,
-                checked.model_copy(update={"seed": seed + index}),
-            )
-            for index in range(checked.num_images)
-        ]
-
 
 def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> EngineService:
-    """The engine of a job: what each actor of the flow holds."""
+    """Load the model of a job and start its engine; each actor holds one."""
     pipeline = ContextDiffusion.from_pretrained(job.model, cpu_threads=job.cluster.cpu_threads)
     return EngineService(pipeline.engine(), broken)

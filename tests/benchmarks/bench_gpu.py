@@ -80,8 +80,6 @@ class Shapes:
         self.latent_factor = 8
         self.contexts: ContextPreprocessing = ImageProcessor(224, 224)
         self.tiles, self.context_slots, self.noise_scale, self.latent_channels = False, 8, 1.0, 4
-        self.predict_reads = ("unet.", "context_", "text_embeds", "time_ids")
-        self.control_reads = ("net", "text_embeds", "time_ids")
         if given.compile:
             self.predict, self.control = (torch.compile(f, mode="reduce-overhead") for f in (self.predict, self.control))  # type: ignore[method-assign]
 
@@ -89,12 +87,14 @@ class Shapes:
         return guidance_branches(request.settings, has_prompt=True)
 
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
-        lanes, keys = [], []
+        lanes, control_lanes, keys = [], [], []
         for branch in branches:
             key = f"text:{branch.prompt}"
-            lanes.append(cache.get(f"{key}:{branch.contexts}", self._lane))
+            lane = cache.get(f"{key}:{branch.contexts}", self._lane)
+            lanes.append({name: value for name, value in lane.items() if not name.startswith("net")})
+            control_lanes.append({name: value for name, value in lane.items() if not name.startswith(("unet.", "context_"))})
             keys.append(key)
-        return Encoded(lanes, cache.get("control:", self._map), keys)
+        return Encoded(lanes, cache.get("control:", self._map), keys, control_lanes)
 
     def _lane(self) -> Conditions:
         hidden = torch.randn(1, TEXT, self.width, device=self.device, dtype=self.dtype)
@@ -127,7 +127,7 @@ class Shapes:
         told |= {"down_block_additional_residuals": tuple(residuals[:-1]), "mid_block_additional_residual": residuals[-1]}
         return self.unet(latents.to(self.dtype), timesteps, None, **told, return_dict=False)[0].clone()
 
-    def decode(self, latents: Tensor, request: Request, kept: Conditions, tiled: bool = False) -> Tensor:
+    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
         images = self.vae.decode(latents.to(self.dtype), return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1)
 

@@ -31,7 +31,7 @@ from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.detail_transfer import give_back
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.native.preconditioning import Drawn
+from context_diffusion.models.native.preconditioning import EncodedDraft
 from context_diffusion.models.resolve import model_folder
 from context_diffusion.pipeline import SHAPES
 from context_diffusion.training.data.encoded_pools import drafts as drafts_of
@@ -73,8 +73,8 @@ def batch(model: NativeModel, requests: list[Request]) -> None:
     layouts = model.encode_control(torch.cat([to_tensor(one.controls[0].pixels) for one in requests]), ["gray"] * count)
     layouts = layouts.repeat(branches, 1, 1, 1)
     made = drafts(model, requests)
-    drawn = model.draw(torch.cat([made * 0, made]) if guided else made)
-    detail = model.detail(made, Drawn(drawn.pixels[-count:], drawn.latents[-count:]))
+    drawn = model.encode_draft(torch.cat([made * 0, made]) if guided else made)
+    detail = model.detail(made, EncodedDraft(drawn.pixels[-count:], drawn.latents[-count:]))
     noise = [torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(n)) for n in range(count)]
     latents = torch.cat(noise) * model.noise_scale
     scales = torch.tensor([one.settings.guidance_scale for one in requests])[:, None, None, None]

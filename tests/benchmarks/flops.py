@@ -76,7 +76,7 @@ def costs(config: dict[str, Any], xl: bool) -> SimpleNamespace:
     for name, keys in context.items():
         lanes |= {f"{name}.context_k": keys, f"{name}.context_v": keys}
     lanes |= {"context_scale": empty(1, 1, 1), "context_bias": empty(1, 1, 1, CONTEXT)} | added
-    given = {"lanes": stack([lanes], ("",))}
+    given = {"lanes": stack([lanes])}
     attend = cost(lambda: unet(latents, time, None, added_cond_kwargs=added, cross_attention_kwargs=given)) - (
         full - cost(lambda: keys_and_values(layers, text))
     )  # to the contexts alone

@@ -27,6 +27,7 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import ReadShard
+from context_diffusion.inputs.rows import RowRules
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 from support.manifests import job_values
@@ -72,7 +73,9 @@ def plan(folder: Path, shards: int) -> None:
     output, started = Output(job.output, storage), time.perf_counter()
     planned = open_plan(job, output, storage)
     made = time.perf_counter()
-    reads = [ReadShard(job, planned.files[0], shard, planned.passed, storage) for shard in read_shards(output, 0)]
+    reads = [
+        ReadShard(RowRules.of_job(job), planned.files[0], shard, planned.passed, storage) for shard in read_shards(output, 0)
+    ]
     done = time.perf_counter()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(

@@ -29,9 +29,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from context_diffusion.cluster.driver import around_engine
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Request, Result
+from context_diffusion.generation.build_stages import build_stages
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.inputs.context_images import SquareCrop
 from context_diffusion.outputs.output_folder import Output
@@ -80,7 +80,7 @@ def ours(manifest: Path, out: Path) -> None:
     output = Output(str(out), storage)
     plan = open_plan(job, output, storage)
     plan = replace(plan, model=replace(plan.model, contexts=SquareCrop(CONTEXT)))  # as a large model's
-    reads, load, write = around_engine(job, output, plan, set(), frozenset())
+    reads, load, write = build_stages(plan, output, set(), frozenset())
     with ray_session(2, None):
         for _ in dataflow.run_flow(job, reads, load, write, echo, lambda _: None):  # type: ignore[arg-type]
             pass

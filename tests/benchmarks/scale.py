@@ -27,9 +27,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from context_diffusion.cluster.driver import around_engine
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Request, Result
+from context_diffusion.generation.build_stages import build_stages
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.stages import generate
 from context_diffusion.outputs.output_folder import Output
@@ -99,7 +99,7 @@ def make_parts(values: dict[str, Any], begin: int, end: int) -> None:
     job = GenerateJob.model_validate(values)
     output, engine = Output(job.output, Storage()), Alone()
     plan = open_plan(job, output, output.storage)
-    reads, load, write = around_engine(job, output, plan, set(), frozenset())
+    reads, load, write = build_stages(plan, output, set(), frozenset())
     for read in reads[begin:end]:
         [table] = read()
         write(generate(load(table), engine, job))

@@ -30,7 +30,7 @@ from context_diffusion.inputs.decode import decode_image
 from context_diffusion.inputs.from_folders import Pairing, write_manifest
 from context_diffusion.inputs.manifest_files import expand, open_file, rows_of
 from context_diffusion.inputs.manifest_scan import column_warnings
-from context_diffusion.inputs.rows import row_id
+from context_diffusion.inputs.rows import RowRules, row_id
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 from support.finished_output import make
@@ -48,7 +48,7 @@ def planned(folder: Path, name: str, **more: Any) -> tuple[Plan, list[dict[str, 
     rows: list[dict[str, Any]] = []
     for number in range(len(plan.files)):
         for shard in read_shards(output, number):
-            [table] = ReadShard(plan.job, plan.files[number], shard, plan.passed, STORAGE)()
+            [table] = ReadShard(RowRules.of_job(plan.job), plan.files[number], shard, plan.passed, STORAGE)()
             rows += rows_of(table)
     return plan, rows
 
@@ -62,7 +62,7 @@ def test_a_seed_whose_images_would_pass_the_largest_is_its_rows_failure(tmp_path
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     _, rows = planned(tmp_path, "m.jsonl")
     assert [row["error_code"] for row in rows] == ["invalid_setting", None]
-    assert "num_images (2)" in rows[0]["error_message"]
+    assert "image 1 of num_images" in rows[0]["error_message"]
 
 
 def test_a_protocol_whose_package_is_missing_is_its_rows_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_columns_that_we_do_not_know_are_copied_whatever_their_type(tmp_path: Pa
     plan, rows = planned(tmp_path, "m.parquet")
     assert len({row["id"] for row in rows}) == 2, "derived ids, of values that Python has none for too"
     [read] = [
-        ReadShard(plan.job, plan.files[0], shard, plan.passed, STORAGE)()[0]
+        ReadShard(RowRules.of_job(plan.job), plan.files[0], shard, plan.passed, STORAGE)()[0]
         for shard in read_shards(Output(plan.job.output, STORAGE), 0)
     ]
     assert read["passed:late"].combine_chunks().equals(late)
@@ -167,7 +167,7 @@ def test_validate_tells_what_a_run_would_end_with(tmp_path: Path) -> None:
     assert validate_job(job.model_copy(update={"max_failed": 0}), 8)["exit"] == 4
     open_plan(job, Output(job.output, STORAGE), STORAGE)
     assert validate_job(job, 8)["exit"] == 3
-    with pytest.raises(OutputConflictError, match="seed: 0 there, 7 here"):
+    with pytest.raises(OutputConflictError, match="seed: 0 planned, 7 now"):
         validate_job(job.model_copy(update={"seed": 7}), 8)
 
 

@@ -72,7 +72,7 @@ def test_all_errors_come_in_one_go_each_with_what_to_do() -> None:
         "modle: unknown key; did you mean 'model'?",
         "settings.num_inference_step: unknown key; did you mean 'num_inference_steps'?",
         "control: should be 'none', 'canny', 'gray', 'soft_edges' or 'disabled'",
-        "output: http:// can only be read; write to",
+        "output: http:// is read-only; use",
         "rows_per_part: should be greater than or equal to 1, got 0",
         'settings.guidance_scale: should be a valid number, got "high"',
         "max_failed",
@@ -123,10 +123,10 @@ def test_what_the_drivers_process_is_given_leaves_a_presets_parts_to_the_preset(
     [
         ({"keep": "best"}, "keep: best needs `score`"),
         ({"keep": "first", "score": ["layout"]}, "keep: should be 'all' or 'best'"),
-        ({"thresholds": {"layout_score": 0.5}}, "no column 'layout_score', it has no `score`"),
+        ({"thresholds": {"layout_score": 0.5}}, "no column 'layout_score'; it has no `score`"),
         (
             {"thresholds": {"layout_leakage": 0.5}, "score": ["layout", "style"]},
-            "'layout_leakage', its `score` gives layout_score, style_score",
+            "'layout_leakage'; its `score` has layout_score, style_score",
         ),
         (
             {"thresholds": {"layout_score": 1.5}, "score": ["layout"]},

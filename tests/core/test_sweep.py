@@ -95,7 +95,7 @@ def test_a_row_that_does_not_go_with_the_matrix_fails_and_no_other(tmp_path: Pat
     failed = {row["id"]: row["error_message"] for row in rows if row["status"] == "failed"}
     assert failed.keys() == {"1", "2"}
     assert "at control_guidance_start 0.5, guidance_scale 1.0" in failed["1"]
-    assert "6 combinations of 64 image(s) are 384, allowed are 256 a row" in failed["2"]
+    assert "6 combinations of 64 image(s) are 384 images of one row, at most 256 are allowed" in failed["2"]
     assert [row["id"] for row in rows].count("0") == 6
     assert [row["id"] for row in rows].count("3") == 48
 
@@ -134,7 +134,7 @@ def test_a_matrix_is_of_the_job_that_output_belongs_to_its_order_too(tmp_path: P
         ({"guidance_scale": [1, 500]}, "should be less than or equal to 100, got 500"),
         ({"scheduler": ["magic"]}, "scheduler: should be 'ddim'"),
         ({"seed": [1, None]}, "seed: null"),
-        ({"seed": list(range(MAX_IMAGES + 1))}, "257 combinations of 1 image(s) are 257, allowed are 256"),
+        ({"seed": list(range(MAX_IMAGES + 1))}, "257 combinations of 1 image(s) are 257 images of one row, at most 256"),
         ({"control_guidance_start": [0.1, 0.6], "control_guidance_end": [0.5, 1]}, "at control_guidance_start 0.6, "),
         ({"guidance_scale": 3}, "should be a valid list"),
     ],

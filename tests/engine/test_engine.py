@@ -142,7 +142,7 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
     layout = model.encode_control(pixels[1:], ["gray"])
     look = Look(*(part[:, None] for part in model.look(pixels[:1])))
     seen = draft(model.layout(pixels[1:], ["gray"]), look, torch.ones(1, 1))
-    drafts = [model.draw(seen * 0), model.draw(seen), model.draw(seen)]
+    drafts = [model.encode_draft(seen * 0), model.encode_draft(seen), model.encode_draft(seen)]
     for timestep in scheduler.timesteps:
         time = timestep[None].float()
         down, mid = model.control(latents, time, layout)

@@ -16,7 +16,7 @@ from context_diffusion.core.records import Failure, Request, Result
 from context_diffusion.core.settings import Settings
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.embedding_cache import Cache
-from context_diffusion.engine.engine import Engine, Progress
+from context_diffusion.engine.engine import Engine, StepUpdate
 from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.engine.model_calls import Shape
 from context_diffusion.engine.packing import choose
@@ -46,8 +46,6 @@ class Numbers:
     scheduler_config = {"beta_schedule": "linear", "prediction_type": "epsilon", "num_train_timesteps": 1000}
     image_size, context_slots, noise_scale, latent_channels, latent_factor = 8, 1, 1.0, 1, 8
     contexts, tiles = SquareCrop(8), True
-    predict_reads: tuple[str, ...] = ("",)
-    control_reads: tuple[str, ...] = ()
 
     def __init__(self, room: int = 10**9) -> None:
         self.called, self.room = 0, room
@@ -58,7 +56,8 @@ class Numbers:
 
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         self._fail_at("encode", request)
-        return Encoded([{"row": torch.tensor([[float(request.id)]])} for _ in branches], None, [""] * len(branches))
+        lanes = [{"row": torch.tensor([[float(request.id)]])} for _ in branches]
+        return Encoded(lanes, None, [""] * len(branches), finish=lambda image: self._checked(image, request))
 
     def encode_query(self, request: Request, generator: torch.Generator) -> torch.Tensor:
         return torch.zeros(1, 1, 1, 1)
@@ -72,9 +71,13 @@ class Numbers:
         self.called += len(latents)
         return latents * 0 + lanes["row"][:, :, None, None]
 
-    def decode(self, latents: torch.Tensor, request: Request, kept: Conditions, tiled: bool = False) -> torch.Tensor:
-        self._fail_at("decode in tiles" if tiled else "decode", request)
+    def decode(self, latents: torch.Tensor, tiled: bool = False) -> torch.Tensor:
+        self.in_tiles = tiled
         return latents.sigmoid().expand(1, 3, 8, 8)
+
+    def _checked(self, image: torch.Tensor, request: Request) -> torch.Tensor:
+        self._fail_at("decode in tiles" if self.in_tiles else "decode", request)
+        return image
 
     def _fail_at(self, what: str, request: Request) -> None:
         if error := self.fails.get(what, lambda _: None)(request.id):
@@ -156,7 +159,7 @@ def test_a_cancelled_row_frees_its_lanes_and_has_no_outcome() -> None:
 def test_a_callback_hears_of_every_step_and_sees_a_preview() -> None:
     told: list[tuple[str, int, int]] = []
 
-    def hear(progress: Progress) -> None:
+    def hear(progress: StepUpdate) -> None:
         told.append((progress.request.id, progress.step, progress.steps))
         assert progress.preview().shape == (8, 8, 3)
 

@@ -27,7 +27,7 @@ def test_the_pairs_that_fit_share_the_target() -> None:
 
 
 def test_no_held_out_pair_is_drawn_and_every_picture_fits_its_prompt() -> None:
-    _, prompts, shown = train_judge.draw(np.random.default_rng(0), 200)
+    _, prompts, shown = train_judge.draw_pairs(np.random.default_rng(0), 200)
     palettes, textures = list(PALETTE_WORDS), list(TEXTURE_WORDS)
     assert not {(palettes[p], textures[t]) for p, t, _ in shown if p >= 0} & HELD_OUT
     assert train_judge.fits(shown, np.array([train_judge.meaning(p) for p in prompts])).diagonal().all()

@@ -19,9 +19,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 RUN = """
 import json, sys
 import ray
-import fakes
-from context_diffusion.config import GenerateJob
-from context_diffusion.driver import Options, run_generate
+from support import fakes
+from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.cluster.driver import Options, run_generate
 ray.init(address="local", num_cpus=4, num_gpus=2, object_store_memory=2**28, include_dashboard=False)
 print(json.dumps(run_generate(GenerateJob.model_validate(json.load(sys.stdin)), Options(), fakes.slow)))
 """

@@ -131,7 +131,7 @@ def test_what_goes_on_is_no_standstill(clock: list[float]) -> None:
     ledger.hold(0)
     pass_time(clock, judge, 3000, lambda: ledger.at_row(0, 1))  # a suspect, row by row
     ledger.release(0)
-    pass_time(clock, judge, 3000, ledger.moved)  # shards are written
+    pass_time(clock, judge, 3000, ledger.record_event)  # shards are written
 
 
 def test_what_does_not_is_one(clock: list[float]) -> None:

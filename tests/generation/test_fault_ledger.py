@@ -71,7 +71,7 @@ def test_a_run_that_is_stopped_begins_no_shard_and_knows_what_is_under_way() -> 
     ledger.release(1)
     ledger.stop()
     assert ledger.ask(3) is None
-    assert ledger.under_way() == ({2}, {1})
+    assert ledger.in_progress() == ({2}, {1})
 
 
 def test_who_is_alone_is_alone() -> None:

@@ -161,7 +161,7 @@ def test_what_is_kept_belongs_to_an_output_and_thresholds_do_not(tmp_path: Path)
         open_plan(GenerateJob.model_validate(job.model_dump() | change), Output(job.output, STORAGE), STORAGE)
 
     reopened(score=CHEAP[::-1], thresholds={"style_score": 0.2})
-    for change, word in (({"keep": "all"}, "keep: 'best' there"), ({"score": ["style"]}, "score")):
+    for change, word in (({"keep": "all"}, "keep: 'best' planned"), ({"score": ["style"]}, "score")):
         with pytest.raises(OutputConflictError, match=word):
             reopened(**change)
     assert output.count().images == 4

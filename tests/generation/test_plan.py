@@ -21,6 +21,7 @@ from context_diffusion.core.job_file import load_job
 from context_diffusion.generation.plan import open_plan, part_rows
 from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import ReadShard
+from context_diffusion.inputs.rows import RowRules
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 from support.manifests import job_values, rows, write_manifest, write_pictures
@@ -55,7 +56,7 @@ def read_all(planned: GenerateJob, output: Output) -> list[dict[str, Any]]:
     found = []
     for number, file in enumerate(plan.files):
         for shard in read_shards(output, number):
-            [table] = ReadShard(planned, file, shard, plan.passed, STORAGE)()
+            [table] = ReadShard(RowRules.of_job(planned), file, shard, plan.passed, STORAGE)()
             assert table["shard"].unique().to_pylist() == [shard.number]
             found += table.to_pylist()
     assert len(found) == plan.rows
@@ -158,12 +159,12 @@ def test_an_output_belongs_to_its_job_and_its_manifest(tmp_path: Path) -> None:
     first = open_plan(job(manifest, tmp_path / "out"), output, STORAGE)
     again = open_plan(job(manifest, tmp_path / "out", cluster={"actors": 2}, max_failed=1), output, STORAGE)
     assert dataclasses.replace(again, job=first.job) == first
-    with pytest.raises(OutputConflictError, match="seed: 0 there, 5 here"):
+    with pytest.raises(OutputConflictError, match="seed: 0 planned, 5 now"):
         open_plan(job(manifest, tmp_path / "out", seed=5), output, STORAGE)
     record = json.loads(Path(output.plan).read_text())
     record["versions"]["torch"] = "1.0"
     Path(output.plan).write_text(json.dumps(record))
-    with pytest.raises(OutputConflictError, match=r"torch 1\.0 there"):
+    with pytest.raises(OutputConflictError, match=r"torch 1\.0 then"):
         open_plan(job(manifest, tmp_path / "out"), output, STORAGE)
     assert open_plan(job(manifest, tmp_path / "out"), output, STORAGE, accept_change=True) == first
     write_manifest(tmp_path / "in", 13)
@@ -208,18 +209,18 @@ def test_new_files_after_the_old_are_taken_in(tmp_path: Path) -> None:
     write("b", 9)
     read_all(globbed, output)
     write("c", 7)
-    with pytest.raises(OutputConflictError, match=r"1 file\(s\) of the manifest, such as .*c.jsonl, are new since"):
+    with pytest.raises(OutputConflictError, match=r"1 file\(s\) were added to the manifest since .*c.jsonl"):
         open_plan(globbed, output, STORAGE)
     assert open_plan(globbed, output, STORAGE, extend=True).shards_of == [3, 2]
     assert [row["id"][0] for row in read_all(globbed, output)] == ["b"] * 9 + ["c"] * 7
     write("a", 5)
-    with pytest.raises(OutputConflictError, match=r"b\.jsonl was file 1 .* new files come after the old"):
+    with pytest.raises(OutputConflictError, match=r"b\.jsonl is no longer file 1 .* new files after the old"):
         open_plan(globbed, output, STORAGE, extend=True)
     (tmp_path / "a.jsonl").unlink()
     (tmp_path / "c.jsonl").unlink()
-    with pytest.raises(OutputConflictError, match=r"c\.jsonl is gone"):
+    with pytest.raises(OutputConflictError, match=r"c\.jsonl was removed"):
         open_plan(globbed, output, STORAGE)
-    with pytest.raises(OutputConflictError, match=r"c\.jsonl was file 2"):
+    with pytest.raises(OutputConflictError, match=r"c\.jsonl is no longer file 2"):
         open_plan(globbed, output, STORAGE, extend=True)
     listed = job([str(tmp_path / "b.jsonl"), write("c", 7), write("d", 2)], tmp_path / "out")
     assert open_plan(listed, output, STORAGE, extend=True).rows == 18
@@ -250,7 +251,7 @@ def test_a_parquet_cut_into_other_row_groups_is_not_extended(tmp_path: Path) -> 
     open_plan(planned, output, STORAGE)
     write_manifest(tmp_path / "in", 120)
     pq.write_table(pq.read_table(manifest), manifest, row_group_size=50)
-    with pytest.raises(OutputConflictError, match=r"row groups were of \[90, 10\] rows and are of \[50, 50, 20\]"):
+    with pytest.raises(OutputConflictError, match=r"row groups had \[90, 10\] rows and have \[50, 50, 20\]"):
         open_plan(planned, output, STORAGE, extend=True)
 
 
@@ -281,7 +282,7 @@ def test_corrected_cells_are_read_where_they_stand_now(tmp_path: Path, form: str
     assert not output.storage.exists(output.success)
     if form == "parquet":
         write_rows(tmp_path, table, form, row_group_size=45)
-        with pytest.raises(OutputConflictError, match="which cut the planned rows 44 to 50"):
+        with pytest.raises(OutputConflictError, match="cut the planned rows 44 to 50"):
             open_plan(planned, output, STORAGE, retry_failed=True)
 
 
@@ -310,9 +311,9 @@ def test_rows_that_moved_are_not_retried_in_places_of_others(tmp_path: Path, for
         retry(table[:-1])
     with pytest.raises(OutputConflictError, match="had 12 rows and has 13"):
         retry([*table, table[0] | {"id": "another"}])
-    with pytest.raises(OutputConflictError, match="seed: 0 there, 1 here"):
+    with pytest.raises(OutputConflictError, match="seed: 0 planned, 1 now"):
         retry(table, seed=1)
-    with pytest.raises(OutputConflictError, match=r"limits\.max_contexts: \d+ there, 3 here.*--retry-failed"):
+    with pytest.raises(OutputConflictError, match=r"limits\.max_contexts: \d+ planned, 3 now.*--retry-failed"):
         open_plan(job(str(tmp_path / f"manifest.{form}"), tmp_path / "out", limits={"max_contexts": 3}), output, STORAGE)
     renamed = [{("layout" if name == "query" else name): value for name, value in row.items()} for row in table]
     retry(renamed, columns={"query": "layout"})
@@ -373,7 +374,7 @@ def test_a_correction_of_a_parquet_file_that_is_broken_off_is_done_by_the_next(t
     full = Full(deadline_s=1)
     with pytest.raises(StorageError):
         open_plan(planned, Output(output.root, full), full, retry_failed=True)
-    with pytest.raises(OutputConflictError, match="was broken off"):
+    with pytest.raises(OutputConflictError, match="was interrupted"):
         open_plan(planned, output, STORAGE, extend=True)
     open_plan(planned, output, STORAGE, retry_failed=True)
     assert [row["id"] for row in read_all(planned, output)] == [row["id"] for row in table]

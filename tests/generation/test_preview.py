@@ -21,7 +21,7 @@ from context_diffusion.core.errors import ContextDiffusionError, StorageError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Request, derive_id, derive_seed
 from context_diffusion.generation import estimate
-from context_diffusion.generation.local_model import Maker
+from context_diffusion.generation.local_model import LocalModel
 from context_diffusion.generation.preview import axes_of, setting_grid
 from context_diffusion.generation.stages import LoadImages
 from context_diffusion.generation.validate import validate_job
@@ -86,9 +86,9 @@ def test_a_row_without_an_id_keeps_the_seed_that_follows_from_all_of_it(tmp_path
         (["context_weights=[1,2,3]"], None, "context_weights has 3 values for 1 contexts"),
         (["seed=1"], "row-999", "has no row 'row-999'"),
         (["seed=1"], "row-002", "row 'row-002' with seed=1: missing_file"),
-        (["seed=" + ",".join(map(str, range(200)))], None, "200 pictures, at most 144"),
-        (["seed=1", "width=64", "height=64"], None, "one setting or two, columns and lines, not 3"),
-        (["seed="], None, "write setting=value,value"),
+        (["seed=" + ",".join(map(str, range(200)))], None, "200 images, at most 144"),
+        (["seed=1", "width=64", "height=64"], None, "one or two settings \(columns, then rows\), not 3"),
+        (["seed="], None, "expected setting=value,value"),
     ],
 )
 def test_what_is_wrong_about_a_grid_is_said(tmp_path: Path, base: str, grid: list[str], row: str | None, words: str) -> None:
@@ -137,15 +137,15 @@ def test_a_sample_s_pictures_and_what_the_job_will_take(tmp_path: Path, base: st
 def test_the_warm_up_of_an_engine_is_no_part_of_the_estimate(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock of its own: the first image with all its steps takes 600 s, as one whose kernels are built, each other 2 s."""
     clock, warm = [0.0], [False]
-    make = Maker.make
+    generate = LocalModel.generate
 
-    def slow(maker: Maker, requests: list[Request]) -> Any:
+    def slow(maker: LocalModel, requests: list[Request]) -> Any:
         whole = any(request.settings.num_inference_steps > 1 for request in requests)
         clock[0] += 2.0 * len(requests) + (600 if whole and not warm[0] else 0)
         warm[0] |= whole
-        return make(maker, requests)
+        return generate(maker, requests)
 
-    monkeypatch.setattr(Maker, "make", slow)
+    monkeypatch.setattr(LocalModel, "generate", slow)
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
     job = make_job(tmp_path, base, {n: {"num_inference_steps": 3} for n in range(6)})
     told = validate_job(job, 3, str(tmp_path / "sheet.png"))
@@ -153,7 +153,7 @@ def test_the_warm_up_of_an_engine_is_no_part_of_the_estimate(tmp_path: Path, bas
     assert 0 < told["filled"] <= 1
     assert told["seconds_per_image"] == pytest.approx(2.0 * told["filled"], abs=0.01)
     assert told["estimated_seconds"] == pytest.approx(6 * 2.0 * told["filled"], abs=1)
-    assert any("not counted" in line for line in estimate.estimate_lines(told))
+    assert any("is not included" in line for line in estimate.estimate_lines(told))
 
 
 def sampled_contexts(job: GenerateJob, monkeypatch: pytest.MonkeyPatch, sample: int) -> list[list[str]]:
@@ -225,5 +225,5 @@ def test_validate_says_where_output_cannot_be_written_and_leaves_no_trace(tmp_pa
     with pytest.raises(StorageError, match="out cannot be written"):
         validate_job(job, 0)
     broken = make_job(tmp_path / "broken", base, {n: {"query": "gone.png"} for n in range(6)})
-    with pytest.raises(ContextDiffusionError, match="no row of the sample can be loaded"):
+    with pytest.raises(ContextDiffusionError, match="no row of the sample could be loaded"):
         validate_job(broken, 6, str(tmp_path / "sheet.png"))

@@ -19,14 +19,15 @@ from context_diffusion.core.errors import JobError, ModelError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.engine.service import EngineService
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
-from context_diffusion.generation.image_origin import find
+from context_diffusion.generation.image_origin import find_origin
 from context_diffusion.generation.plan import open_plan
-from context_diffusion.generation.reproduce import Again, make_again, writer
+from context_diffusion.generation.reproduce import Reproduction, reproduce, writer
 from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import LoadImages, ReadShard, generate
 from context_diffusion.generation.write_shard import WriteShard
 from context_diffusion.inputs.decode import decode_image
 from context_diffusion.inputs.manifest_files import _last_group
+from context_diffusion.inputs.rows import RowRules
 from context_diffusion.outputs.encode import encode_image, read_metadata
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion
@@ -51,10 +52,10 @@ def run(folder: Path, model: str, count: int = 2, **more: Any) -> list[Path]:
     job = plan.job
     service = EngineService(ContextDiffusion.from_pretrained(model, "cpu").engine())
     engine = GuardedEngine(service, Ledger(), job)
-    load = LoadImages(job, job.allow or [str(folder / "in")], plan.model.image_size, plan.model.contexts, STORAGE)
+    load = LoadImages.for_job(job, plan.model, plan.allow, STORAGE)
     write = WriteShard(job, output, f"{plan.model.name}@{plan.model.revision}", str(folder / "in"))
     for shard in read_shards(output, 0):
-        [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()
+        [table] = ReadShard(RowRules.of_job(job), plan.files[0], shard, plan.passed, STORAGE)()
         write(generate(load(table), engine, job))
     return sorted((folder / "out" / "images").rglob("*.*"))
 
@@ -82,8 +83,8 @@ def pictures(made: Path) -> list[Path]:
     return sorted((made / "out" / "images").rglob("*.png"))
 
 
-def again(path: Path, allow: list[str] | None = None, model: str | None = None, base: Path | None = None) -> Again:
-    return make_again(find(str(path)), allow or [], model, base and str(base))
+def again(path: Path, allow: list[str] | None = None, model: str | None = None, base: Path | None = None) -> Reproduction:
+    return reproduce(find_origin(str(path)), allow or [], model, base and str(base))
 
 
 def retold(path: Path, **changes: Any) -> bytes:
@@ -172,12 +173,12 @@ def test_without_metadata_the_row_of_output_says_it(tmp_path: Path, base: str) -
     path = run(tmp_path, base, 1, metadata=False)[1]
     assert read_metadata(path.read_bytes()) == {}
     assert b"trainedAlgorithmicMedia" not in path.read_bytes()
-    assert find(str(path)).told["guidance_scale"] == 1.1  # which the Parquet row holds as float32
+    assert find_origin(str(path)).metadata["guidance_scale"] == 1.1  # which the Parquet row holds as float32
     found = again(path)
-    assert (found.identical, found.metadata) == (True, {})
+    assert (found.identical, found.texts) == (True, {})
     (alone := tmp_path / "copy.png").write_bytes(path.read_bytes())
     with pytest.raises(JobError, match="metadata: false"):
-        find(str(alone))
+        find_origin(str(alone))
 
 
 def test_pictures_that_lie_in_the_manifest_are_read_there(tmp_path: Path, base: str) -> None:
@@ -197,12 +198,12 @@ def test_pictures_that_lie_in_the_manifest_are_read_there(tmp_path: Path, base: 
 
 def test_a_changed_source_is_named(made: Path) -> None:
     path = pictures(made)[0]
-    name = find(str(path)).told["context"][0]
+    name = find_origin(str(path)).metadata["context"][0]
     source = made / "in" / name
     Image.fromarray(picture(99)).save(source)
     found = again(path)
     assert not found.identical
-    assert found.differs[0] == f"context: other pixels than then: {name}"
+    assert found.differs[0] == f"context: its pixels changed: {name}"
     assert found.differs[1].startswith("pixels: ")
     source.unlink()
     with pytest.raises(JobError, match=f"missing_file: {source} does not exist"):
@@ -216,12 +217,12 @@ def test_other_versions_device_and_pixels_are_told(made: Path) -> None:
     assert found.identical
     assert found.differs[0] == "device: cuda then, cpu now"
     assert found.differs[1].startswith("torch: 1.0 then, ")
-    pixels = decode_image(path.read_bytes(), find(str(path)).planned.limits).copy()  # type: ignore[union-attr]
+    pixels = decode_image(path.read_bytes(), find_origin(str(path)).planned.limits).copy()  # type: ignore[union-attr]
     pixels[0, 0, 0] ^= 3
     path.write_bytes(encode_image(pixels, "png", read_metadata(path.read_bytes())))
     found = again(path)
     assert not found.identical
-    assert found.differs[-1].startswith("pixels: 0.02% of them, by ")
+    assert found.differs[-1].startswith("pixels: 0.02% differ, by at most ")
 
 
 def test_other_weights_are_told(tmp_path: Path, base: str) -> None:
@@ -264,20 +265,20 @@ def test_what_a_strange_picture_says_is_not_trusted(
 
 def test_what_is_no_picture_of_ours_is_refused(tmp_path: Path, made: Path) -> None:
     with pytest.raises(JobError, match="does not exist"):
-        find(str(tmp_path / "none.png"))
+        find_origin(str(tmp_path / "none.png"))
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(JobError, match="not one of JPEG, PNG"):
-        find(str(tmp_path / "text.png"))
+        find_origin(str(tmp_path / "text.png"))
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text("context_diffusion", "{")
     for name, texts in {"plain.png": None, "broken.png": chunks}.items():
         Image.fromarray(picture(1)).save(tmp_path / name, pnginfo=texts)
-        with pytest.raises(JobError, match="nothing in it says how it was made"):
-            find(str(tmp_path / name))
+        with pytest.raises(JobError, match="the image has no metadata of its generation"):
+            find_origin(str(tmp_path / name))
     path = pictures(made)[0]
     path.write_bytes(pictures(made)[3].read_bytes())
     with pytest.raises(JobError, match="which is right"):
-        find(str(path))
-    for output, words in ((path, "there already"), (tmp_path / "picture.gif", "ends in one of .png, .webp")):
+        find_origin(str(path))
+    for output, words in ((path, "exists already"), (tmp_path / "picture.gif", "ends in .png, .webp")):
         with pytest.raises(JobError, match=words):
             writer(str(output))

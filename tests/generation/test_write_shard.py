@@ -24,6 +24,7 @@ from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import LoadImages, ReadShard, generate
 from context_diffusion.generation.write_shard import WriteShard
 from context_diffusion.inputs.context_images import SquareCrop
+from context_diffusion.inputs.rows import RowRules
 from context_diffusion.outputs.encode import read_metadata
 from context_diffusion.outputs.finalize import close, verify
 from context_diffusion.outputs.image_files import safe_name
@@ -181,7 +182,7 @@ def test_columns_named_like_ours_are_kept_under_another_name(tmp_path: Path) -> 
     plan = open_plan(job, output, STORAGE)
     job = plan.job
     [shard] = read_shards(output, 0)
-    [read] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()
+    [read] = ReadShard(RowRules.of_job(job), plan.files[0], shard, plan.passed, STORAGE)()
     assert read["passed:manifest_sha256"].to_pylist() == [1, 2, 3, 4]
 
 
@@ -212,11 +213,11 @@ def test_of_rows_made_anew_the_driver_hears_them_alone_beside_the_whole_part(tmp
     plan = open_plan(job, output, STORAGE)
     job = plan.job
     load, write = (
-        LoadImages(job, [str(tmp_path / "in")], 64, SquareCrop(64), STORAGE),
+        LoadImages(job.fit, job.control_kinds, job.limits, [str(tmp_path / "in")], 64, SquareCrop(64), STORAGE),
         WriteShard(job, output, "fake@1", str(tmp_path / "in"), redo=frozenset({0})),
     )
     [shard] = read_shards(output, 0)
-    [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE, output)()
+    [table] = ReadShard(RowRules.of_job(job), plan.files[0], shard, plan.passed, STORAGE, output)()
     [told] = write(generate(load(table), GuardedEngine(FakeEngine(), Ledger(), job), job)).to_pylist()
     assert [told[name] for name in ("rows", "failed", "images")] == [4, 1, 6]
     assert [told[name] for name in ("rows_made", "images_made")] == [2, 2]

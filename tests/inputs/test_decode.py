@@ -18,7 +18,7 @@ from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.job_base import Limits
 from context_diffusion.inputs.decode import FORMATS, decode_image, decode_resized, output_size, resize, shown, statistics
 from context_diffusion.outputs.encode import encode_image, read_metadata
-from context_diffusion.storage.content_cache import Kept
+from context_diffusion.storage.content_cache import ContentCache
 from support.encoded_images import encoded, noise
 
 LIMITS = Limits()
@@ -392,7 +392,7 @@ def test_a_png_of_any_size_reads_back(width: int, height: int, seed: int) -> Non
 
 
 def test_a_picture_under_two_names_is_decoded_once() -> None:
-    kept, made = Kept(1000), []
+    kept, made = ContentCache(1000), []
 
     def make(number: int) -> Any:
         made.append(number)

@@ -16,6 +16,7 @@ from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import LoadImages, ReadShard
 from context_diffusion.inputs.context_images import SquareCrop
 from context_diffusion.inputs.from_folders import Pairing, write_manifest
+from context_diffusion.inputs.rows import RowRules
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 from support.manifests import job_values, write_pictures
@@ -52,8 +53,12 @@ def read(folder: Path, out: str) -> list[dict[str, Any]]:
     output = Output(job.output, STORAGE)
     plan = open_plan(job, output, STORAGE)
     job = plan.job
-    tables = [ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()[0] for shard in read_shards(output, 0)]
-    return LoadImages(job, [str(folder)], 64, SquareCrop(64), STORAGE)(pa.concat_tables(tables)).to_pylist()
+    tables = [
+        ReadShard(RowRules.of_job(job), plan.files[0], shard, plan.passed, STORAGE)()[0] for shard in read_shards(output, 0)
+    ]
+    return LoadImages(job.fit, job.control_kinds, job.limits, [str(folder)], 64, SquareCrop(64), STORAGE)(
+        pa.concat_tables(tables)
+    ).to_pylist()
 
 
 def test_all_is_each_with_each(folders: Path) -> None:
@@ -124,7 +129,7 @@ def test_pictures_elsewhere_are_named_whole_and_must_be_allowed(folders: Path, t
         ({"prompts": "nowhere.txt"}, "--prompts .*nowhere.txt"),
         ({"prompts": "none.txt"}, "is empty"),
         ({"out": "rows.txt"}, r"ends in one of \.parquet, \.jsonl"),
-        ({"out": "prompts.jsonl"}, "is there already"),
+        ({"out": "prompts.jsonl"}, "exists already"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(folders: Path, more: dict[str, Any], words: str) -> None:

@@ -156,9 +156,9 @@ LARGEST = {
 READ = """
 import sys
 from pathlib import Path
-from context_diffusion.config import Limits
-from context_diffusion.errors import RowError
-from context_diffusion.images import decode_resized
+from context_diffusion.core.job_base import Limits
+from context_diffusion.core.errors import RowError
+from context_diffusion.inputs.decode import decode_resized
 try:
     decode_resized(Path(sys.argv[1]).read_bytes(), Limits(), "it", lambda *_: (512, 512), "crop")
 except RowError as error:

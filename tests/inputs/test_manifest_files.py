@@ -18,7 +18,7 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard, derive_seed
 from context_diffusion.core.schema import PASSED, READ
 from context_diffusion.inputs.manifest_files import expand, open_file, read_parquet, read_text, scan_parquet, scan_text
-from context_diffusion.inputs.rows import read_table
+from context_diffusion.inputs.rows import RowRules, read_table
 from context_diffusion.inputs.unique_ids import UniqueIds, name_duplicates
 from context_diffusion.storage.filesystem import Storage
 
@@ -28,7 +28,7 @@ ROW: dict[str, Any] = {"id": "a", "query": "q.png", "context": ["c.png"], "promp
 
 
 def read(row: dict[str, Any], job: GenerateJob = JOB, passed: pa.Schema | None = None) -> dict[str, Any]:
-    return read_table([row], 3, job, "/data", passed or pa.schema([])).to_pylist()[0]
+    return read_table([row], 3, RowRules.of_job(job), "/data", passed or pa.schema([])).to_pylist()[0]
 
 
 def shards_of(uri: str, size: int) -> list[list[dict[str, Any]]]:
@@ -162,7 +162,7 @@ def test_csv_cells_mean_what_typed_values_mean() -> None:
 @pytest.mark.parametrize(
     ("change", "code", "word"),
     [
-        ({"context": ["a.png"] * 10_000}, ErrorCode.TOO_MANY_CONTEXTS, "10000 pictures, allowed are 64"),
+        ({"context": ["a.png"] * 10_000}, ErrorCode.TOO_MANY_CONTEXTS, "10000 images, at most 64 are allowed"),
         ({"prompt": "a" * 2**20}, ErrorCode.PROMPT_TOO_LONG, "1048576 characters"),
         ({"guidance_scale": float("inf")}, ErrorCode.INVALID_SETTING, "guidance_scale"),
         ({"context_scale": float("inf")}, ErrorCode.INVALID_SETTING, "context_scale"),
@@ -187,7 +187,7 @@ def test_a_bad_row_becomes_a_row_with_its_code(change: dict[str, Any], code: Err
 
 def test_unknown_columns_pass_with_their_type_and_ours_are_renamed() -> None:
     passed = pa.schema([("status", pa.int16()), ("tags", pa.list_(pa.string()))])
-    table = read_table([ROW | {"status": 5, "tags": ["x"]}], 0, JOB, "/", passed)
+    table = read_table([ROW | {"status": 5, "tags": ["x"]}], 0, RowRules.of_job(JOB), "/", passed)
     assert table.schema.names == [*READ.names, f"{PASSED}manifest_status", f"{PASSED}tags"]
     assert table.schema.field(f"{PASSED}manifest_status").type == pa.int16()
     job = JOB.model_copy(update={"columns": {"query": "photo"}})

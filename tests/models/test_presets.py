@@ -75,7 +75,7 @@ def test_attention_stands_at_the_levels_that_are_named_and_odd_sizes_fit(attenti
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"channels": [64, 128, 256]}, r"attention has 2 levels, channels 3"),
+        ({"channels": [64, 128, 256]}, r"attention has 2 levels, channels has 3"),
         ({"channels": [64, 64, 64], "attention": [True] * 3, "image_size": 144}, r"image_size \(144\) must be a multiple of 32"),
         ({"channels": [64, 100]}, r"multiple of 16"),
         ({"normalization": {"contexts": "batch"}}, r"normalization.contexts: .*'none', 'image' or 'channel'"),

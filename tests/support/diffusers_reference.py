@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from context_diffusion.core.records import Pixels, Request, Result
 from context_diffusion.core.settings import SchedulerName, Settings
+from context_diffusion.engine.backbone import Encoded
+from context_diffusion.engine.embedding_cache import Cache
+from context_diffusion.engine.guidance import Branch
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.pipeline import ContextDiffusion
 from support.tiny import picture
@@ -97,12 +101,27 @@ def preprocessor(encoder: str) -> CLIPImageProcessor:
 def made(model: Model, rows: list[Request]) -> dict[str, tuple[torch.Tensor, Pixels]]:
     """By our engine, all rows together."""
     pipeline = ContextDiffusion.from_pretrained(model, device="cpu", cpu_threads=1)
-    kept, decode = {}, pipeline.backbone.decode
-    pipeline.backbone.decode = lambda z, one, *told: kept.setdefault(one.id, z) is z and decode(z, one, *told)  # type: ignore[method-assign]
+    backbone: Any = pipeline.backbone
+    encode, decode = backbone.encode, backbone.decode
+    latents: dict[str, torch.Tensor] = {}
+    decoded: list[torch.Tensor] = []
+
+    def watched_decode(sample: torch.Tensor, tiled: bool = False) -> torch.Tensor:
+        decoded.append(sample)
+        return decode(sample, tiled)
+
+    def watched_encode(row: Request, branches: list[Branch], cache: Cache) -> Encoded:
+        def finish(image: torch.Tensor) -> torch.Tensor:
+            latents[row.id] = decoded[-1]
+            return image
+
+        return replace(encode(row, branches, cache), finish=finish)
+
+    backbone.encode, backbone.decode = watched_encode, watched_decode
     found = {}
-    for one, outcome in pipeline.generate(rows):
+    for row, outcome in pipeline.generate(rows):
         assert isinstance(outcome, Result), outcome
-        found[one.id] = kept[one.id], outcome.image
+        found[row.id] = latents[row.id], outcome.image
     return found
 
 

@@ -12,6 +12,7 @@ from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import Engine, LoadImages, ReadShard, generate
 from context_diffusion.generation.write_shard import WriteShard
 from context_diffusion.inputs.context_images import SquareCrop
+from context_diffusion.inputs.rows import RowRules
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 from support.fakes import FakeEngine
@@ -43,11 +44,11 @@ def flow(
     output = Output(job.output, STORAGE)
     plan = open_plan(job, output, STORAGE)
     job = plan.job
-    load = LoadImages(job, [str(folder / "in")], 64, SquareCrop(64), STORAGE)
+    load = LoadImages(job.fit, job.control_kinds, job.limits, [str(folder / "in")], 64, SquareCrop(64), STORAGE)
     guarded = GuardedEngine(engine or FakeEngine(), Ledger(), job)
     write = WriteShard(job, output, "fake@1", str(folder / "in"))
     for shard in read_shards(output, 0):
-        [table] = ReadShard(job, plan.files[0], shard, plan.passed, STORAGE)()
+        [table] = ReadShard(RowRules.of_job(job), plan.files[0], shard, plan.passed, STORAGE)()
         told = write(generate(load(table), guarded, job)).to_pylist()
         if written is not None:
             written += told

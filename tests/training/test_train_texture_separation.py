@@ -13,7 +13,7 @@ from context_diffusion.training import texture_separation
 from context_diffusion.training.data.layouts import HELD_OUT_FAMILIES
 from context_diffusion.training.data.textured_layouts import VARIED, varied_layout
 from context_diffusion.training.loop.checkpoints import Metrics, load_checkpoint, save_checkpoint
-from context_diffusion.training.texture_separation import draw, split_loss, split_of, train_relief
+from context_diffusion.training.texture_separation import draw_examples, split_loss, split_of, train_relief
 from support.tiny import SIZES, make_tiny
 
 CPU = torch.device("cpu")
@@ -33,8 +33,8 @@ def job(output: Path, processes: int = 0) -> TrainJob:
 
 
 def test_a_picture_follows_from_its_number_and_texture_is_what_a_flat_style_lacks() -> None:
-    drawn = draw(3, np.arange(24), 64)
-    assert all(np.array_equal(a[5:7], b) for a, b in zip(drawn, draw(3, np.array([5, 6]), 64), strict=True))
+    drawn = draw_examples(3, np.arange(24), 64)
+    assert all(np.array_equal(a[5:7], b) for a, b in zip(drawn, draw_examples(3, np.array([5, 6]), 64), strict=True))
     split = split_of(drawn, CPU)
     assert split.tones.shape == (24, 2, 64, 64)
     textured = split.texture.abs().mean((1, 2)) > 0.01
@@ -90,7 +90,7 @@ def folder(path: Path) -> Path:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    model, split = make_tiny(SIZES), split_of(draw(99, np.arange(16), 64), CPU)
+    model, split = make_tiny(SIZES), split_of(draw_examples(99, np.arange(16), 64), CPU)
     before = split_loss(model.relief, split)
     steps = ReliefSteps(steps=60, batch_size=4)
     train_relief(job(tmp_path).model_copy(update={"relief": steps}), model, tmp_path, Metrics(tmp_path))

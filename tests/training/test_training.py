@@ -14,7 +14,7 @@ from context_diffusion.core.training_job import DiffusionSteps, TrainJob
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training import diffusion
 from context_diffusion.training.data.batches import Samples, cropped
-from context_diffusion.training.loop.checkpoints import SAVE_SECONDS, Progress, load_checkpoint, save_checkpoint
+from context_diffusion.training.loop.checkpoints import SAVE_SECONDS, StageSchedule, load_checkpoint, save_checkpoint
 from context_diffusion.training.run import run_training
 from support.tiny import SIZES
 
@@ -99,7 +99,7 @@ def test_a_torn_checkpoint_is_told_and_a_failed_save_leaves_the_last_one(tmp_pat
 
 
 def test_a_checkpoint_is_due_every_five_minutes_of_computing() -> None:
-    progress = Progress(60, None, 1, torch.device("cpu"), spent=SAVE_SECONDS * 1.5)
+    progress = StageSchedule(60, None, 1, torch.device("cpu"), spent=SAVE_SECONDS * 1.5)
     assert not progress.due(), "what an earlier run saved"
     told = []
     for elapsed in (1.9, 2.1, 2.2, 2.9, 4.5):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from context_diffusion.training.data.layouts import HELD_OUT_FAMILIES
-from context_diffusion.training.data.pools import draw, make_pool
+from context_diffusion.training.data.pools import draw_batch, make_pool
 from context_diffusion.training.data.prompts import PALETTE_WORDS, TEXTURE_WORDS, describe, vocabulary
 from context_diffusion.training.data.styles import HELD_OUT, make_style
 
@@ -30,7 +30,7 @@ def test_held_out_pairs_are_never_drawn_and_only_drawn_when_asked() -> None:
 
 def test_contexts_show_the_style_on_other_layouts_and_the_query_is_the_targets() -> None:
     pool = make_pool(2, 10, 6, 64)
-    batch = draw(pool, np.random.default_rng(1), 300, 0.2, 0.5)
+    batch = draw_batch(pool, np.random.default_rng(1), 300, 0.2, 0.5)
     overrides = 0
     for target, contexts, count, control, prompt in zip(
         batch.targets, batch.contexts, batch.counts, batch.controls, batch.prompts, strict=True

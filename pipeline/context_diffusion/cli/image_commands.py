@@ -27,20 +27,21 @@ def reproduce(
 
     Example: context-diffusion reproduce build/demo/images/part-00000/demo-00-0.png
     """
-    from context_diffusion.generation.image_origin import find
-    from context_diffusion.generation.reproduce import make_again, writer
+    from context_diffusion.generation import reproduce as reproduction
+    from context_diffusion.generation.image_origin import find_origin
 
-    write = writer(output)
-    found = find(file)
-    again = make_again(found, allow or [], model, base)
-    write(again)
-    verdict = "identical" if again.identical else "differs"
-    errors.print(f"{file}: {verdict}{', although other than then:' if again.identical and again.differs else ''}")
-    for line in again.differs:
+    write = reproduction.writer(output)
+    origin = find_origin(file)
+    result = reproduction.reproduce(origin, allow or [], model, base)
+    write(result)
+    verdict = "identical" if result.identical else "different"
+    errors.print(f"{file}: {verdict}{', although these differ:' if result.identical and result.differs else ''}")
+    for line in result.differs:
         errors.print(f"  {line}")
-    code = EXIT_OK if again.identical else EXIT_ROWS_FAILED
-    told = {"id": found.told["id"], "index": found.told.get("index", 0), "device": again.device}
-    print_summary({"file": found.uri, **told, "identical": again.identical, "differs": again.differs, "exit": code})
+    code = EXIT_OK if result.identical else EXIT_ROWS_FAILED
+    row = {"id": origin.metadata["id"], "index": origin.metadata.get("index", 0), "device": result.device}
+    summary = {"file": origin.uri, **row, "identical": result.identical, "differs": result.differs, "exit": code}
+    print_summary(summary)
     raise typer.Exit(code)
 
 

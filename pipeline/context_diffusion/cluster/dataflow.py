@@ -216,7 +216,7 @@ def _rows_of(written: Dataset, ledger: Any) -> Iterator[dict[str, Any]]:
     for number, bundle in enumerate(written.iter_internal_ref_bundles()):
         if number == 0:
             _warn_without_gpu(ray.get(ledger.without_gpu.remote()))
-        ledger.moved.remote()
+        ledger.record_event.remote()
         for block in bundle.block_refs:
             yield from ray.get(block).to_pylist()
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from context_diffusion.cluster.progress import Progress
@@ -15,11 +15,9 @@ from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED, ClusterErro
 from context_diffusion.core.event_log import LOG
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Counts
-from context_diffusion.core.uris import normal, parent
+from context_diffusion.core.uris import normal
+from context_diffusion.generation.build_stages import build_stages
 from context_diffusion.generation.plan import Plan, open_plan
-from context_diffusion.generation.shards import read_shards
-from context_diffusion.generation.stages import LoadImages, ReadShard
-from context_diffusion.generation.write_shard import WriteShard
 from context_diffusion.inputs.manifest_scan import column_warnings
 from context_diffusion.outputs.finalize import close
 from context_diffusion.outputs.output_folder import Output
@@ -79,9 +77,7 @@ def _make_missing(
         done -= redo
         before = Counts()
     _check_failures(job, plan, before)
-    # The plan's model: engines load it, and images name it.
-    job = plan.job.model_copy(update={"model": plan.model.parts or job.model})
-    reads, load, write = around_engine(job, output, plan, done, frozenset(redo))
+    reads, load, write = build_stages(plan, output, done, frozenset(redo))
     if not reads:
         return None
     from context_diffusion.cluster import dataflow  # here, not above: a wrong job is refused before Ray is imported
@@ -89,11 +85,11 @@ def _make_missing(
     from context_diffusion.cluster.ray_session import ray_session
 
     with (
-        ray_session(job.cluster.num_cpus, options.address) as logs,
+        ray_session(plan.job.cluster.num_cpus, options.address) as logs,
         Progress(plan.rows, before, logs) as shown,
         RunMetrics(output.root, sum(read.shard.rows for read in reads)) as metrics,
         # Closed before Ray is: a thread of a flow that is given up would find Ray gone, and end this process.
-        closing(dataflow.run_flow(job, reads, load, write, make_engine or _default_engine, on_start)) as flow,
+        closing(dataflow.run_flow(plan.job, reads, load, write, make_engine or _default_engine, on_start)) as flow,
     ):
         for counts in flow:
             for told in (shown, metrics):
@@ -106,23 +102,6 @@ def _default_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -
     from context_diffusion.pipeline import make_engine
 
     return make_engine(job, broken)
-
-
-def around_engine(
-    job: GenerateJob, output: Output, plan: Plan, done: set[int], redo: frozenset[int]
-) -> tuple[list[ReadShard], LoadImages, WriteShard]:
-    """What stands around the engine: a read task for each shard that is left, what loads and what writes it. redo: shards
-    with a part of which only the failed rows are made."""
-    model, storage = plan.model, output.storage
-    reads = [
-        ReadShard(job, replace(file, groups=[]), shard, plan.passed, storage, output if shard.number in redo else None)
-        for number, file in enumerate(plan.files)
-        for shard in read_shards(output, number)
-        if shard.number not in done
-    ]
-    allow = job.allow or [parent(file.uri) for file in plan.files]
-    load = LoadImages(job, allow, model.image_size, model.contexts, storage)
-    return reads, load, WriteShard(job, output, f"{model.name}@{model.revision}", parent(plan.files[0].uri), redo)
 
 
 def _shards_with_failures(output: Output) -> set[int]:

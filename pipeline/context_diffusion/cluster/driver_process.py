@@ -58,7 +58,7 @@ class Stopping(threading.Thread):
         self.end()
 
     def _unwritten(self, ledger: Ledger) -> bool:
-        held, made = ledger.under_way()
+        held, made = ledger.in_progress()
         return bool(held or made - self.output.finished())
 
 

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from context_diffusion.cluster.ray_session import ray_session
 from context_diffusion.core.errors import EXIT_OK, classify
 from context_diffusion.core.generate_job import GenerateJob
-from context_diffusion.models.resolve import Source, find_model
+from context_diffusion.models.resolve import ResolvedModel, find_model
 
 
 def warm(jobs: list[GenerateJob], address: str | None) -> dict[str, Any]:
@@ -33,13 +33,13 @@ def warm(jobs: list[GenerateJob], address: str | None) -> dict[str, Any]:
     return {"nodes": told, "exit": EXIT_OK}
 
 
-def _start(node: dict[str, Any], found: Source, graphic: bool) -> Any:
+def _start(node: dict[str, Any], found: ResolvedModel, graphic: bool) -> Any:
     here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     # No CPU and no GPU: engines may run already, and hold them all.
     return ray.remote(num_cpus=0, max_retries=1)(_load).options(scheduling_strategy=here).remote(found, graphic)
 
 
-def _load(found: Source, graphic: bool) -> float:
+def _load(found: ResolvedModel, graphic: bool) -> float:
     """In a node's process. Into main memory: the files are those that an engine of this kind of device will take."""
     started = time.monotonic()
     again = find_model(found.parts or found.name, found.parts.revision if found.parts else None)

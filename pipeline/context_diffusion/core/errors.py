@@ -1,16 +1,16 @@
-"""The exceptions and the row failure codes.
+"""Exceptions with their exit codes, and the error codes of failed rows with their remedies.
 
     ContextDiffusionError                 exit code
-      JobError                            2   the job, manifest or model is wrong: nothing was started
+      JobError                            2   the job, manifest or model is invalid
         ConfigError                           the job file
         ManifestError                         the manifest, with the file named
         ModelError                            components or weights
         OutputConflictError                   OUTPUT belongs to another job, manifest or version
       TooManyFailuresError                4   more rows failed than max_failed allows
-      ExternalError                       75  the run broke off for a reason outside; the same command resumes it
+      ExternalError                       75  interrupted by an external error; the same command resumes it
         StorageError
         ClusterError
-      RowError                            -   one bad row: becomes a failed row with its ErrorCode
+      RowError                            -   one invalid row: recorded as failed with its ErrorCode
 
 Knows nothing of the rest of the package.
 """
@@ -30,74 +30,80 @@ EXIT_TOO_MANY_FAILED = 4
 EXIT_EXTERNAL = 75
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
-# What each says of OUTPUT, and what to do. The README's table.
+# What each means for OUTPUT, and what to do: a table of jobs/reference/cli.md.
 EXITS: dict[int, tuple[str, str]] = {
     EXIT_OK: ("every row has its image", "nothing"),
     EXIT_ROWS_FAILED: (
-        "finished, some rows failed: they are in data/ with code and reason",
-        "mend what the codes name (below), then `run JOB --retry-failed`",
+        "finished; some rows failed and are in data/ with an error code and a message",
+        "fix the causes listed under the codes, then `run JOB --retry-failed`",
     ),
     EXIT_JOB: (
-        "the job, manifest or model is wrong: nothing was started, or it stopped there with the file named",
-        "correct what the message names; `validate JOB` finds it before anything is paid",
+        "the job, manifest or model is invalid; the message names the file or key",
+        "correct it; `validate JOB` finds such errors before any compute is spent",
     ),
     EXIT_TOO_MANY_FAILED: (
         "more rows failed than `max_failed` allows",
-        "look at `codes` in summary.json, mend the rows and `run JOB --retry-failed`; or raise `max_failed`",
+        "see `codes` in summary.json, correct the rows and `run JOB --retry-failed`, or raise `max_failed`",
     ),
     EXIT_EXTERNAL: (
-        "broken off for a reason outside: storage, cluster, memory",
-        "see to what the message names; the same command goes on",
+        "interrupted by an external error: storage, cluster or memory",
+        "resolve the cause in the message, then rerun the same command to resume",
     ),
-    EXIT_INTERRUPTED: ("stopped by Ctrl-C", "the same command goes on"),
-    EXIT_TERMINATED: ("stopped by SIGTERM", "the same command goes on"),
+    EXIT_INTERRUPTED: ("stopped by Ctrl-C", "rerun the same command to resume"),
+    EXIT_TERMINATED: ("stopped by SIGTERM", "rerun the same command to resume"),
     EXIT_UNEXPECTED: (
-        "an unexpected error; or `verify` found something wrong",
-        "the same command goes on; if it ends so again, report it with stderr",
+        "an unexpected error, or `verify` found an error",
+        "rerun the same command to resume; if it fails again, report the error with stderr",
     ),
 }
 
 
 class ContextDiffusionError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what the command line ends with."""
+    """Base of all errors raised on purpose. `exit_code` is the exit code of the command line."""
 
     exit_code = EXIT_UNEXPECTED
 
 
 class JobError(ContextDiffusionError):
+    """The job, its manifest or its model is invalid."""
+
     exit_code = EXIT_JOB
 
 
 class ConfigError(JobError):
-    pass
+    """The job file or an option is invalid."""
 
 
 class ManifestError(JobError):
-    pass
+    """The manifest is invalid; the message names the file."""
 
 
 class ModelError(JobError):
-    pass
+    """Components or weights of the model are missing or invalid."""
 
 
 class OutputConflictError(JobError):
-    pass
+    """OUTPUT belongs to another job, manifest or version."""
 
 
 class TooManyFailuresError(ContextDiffusionError):
+    """More rows failed than `max_failed` allows."""
+
     exit_code = EXIT_TOO_MANY_FAILED
 
 
 class ExternalError(ContextDiffusionError):
+    """The run was interrupted by its environment; the same command resumes it."""
+
     exit_code = EXIT_EXTERNAL
 
 
 class StorageError(ExternalError):
-    pass
+    """Storage could not be read or written."""
 
 
 class ClusterError(ExternalError):
-    pass
+    """The Ray cluster could not be reached, lacks resources, or ended the run."""
 
 
 class ErrorCode(StrEnum):
@@ -122,30 +128,37 @@ class ErrorCode(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
 
 
-# What to do about each. The README's table; `validate` tells it too.
+# What to do about each: a table of jobs/reference/errors.md; `validate` prints it too.
 REMEDIES: dict[ErrorCode, str] = {
-    ErrorCode.MISSING_FILE: "the file or host is not there: URIs are relative to the manifest's own folder, not to the job's",
-    ErrorCode.UNREADABLE_FILE: "give the process the right to read it: the cluster's identity, AWS_PROFILE, the file's mode",
-    ErrorCode.FORBIDDEN_URI: "add its prefix to `allow`; private addresses stay forbidden: copy such pictures to a bucket",
-    ErrorCode.FILE_TOO_LARGE: "raise `limits.max_bytes`, or store the picture smaller",
-    ErrorCode.NOT_AN_IMAGE: "convert it to JPEG, PNG, WebP, TIFF, BMP, GIF or AVIF; a web page under a picture's name is none",
-    ErrorCode.TRUNCATED_IMAGE: "fetch the file again: its bytes end too early, or are damaged",
-    ErrorCode.TOO_MANY_PIXELS: "raise `limits.max_pixels`, or scale the picture down",
-    ErrorCode.NO_QUERY: "fill the cell in, or name its column in `columns`",
-    ErrorCode.NO_CONTEXT: "give a list of one picture or more; in CSV a JSON list",
-    ErrorCode.TOO_MANY_CONTEXTS: "give fewer, or raise `limits.max_contexts` as far as the model goes",
-    ErrorCode.UNKNOWN_SCHEDULER: "take a name that the message lists",
-    ErrorCode.INVALID_SETTING: "bring the setting into the range that the message names",
-    ErrorCode.INVALID_ID: "take ids without `.` and `..` as parts of a path",
+    ErrorCode.MISSING_FILE: "check the path or host: URIs are relative to the folder of the manifest, not "
+    "to that of the job file",
+    ErrorCode.UNREADABLE_FILE: "grant the process read access: the cluster's identity, AWS_PROFILE, the "
+    "mode of the file",
+    ErrorCode.FORBIDDEN_URI: "add its prefix to `allow`; private addresses are always forbidden: copy such "
+    "images to a bucket",
+    ErrorCode.FILE_TOO_LARGE: "raise `limits.max_bytes`, or store a smaller file",
+    ErrorCode.NOT_AN_IMAGE: "convert it to JPEG, PNG, WebP, TIFF, BMP, GIF or AVIF; check that the file is "
+    "not an HTML error page",
+    ErrorCode.TRUNCATED_IMAGE: "download the file again: it is truncated or damaged",
+    ErrorCode.TOO_MANY_PIXELS: "raise `limits.max_pixels`, or scale the image down",
+    ErrorCode.NO_QUERY: "fill in the cell, or name its column in `columns`",
+    ErrorCode.NO_CONTEXT: "give one or more images as a list; in CSV as a JSON list",
+    ErrorCode.TOO_MANY_CONTEXTS: "give fewer, or raise `limits.max_contexts` up to what the model supports",
+    ErrorCode.UNKNOWN_SCHEDULER: "use one of the names in the message",
+    ErrorCode.INVALID_SETTING: "use a value in the range that the message gives",
+    ErrorCode.INVALID_ID: "use ids without the path parts `.` and `..`",
     ErrorCode.PROMPT_TOO_LONG: "shorten the prompt, or raise `limits.max_prompt_characters`",
-    ErrorCode.ENGINE_CRASH: "make the row alone by `model(...)`: an engine died three times with nothing else in it",
-    ErrorCode.ENGINE_ERROR: "take a smaller guidance_scale or another scheduler; float32 where the model's dtype overflows",
-    ErrorCode.OUT_OF_MEMORY: "take a smaller width and height or picture, or a machine with more memory",
+    ErrorCode.ENGINE_CRASH: "run the row alone in Python, `model(...)`: it ended an engine's process three "
+    "times on its own",
+    ErrorCode.ENGINE_ERROR: "use a smaller guidance_scale or another scheduler, or dtype float32 where the "
+    "model overflows",
+    ErrorCode.OUT_OF_MEMORY: "use a smaller width and height, a smaller input image, or a machine with "
+    "more memory",
 }
 
 
 class RowError(ContextDiffusionError):
-    """One row cannot be made. `code` is stable and short; the message holds the value that was wrong."""
+    """One row cannot be generated. `code` is stable; the message holds the invalid value."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(code, message)
@@ -157,22 +170,25 @@ class RowError(ContextDiffusionError):
 
 
 def one_line(text: str, most: int = 1000) -> str:
-    """A message as one line without a terminal's colours; of a long one the middle is cut, for a traceback's reason stands at
-    its end."""
+    """Return a message as one line without terminal colours.
+
+    The middle of a long one is cut out, since the reason of a traceback is at its end.
+    """
     line = " ".join(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).split())
     return line if len(line) <= most else f"{line[: most // 3]} ... {line[len(line) - most * 2 // 3 + 5 :]}"
 
 
 def classify(error: Exception) -> dict[str, Any]:
-    """An exception that crossed Ray -> exit code and message, one line: ours travel as the cause of Ray's."""
+    """Return the exit code and the one-line message of an exception, also of one that is the cause of
+    Ray's."""
     chain: BaseException | None = error
     while chain is not None:
-        ours = chain if isinstance(chain, ContextDiffusionError) else getattr(chain, "cause", None)
-        if isinstance(ours, ContextDiffusionError):
-            return {"exit": ours.exit_code, "error": one_line(str(ours))}
-        chain = chain.__cause__ or (ours if isinstance(ours, BaseException) else None)
-    name = type(error).__module__.split(".")[0]
-    if name == "ray" or isinstance(error, TimeoutError):
+        cause = chain if isinstance(chain, ContextDiffusionError) else getattr(chain, "cause", None)
+        if isinstance(cause, ContextDiffusionError):
+            return {"exit": cause.exit_code, "error": one_line(str(cause))}
+        chain = chain.__cause__ or (cause if isinstance(cause, BaseException) else None)
+    package = type(error).__module__.split(".")[0]
+    if package == "ray" or isinstance(error, TimeoutError):
         return {"exit": ClusterError.exit_code, "error": one_line(f"{type(error).__name__}: {error}")}
     traceback.print_exception(error)
     return {"exit": EXIT_UNEXPECTED, "error": one_line(f"{type(error).__name__}: {error}")}

@@ -6,54 +6,80 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from context_diffusion.core.job_base import KIND, Fit, Limits, OutputFolder, StorageOptions, StrictModel, known_columns
+from context_diffusion.core.job_base import (
+    KIND,
+    Fit,
+    Limits,
+    OutputFolder,
+    StorageOptions,
+    StrictModel,
+    known_columns,
+)
 from context_diffusion.core.schema import ScoreName
 
 
 class EvaluateJob(StrictModel):
-    """kind: evaluate. Finished pictures in, ours or another system's; scores.parquet and summary.json out."""
+    """kind: evaluate. Reads finished images of any system and writes scores.parquet and summary.json."""
 
     kind: Literal["evaluate"] = Field(description=KIND)
     images: str = Field(
-        min_length=1, description="the OUTPUT folder of a generate job, or with `manifest` any folder of pictures"
+        min_length=1,
+        description="the OUTPUT folder of a generate job, or with `manifest` any folder of images",
     )
     manifest: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = Field(
-        default=None, description="what the pictures were made from; left out: what OUTPUT's rows say"
+        default=None, description="the rows that the images were generated from; default: the rows of OUTPUT"
     )
     compare: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="another system's pictures of the same rows: an OUTPUT, or with `manifest` any folder"
+        default=None,
+        description="another system's images of the same rows: an OUTPUT, or with `manifest` any folder",
     )
     reference: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="pictures to measure distances to: a folder and those below it, or an OUTPUT"
+        default=None,
+        description="images to measure distances to: a folder with its sub-folders, or an OUTPUT",
     )
     output: OutputFolder = Field(description="folder for scores.parquet and summary.json, a path or URL")
     score: Annotated[list[ScoreName], Field(min_length=1)] = Field(
-        default=["layout", "style", "similarity", "prompt", "leakage"], description="which scores"
+        default=["layout", "style", "similarity", "prompt", "leakage"], description="the scores"
     )
-    judge: str = Field(default="bundled", min_length=1, description="of prompts: bundled, or a CLIP model's folder or hub id")
+    judge: str = Field(
+        default="bundled",
+        min_length=1,
+        description="the model of the prompt score: bundled, or the folder or hub id of a CLIP model",
+    )
     encoder: str = Field(
         default="bundled",
         min_length=1,
-        description="of similarity and of distances: bundled, a native model's folder, or CLIP, SigLIP, DINOv2",
+        description="the encoder of similarity and distances: bundled, a native model's folder, or CLIP, "
+        "SigLIP or DINOv2",
     )
-    columns: Annotated[dict[str, str], known_columns("id", "query", "context", "prompt", "image", "reference")] = Field(
+    columns: Annotated[
+        dict[str, str], known_columns("id", "query", "context", "prompt", "image", "reference")
+    ] = Field(
         default={},
-        description="our column name -> the manifest's; `image`: a picture's file, left out: ID.png, ID.jpg, ...; `reference`: "
-        "in place of the key",
+        description="mapping of column names: ours -> the manifest's; `image`: the image file, default "
+        "ID.png, ID.jpg, ...; "
+        "`reference`: replaces the key",
     )
-    fit: Fit = Field(default="crop", description="how a query meets its picture's size; OUTPUT's rows say it themselves")
+    fit: Fit = Field(
+        default="crop", description="how a query is fitted to its image's size; rows of OUTPUT have their own"
+    )
     allow: list[Annotated[str, Field(min_length=1)]] = Field(
-        default=[], description="URI prefixes that rows may read; left out: the manifest's folder, or what OUTPUT's job allowed"
+        default=[],
+        description="URI prefixes that rows may read; default: the manifest's folder, or those of "
+        "OUTPUT's job",
     )
-    storage_options: StorageOptions = Field(default={}, description="fsspec options by protocol, no secrets")
-    limits: Limits = Field(default=Limits(), description="what a row may ask for")
+    storage_options: StorageOptions = Field(
+        default={}, description="fsspec options per protocol, without secrets"
+    )
+    limits: Limits = Field(default=Limits(), description="limits of what a row may ask for")
 
     @model_validator(mode="after")
     def _references_in_one_place(self) -> Self:
         if "reference" in self.columns and (self.reference or not self.manifest):
-            raise ValueError("columns: `reference` names a column of `manifest:`, and takes the place of the key `reference`")
+            raise ValueError("columns: `reference` needs `manifest` and excludes the key `reference`")
         return self
 
     @property
     def manifests(self) -> list[str]:
+        """The manifest as a list."""
         return [self.manifest] if isinstance(self.manifest, str) else self.manifest or []

@@ -31,8 +31,9 @@ FIRST_S, AGAIN_S = 3.0, 30.0  # of waiting, until the first line and between two
 
 
 class Harmless:
-    """A text stream that never raises: nobody may read it any more, its disk may be full, its encoding may lack a sign. What
-    it cannot say is left out or escaped, since a message must not end a run. file: None is stderr as it is then."""
+    """A text stream that never raises: nobody may read it any more, its disk may be full, its encoding may
+    lack a sign. What it cannot say is left out or escaped, since a message must not end a run. file: None is
+    stderr as it is then."""
 
     def __init__(self, file: IO[str] | None = None) -> None:
         self._file = file
@@ -45,7 +46,8 @@ class Harmless:
         return self._file or sys.stderr
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError, AttributeError):  # ValueError: it is closed; AttributeError: there is none
+        # ValueError: it is closed; AttributeError: there is none
+        with suppress(OSError, ValueError, AttributeError):
             encoding = getattr(self._target, "encoding", None) or "utf-8"
             self._target.write(text.encode(encoding, "backslashreplace").decode(encoding))  # type: ignore[union-attr]
         return len(text)
@@ -66,8 +68,8 @@ def console(file: IO[str] | None = None) -> Console:
 
 
 def open_standard_streams() -> None:
-    """Give a process that was started without stdin, stdout or stderr an empty one: the next file that is opened would get
-    its number, and be written to by all that prints."""
+    """Give a process that was started without stdin, stdout or stderr an empty one: the next file that is
+    opened would get its number, and be written to by all that prints."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
@@ -88,7 +90,8 @@ class Log:
 
     @property
     def is_terminal(self) -> bool:
-        """Does a person look at it as it goes? Console.is_terminal also believes FORCE_COLOR, which notebooks set."""
+        """Does a person look at it as it goes? Console.is_terminal also believes FORCE_COLOR, which notebooks
+        set."""
         return self.console.file.isatty()
 
     def tell(self, event: str, text: str | None = None, level: str = "info", **fields: Any) -> None:
@@ -141,5 +144,7 @@ class Waiting:
             now = time.monotonic()
             if reason != told or now - told_at > AGAIN_S:
                 seconds = round(now - began)
-                LOG.tell("waiting", f"waiting, {seconds} s: {reason}", self._level, message=reason, seconds=seconds)
+                LOG.tell(
+                    "waiting", f"waiting, {seconds} s: {reason}", self._level, message=reason, seconds=seconds
+                )
                 told, told_at = reason, now

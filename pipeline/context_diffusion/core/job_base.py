@@ -1,4 +1,4 @@
-"""What all models of a job file are made of, and the mapping of a pretrained model's parts. Knows nothing but pydantic."""
+"""The strict base model of job files and the fields that several kinds of job share."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ NormalizationKind = Literal["none", "image", "channel"]
 
 
 def writable_url(url: str) -> str:
-    """Raises ValueError where nothing can be written by its protocol."""
+    """Validate that its protocol can be written. Raises ValueError."""
     if re.match("https?://", url, re.IGNORECASE):
-        raise ValueError("http:// can only be read; write to a folder of this machine, to s3://, gs:// or az://")
+        raise ValueError("http:// is read-only; use a local folder, s3://, gs:// or az://")
     return url
 
 
@@ -21,32 +21,35 @@ OutputFolder = Annotated[str, Field(min_length=1), AfterValidator(writable_url)]
 
 
 class StrictModel(BaseModel):
-    """Frozen; unknown keys and wrong types are errors, never guessed at."""
+    """A frozen model in which unknown keys and wrong types are errors; no value is converted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 Fit = Literal["crop", "pad", "stretch", "keep"]
-
 KIND = "generate, train, finetune or evaluate"
 
 
 class Limits(StrictModel):
-    """What an untrusted manifest may ask for."""
+    """The limits of what an untrusted manifest may ask for."""
 
-    max_pixels: Annotated[int, Field(ge=1)] = Field(default=50_000_000, description="pixels of one input picture")
+    max_pixels: Annotated[int, Field(ge=1)] = Field(
+        default=50_000_000, description="pixels of one input image"
+    )
     max_bytes: Annotated[int, Field(ge=1)] = Field(default=64 * 2**20, description="bytes of one input file")
-    max_contexts: Annotated[int, Field(ge=1)] = Field(default=64, description="contexts of a row")
-    max_prompt_characters: Annotated[int, Field(ge=1)] = Field(default=10_000, description="characters of a prompt")
+    max_contexts: Annotated[int, Field(ge=1)] = Field(default=64, description="context images of a row")
+    max_prompt_characters: Annotated[int, Field(ge=1)] = Field(
+        default=10_000, description="characters of a prompt"
+    )
 
 
 def known_columns(*known: str) -> AfterValidator:
-    """Of `columns:`, which maps our names to the manifest's."""
+    """Return a validator of `columns`: its keys must be among the known names."""
 
     def check(columns: dict[str, str]) -> dict[str, str]:
         for name in columns:
             if name not in known:
-                raise ValueError(f"columns: {name!r} is none of ours; known are {', '.join(known)}")
+                raise ValueError(f"columns: unknown name {name!r}; expected one of {', '.join(known)}")
         return columns
 
     return AfterValidator(check)
@@ -56,7 +59,7 @@ def _no_secrets(options: dict[str, Any]) -> dict[str, Any]:
     for key, value in options.items():
         if re.search(r"secret|token|password|^key$|access_key|credential", key, re.IGNORECASE):
             raise ValueError(
-                f"{key!r} is a secret and a job file is stored with the output; set it in the environment "
+                f"{key!r} is a secret, and the job file is stored with the output; set it in the environment "
                 "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or name a profile"
             )
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The pretrained models that have a name: their parts, each at a commit."""
+"""The `model:` mapping of a pretrained model's parts, and the named models with their commits."""
 
 from __future__ import annotations
 
@@ -10,61 +10,97 @@ from context_diffusion.core.job_base import NormalizationKind, StrictModel
 
 
 class Parts(StrictModel):
-    """The `model:` mapping. What is left out comes from the preset that `base` names, if it names one.
+    """The `model:` mapping. Parts that are left out are those of the named model, if `base` is one.
 
-    A part is a folder, or a hub id, OWNER/NAME, with a folder in it behind further slashes: h94/IP-Adapter/models.
-    """
+    A part is a local folder or a hub id, OWNER/NAME, optionally with a folder in the repository:
+    h94/IP-Adapter/models."""
 
-    base: str = Field(min_length=1, description="Stable Diffusion 1.x, 2.x or XL in diffusers' format; or sd15, sdxl")
-    controlnet: str | list[str] | None = Field(default=None, description="for the query; a list: several")
-    ip_adapter: str | None = Field(default=None, description="for the contexts, the folder of ip_adapter_weight_name")
-    ip_adapter_weight_name: str | None = Field(default=None, description="a .safetensors file in ip_adapter")
-    image_encoder: str | None = Field(default=None, description="the CLIP vision model that the IP-Adapter was made with")
-    vae: str | None = Field(default=None, description="in place of base's")
-    safety_checker: str | None = Field(
-        default=None, description="diffusers' StableDiffusionSafetyChecker, its verdict is the column `unsafe`; sd15 has its own"
+    base: str = Field(
+        min_length=1, description="Stable Diffusion 1.x, 2.x or XL in diffusers' format; or sd15, sdxl"
     )
-    lora: str | list[str] | None = Field(default=None, description="LoRA files, FOLDER/NAME.safetensors, fused into base")
-    lora_scale: float | list[float] = Field(default=1.0, description="of each LoRA")
+    controlnet: str | list[str] | None = Field(
+        default=None, description="for the query's layout; a list for several"
+    )
+    ip_adapter: str | None = Field(
+        default=None, description="for the contexts: the folder that holds ip_adapter_weight_name"
+    )
+    ip_adapter_weight_name: str | None = Field(default=None, description="a .safetensors file in ip_adapter")
+    image_encoder: str | None = Field(
+        default=None, description="the CLIP vision model that the IP-Adapter was trained with"
+    )
+    vae: str | None = Field(default=None, description="replaces the one of base")
+    safety_checker: str | None = Field(
+        default=None,
+        description="a StableDiffusionSafetyChecker of diffusers; sets the column `unsafe`; default for "
+        "sd15: its own",
+    )
+    lora: str | list[str] | None = Field(
+        default=None, description="LoRA files, FOLDER/NAME.safetensors, fused into base"
+    )
+    lora_scale: float | list[float] = Field(default=1.0, description="the scale of each LoRA")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
     )
-    variant: str | None = Field(default=None, description="of the files on a GPU, as fp16")
-    revision: dict[str, str] = Field(default={}, description="hub id: commit; left out: the newest at the plan")
-    clip_skip: int | None = Field(default=None, ge=1, le=4, description="the text encoder's last layers left out")
-    prompt_chunks: int = Field(default=1, ge=1, le=8, description="prompts of up to so many times 75 tokens")
-    normalization: NormalizationKind = Field(default="none", description="of contexts; none: CLIP's own constants")
+    variant: str | None = Field(
+        default=None, description="the variant of the weight files that is loaded on a GPU, such as fp16"
+    )
+    revision: dict[str, str] = Field(
+        default={}, description="hub id: commit; default: the newest commit when the job is planned"
+    )
+    clip_skip: int | None = Field(
+        default=None, ge=1, le=4, description="how many of the text encoder's last layers are skipped"
+    )
+    prompt_chunks: int = Field(
+        default=1, ge=1, le=8, description="prompts may have up to this many chunks of 75 tokens"
+    )
+    normalization: NormalizationKind = Field(
+        default="none", description="normalisation of context images; none: the encoder's own mean and std"
+    )
 
     @property
     def controlnets(self) -> list[str]:
+        """The ControlNets as a list."""
         return [self.controlnet] if isinstance(self.controlnet, str) else self.controlnet or []
 
     @property
     def loras(self) -> list[tuple[str, float]]:
+        """The LoRA files with their scales."""
         files = [self.lora] if isinstance(self.lora, str) else self.lora or []
         scales = self.lora_scale if isinstance(self.lora_scale, list) else [self.lora_scale] * len(files)
         return list(zip(files, scales, strict=True))
 
     @property
     def all(self) -> list[str]:
-        """The parts that files are read of."""
+        """All parts that files are read from."""
         single = [self.ip_adapter, self.image_encoder, self.vae, self.safety_checker]
-        return [part for part in (self.base, *self.controlnets, *single, *(name for name, _ in self.loras)) if part]
+        return [
+            part
+            for part in (self.base, *self.controlnets, *single, *(name for name, _ in self.loras))
+            if part
+        ]
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if (self.ip_adapter is None) != (self.ip_adapter_weight_name is None) and self.base not in ("sd15", "sdxl"):
-            raise ValueError("ip_adapter and ip_adapter_weight_name are given together: a folder and a .safetensors file in it")
+        if (self.ip_adapter is None) != (self.ip_adapter_weight_name is None) and self.base not in (
+            "sd15",
+            "sdxl",
+        ):
+            raise ValueError(
+                "ip_adapter and ip_adapter_weight_name must be given together: a folder and a .safetensors "
+                "file in it"
+            )
         if self.ip_adapter_weight_name and not self.ip_adapter_weight_name.endswith(".safetensors"):
-            raise ValueError(f"ip_adapter_weight_name {self.ip_adapter_weight_name!r}: safetensors files only, no pickles")
+            raise ValueError(
+                f"ip_adapter_weight_name {self.ip_adapter_weight_name!r}: only .safetensors files are "
+                "loaded, no pickles"
+            )
         for name, _ in self.loras:
             if not name.endswith(".safetensors"):
-                raise ValueError(f"lora {name!r}: safetensors files only, no pickles")
+                raise ValueError(f"lora {name!r}: only .safetensors files are loaded, no pickles")
         return self
 
 
 IP_ADAPTER = {"h94/IP-Adapter": "018e402774aeeddd60609b4ecdb7e298259dc729"}
-
 PRESETS: dict[str, Parts] = {
     "sd15": Parts(
         base="stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -99,9 +135,10 @@ PRESETS: dict[str, Parts] = {
 
 
 def parts_of(model: str | Parts) -> Parts:
-    """All parts: those of the preset that is named, replaced by those that are given."""
-    given = Parts(base=model) if isinstance(model, str) else model
-    if (preset := PRESETS.get(given.base)) is None:
-        return given
-    own = {name: getattr(given, name) for name in given.model_fields_set - {"base"}}
-    return preset.model_copy(update=own | {"revision": preset.revision | given.revision})
+    """Return all parts of a model: those of the named model, replaced by those of the mapping."""
+    parts = Parts(base=model) if isinstance(model, str) else model
+    preset = PRESETS.get(parts.base)
+    if preset is None:
+        return parts
+    replaced = {name: getattr(parts, name) for name in parts.model_fields_set - {"base"}}
+    return preset.model_copy(update=replaced | {"revision": preset.revision | parts.revision})

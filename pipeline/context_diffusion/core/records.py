@@ -1,4 +1,4 @@
-"""The records that travel between the stages: control maps, requests, results, failures, shards, counts."""
+"""The records that pass between the stages: control maps, requests, results, failures, shards, counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Control:
-    """A control map: one for each ControlNet of the model. kind: a key of control.CONTROLS."""
+    """A control map, one for each ControlNet of the model. kind: a key of inputs.control_maps.CONTROLS."""
 
     kind: str
     pixels: Pixels
@@ -28,7 +28,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Request:
-    """One image to make: pixels in, no files. All arrays are uint8 RGB (H, W, 3).
+    """One image to generate, as pixels. All arrays are uint8 RGB (H, W, 3).
 
     The output has the query's size. `settings.seed` is this image's own seed.
     """
@@ -45,22 +45,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Result:
-    """One finished image, uint8 RGB (H, W, 3), with what it cost."""
+    """One generated image, uint8 RGB (H, W, 3), with what it cost."""
 
     image: Pixels
     seconds: float
     lanes: int
     device: str
     prompt_truncated: bool = False
-    used_lane_steps: int = 0  # what the row asked of the model
-    paid_lane_steps: float = 0.0  # and its share of what the calls had room for
-    vae_tiled: bool = False  # decoded in tiles, for want of memory
-    unsafe: bool | None = None  # by the model's safety checker; None: none ran
+    used_lane_steps: int = 0  # lane steps of this image
+    paid_lane_steps: float = 0.0  # its share of the lane steps that the calls had room for
+    vae_tiled: bool = False  # decoded in tiles after running out of memory
+    unsafe: bool | None = None  # according to the model's safety checker; None without one
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request has no image."""
+    """The reason why a request has no image."""
 
     code: ErrorCode
     message: str
@@ -68,7 +68,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine tells of itself. hits, misses: of its caches, by kind, since it began."""
+    """Statistics of an engine. hits, misses: of its caches, by kind, since it started."""
 
     rows: int = 0  # in its lanes or waiting
     hits: dict[str, int] = field(default_factory=dict)
@@ -78,10 +78,10 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of work, of retry and of resume: `rows` rows from `first_row` on of the manifest's file `file`.
+    """The unit of work, retry and resume: `rows` rows of the manifest's file `file`, starting at `first_row`.
 
-    Parquet: `group` is the row group and `first_row` counts within it. CSV and JSONL: `offset` and `size` in bytes.
-    """
+    Parquet: `group` is the row group and `first_row` counts within it. CSV and JSONL: `offset` and `size` in
+    bytes."""
 
     number: int
     file: int
@@ -91,23 +91,20 @@ class Shard:
     offset: int = 0
     size: int = 0
 
-    @property
-    def name(self) -> str:
-        return part_name(self.number)
-
 
 def part_name(number: int) -> str:
+    """Return the name of a shard's part and of its folder of images."""
     return f"part-{number:05d}"
 
 
 def derive_seed(job_seed: int, row_id: str) -> int:
-    """The seed of a row that sets none: 32 bits of a hash of the job's seed and the row's id."""
+    """Return the seed of a row without one: 32 bits of a hash of the job's seed and the row's id."""
     digest = hashlib.blake2b(f"{job_seed}:{row_id}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big")
 
 
 def derive_id(row: dict[str, Any]) -> str:
-    """The id of a row that has none: a hash of all that the manifest says of it."""
+    """Return the id of a row without one: a hash of all its cells."""
 
     def plain(value: Any) -> Any:
         return hashlib.blake2b(value, digest_size=16).hexdigest() if isinstance(value, bytes) else str(value)
@@ -117,13 +114,13 @@ def derive_id(row: dict[str, Any]) -> str:
 
 
 def is_derived(row_id: str) -> bool:
-    """Whether an id looks like one of `derive_id`."""
+    """Return whether an id has the form of those of `derive_id`."""
     return re.fullmatch("row-[0-9a-f]{20}", row_id) is not None
 
 
 @dataclass
 class Counts:
-    """Rows and images of an OUTPUT."""
+    """Numbers of rows and images of an OUTPUT."""
 
     rows: int = 0
     ok: int = 0

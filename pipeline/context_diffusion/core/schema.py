@@ -1,8 +1,8 @@
-"""The nouns of the pipeline and their Arrow schemas: the only place that names a column.
+"""All column names and Arrow schemas. A column is named here and nowhere else.
 
-A shard travels as one Arrow table: READ columns from the read task, LOADED ones after loading, MADE ones after the
-engine, and what is written are OUTPUT columns. Columns of the manifest that we don't know ride along under PASSED.
-"""
+A shard passes through the stages as one Arrow table with the READ columns of the read task, the LOADED
+columns of the loading and the MADE columns of the engine; the part that is written has the OUTPUT columns.
+Unknown manifest columns are copied to the output, with the prefix PASSED in between."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from context_diffusion.core.records import (
-    Pixels,
-)
+from context_diffusion.core.records import Pixels
 from context_diffusion.core.settings import Settings
 
 ScoreName = Literal["layout", "style", "similarity", "prompt", "leakage"]
-
 COLUMNS_BY_SCORE: dict[ScoreName, tuple[str, ...]] = {
     "layout": ("layout_score",),
     "style": ("style_score",),
@@ -29,30 +26,21 @@ COLUMNS_BY_SCORE: dict[ScoreName, tuple[str, ...]] = {
 }
 
 
-def columns_of(wanted: Sequence[ScoreName]) -> list[str]:
-    """The columns of these scores."""
-    return [column for name in COLUMNS_BY_SCORE if name in wanted for column in COLUMNS_BY_SCORE[name]]
+def columns_of(scores: Sequence[ScoreName]) -> list[str]:
+    """Return the columns of scores."""
+    return [column for name in COLUMNS_BY_SCORE if name in scores for column in COLUMNS_BY_SCORE[name]]
 
 
 ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT = "id", "query", "context", "prompt", "negative_prompt"
-
-CONTROL_IMAGE = "control_image"  # control maps that a row brings, in place of those made of its query
-
-TARGET = "target"  # of a finetune job's manifest: the picture that query and contexts should become
-
+CONTROL_IMAGE = "control_image"  # control maps of a row, in place of those computed from its query
+TARGET = "target"  # of a finetune job's manifest: the image that query and contexts should become
 SETTINGS = tuple(Settings.model_fields)
-
 MANIFEST_COLUMNS = (ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT, CONTROL_IMAGE, *SETTINGS)
-
-PASSED = "passed:"  # prefix in flight of a manifest column that we don't know
-
+PASSED = "passed:"  # prefix of unknown manifest columns between the stages
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the Hugging Face Image storage type
-
 # Schema metadata by which `datasets` decodes the column `image`.
 HUGGING_FACE = {b"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}}).encode()}
-
 IMAGE = pa.struct([("data", pa.binary()), ("height", pa.int32()), ("width", pa.int32())])  # raw uint8 RGB
-
 READ = pa.schema(
     [
         ("shard", pa.int64()),
@@ -62,7 +50,8 @@ READ = pa.schema(
         (CONTROL_IMAGE, pa.list_(FILE)),
         (PROMPT, pa.string()),
         (NEGATIVE_PROMPT, pa.string()),
-        ("settings", pa.string()),  # JSON of the row's own settings over the job's, seed filled in; once made, the image's
+        # JSON: the row's over the job's, with a seed; after `generate` the image's
+        ("settings", pa.string()),
         ("error_code", pa.string()),
         ("error_message", pa.string()),
     ]
@@ -94,20 +83,16 @@ MADE = pa.schema(
 )
 
 COUNTED = ("used_lane_steps", "paid_lane_steps")  # summed over a run
-
 STAGES = ("load", "generate", "write")  # each leaves a column STAGE_span, the same in all rows of a shard
-
-SPAN = pa.struct([("began", pa.float64()), ("seconds", pa.float64())])  # began: since the epoch
-
-FAILURES_TOLD = 20  # of a shard, one by one
-
-WRITTEN = pa.schema(  # what the driver hears of a shard: one row
+SPAN = pa.struct([("began", pa.float64()), ("seconds", pa.float64())])  # began: seconds since the epoch
+FAILURES_TOLD = 20  # of one shard, in WRITTEN
+WRITTEN = pa.schema(  # one row per shard, for the driver
     [
         ("shard", pa.int64()),
         *((name, pa.int64()) for name in ("rows", "failed", "images")),  # of its part
-        ("rows_made", pa.int64()),  # by this attempt, failed ones among them: with --retry-failed a part has others too
+        ("rows_made", pa.int64()),  # by this attempt, including failed ones; a retried part has more rows
         ("images_made", pa.int64()),
-        ("bytes", pa.int64()),  # of the part and its pictures
+        ("bytes", pa.int64()),  # of the part and its image files
         ("codes", pa.map_(pa.string(), pa.int64())),  # failed rows by code
         ("failures", pa.list_(pa.struct([(name, pa.string()) for name in (ID, "code", "message")]))),
         *((f"{stage}_span", SPAN) for stage in STAGES),
@@ -131,7 +116,6 @@ SETTING_TYPES: dict[str, pa.DataType] = {
 }
 
 SCORE_COLUMNS = tuple(column for columns in COLUMNS_BY_SCORE.values() for column in columns)
-
 OUTPUT = pa.schema(
     [
         (ID, pa.string()),
@@ -156,41 +140,43 @@ OUTPUT = pa.schema(
         ("query_mean", pa.list_(pa.float32())),
         ("query_std", pa.list_(pa.float32())),
         *((name, pa.float32()) for name in SCORE_COLUMNS),
-        ("flagged", pa.bool_()),  # a score is beyond its threshold; null: none could be looked at
-        ("unsafe", pa.bool_()),  # by the model's safety checker; null: none ran
+        ("flagged", pa.bool_()),  # a score is beyond its threshold; null: no score was computed
+        ("unsafe", pa.bool_()),  # according to the model's safety checker; null without one
         ("seconds", pa.float32()),
         ("device", pa.string()),
         ("lanes", pa.int32()),
         ("prompt_truncated", pa.bool_()),
-        ("vae_tiled", pa.bool_()),  # decoded in tiles, for want of memory: other pixels than whole
+        ("vae_tiled", pa.bool_()),  # decoded in tiles after running out of memory, which changes pixels
         ("created_at", pa.timestamp("ms", tz="UTC")),
     ]
 )
 
-SCORES = pa.schema([OUTPUT.field(name) for name in (ID, "index", *SCORE_COLUMNS, "error_code", "error_message")])
+SCORES = pa.schema(
+    [OUTPUT.field(name) for name in (ID, "index", *SCORE_COLUMNS, "error_code", "error_message")]
+)
 
 
 def to_image(pixels: Pixels | None) -> dict[str, Any] | None:
-    """uint8 (H, W, 3) -> a value of the Arrow type IMAGE."""
+    """Convert uint8 (H, W, 3) to a value of the Arrow type IMAGE."""
     if pixels is None:
         return None
     return {"data": pixels.tobytes(), "height": pixels.shape[0], "width": pixels.shape[1]}
 
 
 def from_image(value: dict[str, Any] | None) -> Pixels | None:
-    """A value of the Arrow type IMAGE -> uint8 (H, W, 3), read-only."""
+    """Convert a value of the Arrow type IMAGE to uint8 (H, W, 3), read-only."""
     if value is None:
         return None
     return np.frombuffer(value["data"], np.uint8).reshape(value["height"], value["width"], 3)
 
 
 def known_rows(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows of a table in flight, without the columns that we don't know: those stay in Arrow."""
+    """Return a table's rows without the unknown manifest columns, which stay in Arrow."""
     return table.select([name for name in table.column_names if not name.startswith(PASSED)]).to_pylist()
 
 
 def required(value: dict[str, Any] | None) -> Pixels:
-    """from_image where there must be one."""
+    """Convert a value of the Arrow type IMAGE that must not be null."""
     pixels = from_image(value)
     assert pixels is not None
     return pixels

@@ -1,66 +1,79 @@
-"""A row's settings and their ranges, under diffusers' names where it has one; and which known name a misspelt one is."""
+"""The settings of a row and their ranges, named as in diffusers where it has the setting; and the known name that
+a misspelt one is close to."""
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from context_diffusion.core.job_base import (
-    StrictModel,
-)
+from context_diffusion.core.job_base import StrictModel
 
 SchedulerName = Literal[
     "ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "lcm", "flow_euler"
 ]  # fmt: skip
 
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
 ControlScale = Annotated[float, Field(ge=0, le=10)]
-
 Side = Annotated[int, Field(ge=64, le=2048, multiple_of=16)]
 
 
 class Settings(StrictModel):
-    """What a row may set for itself, under diffusers' names where it has one."""
+    """The settings that each row may have."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
-        default=None, description="left out: derived from the job's seed and the row's id; image k has seed + k"
+        default=None,
+        description="default: derived from the job's seed and the row's id; image k has seed + k",
     )
     num_inference_steps: int = Field(default=20, ge=1, le=1000, description="denoising steps")
-    scheduler: SchedulerName = Field(default="ddim", description="the sampler")
-    guidance_scale: Scale = Field(default=1.5, description="how strongly the prompt pulls; 1 or less: no guidance")
+    scheduler: SchedulerName = Field(default="ddim", description="the scheduler (sampler)")
+    guidance_scale: Scale = Field(default=1.5, description="prompt guidance strength; 1 or less: no guidance")
     context_guidance_scale: Scale | None = Field(
         default=None,
-        description="how strongly the contexts pull; left out: as guidance_scale; if more, they stand against the prompt",
+        description="context guidance strength; default: guidance_scale; a larger value favours the contexts over the prompt",
     )
     controlnet_conditioning_scale: ControlScale | Annotated[list[ControlScale], Field(min_length=1)] = Field(
-        default=1.0, description="how strongly the query's layout holds; a list: for each ControlNet its own"
+        default=1.0, description="strength of the query's layout; a list gives one value per ControlNet"
     )
-    control_guidance_start: Fraction = Field(default=0.0, description="share of the steps at which control begins")
-    control_guidance_end: Fraction = Field(default=1.0, description="share of the steps at which control ends")
+    control_guidance_start: Fraction = Field(
+        default=0.0, description="fraction of the steps at which the ControlNet starts"
+    )
+    control_guidance_end: Fraction = Field(
+        default=1.0, description="fraction of the steps at which the ControlNet ends"
+    )
     context_scale: Annotated[float, Field(ge=0, le=10)] = Field(
-        default=1.0, description="weight of all contexts against the prompt"
+        default=1.0, description="weight of all contexts relative to the prompt"
     )
     context_weights: list[Annotated[float, Field(ge=0, le=10)]] | None = Field(
-        default=None, description="a weight for each context; left out: all 1"
+        default=None, description="one weight per context; default: 1 for each"
     )
     strength: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="start from the query's pixels with this much noise; left out: from noise alone"
+        default=None,
+        description="image-to-image strength: start from the query with this much noise; default: start from pure noise",
     )
-    width: Side | None = Field(default=None, description="pixels, a multiple of 16; left out: the model's size")
-    height: Side | None = Field(default=None, description="pixels, a multiple of 16; left out: the model's size")
-    num_images: int = Field(default=1, ge=1, le=64, description="images of this row")
+    width: Side | None = Field(
+        default=None, description="pixels, a multiple of 16; default: the model's size"
+    )
+    height: Side | None = Field(
+        default=None, description="pixels, a multiple of 16; default: the model's size"
+    )
+    num_images: int = Field(default=1, ge=1, le=64, description="images per row")
+
+    @classmethod
+    def from_trusted_json(cls, text: str) -> Self:
+        """Read the JSON of settings that `inputs.rows.read_table` validated, without validating it again."""
+        return cls.model_construct(**json.loads(text))
 
     @model_validator(mode="after")
     def _seeds_fit(self) -> Self:
         if self.seed is not None and self.seed + self.num_images > 2**63:
-            last = f"seed + {self.num_images - 1}"
-            raise ValueError(f"seed ({self.seed}): the last of num_images ({self.num_images}) has {last}, over 2^63 - 1")
+            raise ValueError(
+                f"seed ({self.seed}) is too large: image {self.num_images - 1} of num_images would have a seed over 2^63 - 1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,5 @@
-"""A job's matrix, row setting -> values: which images a row becomes. Knows a row's settings, nothing of rows or files."""
+"""A job's matrix, row setting -> values: which images a row becomes. Knows a row's settings, nothing of rows
+or files."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ MAX_IMAGES = 256  # of a row
 
 
 def checked_matrix(matrix: Matrix, settings: type[Settings]) -> Matrix:
-    """The axes with their values as the settings' model reads them. Raises ValueError with all that is wrong."""
+    """The axes with their values as the settings' model reads them. Raises ValueError with all that is
+    wrong."""
     wrong, checked = [], dict[str, list[Any]]()
     axes = [name for name in settings.model_fields if name not in NOT_AXES]
     for name, values in matrix.items():
@@ -51,29 +53,32 @@ def combinations(matrix: Matrix) -> list[dict[str, Any]]:
     return [dict(zip(matrix, values, strict=True)) for values in itertools.product(*matrix.values())]
 
 
-def combined(settings: Settings, matrix: Matrix) -> list[Settings]:
-    """A row's settings at each combination: an axis goes before what the row says itself. Raises ValueError for those that
-    do not go together, and for too many images."""
+def check_combinations(settings: Settings, matrix: Matrix) -> None:
+    """Raise ValueError where a row's settings do not go together with a combination, or make too many
+    images."""
     count = math.prod(map(len, matrix.values()))
     if (images := count * settings.num_images) > MAX_IMAGES:
-        wrong = f"{count} combinations of {settings.num_images} image(s) are {images}"
-        raise ValueError(f"matrix: {wrong}, allowed are {MAX_IMAGES} a row")
-    own, found = settings.model_dump(), []
+        counted = f"{count} combinations of {settings.num_images} image(s) are {images}"
+        raise ValueError(f"matrix: {counted} images of one row, at most {MAX_IMAGES} are allowed")
     for combination in combinations(matrix):
         try:
-            found.append(type(settings).model_validate(own | combination))
+            type(settings).model_validate(settings.model_dump() | combination)
         except ValidationError as error:
             raise ValueError(f"matrix: at {_named(combination)}: {_message(error)}") from None
-    return found
 
 
 def images_of(settings: Settings, matrix: Matrix) -> list[Settings]:
-    """The settings of each image of a row whose seed is set, by index: image k of combination c stands at
-    c * num_images + k and has seed + k, the same at all combinations."""
+    """Return the settings of each image of a row that has a seed and whose combinations were checked.
+
+    Axes override the row's own values. Image k of combination c has the index c * num_images + k and the seed
+    seed + k, the same in all combinations.
+    """
     images = []
-    for own in combined(settings, matrix):
-        assert own.seed is not None
-        images += [own.model_copy(update={"seed": own.seed + k}) for k in range(own.num_images)]
+    for combination in combinations(matrix):
+        at_combination = settings.model_copy(update=combination)
+        assert at_combination.seed is not None
+        seeds = range(at_combination.seed, at_combination.seed + at_combination.num_images)
+        images += [at_combination.model_copy(update={"seed": seed}) for seed in seeds]
     return images
 
 

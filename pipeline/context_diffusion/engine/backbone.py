@@ -7,6 +7,7 @@ B samples or lanes  C h w latents  H W pixels
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,14 +24,20 @@ Conditions = dict[str, Tensor]  # by name, each (1, ...) for one lane or row, (B
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row, encoded. lanes: of each branch. control: of the row, None without. control_keys: of each lane; lanes with
-    the same key share a call of the ControlNet. truncated: the prompt was longer than the model reads. kept: for decode."""
+    """A row, encoded.
+
+    lanes: what `predict` reads, for each branch. control: the row's encoded control maps; None: it has none.
+    control_keys: a key for each lane; lanes with the same key share a call of `control`. control_lanes: what `control`
+    reads, for each lane. truncated: the prompt was longer than the model reads. finish: the model's own last step for
+    this row, on its decoded image (1, 3, H, W) in [0, 1]; None: the model has no such step.
+    """
 
     lanes: list[Conditions]
     control: Conditions | None
     control_keys: list[str]
+    control_lanes: list[Conditions] = field(default_factory=list)
     truncated: bool = False
-    kept: Conditions = field(default_factory=dict)
+    finish: Callable[[Tensor], Tensor] | None = None
 
 
 class Backbone(Protocol):
@@ -44,9 +51,6 @@ class Backbone(Protocol):
     latent_channels: int
     latent_factor: int  # pixels a side of a latent
     tiles: bool  # whether `decode` can work in tiles
-    # How the names of the lanes' conditions begin that `predict` and `control` read.
-    predict_reads: tuple[str, ...]
-    control_reads: tuple[str, ...]
 
     def branches(self, request: Request) -> list[Branch]:
         """Return the guidance branches that the row needs, 1 to 3. Raises RowError for guidance that the model lacks."""
@@ -63,7 +67,7 @@ class Backbone(Protocol):
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
         """-> the model's output (B, C, h, w)."""
 
-    def decode(self, latents: Tensor, request: Request, kept: Conditions, tiled: bool = False) -> Tensor:
+    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
         """Decode one row's latents (1, C, h, w) float32 to an image (1, 3, H, W) in [0, 1].
 
-        kept: what `encode` kept for this. tiled: decode in tiles, which takes less memory and changes pixels."""
+        tiled: decode in tiles, which takes less memory and changes pixels."""

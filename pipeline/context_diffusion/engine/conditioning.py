@@ -11,6 +11,7 @@ from torch import Tensor
 
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.records import Pixels, Request
+from context_diffusion.image_tensors import channels_first
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def slots_of(tokens: list[Tensor], weights: list[float], slots: int) -> tuple[Te
 
 
 def to_tensor(pixels: Pixels) -> Tensor:
-    """uint8 (H, W, 3) -> uint8 (1, 3, H, W)."""
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    """Copy pixels, uint8 (H, W, 3), to a batch of one, uint8 (1, 3, H, W)."""
+    return channels_first(pixels.copy())[None]
 
 
 def start_step(steps: int, strength: float | None) -> int:

@@ -45,7 +45,7 @@ class Decoded:
 
 
 @dataclass(frozen=True)
-class Progress:
+class StepUpdate:
     """What a callback is told after a step of a row; preview() decodes what the model holds to be the picture now."""
 
     request: Request
@@ -74,7 +74,7 @@ class Engine:
     backbone: Backbone
     device: torch.device
     shape: Shape
-    callback: Callable[[Progress], None] | None = None
+    callback: Callable[[StepUpdate], None] | None = None
     unsafe: Callable[[Pixels], bool] | None = None
     waiting: deque[Request] = field(default_factory=deque)
     slots: list[Slot] = field(default_factory=list)
@@ -181,7 +181,7 @@ class Engine:
         for slot in slots:
             slot.charge(slot.lanes / used, seconds, paid)
             if self.callback:
-                self.callback(Progress(slot.request, slot.step, len(slot.table), lambda slot=slot: self._preview(slot)))  # type: ignore[misc]
+                self.callback(StepUpdate(slot.request, slot.step, len(slot.table), lambda slot=slot: self._preview(slot)))  # type: ignore[misc]
 
     def _decode(self, slot: Slot) -> Decoded:
         """Decode a finished row, whole; after out-of-memory in tiles, then with fewer rows beside it."""
@@ -206,10 +206,16 @@ class Engine:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         started = perf_counter()
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            pixels = self.backbone.decode(slot.latents, slot.request, slot.encoded.kept, tiled)[0]
+            pixels = self._image(slot, slot.latents, tiled)
             image = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
         slot.seconds += perf_counter() - started
         return image
+
+    def _image(self, slot: Slot, latents: Tensor, tiled: bool = False) -> Tensor:
+        """Decode latents (1, C, h, w) of the row and finish them as its encoding says. Returns (3, H, W) in [0, 1]."""
+        image = self.backbone.decode(latents, tiled)
+        finish = slot.encoded.finish
+        return (finish(image) if finish else image)[0]
 
     def _finish(self, decoded: Decoded) -> Result | Failure:
         slot = decoded.slot
@@ -238,7 +244,7 @@ class Engine:
     def _preview(self, slot: Slot) -> Pixels:
         assert slot.x0 is not None
         with torch.inference_mode():
-            pixels = self.backbone.decode(slot.x0, slot.request, slot.encoded.kept)[0]
+            pixels = self._image(slot, slot.x0)
         return (pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
     def _make_room(self) -> list[Outcome]:

@@ -78,8 +78,8 @@ class Calls:
         def control(part: list[tuple[int, int]]) -> Iterator[list[Tensor]]:
             places = _padded(part, self.shape.control)
             latents, times = self._inputs([slots[row] for row, _ in places])
-            lanes = stack([slots[row].encoded.lanes[lane] for row, lane in places], self.backbone.control_reads)
-            maps = stack([slots[row].encoded.control or {} for row, _ in places], ("",))
+            lanes = stack([slots[row].encoded.control_lanes[lane] for row, lane in places])
+            maps = stack([slots[row].encoded.control or {} for row, _ in places])
             residuals = self.backbone.control(latents, times, lanes, maps)
             return ([residual[number : number + 1] for residual in residuals] for number in range(len(part)))
 
@@ -90,14 +90,14 @@ class Calls:
         """One call of the model for up to P lanes, padded to P with copies of the first. -> their outputs (1, C, h, w)."""
         places = _padded(part, self.shape.chunk)
         latents, times = self._inputs([slots[row] for row, _ in places])
-        lanes = stack([slots[row].encoded.lanes[lane] for row, lane in places], self.backbone.predict_reads)
+        lanes = stack([slots[row].encoded.lanes[lane] for row, lane in places])
         given = _filled([residuals.get((row, slots[row].encoded.control_keys[lane])) for row, lane in places])
         return self.backbone.predict(latents, times, lanes, given).float().split(1)[: len(part)]
 
 
-def stack(conditions: list[Conditions], names: tuple[str, ...]) -> Conditions:
-    """Those whose names begin with one of `names`."""
-    return {name: torch.cat([one[name] for one in conditions]) for name in conditions[0] if name.startswith(names)}
+def stack(conditions: list[Conditions]) -> Conditions:
+    """Return the conditions of several lanes or rows, (1, ...) each, as (B, ...) by the same names."""
+    return {name: torch.cat([lane[name] for lane in conditions]) for name in conditions[0]}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from context_diffusion.core.records import Pixels
 from context_diffusion.core.uris import normal
 from context_diffusion.evaluation.pairs import Pair, of_output, source_key
 from context_diffusion.inputs.decode import ENDINGS
-from context_diffusion.inputs.image_sources import Source
+from context_diffusion.inputs.image_sources import ImageSource
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
@@ -64,7 +64,7 @@ LEAST = 2  # pictures of a covariance
 BATCH = 16
 
 
-def reference_sources(job: EvaluateJob, pairs: Sequence[Pair], storage: Storage) -> list[Source]:
+def reference_sources(job: EvaluateJob, pairs: Sequence[Pair], storage: Storage) -> list[ImageSource]:
     """Each once: what the manifest's column names, the pictures of an OUTPUT, or all of a folder and those below it.
     Raises JobError where there are none."""
     if job.reference is None:
@@ -86,7 +86,7 @@ def reference_sources(job: EvaluateJob, pairs: Sequence[Pair], storage: Storage)
 class References:
     """The reference pictures' features, made once, for the pictures of one or two systems."""
 
-    def __init__(self, job: EvaluateJob, sources: list[Source], read: Callable[[Source], Pixels]) -> None:
+    def __init__(self, job: EvaluateJob, sources: list[ImageSource], read: Callable[[ImageSource], Pixels]) -> None:
         """read: raises RowError for a picture that is none; it is left out and counted."""
         self.encoder, self._read = job.encoder, read
         self._features, self._left_out = self._embedded(sources)
@@ -106,7 +106,7 @@ class References:
             logging.getLogger(__name__).warning("reference: %s", told["warning"])
         return told
 
-    def _embedded(self, sources: list[Source]) -> tuple[Features, int]:
+    def _embedded(self, sources: list[ImageSource]) -> tuple[Features, int]:
         """-> (N, D), and how many could not be read."""
         from context_diffusion.evaluation.similarity import embedded  # torch
 

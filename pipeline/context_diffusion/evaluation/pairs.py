@@ -14,18 +14,18 @@ import pyarrow as pa
 
 from context_diffusion.core.errors import ErrorCode, JobError, ManifestError
 from context_diffusion.core.evaluate_job import EvaluateJob
-from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import Fit
 from context_diffusion.core.schema import CONTEXT, ID, PROMPT, QUERY
 from context_diffusion.core.uris import normal, parent, resolve
 from context_diffusion.inputs.decode import ENDINGS
-from context_diffusion.inputs.image_sources import INLINE, Source, as_source
-from context_diffusion.inputs.manifest_files import Row, expand, open_file, scan_parquet, scan_text
-from context_diffusion.inputs.rows import read_table, row_id
+from context_diffusion.inputs.image_sources import INLINE, ImageSource, as_source
+from context_diffusion.inputs.manifest_files import Row, expand, open_file, raw_rows
+from context_diffusion.inputs.rows import RowRules, read_table, row_id
+from context_diffusion.inputs.url_policy import allowed_prefixes
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
-NOWHERE: Source = {"bytes": None, "path": None}  # of a row that tells why
+NOWHERE: ImageSource = {"bytes": None, "path": None}  # of a row that tells why
 READ_COLUMNS = (ID, "index", "error_code", "error_message", "file_name", "image", QUERY, CONTEXT, PROMPT, "fit")
 
 
@@ -36,16 +36,16 @@ class Pair:
 
     id: str
     index: int
-    picture: Source | None
-    query: Source
-    contexts: list[Source]
+    picture: ImageSource | None
+    query: ImageSource
+    contexts: list[ImageSource]
     prompt: str | None
     fit: Fit
     error: tuple[str, str] | None = None
-    reference: Source | None = None
+    reference: ImageSource | None = None
 
 
-def source_key(source: Source) -> str:
+def source_key(source: ImageSource) -> str:
     """What tells a source from another: its path, or a hash of its bytes."""
     return source["path"] if source["bytes"] is None else hashlib.blake2b(source["bytes"], digest_size=16).hexdigest()
 
@@ -67,8 +67,8 @@ def find_pairs(job: EvaluateJob, storage: Storage) -> tuple[list[Pair], list[str
     if job.manifest:
         files = expand(job.manifests, storage)
         pairs = list(_joined(job, storage, files, _by_id(made) if ours else _Folder(folder.root, storage)))
-        return pairs, job.allow or [parent(uri) for uri in files]
-    return [_told_inline(pair) for pair in made], job.allow or _allowed(folder)
+        return pairs, allowed_prefixes(job.allow, files)
+    return [_told_inline(pair) for pair in made], job.allow or folder.allow()
 
 
 def of_output(output: Output) -> Iterator[Pair]:
@@ -84,7 +84,7 @@ def of_output(output: Output) -> Iterator[Pair]:
             yield Pair(row[ID], row["index"], picture, query, contexts, row[PROMPT], row["fit"], error)
 
 
-def _source(uri: str | None, base: str) -> Source:
+def _source(uri: str | None, base: str) -> ImageSource:
     return {"bytes": None, "path": uri if uri is None or uri == INLINE else resolve(uri, base)}
 
 
@@ -93,12 +93,6 @@ def _told_inline(pair: Pair) -> Pair:
         return pair
     message = "query or context were bytes in the manifest, OUTPUT does not hold them: name the manifest in `manifest:`"
     return replace(pair, error=(str(ErrorCode.MISSING_FILE), message))
-
-
-def _allowed(output: Output) -> list[str]:
-    """What the generate job allowed its rows to read."""
-    plan = output.read_json(output.plan)
-    return plan["job"]["allow"] or [parent(file["uri"]) for file in plan["manifest"]]
 
 
 Pictures = dict[str, list[Pair]]
@@ -119,7 +113,7 @@ class _Folder:
         names = [name for name in storage.list(root) if name.lower().endswith(ENDINGS)]
         self.names = {name.rsplit(".", 1)[0]: name for name in sorted(names, reverse=True)}
 
-    def find(self, row: str, named: object) -> Source | None:
+    def find(self, row: str, named: object) -> ImageSource | None:
         return as_source(named, self.root) or as_source(self.names.get(row), self.root)
 
 
@@ -142,7 +136,7 @@ def _joined(job: EvaluateJob, storage: Storage, files: list[str], pictures: Pict
         raise ManifestError(f"{', '.join(files)}: the manifest has no rows")
 
 
-def _shown(pair: Pair, picture: Source | None, where: str) -> Pair:
+def _shown(pair: Pair, picture: ImageSource | None, where: str) -> Pair:
     error = None if picture else (str(ErrorCode.MISSING_FILE), f"there is no {where}")
     return replace(pair, picture=picture, error=pair.error or error)
 
@@ -151,9 +145,8 @@ def _of_manifest(job: EvaluateJob, storage: Storage, uri: str) -> Iterator[tuple
     """The raw rows of a file, each with what it says of sources and prompt; row settings do not matter here."""
     file = open_file(uri, storage)
     names = {name: job.columns.get(name, name) for name in (ID, QUERY, CONTEXT, PROMPT)}
-    rules = GenerateJob(kind="generate", manifest=uri, output=job.output, limits=job.limits)
-    raws = scan_parquet(file, storage, None) if file.format == "parquet" else (row for *_, row in scan_text(file, storage))
-    for number, raw in enumerate(raws):
+    rules = RowRules(limits=job.limits)
+    for number, raw in enumerate(raw_rows(file, storage)):
         missing = [theirs for theirs in (names[QUERY], names[CONTEXT], *job.columns.values()) if theirs not in raw]
         if missing and number == 0:
             raise ManifestError(f"{uri}: the column(s) {', '.join(missing)} are missing; there are {', '.join(raw)}")

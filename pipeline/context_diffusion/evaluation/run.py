@@ -24,13 +24,13 @@ from context_diffusion.evaluation.pairs import Pair, find_pairs, source_key
 from context_diffusion.evaluation.scores import measure
 from context_diffusion.evaluation.shuffled_controls import SWAPPED, auc, others
 from context_diffusion.inputs.decode import resize
-from context_diffusion.inputs.image_sources import Source, read_pixels
+from context_diffusion.inputs.image_sources import ImageSource, read_pixels
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 from context_diffusion.storage.parquet_files import to_parquet
 
 Row = dict[str, Any]
-KEPT = 64  # decoded queries and contexts
+CACHED_IMAGES = 64  # decoded queries and contexts
 
 
 def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
@@ -94,16 +94,16 @@ class _Loader:
     storage: Storage
     kept: dict[Hashable, Pixels] = field(default_factory=dict)
 
-    def pixels(self, source: Source) -> Pixels:
+    def pixels(self, source: ImageSource) -> Pixels:
         """As it is. Raises RowError."""
         return read_pixels(source, self.allow, self.limits, self.storage)
 
-    def fitted(self, source: Source, image: Pixels, fit: Fit) -> Pixels:
+    def fitted(self, source: ImageSource, image: Pixels, fit: Fit) -> Pixels:
         """At the size of the picture that was made of it."""
         key = (source_key(source), image.shape, fit)
         if key not in self.kept:
             pixels = resize(self.pixels(source), image.shape[1], image.shape[0], fit)
-            if len(self.kept) == KEPT:
+            if len(self.kept) == CACHED_IMAGES:
                 del self.kept[next(iter(self.kept))]
             self.kept[key] = pixels
         return self.kept[key]

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from context_diffusion.core.records import Pixels
+from context_diffusion.image_tensors import channels_first
 from context_diffusion.inputs.decode import resize
 from context_diffusion.models.context_encoders import load_encoder, patch_tokens
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import model_folder
-from context_diffusion.storage.content_cache import Kept
+from context_diffusion.storage.content_cache import ContentCache
 
-KEPT = Kept(16 * 2**20)
+EMBEDDING_CACHE = ContentCache(16 * 2**20)
 Embed = Callable[[list[Pixels]], Tensor]  # uint8 (H, W, 3) each -> (N, D)
 
 
@@ -45,7 +46,7 @@ def load_embedding(name: str = "bundled") -> Embed:
 
 def _pixels(images: list[Pixels], size: int) -> Tensor:
     """uint8 (N, 3, size, size)."""
-    return torch.from_numpy(np.stack([resize(image, size, size, "crop") for image in images])).permute(0, 3, 1, 2)
+    return channels_first([resize(image, size, size, "crop") for image in images])
 
 
 @torch.inference_mode()
@@ -65,4 +66,4 @@ def _embedded_once(image: Pixels, encoder: str) -> NDArray[np.float32]:
     def embed() -> NDArray[np.float32]:
         return load_embedding(encoder)([image])[0].numpy()
 
-    return KEPT.get(image.tobytes(), (encoder, image.shape), embed)
+    return EMBEDDING_CACHE.get(image.tobytes(), (encoder, image.shape), embed)

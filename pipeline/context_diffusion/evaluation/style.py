@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from context_diffusion.core.records import Pixels
-from context_diffusion.storage.content_cache import Kept
+from context_diffusion.storage.content_cache import ContentCache
 
 Field = NDArray[np.float32]
-KEPT = Kept(16 * 2**20)  # colours and textures, some 50 KB a picture
+FEATURE_CACHE = ContentCache(16 * 2**20)  # colours and textures, some 50 KB a picture
 STYLE_SCALE = 10.0  # a distance of so many Lab units has the score 1/e
 TEXTURE_WEIGHT = 0.5  # Lab units for one of relative log energy: colours tell styles apart far better
 WAVELENGTHS, ORIENTATIONS = (4, 7, 12), 6
@@ -36,7 +36,7 @@ def chamfer(first: Field, second: Field) -> float:
 
 def palette(images: list[Pixels]) -> Field:
     """The colours of some pictures: 400 of their Lab values, evenly from 64 x 64 of each. float32 (400, 3)."""
-    lab = np.concatenate([KEPT.get(image.tobytes(), ("lab", image.shape), partial(_lab, image)) for image in images])
+    lab = np.concatenate([FEATURE_CACHE.get(image.tobytes(), ("lab", image.shape), partial(_lab, image)) for image in images])
     return np.asarray(lab[np.linspace(0, len(lab) - 1, 400).astype(int)])
 
 
@@ -66,7 +66,9 @@ def _gabor() -> list[tuple[Field, Field]]:
 def textures(images: list[Pixels]) -> Field:
     """The textures of some pictures: for each window the log energy of each Gabor filter, relative to the window's mean
     over all of them, so that contrast does not count. float32 (36 a picture, 18)."""
-    return np.concatenate([KEPT.get(image.tobytes(), ("textures", image.shape), partial(_textures, image)) for image in images])
+    return np.concatenate(
+        [FEATURE_CACHE.get(image.tobytes(), ("textures", image.shape), partial(_textures, image)) for image in images]
+    )
 
 
 def _textures(image: Pixels) -> Field:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from context_diffusion.image_tensors import channels_first
 from context_diffusion.models.native.build import build_tokenizer
 from context_diffusion.training.data.layouts import Rng, make_layout
 from context_diffusion.training.data.prompts import PALETTE_WORDS, TEXTURE_WORDS, THING_WORDS, describe, vocabulary
@@ -52,7 +53,7 @@ def fits(shown: Meanings, named: Meanings) -> NDArray[np.bool_]:
     return ((shown[:, None] == named[None]) | (named[None] < 0)).all(2)
 
 
-def draw(rng: Rng, count: int) -> tuple[Tensor, list[str], Meanings]:
+def draw_pairs(rng: Rng, count: int) -> tuple[Tensor, list[str], Meanings]:
     """Pictures (N, 3, H, W) in [-1, 1], a prompt for each, and what each shows."""
     layouts = [make_layout(rng, SIZE) for _ in range(count // 4)]
     palettes, textures, things = list(PALETTE_WORDS), list(TEXTURE_WORDS), list(THING_WORDS)
@@ -64,7 +65,7 @@ def draw(rng: Rng, count: int) -> tuple[Tensor, list[str], Meanings]:
         prompts.append(describe(rng, style, family, ("palette", "texture")[number % 2]))
         palette = palettes.index(style.palette) if style.palette in palettes else -2
         shown.append([palette, textures.index(style.texture), things.index(family)])
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = channels_first(pictures).float() / 127.5 - 1
     return pixels, prompts, np.array(shown)
 
 
@@ -121,7 +122,7 @@ def train_judge(folder: Path, steps: int, seed: int = 0) -> CLIPModel:
     optimizer = torch.optim.AdamW(model.parameters(), 1.5e-3, weight_decay=0.05, betas=(0.9, 0.98))
     for step in range(steps):
         if step % PICTURE_STEPS == 0:
-            pixels, prompts, shown = draw(np.random.default_rng([seed, step]), PICTURES)
+            pixels, prompts, shown = draw_pairs(np.random.default_rng([seed, step]), PICTURES)
             words = tokenizer(prompts, padding=True, return_tensors="pt")
             pairs = torch.from_numpy(fits(shown, np.array([meaning(prompt) for prompt in prompts]))).float()
         optimizer.param_groups[0]["lr"] = 1.5e-3 * min(1, (step + 1) / 100) * (1 + np.cos(np.pi * step / steps)) / 2

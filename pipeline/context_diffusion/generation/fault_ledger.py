@@ -1,8 +1,8 @@
-"""Who held what when an engine died: the rules against poison, and the lock that keeps a suspect alone.
+"""Records which shards an engine held when it died, so that a row that kills engines cannot end the job.
 
-A shard that was held at its engine's death runs again row by row, alone in its engine, each row told first; a row at
-which the engine died DEATHS times alone is given up. Plain classes; cluster/dataflow.py makes the Ledger an actor.
-"""
+A shard whose engine died runs again row by row, alone in its engine, and each row is recorded before it
+starts. A row at which the engine died DEATHS times is given up. These are plain classes; cluster/dataflow.py
+makes the Ledger an actor."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ DEATHS = 3
 
 
 class State(NamedTuple):
-    """How many engines load the model and how many are ready; how many shards engines hold; how often at most one engine's
-    process began to load and was never ready; a number that grows with whatever happens."""
+    """The state of a run.
+
+    loading, ready: numbers of engines; held: shards that engines hold; loads: the most times that one
+    engine's process started to load the model without becoming ready; events: a number that grows with every
+    event."""
 
     loading: int
     ready: int
@@ -33,14 +36,15 @@ class State(NamedTuple):
 
 
 class Ledger:
-    """Told which shards an engine holds and, for suspects, at which row it is. Rows are counted from 0 in a shard."""
+    """Knows which shards engines hold and, for suspects, at which row they are. Rows are counted from 0 in a
+    shard."""
 
     def __init__(self) -> None:
         self._held: set[int] = set()
         self._suspects: set[int] = set()
         self._row: dict[int, int] = {}
-        self._deaths: dict[tuple[int, int], int] = {}
-        self._made: set[int] = set()
+        self._deaths: Counter[tuple[int, int]] = Counter()
+        self._finished: set[int] = set()
         self._stopping = False
         self._loading: set[str] = set()
         self._ready: set[str] = set()
@@ -48,72 +52,79 @@ class Ledger:
         self._events = 0
 
     def engine_loads(self, engine: str) -> None:
-        """An engine's process began to load the model, perhaps again."""
+        """Record that an engine's process started to load the model, perhaps again."""
         self._loads[engine] += 1
         self._loading.add(engine)
         self._ready.discard(engine)
-        self.moved()
+        self.record_event()
 
     def engine_ready(self, engine: str) -> None:
+        """Record that an engine has loaded its model."""
         self._loads[engine] = 0
         self._loading.discard(engine)
         self._ready.add(engine)
-        self.moved()
+        self.record_event()
 
-    def moved(self) -> None:
-        """Something went on: the flow does not stand still."""
+    def record_event(self) -> None:
+        """Record an event: the run makes progress."""
         self._events += 1
 
     def state(self) -> State:
-        """What the flow is at."""
+        """Return the state of the run."""
         loads = max(self._loads.values(), default=0)
         return State(len(self._loading), len(self._ready), len(self._held), loads, self._events)
 
     def stop(self) -> None:
-        """No shard begins any more."""
+        """Let no further shard start."""
         self._stopping = True
 
-    def under_way(self) -> tuple[set[int], set[int]]:
-        """The shards that engines hold, and those that they have made, which may not be written yet."""
-        return set(self._held), set(self._made)
+    def in_progress(self) -> tuple[set[int], set[int]]:
+        """Return the shards that engines hold, and those that they have finished, which may not be written
+        yet."""
+        return set(self._held), set(self._finished)
 
     def ask(self, shard: int) -> tuple[bool, list[int]] | None:
-        """Before a shard begins: must it run alone, and which of its rows are given up? None: it must not begin.
+        """Return, before a shard starts, whether it must run alone and which of its rows are given up; None:
+        it must not start.
 
-        A shard that is still held has lost its engine: a task runs once at a time.
+        A shard that is still held has lost its engine, since a task runs once at a time.
         """
         if self._stopping:
             return None
         if shard in self._held:
             self._held.discard(shard)
             if shard in self._row:
-                at = (shard, self._row.pop(shard))
-                self._deaths[at] = self._deaths.get(at, 0) + 1
+                self._deaths[shard, self._row.pop(shard)] += 1
             self._suspects.add(shard)
-        given_up = [row for (s, row), deaths in self._deaths.items() if s == shard and deaths >= DEATHS]
+        given_up = [
+            row for (suspect, row), deaths in self._deaths.items() if suspect == shard and deaths >= DEATHS
+        ]
         return shard in self._suspects, sorted(given_up)
 
     def begun(self, shard: int) -> bool:
-        """Has an engine begun it before?"""
-        return shard in self._suspects or shard in self._made
+        """Return whether an engine has started the shard before."""
+        return shard in self._suspects or shard in self._finished
 
     def hold(self, shard: int) -> None:
+        """Record that an engine holds the shard."""
         self._held.add(shard)
-        self.moved()
+        self.record_event()
 
     def at_row(self, shard: int, row: int) -> None:
+        """Record the row that a suspect shard starts."""
         self._row[shard] = row
-        self.moved()
+        self.record_event()
 
     def release(self, shard: int) -> None:
-        self.moved()
+        """Record that an engine has finished the shard."""
+        self.record_event()
         self._held.discard(shard)
         self._row.pop(shard, None)
-        self._made.add(shard)
+        self._finished.add(shard)
 
 
 class LedgerClient(Protocol):
-    """The Ledger as an engine's process sees it: each call returns when the ledger knows."""
+    """The Ledger as an engine's process sees it: each call returns when the ledger has recorded it."""
 
     def ask(self, shard: int) -> tuple[bool, list[int]] | None: ...
     def hold(self, shard: int) -> None: ...
@@ -122,11 +133,13 @@ class LedgerClient(Protocol):
 
 
 class SharedOrAlone:
-    """A lock that many may share or one may have alone; who waits to be alone goes first."""
+    """A lock that many may share or one may hold alone. Those that wait to be alone go first."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
-        self._sharing, self._waiting, self._alone = 0, 0, False
+        self._sharing = 0
+        self._waiting = 0
+        self._alone = False
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -156,29 +169,35 @@ class SharedOrAlone:
 
 
 class GuardedEngine:
-    """An engine whose shards are entered in the ledger. One for each process, used by its threads together."""
+    """An engine whose shards are recorded in the ledger. One per process, shared by its threads."""
 
     def __init__(self, engine: Engine, ledger: LedgerClient, job: GenerateJob) -> None:
         self.engine, self.ledger, self.job = engine, ledger, job
         self._lock = SharedOrAlone()
 
     def generate_shard(self, shard: int, rows: list[list[Request]]) -> list[Result | Failure]:
-        """The outcomes of a shard's requests, given by row; in order."""
-        while (asked := self.ledger.ask(shard)) is None:
-            time.sleep(1)  # until the run's end takes this process along
-        alone, given_up = asked
+        """Return the outcomes of a shard's requests, given by row, in their order."""
+        while (answer := self.ledger.ask(shard)) is None:
+            time.sleep(1)  # until the end of the run ends this process
+        alone, given_up = answer
         with self._lock.alone() if alone else self._lock.shared():
             self.ledger.hold(shard)
             if alone:
-                outcomes = [o for number, row in enumerate(rows) for o in self._one(shard, number, row, given_up)]
+                outcomes = [
+                    outcome
+                    for number, row in enumerate(rows)
+                    for outcome in self._row_alone(shard, number, row, given_up)
+                ]
             else:
                 outcomes = self.engine.generate([request for row in rows for request in row])
             self.ledger.release(shard)
         return outcomes
 
-    def _one(self, shard: int, number: int, row: list[Request], given_up: list[int]) -> list[Result | Failure]:
+    def _row_alone(
+        self, shard: int, number: int, row: list[Request], given_up: list[int]
+    ) -> list[Result | Failure]:
         if number in given_up:
-            message = f"the engine's process ended {DEATHS} times at this row, alone; see the log"
+            message = f"the engine's process ended {DEATHS} times while it ran this row alone; see the log"
             return [Failure(ErrorCode.ENGINE_CRASH, message) for _ in row]
         if row:
             self.ledger.at_row(shard, number)

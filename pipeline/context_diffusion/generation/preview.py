@@ -1,8 +1,10 @@
-"""A grid of one row's pictures over some of its settings, made in this process as the job's run would make them. No Ray."""
+"""Generate one row at several settings in this process, with the images that the job's run would have. Knows
+no Ray."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pyarrow as pa
@@ -15,90 +17,103 @@ from context_diffusion.core.records import Failure, Pixels, Request, Result
 from context_diffusion.core.schema import ID, SETTINGS
 from context_diffusion.core.settings import did_you_mean
 from context_diffusion.core.uris import parent
-from context_diffusion.generation.local_model import Maker, inputs_of
+from context_diffusion.generation.local_model import LocalModel, inputs_of
 from context_diffusion.generation.stages import LoadImages, requests_of
-from context_diffusion.inputs.manifest_files import Row, expand, open_file, scan_parquet, scan_text
-from context_diffusion.inputs.rows import column_names, read_table, row_id
+from context_diffusion.inputs.manifest_files import Row, expand, open_file, raw_rows
+from context_diffusion.inputs.rows import RowRules, read_table, row_id
+from context_diffusion.inputs.url_policy import allowed_prefixes
 from context_diffusion.models.defaults import resolved_job
 from context_diffusion.models.resolve import find_model
 from context_diffusion.outputs.contact_sheet import Cell
 from context_diffusion.storage.filesystem import Storage
 
-MOST = 144  # pictures of a grid
-VARIED = tuple(name for name in SETTINGS if name != "num_images")  # a cell is one picture
+MAX_CELLS = 144
+VARIED = tuple(name for name in SETTINGS if name != "num_images")  # a cell holds one image
 Axis = tuple[str, list[Any]]  # a row setting and its values
 
 
 def axes_of(texts: list[str]) -> list[Axis]:
-    """`guidance_scale=1,3,5` -> the setting and its values. Raises ConfigError."""
+    """Parse texts such as `guidance_scale=1,3,5` into settings and values. Raises ConfigError."""
     axes: list[Axis] = []
     for text in texts:
         name, equals, listed = text.partition("=")
         if not equals or not listed:
-            raise ConfigError(f"--grid {text}: write setting=value,value: guidance_scale=1,3,5")
+            raise ConfigError(f"--grid {text}: expected setting=value,value, such as guidance_scale=1,3,5")
         if name not in VARIED:
             hint = did_you_mean(name, VARIED)
-            raise ConfigError(f"--grid {text}: {name!r} is no setting that a grid can vary; {hint}")
+            raise ConfigError(f"--grid {text}: {name!r} is not a setting that a grid can vary; {hint}")
         if name in dict(axes):
-            raise ConfigError(f"--grid {text}: {name} stands twice")
+            raise ConfigError(f"--grid {text}: {name} is given twice")
         try:
             axes.append((name, parse(f"[{listed}]")))
         except yaml.YAMLError as error:
             raise ConfigError(f"--grid {text}: the values are not YAML: {error}") from error
     if len(axes) not in (1, 2):
-        raise ConfigError(f"--grid takes one setting or two, columns and lines, not {len(axes)}")
-    if (cells := len(axes[0][1]) * len(axes[-1][1] if axes[1:] else [0])) > MOST:
-        raise ConfigError(f"--grid: {cells} pictures, at most {MOST} make a grid")
+        raise ConfigError(f"--grid takes one or two settings (columns, then rows), not {len(axes)}")
+    if (cells := math.prod(len(values) for _, values in axes)) > MAX_CELLS:
+        raise ConfigError(f"--grid: {cells} images, at most {MAX_CELLS} are allowed")
     return axes
 
 
-def setting_grid(job: GenerateJob, axes: list[Axis], wanted: str | None) -> tuple[str, list[list[Cell]]]:
-    """One row's pictures, a column for each value of the first setting, a line for each of the second, below its query and
-    contexts. wanted: the row's id, else the first. -> the id, rows of a sheet. Raises JobError."""
+def setting_grid(job: GenerateJob, axes: list[Axis], row_name: str | None) -> tuple[str, list[list[Cell]]]:
+    """Generate one row at each combination of the axes.
+
+    row_name: the row's id; None takes the first row. Returns the id and the lines of a contact sheet: the
+    query and the contexts, then a column for each value of the first axis and a line for each of the second.
+    Raises JobError."""
     storage, model = Storage(job.storage_options), find_model(job.model)
     job = resolved_job(job, model.defaults)
-    uri, raw = _find_row(job, storage, wanted)
-    names = column_names(job)
-    (across, columns), (down, lines) = axes[0], axes[1] if axes[1:] else ("", [None])
-    row = raw | {names[ID]: row_id(raw, names), names["num_images"]: 1}  # a seed may follow from the id
-    varied = [row | {names[across]: x} | ({names[down]: y} if down else {}) for y, x in itertools.product(lines, columns)]
-    load = LoadImages(job, _allowed(job, storage), model.image_size, model.contexts, storage)
-    table = load(read_table(varied, 0, job, parent(uri), pa.schema([])))
-    for told, changed in zip(table.to_pylist(), varied, strict=True):
-        if told["error_code"]:
-            where = ", ".join(f"{name}={changed[names[name]]}" for name, _ in axes)
-            raise JobError(f"row {told[ID]!r} with {where}: {told['error_code']}: {told['error_message']}")
-    requests = [one for [one] in requests_of(table, job)]
-    made = iter(_images(Maker(job, model), requests))
-    cells = [[(_label(across, x, down, y), next(made)) for x in columns] for y in lines]
-    return requests[0].id, [inputs_of(requests[0]), *cells]
+    rules = RowRules.of_job(job)
+    uri, raw = _find_row(job, rules.names, storage, row_name)
+    variants = _variants(raw, rules.names, axes)
+    allow = allowed_prefixes(job.allow, expand(job.manifests, storage))
+    table = LoadImages.for_job(job, model, allow, storage)(
+        read_table(variants, 0, rules, parent(uri), pa.schema([]))
+    )
+    for row, variant in zip(table.to_pylist(), variants, strict=True):
+        if row["error_code"]:
+            where = ", ".join(f"{name}={variant[rules.names[name]]}" for name, _ in axes)
+            raise JobError(f"row {row[ID]!r} with {where}: {row['error_code']}: {row['error_message']}")
+    requests = [request for [request] in requests_of(table, job.control_kinds, job.matrix)]
+    images = iter(_images(LocalModel(model, job.cluster.cpu_threads), requests))
+    lines = [[(_label(point), next(images)) for point in points] for points in _points(axes)]
+    return requests[0].id, [inputs_of(requests[0]), *lines]
 
 
-def _label(across: str, x: Any, down: str, y: Any) -> str:
-    return f"{across} {x}" + (f" {down} {y}" if down else "")
+def _points(axes: list[Axis]) -> list[list[dict[str, Any]]]:
+    """Return the settings of each cell, line by line."""
+    (across, columns), *down = axes
+    lines = [{name: value} for name, values in down for value in values] or [{}]
+    return [[{across: value} | line for value in columns] for line in lines]
 
 
-def _images(maker: Maker, requests: list[Request]) -> list[Pixels]:
-    """Raises JobError for one that fails."""
-    outcomes = maker.make(requests)
+def _variants(raw: Row, names: dict[str, str], axes: list[Axis]) -> list[Row]:
+    """Return the raw row with each cell's settings. The id is kept, since a seed may be derived from it."""
+    row = raw | {names[ID]: row_id(raw, names), names["num_images"]: 1}
+    points = itertools.chain.from_iterable(_points(axes))
+    return [row | {names[name]: value for name, value in point.items()} for point in points]
+
+
+def _label(point: dict[str, Any]) -> str:
+    return " ".join(f"{name} {value}" for name, value in point.items())
+
+
+def _images(model: LocalModel, requests: list[Request]) -> list[Pixels]:
+    """Generate the images. Raises JobError for one that fails."""
+    outcomes = model.generate(requests)
     for request, outcome in zip(requests, outcomes, strict=True):
         if isinstance(outcome, Failure):
             raise JobError(f"row {request.id!r}: {outcome.code}: {outcome.message}")
     return [outcome.image for outcome in outcomes if isinstance(outcome, Result)]
 
 
-def _find_row(job: GenerateJob, storage: Storage, wanted: str | None) -> tuple[str, Row]:
-    """-> the manifest's file and the row. Raises ManifestError."""
-    names = column_names(job)
+def _find_row(
+    job: GenerateJob, names: dict[str, str], storage: Storage, row_name: str | None
+) -> tuple[str, Row]:
+    """Return the manifest file and the raw row. Raises ManifestError."""
     for uri in expand(job.manifests, storage):
-        file = open_file(uri, storage)
-        rows = scan_parquet(file, storage, None) if file.format == "parquet" else (row for *_, row in scan_text(file, storage))
-        for row in rows:
-            if wanted is None or row_id(row, names) == wanted:
+        for row in raw_rows(open_file(uri, storage), storage):
+            if row_name is None or row_id(row, names) == row_name:
                 return uri, row
-    what = "has no rows" if wanted is None else f"has no row {wanted!r}"
-    raise ManifestError(f"{', '.join(job.manifests)}: the manifest {what}")
-
-
-def _allowed(job: GenerateJob, storage: Storage) -> list[str]:
-    return job.allow or [parent(uri) for uri in expand(job.manifests, storage)]
+    missing = "has no rows" if row_name is None else f"has no row {row_name!r}"
+    raise ManifestError(f"{', '.join(job.manifests)}: the manifest {missing}")

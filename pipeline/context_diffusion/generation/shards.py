@@ -1,4 +1,5 @@
-"""The planned shards in OUTPUT: a Parquet file of them for each manifest file, and that file's entry in plan.json."""
+"""Read and write the planned shards of OUTPUT: a Parquet file and an entry in plan.json for each manifest
+file."""
 
 from __future__ import annotations
 
@@ -15,11 +16,13 @@ from context_diffusion.inputs.manifest_scan import Scan
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.parquet_files import to_parquet
 
-SCHEMA = pa.schema([(name, pa.int64()) for name in ("number", "file", "first_row", "rows", "group", "offset", "size")])
+SCHEMA = pa.schema(
+    [(name, pa.int64()) for name in ("number", "file", "first_row", "rows", "group", "offset", "size")]
+)
 
 
 def read_shards(output: Output, file: int) -> Iterator[Shard]:
-    """The shards of one manifest file."""
+    """Read the shards of one manifest file."""
     table = pq.read_table(io.BytesIO(output.storage.read(output.shards(file))))
     for batch in table.to_batches(4096):
         columns = [batch.column(name).to_pylist() for name in SCHEMA.names]
@@ -27,12 +30,13 @@ def read_shards(output: Output, file: int) -> Iterator[Shard]:
 
 
 def write_shards(output: Output, file: int, shards: list[Shard]) -> None:
+    """Write the shards of one manifest file, replacing earlier ones."""
     data = to_parquet(pa.Table.from_pylist([vars(shard) for shard in shards], SCHEMA))
     output.storage.replace(output.shards(file), data)
 
 
 def file_record(scanned: Scan, number: int, shards: int) -> dict[str, Any]:
-    """A manifest file's entry in plan.json, with what tells this version of it from others."""
+    """Return a manifest file's entry in plan.json, with the fingerprint of its present version."""
     file = scanned.files[number]
     return {
         "uri": normal(file.uri),

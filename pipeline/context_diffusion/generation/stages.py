@@ -1,7 +1,5 @@
-"""The stages of the flow as plain callables, each from one shard's table to the next. Nothing here knows Ray.
-
-ReadShards -> load_images -> generate (around an engine) -> WriteShard (generation/write_shard.py)
-"""
+"""The stages of the flow as plain callables: ReadShard, LoadImages, generate. write_shard.py has the last
+one. Knows no Ray."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ import pyarrow.compute as pc
 
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.generate_job import GenerateJob
-from context_diffusion.core.job_base import Fit
+from context_diffusion.core.job_base import Fit, Limits
 from context_diffusion.core.records import Control, EngineStats, Failure, Pixels, Request, Result, Shard
 from context_diffusion.core.schema import (
     CONTEXT,
@@ -32,90 +30,111 @@ from context_diffusion.core.schema import (
     to_image,
 )
 from context_diffusion.core.settings import Settings
-from context_diffusion.core.sweep import images_of
+from context_diffusion.core.sweep import Matrix, images_of
 from context_diffusion.core.uris import parent
 from context_diffusion.inputs.context_images import ContextPreprocessing
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.inputs.decode import Size, decode_resized, output_size, statistics
-from context_diffusion.inputs.image_sources import Source, read_bytes
-from context_diffusion.inputs.manifest_files import ManifestFile, Row, read_parquet, read_text, rows_of
-from context_diffusion.inputs.rows import column_names, read_table
+from context_diffusion.inputs.image_sources import ImageSource, read_bytes
+from context_diffusion.inputs.manifest_files import ManifestFile, read_parquet, read_text, rows_of
+from context_diffusion.inputs.rows import RowRules, read_table
+from context_diffusion.models.resolve import ResolvedModel
 from context_diffusion.outputs.output_folder import Output
-from context_diffusion.storage.content_cache import Kept
+from context_diffusion.storage.content_cache import ContentCache
 from context_diffusion.storage.filesystem import Storage
 
-KEPT = Kept(64 * 2**20)  # pictures of this process, whatever shards it loads
-Seen = dict[tuple[str, Hashable], Pixels]
-Made = tuple[Request | None, Result | Failure | None]  # None: the row failed before it came to the engine
+IMAGE_CACHE = ContentCache(64 * 2**20)  # the loaded images of this process, whatever shards it loads
+LoadedByUri = dict[tuple[str, Hashable], Pixels]
+Made = tuple[Request | None, Result | Failure | None]  # None: the row failed before it reached the engine
 
 
 class Engine(Protocol):
-    """The seam: whoever makes pictures. `generate` may be called from several threads at once."""
+    """What generates images. `generate` may be called from several threads at once."""
 
     def generate(self, requests: list[Request]) -> list[Result | Failure]: ...
 
 
 @runtime_checkable
 class Watched(Protocol):
-    """An engine that tells of itself."""
+    """An engine that reports its statistics."""
 
     def stats(self) -> EngineStats: ...
 
 
 class ShardEngine(Protocol):
-    """Makes the images of a shard, given by row; the outcomes come flat and in order."""
+    """Generates the images of one shard, given by row. Outcomes are returned flat, in the order of the
+    requests."""
 
     def generate_shard(self, shard: int, rows: list[list[Request]]) -> list[Result | Failure]: ...
 
 
 @dataclass(frozen=True)
 class ReadShard:
-    """One read task: a shard's rows as one table. (A task of several shards would become one block.)"""
+    """One read task: the rows of one shard as one table. (Ray Data would merge a task of several shards into
+    one block.)"""
 
-    job: GenerateJob
+    rules: RowRules
     file: ManifestFile
     shard: Shard
     passed: pa.Schema
     storage: Storage
-    redo: Output | None = None  # --retry-failed: only the rows that failed in the shard's part there
+    # --retry-failed: read only the rows that failed in this OUTPUT's part of the shard
+    redo: Output | None = None
 
     def __call__(self) -> list[pa.Table]:
-        source, rows = None, list[Row]()
+        source = None
         if self.file.format == "parquet":
             source = read_parquet(self.file, self.shard, self.storage)
-            names = column_names(self.job)
+            names = self.rules.names
             known = [name for name in source.column_names if name in names.values()]
-            rows = rows_of(source.select(known) if names[ID] in known else source)  # a derived id is of the whole row
+            # a derived id hashes the whole row
+            rows = rows_of(source.select(known) if names[ID] in known else source)
         else:
             rows = read_text(self.file, self.shard, self.storage)
         part = self.redo.read_part(self.shard.number, [ID, "status"]) if self.redo else None
         ids = list(dict.fromkeys(part[ID].to_pylist())) if part is not None else None
-        table = read_table(rows, self.shard.number, self.job, parent(self.file.uri), self.passed, source, ids)
+        table = read_table(
+            rows, self.shard.number, self.rules, parent(self.file.uri), self.passed, source, ids
+        )
         if part is not None:
             failed = part.filter(pc.equal(part["status"], "failed"))[ID].combine_chunks()
             table = table.filter(pc.is_in(table[ID], failed))
-        return [table] if len(table) else []  # none: another run was here first, or Ray reads once more what it made
+        # empty: another run has written the shard, or Ray retries a finished read
+        return [table] if len(table) else []
 
 
 @dataclass(frozen=True)
 class LoadImages:
-    """Sources -> pixels at the sizes that the model takes, and the control map."""
+    """Loads a shard's sources as pixels of the sizes that the model takes, and computes the control maps.
 
-    job: GenerateJob
+    control_kinds: the map of each ControlNet; allow: URI prefixes that rows may read; image_size: the model's
+    own; preprocessing: of context images."""
+
+    fit: Fit
+    control_kinds: list[str]
+    limits: Limits
     allow: list[str]
     image_size: int
-    preprocessing: ContextPreprocessing  # of contexts
+    preprocessing: ContextPreprocessing
     storage: Storage
 
+    @classmethod
+    def for_job(
+        cls, job: GenerateJob, model: ResolvedModel, allow: list[str], storage: Storage
+    ) -> LoadImages:
+        """job: with its model's defaults filled in."""
+        return cls(job.fit, job.control_kinds, job.limits, allow, model.image_size, model.contexts, storage)
+
     def __call__(self, table: pa.Table) -> pa.Table:
-        began, seen = time.time(), Seen()
+        began = time.time()
+        loaded_by_uri = LoadedByUri()
         rows, codes, messages = [], [], []
         for row in known_rows(table):
             loaded: dict[str, Any] = dict.fromkeys(LOADED.names)
             code, message = row["error_code"], row["error_message"]
             if code is None:
                 try:
-                    loaded = self._load(row, seen)
+                    loaded = self._load(row, loaded_by_uri)
                 except RowError as error:
                     code, message = str(error.code), error.message
             rows.append(loaded)
@@ -129,135 +148,153 @@ class LoadImages:
             table = table.append_column(name, pa.array([row[name] for row in rows], LOADED.field(name).type))
         return _with_span(table, "load", began)
 
-    def _load(self, row: dict[str, Any], seen: Seen) -> dict[str, Any]:
-        settings = Settings.model_validate_json(row["settings"])
-        query = self._resized(row[QUERY], self.job.fit, settings.width, settings.height, seen)
-        contexts = [self._context(source, seen) for source in row[CONTEXT]]
+    def _load(self, row: dict[str, Any], loaded_by_uri: LoadedByUri) -> dict[str, Any]:
+        settings = Settings.from_trusted_json(row["settings"])
+        query = self._resized(row[QUERY], settings.width, settings.height, loaded_by_uri)
+        contexts = [self._context(source, loaded_by_uri) for source in row[CONTEXT]]
         mean, std = statistics(query)
         return {
             "query_image": to_image(query),
-            "control_images": [to_image(control.pixels) for control in self._controls(row, query, seen)],
+            "control_images": [
+                to_image(control.pixels) for control in self._controls(row, query, loaded_by_uri)
+            ],
             "context_images": [to_image(context) for context in contexts],
             "query_mean": mean,
             "query_std": std,
         }
 
-    def _controls(self, row: dict[str, Any], query: Pixels, seen: Seen) -> tuple[Control, ...]:
-        """Maps that the row brings, or those made of its query."""
-        kinds = self.job.control_kinds
+    def _controls(
+        self, row: dict[str, Any], query: Pixels, loaded_by_uri: LoadedByUri
+    ) -> tuple[Control, ...]:
+        """Return the row's own control maps, or those computed from its query."""
+        kinds = self.control_kinds
         if not kinds or not row[CONTROL_IMAGE]:
             return controls_of(query, kinds)
         if len(row[CONTROL_IMAGE]) != len(kinds):
-            message = f"{CONTROL_IMAGE} has {len(row[CONTROL_IMAGE])} pictures, the job's control {len(kinds)} kinds"
+            message = f"{CONTROL_IMAGE} has {len(row[CONTROL_IMAGE])} images, the job's `control` has {len(kinds)} kinds"
             raise RowError(ErrorCode.INVALID_SETTING, message)
         height, width = query.shape[:2]
-        maps = [self._resized(source, self.job.fit, width, height, seen) for source in row[CONTROL_IMAGE]]
+        maps = [self._resized(source, width, height, loaded_by_uri) for source in row[CONTROL_IMAGE]]
         return tuple(map(Control, kinds, maps))
 
-    def _resized(self, source: Source, fit: Fit, width: int | None, height: int | None, seen: Seen) -> Pixels:
-        def size(wide: int, tall: int) -> Size:
-            return output_size(fit, wide, tall, width, height, self.image_size)
+    def _resized(
+        self, source: ImageSource, width: int | None, height: int | None, loaded_by_uri: LoadedByUri
+    ) -> Pixels:
+        def size(source_width: int, source_height: int) -> Size:
+            return output_size(self.fit, source_width, source_height, width, height, self.image_size)
 
         def decode(data: bytes, name: str) -> Pixels:
-            return decode_resized(data, self.job.limits, name, size, fit)
+            return decode_resized(data, self.limits, name, size, self.fit)
 
-        return self._loaded(source, (fit, width, height, self.image_size), decode, seen)
+        return self._loaded(source, (self.fit, width, height, self.image_size), decode, loaded_by_uri)
 
-    def _context(self, source: Source, seen: Seen) -> Pixels:
+    def _context(self, source: ImageSource, loaded_by_uri: LoadedByUri) -> Pixels:
         def decode(data: bytes, name: str) -> Pixels:
-            return self.preprocessing.decode(data, self.job.limits, name)
+            return self.preprocessing.decode(data, self.limits, name)
 
-        return self._loaded(source, self.preprocessing, decode, seen)
+        return self._loaded(source, self.preprocessing, decode, loaded_by_uri)
 
-    def _loaded(self, source: Source, way: Hashable, decode: Callable[[bytes, str], Pixels], seen: Seen) -> Pixels:
-        """Sources repeat over rows: the small pixels of a URI are kept for the shard's other rows. way: what `decode` depends
-        on."""
+    def _loaded(
+        self,
+        source: ImageSource,
+        way: Hashable,
+        decode: Callable[[bytes, str], Pixels],
+        loaded_by_uri: LoadedByUri,
+    ) -> Pixels:
+        """Return a source's pixels. Sources repeat over the rows of a shard, so the pixels of a URI are kept
+        for them.
+
+        way: what `decode` depends on.
+        """
         key = (source["path"], way)
-        if source["bytes"] is None and key in seen:
-            return seen[key]
-        data = read_bytes(source, self.allow, self.job.limits, self.storage)
+        if source["bytes"] is None and key in loaded_by_uri:
+            return loaded_by_uri[key]
+        data = read_bytes(source, self.allow, self.limits, self.storage)
         name = source["path"] or "inline image"
-        pixels = KEPT.get(data, (way, self.job.limits.max_pixels), lambda: decode(data, name))
+        pixels = IMAGE_CACHE.get(data, (way, self.limits.max_pixels), lambda: decode(data, name))
         if source["bytes"] is None:
-            seen[key] = pixels
+            loaded_by_uri[key] = pixels
         return pixels
 
 
 def _without_bytes(column: pa.ChunkedArray) -> pa.Array:
-    """Sources with their bytes dropped: they are pixels now."""
-    strip = [
-        [{**item, "bytes": None} for item in value] if isinstance(value, list) else value and {**value, "bytes": None}
+    """Drop the bytes of sources whose pixels are loaded."""
+    stripped = [
+        [{**item, "bytes": None} for item in value]
+        if isinstance(value, list)
+        else value and {**value, "bytes": None}
         for value in column.to_pylist()
     ]
-    return pa.array(strip, column.type)
+    return pa.array(stripped, column.type)
 
 
 def _with_span(table: pa.Table, stage: str, began: float) -> pa.Table:
-    """The shard's time in a stage that ends now."""
+    """Add the column of the shard's time in a stage that ends now."""
     return table.append_column(f"{stage}_span", pa.array([span(began)] * len(table), SPAN))
 
 
 def span(began: float) -> dict[str, float]:
-    """From `began`, by time.time(), to now."""
+    """Return the SPAN value from `began`, by time.time(), to now."""
     return {"began": began, "seconds": max(time.time() - began, 0.0)}  # a clock may be set back
 
 
-def requests_of(table: pa.Table, job: GenerateJob) -> list[list[Request]]:
-    """The images to make of each row: none for a failed one, num_images at each combination of the matrix for the others."""
-    wanted: list[list[Request]] = []
-    for row in known_rows(table):
-        wanted.append([])
-        if row["error_code"] is not None:
-            continue
-        settings = Settings.model_validate_json(row["settings"])
-        contexts = tuple(required(context) for context in row["context_images"])
-        for index, own in enumerate(images_of(settings, job.matrix)):
-            wanted[-1].append(
-                Request(
-                    row[ID],
-                    index,
-                    required(row["query_image"]),
-                    tuple(map(Control, job.control_kinds, map(required, row["control_images"]))),
-                    contexts,
-                    row[PROMPT],
-                    row[NEGATIVE_PROMPT],
-                    own,
-                )
-            )
-    return wanted
+def requests_of(table: pa.Table, control_kinds: list[str], matrix: Matrix) -> list[list[Request]]:
+    """Return the requests of each row: none for a failed row, else num_images for each combination of the
+    matrix."""
+    return [
+        [] if row["error_code"] is not None else _requests(row, control_kinds, matrix)
+        for row in known_rows(table)
+    ]
+
+
+def _requests(row: dict[str, Any], control_kinds: list[str], matrix: Matrix) -> list[Request]:
+    query = required(row["query_image"])
+    controls = tuple(map(Control, control_kinds, map(required, row["control_images"])))
+    contexts = tuple(required(context) for context in row["context_images"])
+    return [
+        Request(row[ID], index, query, controls, contexts, row[PROMPT], row[NEGATIVE_PROMPT], settings)
+        for index, settings in enumerate(images_of(Settings.from_trusted_json(row["settings"]), matrix))
+    ]
 
 
 def generate(table: pa.Table, engine: ShardEngine, job: GenerateJob) -> pa.Table:
-    """Hands a shard's rows to the engine and waits for them: a row for each image, and one for each failed row."""
-    began, wanted = time.time(), requests_of(table, job)
-    outcomes = iter(engine.generate_shard(table["shard"][0].as_py(), wanted))
+    """Generate the images of a shard. Returns one row per image, and one per failed row."""
+    began = time.time()
+    requests_by_row = requests_of(table, job.control_kinds, job.matrix)
+    outcomes = iter(engine.generate_shard(table["shard"][0].as_py(), requests_by_row))
     rows: list[int] = []
     index: list[int] = []
-    made: list[Made] = []
-    for number, requests in enumerate(wanted):
-        results: list[Made] = [(request, next(outcomes)) for request in requests]
-        failed = [(request, result) for request, result in results if isinstance(result, Failure)]
-        kept = failed[:1] or results or [(None, None)]  # a row that failed once is one failed row
-        rows += [number] * len(kept)
-        index += range(len(kept))
-        made += kept
-    return _with_span(_with_made(table.take(pa.array(rows, pa.int64())), index, made), "generate", began)
+    results: list[Made] = []
+    for number, requests in enumerate(requests_by_row):
+        of_row: list[Made] = [(request, next(outcomes)) for request in requests]
+        failed = [(request, outcome) for request, outcome in of_row if isinstance(outcome, Failure)]
+        written = failed[:1] or of_row or [(None, None)]  # a row with one failed image is one failed row
+        rows += [number] * len(written)
+        index += range(len(written))
+        results += written
+    return _with_span(
+        _with_results(table.take(pa.array(rows, pa.int64())), index, results), "generate", began
+    )
 
 
-def _with_made(table: pa.Table, index: list[int], made: list[Made]) -> pa.Table:
-    outcomes = [outcome for _, outcome in made]
+def _with_results(table: pa.Table, index: list[int], results: list[Made]) -> pa.Table:
+    """Add the MADE columns, each image's own settings, and the errors of failed images."""
+    outcomes = [outcome for _, outcome in results]
     changed = {
-        "settings": [request and request.settings.model_dump_json() for request, _ in made],  # the image's own
-        "error_code": [str(o.code) if isinstance(o, Failure) else None for o in outcomes],
-        "error_message": [o.message if isinstance(o, Failure) else None for o in outcomes],
+        "settings": [request and request.settings.model_dump_json() for request, _ in results],
+        "error_code": [str(outcome.code) if isinstance(outcome, Failure) else None for outcome in outcomes],
+        "error_message": [outcome.message if isinstance(outcome, Failure) else None for outcome in outcomes],
     }
     for name, values in changed.items():
-        new = pc.coalesce(pa.array(values, pa.string()), table[name])
-        table = table.set_column(table.column_names.index(name), name, new)
-    results = [o if isinstance(o, Result) else None for o in outcomes]
-    columns = {"index": index, "made_image": [to_image(r.image) if r else None for r in results]}
+        column = pc.coalesce(pa.array(values, pa.string()), table[name])
+        table = table.set_column(table.column_names.index(name), name, column)
+    finished = [outcome if isinstance(outcome, Result) else None for outcome in outcomes]
+    columns = {
+        "index": index,
+        "made_image": [to_image(result.image) if result else None for result in finished],
+    }
     for name in set(MADE.names) - set(columns):
-        columns[name] = [getattr(r, name) if r else None for r in results]
+        columns[name] = [getattr(result, name) if result else None for result in finished]
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values, MADE.field(name).type))
     return table

@@ -12,22 +12,28 @@ from typing import Any
 
 import pyarrow as pa
 
-from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED, EXIT_TOO_MANY_FAILED, ConfigError, one_line
+from context_diffusion.core.errors import (
+    EXIT_OK,
+    EXIT_ROWS_FAILED,
+    EXIT_TOO_MANY_FAILED,
+    ConfigError,
+    one_line,
+)
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard
 from context_diffusion.core.schema import CONTEXT, CONTROL_IMAGE, ID, QUERY
 from context_diffusion.core.sweep import combinations
-from context_diffusion.core.uris import normal, parent, protocol
+from context_diffusion.core.uris import normal, protocol
 from context_diffusion.generation.estimate import try_rows
 from context_diffusion.generation.local_model import write_sheet
 from context_diffusion.generation.plan import check_output, part_rows
 from context_diffusion.generation.stages import LoadImages, ReadShard
 from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file, scan_texts
 from context_diffusion.inputs.manifest_scan import Scan, column_warnings
-from context_diffusion.inputs.rows import column_names
-from context_diffusion.inputs.url_policy import PROTOCOLS
+from context_diffusion.inputs.rows import RowRules, column_names
+from context_diffusion.inputs.url_policy import PROTOCOLS, allowed_prefixes
 from context_diffusion.models.defaults import resolved_job
-from context_diffusion.models.resolve import Source, find_model
+from context_diffusion.models.resolve import ResolvedModel, find_model
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
@@ -54,14 +60,13 @@ class MissingPackages:
 
 
 def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> dict[str, Any]:
-    """Scans the whole manifest, loads `sample` rows spread over it that differ in contexts, writes a probe to OUTPUT and
-    takes it away. -> rows, shards, problems of the sampled rows. pictures: where a sheet of their images goes; with it, what
-    the job will take.
+    """Scans the whole manifest, loads `sample` rows spread over it that differ in contexts, writes a probe to
+    OUTPUT and takes it away. -> rows, shards, problems of the sampled rows. pictures: where a sheet of their
+    images goes; with it, what the job will take.
 
-    Raises JobError for what stops the job, StorageError where OUTPUT cannot be written. Bad rows are told, for a run turns
-    them into failed rows; `exit` is what a run would end with by them: 3 where some of the sample fail, 4 where they are more
-    than max_failed allows.
-    """
+    Raises JobError for what stops the job, StorageError where OUTPUT cannot be written. Bad rows are told,
+    for a run turns them into failed rows; `exit` is what a run would end with by them: 3 where some of the
+    sample fail, 4 where they are more than max_failed allows."""
     storage = Storage(job.storage_options)
     model = find_model(job.model)
     job = resolved_job(job, model.defaults)
@@ -70,7 +75,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
     size = part_rows(scan.rows, job.rows_per_part, len(combinations(job.matrix)))
     shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
     missing = _missing_packages(job, files, storage)
-    load = LoadImages(job, job.allow or [parent(file.uri) for file in files], model.image_size, model.contexts, storage)
+    load = LoadImages.for_job(job, model, allowed_prefixes(job.allow, (file.uri for file in files)), storage)
     sampled = _load(load, _sample(job, files, scan, shards, sample, storage), keep=pictures is not None)
     checks = _check_writing(job, model, Output(normal(job.output), storage))
     estimate = _estimate(job, model, sampled.tables, scan.rows, pictures) if pictures else {}
@@ -100,14 +105,16 @@ def _load(load: LoadImages, tables: Iterable[pa.Table], keep: bool) -> Sampled:
     return sampled
 
 
-def _check_writing(job: GenerateJob, model: Source, output: Output) -> dict[str, Any]:
+def _check_writing(job: GenerateJob, model: ResolvedModel, output: Output) -> dict[str, Any]:
     """Check that OUTPUT is this job's or new, and can be written. Raises OutputConflictError, StorageError."""
     if begun := output.storage.exists(output.plan):
         check_output(job, model, output)
     return {"output": output.root, "begun": begun, "creates_once": output.storage.try_writing(output.root)}
 
 
-def _estimate(job: GenerateJob, model: Source, tables: list[pa.Table], rows: int, pictures: str) -> dict[str, Any]:
+def _estimate(
+    job: GenerateJob, model: ResolvedModel, tables: list[pa.Table], rows: int, pictures: str
+) -> dict[str, Any]:
     """Make the images of the sample into a sheet. Returns what the job will take."""
     lines, figures = try_rows(job, model, tables, rows)
     write_sheet(pictures, lines)
@@ -117,7 +124,7 @@ def _estimate(job: GenerateJob, model: Source, tables: list[pa.Table], rows: int
 def _missing_packages(job: GenerateJob, files: list[ManifestFile], storage: Storage) -> MissingPackages:
     """Check the protocols of all rows' sources, those outside of the sample too. Opens no store."""
     missing, known = MissingPackages({}, Counter(), 0), set[str]()
-    names = column_names(job)
+    names = column_names(job.columns)
     columns = [names[name] for name in (QUERY, CONTEXT, CONTROL_IMAGE)]
     for row in chain.from_iterable(scan_texts(file, storage, columns) for file in files):
         uris = {protocol(uri): uri for uri in reversed(NAMED.findall(str(row)))}
@@ -133,7 +140,8 @@ def _missing_packages(job: GenerateJob, files: list[ManifestFile], storage: Stor
 
 
 def _exit_code(job: GenerateJob, rows: int, sampled: int, failed: int, without: int) -> int:
-    """What a run would end with, were all rows as the sampled ones. without: rows that lack a protocol's package for sure."""
+    """What a run would end with, were all rows as the sampled ones. without: rows that lack a protocol's
+    package for sure."""
     if not failed and not without:
         return EXIT_OK
     expected = max(failed, without, rows * failed // max(sampled, 1))
@@ -143,18 +151,20 @@ def _exit_code(job: GenerateJob, rows: int, sampled: int, failed: int, without: 
 def _sample(
     job: GenerateJob, files: list[ManifestFile], scan: Scan, shards: list[Shard], count: int, storage: Storage
 ) -> Iterator[pa.Table]:
-    """So many rows, or all, spread evenly over the manifest, a table for each shard that has one of them. Of the rows from one
-    place to the next, as far as the shard has them, the first whose contexts are new: a manifest of all pairs may have the
-    same contexts at even distances."""
+    """So many rows, or all, spread evenly over the manifest, a table for each shard that has one of them. Of
+    the rows from one place to the next, as far as the shard has them, the first whose contexts are new: a
+    manifest of all pairs may have the same contexts at even distances."""
     count, first, seen = min(count, scan.rows), 0, set[int]()
     wanted = [number * scan.rows // count for number in range(count)]
     for shard in shards:
         here = wanted[bisect_left(wanted, first) : bisect_left(wanted, first + shard.rows)]
         if here:
-            [table] = ReadShard(job, files[shard.file], shard, scan.passed(), storage)()
+            [table] = ReadShard(RowRules.of_job(job), files[shard.file], shard, scan.passed(), storage)()
             places = [row - first for row in here]
             pictures = table.select([QUERY, CONTEXT]).to_pylist()
-            yield table.take([_newest(pictures, *reach, seen) for reach in pairwise([0, *places[1:], shard.rows])])
+            yield table.take(
+                [_newest(pictures, *reach, seen) for reach in pairwise([0, *places[1:], shard.rows])]
+            )
         first += shard.rows
 
 

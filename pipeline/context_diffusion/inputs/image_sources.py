@@ -15,10 +15,10 @@ from context_diffusion.inputs.url_policy import check_allowed
 from context_diffusion.storage.filesystem import Storage
 
 INLINE = "inline"  # how OUTPUT names a source that was bytes in its manifest
-Source = dict[str, Any]  # {"bytes": ..., "path": ...}
+ImageSource = dict[str, Any]  # {"bytes": ..., "path": ...}
 
 
-def as_source(value: Any, base: str) -> Source | None:
+def as_source(value: Any, base: str) -> ImageSource | None:
     """A URI, bytes, or {bytes, path} -> {bytes, path}; None where it is empty. base: the folder of relative URIs."""
     if isinstance(value, bytes):
         value = {"bytes": value}
@@ -32,7 +32,7 @@ def as_source(value: Any, base: str) -> Source | None:
     return {"bytes": None, "path": resolve(str(path), base)} if path else None
 
 
-def as_sources(value: Any, base: str) -> list[Source]:
+def as_sources(value: Any, base: str) -> list[ImageSource]:
     """A list of sources, as a list, a JSON list (CSV), or one alone."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -43,12 +43,12 @@ def as_sources(value: Any, base: str) -> list[Source]:
     return [source for item in listed if (source := as_source(item, base)) is not None]
 
 
-def read_pixels(source: Source, allow: list[str], limits: Limits, storage: Storage, name: str = "inline image") -> Pixels:
+def read_pixels(source: ImageSource, allow: list[str], limits: Limits, storage: Storage, name: str = "inline image") -> Pixels:
     """The picture as it is. allow: URI prefixes; name: what bytes without a path are called. Raises RowError."""
     return decode_image(read_bytes(source, allow, limits, storage), limits, source["path"] or name)
 
 
-def read_bytes(source: Source, allow: list[str], limits: Limits, storage: Storage) -> bytes:
+def read_bytes(source: ImageSource, allow: list[str], limits: Limits, storage: Storage) -> bytes:
     """Those of the file, or those that the row brings. Raises RowError."""
     if source["bytes"] is not None:
         return bytes(source["bytes"])

@@ -109,6 +109,11 @@ def parquet_schema(uri: str, storage: Storage) -> pa.Schema:
     return _parquet(uri, storage, lambda file: file.schema_arrow, "not a readable Parquet file")
 
 
+def raw_rows(file: ManifestFile, storage: Storage) -> Iterator[Row]:
+    """Read all rows of a manifest file. Memory stays flat."""
+    return scan_parquet(file, storage, None) if file.format == "parquet" else (row for *_, row in scan_text(file, storage))
+
+
 def scan_text(file: ManifestFile, storage: Storage) -> Iterator[tuple[int, int, Row]]:
     """All rows of a JSONL or CSV file with the bytes that each stands in: (begin, end, row). Memory stays flat."""
     folders = partitions(file.uri)

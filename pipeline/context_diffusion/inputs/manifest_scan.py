@@ -38,7 +38,7 @@ class Scan:
         planned: Callable[[int], Iterator[str | None]] | None = None,
     ) -> None:
         self.job, self.files, self.storage, self.planned = job, files, storage, planned
-        self.names = column_names(job)
+        self.names = column_names(job.columns)
         self.marks = [*marks, *[0] * (len(files) - len(marks))]
         self.digests, self.marked = [""] * len(files), [""] * len(files)
         self.rows_of = [0] * len(files)

@@ -1,10 +1,12 @@
-"""Raw rows -> the READ table: ids, sources, prompts, settings. What is wrong with a row is written into the row."""
+"""Read raw rows into the READ table: ids, sources, prompts, settings. An invalid row gets an error code instead."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ from pydantic import ValidationError
 
 from context_diffusion.core.errors import ErrorCode, ManifestError, RowError
 from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.job_base import Limits
 from context_diffusion.core.records import derive_id, derive_seed
 from context_diffusion.core.schema import (
     CONTEXT,
@@ -27,70 +30,92 @@ from context_diffusion.core.schema import (
     SETTINGS,
 )
 from context_diffusion.core.settings import Settings
-from context_diffusion.core.sweep import combined
+from context_diffusion.core.sweep import Matrix, check_combinations
 from context_diffusion.inputs.image_sources import as_source, as_sources
 from context_diffusion.inputs.manifest_files import Row
 
 
-def column_names(job: GenerateJob) -> dict[str, str]:
-    """Our column name -> the manifest's."""
-    return {name: job.columns.get(name, name) for name in MANIFEST_COLUMNS}
+@dataclass(frozen=True)
+class RowRules:
+    """What a job says about its rows.
+
+    settings: defaults of the row settings; matrix: overrides of them; seed: what seeds are derived from; columns: our
+    column name -> the manifest's; limits: what an untrusted row may ask for.
+    """
+
+    settings: Settings = field(default_factory=Settings)
+    matrix: Matrix = field(default_factory=dict)
+    seed: int = 0
+    columns: Mapping[str, str] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+
+    @classmethod
+    def of_job(cls, job: GenerateJob) -> RowRules:
+        return cls(job.settings, job.matrix, job.seed, job.columns, job.limits)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Our column name -> the manifest's, for all columns."""
+        return column_names(self.columns)
+
+
+def column_names(columns: Mapping[str, str]) -> dict[str, str]:
+    """Return our column name -> the manifest's for all columns, given a job's `columns`."""
+    return {name: columns.get(name, name) for name in MANIFEST_COLUMNS}
 
 
 def given_id(row: Row, names: dict[str, str]) -> str | None:
-    """The id that the row itself gives; None where it gives none."""
-    given = _storable({"id": row.get(names[ID])})["id"]
-    return None if given is None or given == "" else str(given)
+    """Return the id in the row's own column, or None where the column is empty."""
+    cell = _storable({"id": row.get(names[ID])})["id"]
+    return None if cell is None or cell == "" else str(cell)
 
 
 def row_id(row: Row, names: dict[str, str]) -> str:
-    """The id that the row gives, or one derived from all of it."""
-    given = given_id(row, names)
-    return derive_id(_storable(row)) if given is None else given
+    """Return the id in the row's own column, or one derived from the whole row."""
+    from_column = given_id(row, names)
+    return derive_id(_storable(row)) if from_column is None else from_column
 
 
 def passed_name(name: str) -> str:
-    """The output's name of a manifest column that we don't know."""
+    """Return the output's name of an unknown manifest column, which is copied to the output."""
     return f"manifest_{name}" if name in OUTPUT.names else name
 
 
 def read_table(
     rows: list[Row],
     shard: int,
-    job: GenerateJob,
+    rules: RowRules,
     base: str,
     passed: pa.Schema,
     source: pa.Table | None = None,
     ids: list[str] | None = None,
 ) -> pa.Table:
-    """Make the READ table of one shard.
+    """Build the READ table of one shard.
 
-    base: the manifest's folder, for relative URIs; passed: the manifest's columns that we don't know; source: the rows as
-    Arrow, where the file has them so: those columns are copied from it as they are; ids: those that the rows were planned
-    with, where the rows may say something else now.
+    base: the manifest's folder, for relative URIs; passed: the schema of the unknown columns that are copied to the
+    output; source: the rows as Arrow, if the file is Parquet: unknown columns are then copied from it unchanged; ids:
+    the planned ids, if the rows may have changed since. Raises ManifestError where a row's id differs from its planned id.
     """
-    names = column_names(job)
+    names = rules.names
     storable = [_storable(row) for row in rows]
     for row, planned in zip(storable, ids or [], strict=False):
         if given_id(row, names) not in (None, planned):
             raise ManifestError(
-                f"the row {planned!r} of the plan has the id {given_id(row, names)!r} now: did the manifest change?"
+                f"the plan has the id {planned!r} where the manifest has {given_id(row, names)!r}: did the manifest change?"
             )
-    named = ids or [row_id(row, names) for row in storable]
-    read = [_read_row(row, name, shard, job, base, names) for row, name in zip(storable, named, strict=True)]
+    ids = ids or [row_id(row, names) for row in storable]
+    read = [_read_row(row, id_, shard, rules, base, names) for row, id_ in zip(storable, ids, strict=True)]
     columns = {name: pa.array([row[name] for row in read], READ.field(name).type) for name in READ.names}
-    for field in passed:
-        if source is not None and field.name in source.column_names:
-            columns[PASSED + passed_name(field.name)] = _cast(as_storage(source[field.name]), field.type)
-            continue
-        values = [_as_type(row.get(field.name), field.type) for row in rows]
-        columns[PASSED + passed_name(field.name)] = pa.array(values, field.type)
+    for name, kind in zip(passed.names, passed.types, strict=True):
+        if source is not None and name in source.column_names:
+            columns[PASSED + passed_name(name)] = _cast(as_storage(source[name]), kind)
+        else:
+            columns[PASSED + passed_name(name)] = pa.array([_as_type(row.get(name), kind) for row in rows], kind)
     return pa.table(columns)
 
 
 def _storable(row: Row) -> Row:
-    """Half a surrogate pair is JSON but no UTF-8: such text would end the shard, so it is marked where it stands. NaN is what
-    is missing: null."""
+    """Replace what Arrow cannot store: half a surrogate pair (valid JSON, invalid UTF-8) by `?`, NaN by null."""
 
     def mend(value: Any) -> Any:
         if isinstance(value, float) and math.isnan(value):
@@ -102,22 +127,23 @@ def _storable(row: Row) -> Row:
     return {name: mend(value) for name, value in row.items()}
 
 
-def _read_row(row: Row, name: str, shard: int, job: GenerateJob, base: str, names: dict[str, str]) -> Row:
-    read: Row = dict.fromkeys(READ.names)
-    read["shard"], read[ID] = shard, name
+def _read_row(row: Row, id_: str, shard: int, rules: RowRules, base: str, names: dict[str, str]) -> Row:
+    read: Row = dict.fromkeys(READ.names) | {"shard": shard, ID: id_}
     try:
-        read[PROMPT], read[NEGATIVE_PROMPT] = (_prompt(row.get(names[n]), n, job) for n in (PROMPT, NEGATIVE_PROMPT))
+        for column in (PROMPT, NEGATIVE_PROMPT):
+            read[column] = _prompt(row.get(names[column]), column, rules.limits)
         read[QUERY] = as_source(row.get(names[QUERY]), base)
-        read[CONTEXT], read[CONTROL_IMAGE] = (as_sources(row.get(names[n]), base) for n in (CONTEXT, CONTROL_IMAGE))
-        _check_id(read[ID])
-        read["settings"] = _settings(row, names, job, read[ID]).model_dump_json()
+        for column in (CONTEXT, CONTROL_IMAGE):
+            read[column] = as_sources(row.get(names[column]), base)
+        _check_id(id_)
+        read["settings"] = _settings(row, names, rules, id_).model_dump_json()
         if read[QUERY] is None:
             raise RowError(ErrorCode.NO_QUERY, f"the column {names[QUERY]!r} is empty")
         if not read[CONTEXT]:
             raise RowError(ErrorCode.NO_CONTEXT, f"the column {names[CONTEXT]!r} is empty; a row needs one or more")
-        if (count := len(read[CONTEXT])) > job.limits.max_contexts:
+        if (count := len(read[CONTEXT])) > rules.limits.max_contexts:
             read[CONTEXT] = None
-            message = f"{names[CONTEXT]} has {count} pictures, allowed are {job.limits.max_contexts}"
+            message = f"{names[CONTEXT]} has {count} images, at most {rules.limits.max_contexts} are allowed"
             raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
     except RowError as error:
         read["error_code"], read["error_message"] = str(error.code), error.message
@@ -126,26 +152,27 @@ def _read_row(row: Row, name: str, shard: int, job: GenerateJob, base: str, name
 
 def _check_id(row: str) -> None:
     if "\0" in row or any(part in (".", "..") for part in re.split(r"[/\\]", row)):
-        raise RowError(ErrorCode.INVALID_ID, f"the id {row[:200]!r} is a way out of a folder; ids hold no `.` or `..` parts")
+        raise RowError(ErrorCode.INVALID_ID, f"the id {row[:200]!r} has a path part `.` or `..`, or a null byte")
 
 
-def _prompt(value: Any, name: str, job: GenerateJob) -> str | None:
-    """The cell's text; "" is a prompt that says nothing, null is none: some models tell them apart."""
+def _prompt(value: Any, name: str, limits: Limits) -> str | None:
+    """Return the cell's text. An empty text stays "" and null stays None, since some models distinguish them."""
     if value is None:
         return None
     text = str(value)
-    if len(text) > job.limits.max_prompt_characters:
+    if len(text) > limits.max_prompt_characters:
         raise RowError(
             ErrorCode.PROMPT_TOO_LONG,
-            f"{name} has {len(text)} characters, allowed are {job.limits.max_prompt_characters}: {text[:60]!r}...",
+            f"{name} has {len(text)} characters, at most {limits.max_prompt_characters} are allowed: {text[:60]!r}...",
         )
     return text
 
 
-def _settings(row: Row, names: dict[str, str], job: GenerateJob, row_name: str) -> Settings:
-    own = {name: _plain(row[names[name]], name) for name in SETTINGS if row.get(names[name]) is not None}
+def _settings(row: Row, names: dict[str, str], rules: RowRules, id_: str) -> Settings:
+    """Return the row's settings over the job's, with a seed. This is where settings are validated, once."""
+    cells = {name: _plain(row[names[name]], name) for name in SETTINGS if row.get(names[name]) is not None}
     try:
-        settings = Settings.model_validate(job.settings.model_dump() | own)
+        settings = Settings.model_validate(rules.settings.model_dump() | cells)
     except ValidationError as error:
         first = error.errors()[0]
         where = str(first["loc"][0]) if first["loc"] else "settings"
@@ -153,16 +180,16 @@ def _settings(row: Row, names: dict[str, str], job: GenerateJob, row_name: str) 
         code = ErrorCode.UNKNOWN_SCHEDULER if where == "scheduler" else ErrorCode.INVALID_SETTING
         raise RowError(code, f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
     try:
-        combined(settings, job.matrix)
+        check_combinations(settings, rules.matrix)
     except ValueError as error:
         raise RowError(ErrorCode.INVALID_SETTING, str(error)) from None
     if settings.seed is None:
-        settings = settings.model_copy(update={"seed": derive_seed(job.seed, row_name)})
+        settings = settings.model_copy(update={"seed": derive_seed(rules.seed, id_)})
     return settings
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A cell as the settings' model takes it: CSV text parsed, whole floats as integers, numpy lists as lists."""
+    """Convert a cell to what Settings accepts: CSV text is parsed, whole floats become integers."""
     if isinstance(value, str) and name != "scheduler":
         try:
             value = json.loads(value)
@@ -175,14 +202,14 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def as_storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of an extension type (a tensor, bool8) as what it is stored as: readers need not know the extension."""
+    """Convert a column of an extension type (a tensor, bool8) to its storage type, which every reader knows."""
     if not isinstance(column.type, pa.BaseExtensionType):
         return column
     return pa.chunked_array([chunk.storage for chunk in column.chunks], storage_type(column.type))
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column as its type over the whole manifest; lists and structs beside a text file's column become JSON."""
+    """Cast a column to its type over the whole manifest; lists and structs become JSON where that type is text."""
     try:
         return column.cast(kind)
     except pa.ArrowException:
@@ -190,11 +217,12 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
 
 
 def storage_type(kind: pa.DataType) -> pa.DataType:
+    """Return the storage type of an extension type, and other types unchanged."""
     return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
 def _as_type(value: Any, kind: pa.DataType) -> Any:
-    """A value of a passed column as its type holds it; text where types differ over the manifest."""
+    """Convert a value of a copied column to its type; to JSON text where types differ over the manifest."""
     if value is None or not pa.types.is_string(kind):
         return value
     return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import re
 import socket
+from collections.abc import Iterable
 from urllib.parse import unquote, urlsplit
 
 from context_diffusion.core.errors import ErrorCode, RowError
@@ -13,6 +14,11 @@ from context_diffusion.core.uris import is_local, local_path, normal, parent, pr
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052: an IPv4 address in its last four bytes
 PROTOCOLS = {"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https", "hf", "memory"}
+
+
+def allowed_prefixes(allow: list[str], manifests: Iterable[str]) -> list[str]:
+    """Return the URI prefixes that rows may read: the job's `allow`, else the folders of its manifest files."""
+    return allow or list(dict.fromkeys(parent(uri) for uri in manifests))
 
 
 def check_allowed(uri: str, allow: list[str]) -> None:

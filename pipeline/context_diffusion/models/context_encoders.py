@@ -1,4 +1,5 @@
-"""The context encoder: a vision tower of CLIP, SigLIP or DINOv2, by folder or hub id, or the small one of our own.
+"""The context encoder: a vision tower of CLIP, SigLIP or DINOv2, by folder or hub id, or the small one that
+is trained along.
 
 The only place that knows how they differ. N pictures  S pixels a side  P patches  D_v width
 """
@@ -24,16 +25,16 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
 )
 
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.training_job import SMALL, Architecture
+from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD
 
-# By the config's model_type: the vision tower's class, and the pixels' mean and deviation where no preprocessor_config.json
+# By the config's model_type: the vision tower's class, and the pixels' mean and std where no
+# preprocessor_config.json
 # says so. A full CLIP or SigLIP checkpoint gives its vision tower.
-_CLIP = (CLIPVisionModel, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+_CLIP = (CLIPVisionModel, list(CLIP_MEAN), list(CLIP_STD))
 _SIGLIP = (SiglipVisionModel, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
 ENCODERS: dict[str, tuple[Any, list[float], list[float]]] = {
     "clip": _CLIP,
@@ -47,7 +48,8 @@ ENCODERS: dict[str, tuple[Any, list[float], list[float]]] = {
 
 @dataclass(frozen=True)
 class ContextEncoder:
-    """model: of a class of ENCODERS; size: pixels a side of what it sees; mean, std: of its pixels in [0, 1]."""
+    """A vision tower. model: of a class of ENCODERS; size: pixels a side of its input; mean, std: of its
+    pixels in [0, 1]."""
 
     model: Any
     size: int
@@ -56,7 +58,8 @@ class ContextEncoder:
 
 
 def make_encoder(sizes: Architecture) -> ContextEncoder:
-    """Of fresh weights, to be trained, or pretrained and frozen, as architecture.context_encoder says."""
+    """Build the encoder that architecture.context_encoder names: small with fresh weights, or pretrained and
+    frozen."""
     if sizes.context_encoder != SMALL:
         return load_encoder(sizes.context_encoder)
     config = CLIPVisionConfig(
@@ -67,11 +70,11 @@ def make_encoder(sizes: Architecture) -> ContextEncoder:
         image_size=sizes.image_size,
         patch_size=sizes.context_patch,
     )
-    return ContextEncoder(CLIPVisionModel(config), sizes.image_size, list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD))
+    return ContextEncoder(CLIPVisionModel(config), sizes.image_size, list(CLIP_MEAN), list(CLIP_STD))
 
 
 def load_encoder(name: str) -> ContextEncoder:
-    """A pretrained one, frozen, with what its preprocessor does to pixels. Raises ModelError."""
+    """Load a pretrained encoder, frozen, with the mean and std of its preprocessor. Raises ModelError."""
     model = load_vision_model(name).requires_grad_(False).eval()
     _, mean, std = ENCODERS[model.config.model_type]
     try:
@@ -86,8 +89,10 @@ def load_encoder(name: str) -> ContextEncoder:
 
 
 def load_vision_model(name: str | Path) -> Any:
-    """The vision tower in a folder or under a hub id, of the class that its config names; safetensors, no remote code.
-    Raises ModelError for what is none, or lacks weights."""
+    """Load the vision tower of a folder or hub id, of the class that its config names; safetensors, no remote
+    code.
+
+    Raises ModelError for an unknown kind of model or missing weights."""
     known = f"`{SMALL}`, or a folder or hub id of CLIP, SigLIP or DINOv2 (model_type {', '.join(ENCODERS)})"
     try:
         kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
@@ -101,7 +106,7 @@ def load_vision_model(name: str | Path) -> Any:
         model, info = component.from_pretrained(name, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"context encoder {str(name)!r} cannot be loaded as {component.__name__}: {error}") from error
-    if info["missing_keys"]:  # transformers would go on with random ones
+    if info["missing_keys"]:  # transformers would use random ones
         missing = sorted(info["missing_keys"])
         raise ModelError(
             f"context encoder {str(name)!r}: {len(missing)} weights of {component.__name__} are missing: {missing[:3]}"
@@ -110,10 +115,10 @@ def load_vision_model(name: str | Path) -> Any:
 
 
 def patch_tokens(model: Any, values: Tensor) -> Tensor:
-    """Pixels (N, 3, S, S) as the encoder takes them -> its patches' tokens (N, P, D_v), row by row.
+    """Encode normalised pixels (N, 3, S, S) to the tokens of the patches (N, P, D_v), row by row.
 
-    What stands before the patches is left out: a class token (CLIP, DINOv2; SigLIP has none), DINOv2's registers. S need
-    be neither the size that DINOv2 was trained at nor a multiple of the patches': the rim that is left over is not seen.
-    """
+    The tokens before the patches are dropped: a class token (CLIP, DINOv2; SigLIP has none), DINOv2's
+    registers. S need be neither the size that DINOv2 was trained at nor a multiple of the patch size: a
+    remaining border is not encoded."""
     patches = (values.shape[2] // model.config.patch_size) * (values.shape[3] // model.config.patch_size)
     return model(pixel_values=values).last_hidden_state[:, -patches:]

@@ -1,9 +1,8 @@
-"""What a model is used with where a job or a call leaves it out: its published settings, and its ControlNet's map. No torch.
+"""A model's own defaults: its published settings and its ControlNets' control maps. Knows no torch.
 
-Sources: the model cards of stable-diffusion-xl-base-1.0 (40 steps), control_v11p_sd15_canny (30 steps of a multistep
-solver), controlnet-canny-sdxl-1.0 (scale .5); the defaults of diffusers' pipelines (guidance 7.5 and 5); IP-Adapter's
-README (a scale about .5 beside a prompt, its notebooks .6).
-"""
+Sources: the model cards of stable-diffusion-xl-base-1.0 (40 steps), control_v11p_sd15_canny (30 steps of a
+multistep solver), controlnet-canny-sdxl-1.0 (scale .5); the defaults of diffusers' pipelines (guidance 7.5
+and 5); IP-Adapter's README (a scale about .5 beside a prompt, its notebooks .6)."""
 
 from __future__ import annotations
 
@@ -42,8 +41,10 @@ CONTROLNETS: dict[str, tuple[ControlName, float]] = {
 
 @dataclass(frozen=True)
 class Defaults:
-    """settings: row settings by name. control: a map for each ControlNet; None: nobody knows what they were trained on.
-    controlnets: their names, as messages tell them."""
+    """The defaults of a model.
+
+    settings: row settings by name. control: a map for each ControlNet; None: it is unknown what they were
+    trained on. controlnets: their names, for messages."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     control: tuple[str, ...] | None = ("gray",)
@@ -51,10 +52,10 @@ class Defaults:
 
 
 def stable_diffusion_defaults(xl: bool, scheduler: Mapping[str, Any], controlnets: list[str]) -> Defaults:
-    """Of a base and its ControlNets. scheduler: the base's scheduler_config."""
+    """Return the defaults of a base and its ControlNets. scheduler: the base's scheduler_config."""
     settings = SDXL if xl else SD15
-    if own := SCHEDULERS.get(str(scheduler.get("_class_name"))):
-        settings = settings | {"scheduler": own}
+    if name := SCHEDULERS.get(str(scheduler.get("_class_name"))):
+        settings = settings | {"scheduler": name}
     known = [CONTROLNETS.get(net) for net in controlnets]
     scales = [net[1] if net else 1.0 for net in known]
     if set(scales) > {1.0} or (scales and scales[0] != 1.0):
@@ -64,12 +65,13 @@ def stable_diffusion_defaults(xl: bool, scheduler: Mapping[str, Any], controlnet
 
 
 def resolved_settings(defaults: Defaults, given: Settings) -> Settings:
-    """What was given, over the model's own defaults, over those of Settings."""
+    """Return the given settings, completed by the model's defaults, then by those of Settings."""
     return Settings.model_validate(defaults.settings | given.model_dump(include=given.model_fields_set))
 
 
 def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> list[str]:
-    """The control map of each ControlNet, [] where none runs. Raises ConfigError where it must be said, or does not fit."""
+    """Return the control map of each ControlNet, [] if none runs. Raises ConfigError if it is unknown or does
+    not fit."""
     if given is None:
         if defaults.control is None:
             names = ", ".join(defaults.controlnets)
@@ -89,7 +91,7 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
 
 
 def resolved_job(job: GenerateJob, defaults: Defaults) -> GenerateJob:
-    """The job with what it leaves out filled in by its model. Raises ConfigError."""
+    """Return the job with what it leaves out taken from its model's defaults. Raises ConfigError."""
     kinds = resolved_control(defaults, job.control)
     settings = resolved_settings(defaults, job.settings)
     return job.model_copy(update={"control": kinds or "disabled", "settings": settings})

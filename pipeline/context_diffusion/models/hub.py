@@ -1,6 +1,6 @@
 """Files of a part of a model: in a folder, or on the Hugging Face Hub at a commit. No torch.
 
-The hub's own cache and locks see to it that a file is downloaded once a node; HF_HUB_OFFLINE is respected.
+The hub's own cache and locks ensure that a file is downloaded once per node; HF_HUB_OFFLINE is respected.
 """
 
 from __future__ import annotations
@@ -15,33 +15,35 @@ from context_diffusion.core.errors import ModelError, one_line
 
 
 def split(part: str) -> tuple[str, str]:
-    """OWNER/NAME/some/folder -> its hub id and the folder in it."""
+    """Split OWNER/NAME/some/folder into the hub id and the folder in it."""
     owner, _, rest = part.partition("/")
     name, _, folder = rest.partition("/")
     return f"{owner}/{name}", folder
 
 
 def commit_of(repo: str, revision: str | None) -> str:
-    """A branch, a tag or None for the newest -> the commit. Asks the hub, and the cache where the hub is out of reach."""
+    """Return the commit of a branch, a tag or None for the newest; from the cache if the hub is out of
+    reach."""
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     try:
-        found = HfApi().model_info(repo, revision=revision).sha
+        commit = HfApi().model_info(repo, revision=revision).sha
     except HFValidationError as error:
         raise ModelError(f"model: {repo!r} is neither a folder that is here nor a hub id: {error}") from error
     except HfHubHTTPError as error:
         hint = "check the name and the revision; a private or gated one needs HF_TOKEN"
         raise ModelError(f"model: the hub has no {repo} at {revision or 'main'} for us ({error}); {hint}") from error
     except Exception as error:  # what a network's absence leads the client to
-        kept = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs" / (revision or "main")
-        if not kept.is_file():
+        cached = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs" / (revision or "main")
+        if not cached.is_file():
             raise ModelError(f"model: {repo} is not in the cache and the hub is out of reach: {_hint(error)}") from error
-        found = kept.read_text().strip()
-    return str(found)
+        commit = cached.read_text().strip()
+    return str(commit)
 
 
 def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
-    """A file of a part (or all of it, where name is empty), downloaded where it must be. Raises ModelError."""
+    """Return the path of a part's file, or of the whole part if name is empty; download it if needed. Raises
+    ModelError."""
     local = Path(part)
     if local.exists():
         return local / name if name else local
@@ -59,7 +61,7 @@ def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
 
 
 def fetch_optional(part: str, name: str, revision: dict[str, str]) -> Path | None:
-    """Fetch a file that a part may lack; None where it does. Raises ModelError where that cannot be found out."""
+    """Fetch a file that a part may lack; None: it does. Raises ModelError if that cannot be determined."""
     try:
         path = fetch(part, name, revision)
     except ModelError as error:
@@ -72,7 +74,7 @@ def fetch_optional(part: str, name: str, revision: dict[str, str]) -> Path | Non
 
 
 def obstacle_to(repo: str, timeout_s: float) -> str | None:
-    """What forbids to download a repository now; None where the hub answers for it. Downloads nothing."""
+    """Return why a repository cannot be downloaded now; None: it can. Downloads nothing."""
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE forbids the download"
     try:

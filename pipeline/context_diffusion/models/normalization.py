@@ -1,7 +1,8 @@
-"""Dynamic normalisation: each picture's own mean and deviation are measured, removed, and may be restored at the end;
-what is removed, and which colours lie from dark to light, can go to the model as numbers.
+"""Dynamic normalisation: each image's own mean and std are measured and removed, and may be restored at the
+end.
 
-Every function treats its pictures one by one. N pictures  H W pixels
+The removed statistics, and the mean colours from dark to light, can be given to the model as numbers.
+Every function treats its images one by one. N images  H W pixels
 """
 
 from __future__ import annotations
@@ -13,18 +14,17 @@ from torch.nn import functional as F
 from context_diffusion.core.job_base import NormalizationKind
 from context_diffusion.models.texture_features import TEXTURE_STATISTICS, describe_textures
 
-LEVEL = 1 / 255  # the smallest deviation: a constant picture becomes 0, not NaN
+LEVEL = 1 / 255  # the smallest std: a constant image becomes 0, not NaN
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 TONES, TONE_SIDE = 8, 32  # steps from dark to light; pixels a side that are sorted into them
 STATISTICS = 3 + 3 + 3 * TONES + TEXTURE_STATISTICS
 
 
 def normalise(images: Tensor, kind: NormalizationKind) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 (N, 3, H, W) -> float values, and the measured mean and deviation (N, 3) of [0, 1].
+    """Normalise uint8 (N, 3, H, W); return float values, and the measured mean and std (N, 3) of [0, 1].
 
-    channel: each channel of a picture gets mean 0 and deviation 1. image: all its channels together, so that its hues
-    stay. none: values in [0, 1]; what is measured, by channel, is not removed.
-    """
+    kind `channel`: each channel of an image gets mean 0 and std 1. `image`: all its channels together, so
+    that its hues stay. `none`: values in [0, 1]; mean and std are measured by channel and not removed."""
     values = images.float() / 255
     mean, std = _measure(values, kind)
     if kind != "none":
@@ -33,9 +33,11 @@ def normalise(images: Tensor, kind: NormalizationKind) -> tuple[Tensor, Tensor, 
 
 
 def describe(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> (N, STATISTICS), about -2 to 2: mean and deviation of each channel, and the mean colour of each
-    eighth of the pixels from the darkest to the lightest: the curve by which a palette dresses tones (as histogram
-    matching does, Reinhard et al. 2001 with more than two moments); then its textures."""
+    """Describe uint8 (N, 3, H, W) by (N, STATISTICS) numbers of about -2 to 2.
+
+    They are the mean and std of each channel; the mean colour of each eighth of the pixels from the darkest
+    to the lightest, which maps tones to colours (as histogram matching does; Reinhard et al. 2001 with more
+    than two moments); and its textures."""
     values = images.float() / 255
     mean, std = _measure(values, "channel")
     pixels = F.adaptive_avg_pool2d(values, TONE_SIDE).flatten(2)
@@ -46,15 +48,15 @@ def describe(images: Tensor) -> Tensor:
 
 
 def lightness_of(values: Tensor) -> Tensor:
-    """Float (N, 3, H, W) -> (N, 1, H, W), in their units."""
+    """Return the luma (N, 1, H, W) of float (N, 3, H, W), in the same units."""
     return (values * values.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
 
 
 def restore(images: Tensor, contexts: Tensor, weights: Tensor) -> Tensor:
-    """Gives pictures (N, 3, H, W) in [0, 1] the contexts' statistics: each channel's own mean and deviation are moved to
-    the weighted mean of the contexts' (colour transfer after Reinhard et al. 2001, in RGB).
+    """Give images (N, 3, H, W) in [0, 1] the contexts' statistics: each channel's own mean and std are moved
+    to the weighted mean of the contexts' (colour transfer after Reinhard et al. 2001, in RGB).
 
-    contexts: uint8 (M, 3, S, S); weights: (M,) >= 0. The pictures come back as they are where all weights are 0.
+    contexts: uint8 (M, 3, S, S); weights: (M,) >= 0. The images are returned unchanged if all weights are 0.
     """
     if not bool((weights > 0).any()):
         return images
@@ -65,6 +67,6 @@ def restore(images: Tensor, contexts: Tensor, weights: Tensor) -> Tensor:
 
 
 def _measure(values: Tensor, kind: NormalizationKind) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (N, 3) by channel; (N, 1) for `image`."""
+    """Return mean and std, (N, 3) by channel; (N, 1) for kind `image`."""
     rows = values.flatten(1)[:, None] if kind == "image" else values.flatten(2)
     return rows.mean(2), torch.std(rows, 2, correction=0)

@@ -1,4 +1,5 @@
-"""Where a model comes from and which version it is. No torch: the driver asks before any engine starts."""
+"""Resolve a job's `model:` to folders and commits. Knows no torch: the driver resolves it before any engine
+starts."""
 
 from __future__ import annotations
 
@@ -23,13 +24,12 @@ COMPONENTS = ("vae", "unet", "controlnet", "image_encoder", "text_encoder", "fus
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model as it was found. folder: of a native one; parts: of all others and of what the hub holds, every hub id at a
-    commit.
+class ResolvedModel:
+    """A model and its exact version.
 
-    revision: a digest; other weights are another model. image_size: pixels. contexts: how context images are prepared.
-    defaults: what holds where a job leaves it out.
-    """
+    folder: of a native model. parts: of any other model, and of a native one on the hub; every hub id at a
+    commit. revision: a digest over the weights' version. image_size: pixels. contexts: how context images are
+    prepared. defaults: the settings that a job which leaves them out gets."""
 
     name: str
     folder: Path | None
@@ -41,7 +41,8 @@ class Source:
 
 
 def model_folder(model: str) -> Path:
-    """The folder of a native model by its name: `bundled` or a folder. Raises ModelError naming what is missing."""
+    """Return the folder of a native model: `bundled` or a folder. Raises ModelError naming what is
+    missing."""
     folder = BUNDLED if model == "bundled" else Path(model)
     if not folder.is_dir():
         raise ModelError(f"model: {model!r} is neither `bundled` nor a folder that is here")
@@ -50,9 +51,10 @@ def model_folder(model: str) -> Path:
     return folder
 
 
-def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Source:
-    """Looks up names, folders and hub ids; small files alone are downloaded. commits: of hub ids, found earlier. Raises
-    ModelError naming the part."""
+def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> ResolvedModel:
+    """Resolve a name, a folder or a hub id; only small files are downloaded.
+
+    commits: known commits by hub id. Raises ModelError naming the part."""
     if isinstance(model, str) and model not in PRESETS:
         if model == "bundled" or Path(model).is_dir():
             index = read_json(str(model_folder(model)), "model_index.json", {})
@@ -75,15 +77,15 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Sou
     return _stable_diffusion(name, parts, index)
 
 
-def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None = None) -> Source:
+def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None = None) -> ResolvedModel:
     for part in COMPONENTS:
         if not (folder / part).is_dir():
             raise ModelError(f"model: {folder} lacks the component {part}/; copy the whole model folder")
-    return Source(name, folder, parts, digest(folder), index["image_size"], SquareCrop(index["context_size"]))
+    return ResolvedModel(name, folder, parts, digest(folder), index["image_size"], SquareCrop(index["context_size"]))
 
 
-def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> Source:
-    """A Stable Diffusion with its parts. index: the base's model_index.json."""
+def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> ResolvedModel:
+    """Resolve a Stable Diffusion and its parts. index: the base's model_index.json."""
     unet, vae, scheduler = (
         read_json(parts.base, f"{folder}/{file}", parts.revision)
         for folder, file in (("unet", "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json"))
@@ -91,12 +93,12 @@ def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> Source:
     image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     xl = "StableDiffusionXL" in str(index.get("_class_name"))
     defaults = stable_diffusion_defaults(xl, scheduler, parts.controlnets)
-    return Source(name, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults)
+    return ResolvedModel(name, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults)
 
 
 def _preprocessing(parts: Parts, index: dict[str, Any]) -> ImageProcessor:
-    """What the image encoder's own preprocessor_config.json says; without one the base's, where it fits the encoder, else
-    CLIP's at the encoder's size: what diffusers takes."""
+    """Return the preprocessing of context images, as diffusers chooses it: by the image encoder's own
+    preprocessor_config.json, else by the base's if it fits the encoder, else CLIP's at the encoder's size."""
     if parts.image_encoder is None:
         return image_processor(None, 224, parts.base)
     side = read_json(parts.image_encoder, "config.json", parts.revision)["image_size"]
@@ -122,17 +124,17 @@ def _parsed(path: Path, part: str) -> dict[str, Any]:
 
 
 def _revision(parts: Parts) -> str:
-    """Over what the parts say: hub ids by commit, folders and files by their bytes."""
-    told = parts.model_dump(mode="json")
-    told["local"] = {part: digest(Path(part)) for part in parts.all if Path(part).exists()}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    """Return a digest over the parts: hub ids by commit, folders and files by their bytes."""
+    fields = parts.model_dump(mode="json")
+    fields["local"] = {part: digest(Path(part)) for part in parts.all if Path(part).exists()}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def digest(path: Path) -> str:
-    """Over the names and bytes of a folder's files, or over a file's bytes."""
-    found = hashlib.sha256()
+    """Return a digest over the names and bytes of a folder's files, or over a file's bytes."""
+    total = hashlib.sha256()
     files = [path] if path.is_file() else (p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt"))
     for file in sorted(files):
         with file.open("rb") as opened:
-            found.update(f"{file.relative_to(path)}\0".encode() + hashlib.file_digest(opened, "sha256").digest())
-    return found.hexdigest()[:16]
+            total.update(f"{file.relative_to(path)}\0".encode() + hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()[:16]

@@ -22,26 +22,26 @@ TIMES = ("created_at", "seconds")  # stand in the part alone: what is created mu
 
 def place(output: Output, job: GenerateJob, shard: int, rows: Rows, pictures: list[bytes | None]) -> None:
     """Stores each row's picture (None: it has none); fills in file_name, sha256 and image. What stands there stays."""
-    if job.pictures_in in ("files", "both"):
+    if job.images_in in ("files", "both"):
         _files(output, job, shard, rows, pictures)
-    elif job.pictures_in == "webdataset":
+    elif job.images_in == "webdataset":
         _tar(output, job, shard, rows, pictures)
     for row, picture in zip(rows, pictures, strict=True):
         if picture is not None:
             row["sha256"] = hashlib.sha256(picture).hexdigest()
-            if job.pictures_in in ("parquet", "both"):
+            if job.images_in in ("parquet", "both"):
                 row["image"] = {"bytes": picture, "path": row.get("file_name")}
 
 
 def picture_name(job: GenerateJob, row: dict[str, Any]) -> str:
     """Of a row's picture, in its folder or tar."""
-    key = tar_key(row[ID]) if job.pictures_in == "webdataset" else safe_name(row[ID])
-    return f"{key}-{row['index']}.{job.picture_format}"
+    key = tar_key(row[ID]) if job.images_in == "webdataset" else safe_name(row[ID])
+    return f"{key}-{row['index']}.{job.file_format}"
 
 
 def standing(output: Output, job: GenerateJob, shard: int) -> set[str]:
     """The names of the pictures that an earlier attempt at the shard left."""
-    if job.pictures_in == "webdataset":
+    if job.images_in == "webdataset":
         tar = f"{output.root}/webdataset/{part_name(shard)}.tar"
         return {name for name, _ in members(output.storage.read(tar))} if output.storage.exists(tar) else set()
     return set(output.storage.list(f"{output.root}/images/{part_name(shard)}"))

@@ -52,6 +52,10 @@ class Output:
         """The folder of its first manifest file: what its rows and pictures say of local sources is relative to it."""
         return parent(self.read_json(self.plan)["manifest"][0]["uri"])
 
+    def allow(self) -> list[str]:
+        """Return the URI prefixes that its rows may read."""
+        return list(self.read_json(self.plan)["allow"])
+
     @property
     def success(self) -> str:
         return f"{self.root}/_SUCCESS"

@@ -11,7 +11,7 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 
 
-class Kept:
+class ContentCache:
     """The last arrays, `limit` bytes of them at most; safe to use from several threads."""
 
     def __init__(self, limit: int) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from context_diffusion.core.training_job import TrainJob
+from context_diffusion.image_tensors import channels_first
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training.data.encoded_pools import as_images
 from context_diffusion.training.data.pools import Pool, Pools
-from context_diffusion.training.loop.checkpoints import Metrics, Progress, load_checkpoint, load_weights, save_checkpoint
+from context_diffusion.training.loop.checkpoints import Metrics, StageSchedule, load_checkpoint, load_weights, save_checkpoint
 from context_diffusion.training.loop.distributed import Workers
 from context_diffusion.training.loop.losses import picture_loss
 from context_diffusion.training.loop.precision import mixed_precision
@@ -54,7 +55,7 @@ class _Stage:
             load_weights(model.vae, state["vae"], path)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.done, self.scale, spent = state["step"], state["done"], state["scale"], state["spent"]
-        self.progress = Progress(minutes, job.max_steps, job.cpu_threads, model.device, spent)
+        self.progress = StageSchedule(minutes, job.max_steps, job.cpu_threads, model.device, spent)
         model.vae.train().to(memory_format=torch.channels_last)
 
     def run(self, pools: Pools, metrics: Metrics, name: str, first_pool: int) -> None:
@@ -124,7 +125,7 @@ def quarters(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def to_signed(pictures: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1], channels last."""
-    values = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(memory_format=torch.channels_last)
+    values = channels_first(pictures).to(memory_format=torch.channels_last)
     return values.float() / 127.5 - 1
 
 

@@ -19,11 +19,11 @@ from torch.nn.attention import sdpa_kernel
 from context_diffusion.core.training_job import SMALL, TrainingJob
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.preconditioning import REST
-from context_diffusion.training.data.batches import CONTEXTS, Data, Samples, Source, Summaries, cropped
+from context_diffusion.training.data.batches import CONTEXTS, BatchSource, Data, Samples, Summaries, cropped
 from context_diffusion.training.data.styles import TEXTURES
 from context_diffusion.training.loop.checkpoints import (
     Metrics,
-    Progress,
+    StageSchedule,
     check_origin,
     load_checkpoint,
     load_weights,
@@ -117,7 +117,7 @@ class Run:
             self.step, spent = state["step"], state["spent"]
         average = state["average"] if state else self.modules.state_dict()
         self.average = {name: value.to(model.device, copy=True) for name, value in average.items()}
-        self.progress = Progress(job.diffusion.minutes, job.max_steps, job.cpu_threads, model.device, spent)
+        self.progress = StageSchedule(job.diffusion.minutes, job.max_steps, job.cpu_threads, model.device, spent)
 
     def save(self, done: bool) -> None:
         optimizer = self.optimizer.state_dict()  # all workers have a part of it
@@ -135,7 +135,7 @@ class Run:
         }
         save_checkpoint(self.path, state)
 
-    def train_step(self, source: Source) -> Tensor:
+    def train_step(self, source: BatchSource) -> Tensor:
         """-> the loss, where the model is: to read it each time would be to wait for each step."""
         stage = self.job.diffusion
         self.optimizer.zero_grad()
@@ -151,7 +151,7 @@ class Run:
         update_ema(self.average, self.modules, min(stage.ema, self.step / (self.step + 10)))
         return loss
 
-    def backward(self, source: Source, rows: NDArray[np.int64], weight: float) -> Tensor:
+    def backward(self, source: BatchSource, rows: NDArray[np.int64], weight: float) -> Tensor:
         """Adds the gradients of these rows of the step's batch, which seed and step alone decide. -> their loss, weighted."""
         stage, size = self.job.diffusion, self.job.diffusion.batch_size
         rng = np.random.default_rng((self.job.seed, 2, self.step))
@@ -181,7 +181,7 @@ class Run:
         counts = torch.from_numpy(samples.counts)
         shown = torch.arange(CONTEXTS)[None] < counts[:, None]  # on the CPU: a mask on a GPU would have to be waited for
         with torch.no_grad(), mixed_precision(device):
-            drawn = model.draw(samples.drafts.to(device)) if model.drafts else None
+            drawn = model.encode_draft(samples.drafts.to(device)) if model.drafts else None
         with mixed_precision(device):
             contexts = context_tokens(model, samples.contexts)
             slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
@@ -199,7 +199,7 @@ class Run:
         return loss + self.job.diffusion.auxiliary * self.heads(contexts[:m], hints.palettes, hints.textures, weights[:m])
 
     @torch.no_grad()
-    def validate(self, source: Source) -> float:
+    def validate(self, source: BatchSource) -> float:
         """The loss on what is held out, always the same batches."""
         losses, rows = [], np.arange(32)
         for number in range(VALIDATION_BATCHES):

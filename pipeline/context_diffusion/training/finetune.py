@@ -19,7 +19,7 @@ from context_diffusion.core.training_job import FinetuneJob
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import digest, model_folder
-from context_diffusion.training.data.batches import SAMPLE_SETTINGS, Source
+from context_diffusion.training.data.batches import SAMPLE_SETTINGS, BatchSource
 from context_diffusion.training.data.encoded_pools import Generated, encode, encode_controls, looks, summarise
 from context_diffusion.training.data.pools import Pools
 from context_diffusion.training.data.user_batches import Gallery, Mixed
@@ -86,10 +86,10 @@ class Own:
             pixels, examples, self.job.controls, latents, self.summaries, self.looks, partial(encode_controls, self.model)
         )
 
-    def at(self, step: int) -> Source:
+    def at(self, step: int) -> BatchSource:
         return Mixed(self.generated.at(step), self.training, self.job.keep) if self.job.keep else self.training
 
-    def validations(self) -> dict[str, Source]:
+    def validations(self) -> dict[str, BatchSource]:
         old = {"old_styles": self.generated.validations()["validation"]} if self.job.keep else {}
         return {"validation": self.held, **old}
 

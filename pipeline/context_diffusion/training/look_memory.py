@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from context_diffusion.core.records import Pixels
+from context_diffusion.image_tensors import channels_first
 from context_diffusion.models.native.draft import colours_of, tones_of
 from context_diffusion.models.native.look_memory import (
     KINDS,
@@ -51,7 +51,7 @@ class Described(NamedTuple):
 
 def describe_pool(pool: Pool, side: int) -> dict[Kind, Described]:
     """side: pixels of a kept texture."""
-    parts = [_tensor(pool.targets[i : i + PART]) for i in range(0, len(pool.targets), PART)]
+    parts = [channels_first(pool.targets[i : i + PART]) for i in range(0, len(pool.targets), PART)]
     swatches = torch.cat([swatch(style) for style in pool.styles])
     reliefs = torch.stack([relief(style, side) for style in pool.styles])
     colours = torch.cat([describe_colours(colours_of(part, tones_of(part))) for part in parts])
@@ -66,7 +66,7 @@ def swatch(style: Style) -> Tensor:
     """All its colours, from dark to light, as draft.Look has them: (1, WAYS, STEPS, 4)."""
     tones = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
     bare = replace(style, texture="flat", **BARE)  # type: ignore[arg-type]
-    image = _tensor(dress(tones, bare, np.random.default_rng(0))[None])
+    image = channels_first(dress(tones, bare, np.random.default_rng(0))[None])
     return colours_of(image, tones_of(image))
 
 
@@ -89,11 +89,6 @@ def choose(styles: list[Style], rng: Rng, looks: int, textures: int) -> dict[Kin
         "colours": [order[i % len(order)] for i in range(looks)],
         "texture": [found[i % len(found)] for i in range(textures)],
     }
-
-
-def _tensor(pictures: Pixels) -> Tensor:
-    """uint8 (N, H, W, 3) -> (N, 3, H, W)."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 
 EACH = 6

@@ -1,7 +1,8 @@
 """The first stage of training: what of a picture's tones is its style's texture, and what its layout.
 
-Every step has pictures of its own, of layouts of many more kinds than the other stages see (training/data/textured_layouts.py): a texture is then
-known by what it is, not as what no known layout has. B pictures  S pixels
+Every step has pictures of its own, of layouts of many more kinds than the other stages see
+(training/data/textured_layouts.py): a texture is then known by what it is, not as what no known layout has.
+B pictures  S pixels
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from context_diffusion.core.records import Pixels
 from context_diffusion.core.training_job import TrainJob
+from context_diffusion.image_tensors import channels_first
 from context_diffusion.models.native.draft import tones_of
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training.data.layouts import Rng, Tone
@@ -35,7 +37,7 @@ FLATTENED = 0.6  # of the flat styles: so many stay flat
 NOISY = 0.3  # of pictures: with a camera's noise, and less contrast
 
 
-Drawn = tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]  # pictures, their structure and texture
+SplitExamples = tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]  # pictures, their structure and texture
 
 
 class Split(NamedTuple):
@@ -88,21 +90,22 @@ def slopes(fields: Tensor) -> Tensor:
     return torch.stack([fields[:, 1:, :-1] - corner, fields[:, :-1, 1:] - corner], 1)
 
 
-def draw(seed: int, numbers: NDArray[np.int64], side: int) -> Drawn:
+def draw_examples(seed: int, numbers: NDArray[np.int64], side: int) -> SplitExamples:
     """Pictures by their numbers, each by its number alone."""
     drawn = [_picture(np.random.default_rng((seed, 31, int(number))), side) for number in numbers]
     shown, structure, texture = (np.stack(part) for part in zip(*drawn, strict=True))
     return shown, structure.astype(np.float16), texture.astype(np.float16)
 
 
-def _pictures(seed: int, size: int, workers: Workers, side: int, step: int) -> Drawn:
+def _pictures(seed: int, size: int, workers: Workers, side: int, step: int) -> SplitExamples:
     """This worker's of a step."""
-    return draw(seed, workers.share(np.arange(step * size, (step + 1) * size)), side)
+    return draw_examples(seed, workers.share(np.arange(step * size, (step + 1) * size)), side)
 
 
-def split_of(drawn: Drawn, device: torch.device) -> Split:
-    shown, structure, texture = (torch.from_numpy(part).to(device) for part in drawn)
-    return Split(tones_of(shown.permute(0, 3, 1, 2)), structure.float(), texture.float())
+def split_of(drawn: SplitExamples, device: torch.device) -> Split:
+    pixels, structure, texture = drawn
+    tones = tones_of(channels_first(pixels).to(device))
+    return Split(tones, *(torch.from_numpy(part).to(device).float() for part in (structure, texture)))
 
 
 def _picture(rng: Rng, side: int) -> tuple[Pixels, Tone, Tone]:

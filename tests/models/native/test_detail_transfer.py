@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from context_diffusion.core.records import Request
+from context_diffusion.engine.conditioning import weighted_contexts
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.detail_transfer import denoised, give_back, noise_of
@@ -69,23 +71,32 @@ def test_a_picture_without_noise_stays() -> None:
 def test_a_row_is_given_as_much_as_its_contexts_and_its_layout_say(told: dict[str, float], share: float) -> None:
     model = dataclasses.replace(tiny_model(), detail_scale=0.8)
     backbone, one = NativeBackbone(model), request(1, contexts=2, **told)
-    kept = backbone.encode(one, backbone.branches(one), Cache(10**8)).kept
-    assert kept["share"].item() == pytest.approx(0.8 * share)
-    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    plain = backbone.decode(latents, one, {})
-    torch.testing.assert_close(
-        backbone.decode(latents, one, kept), give_back(plain, kept["draft"], kept["copy"], kept["share"]), atol=1e-6, rtol=0
-    )
+    cache, branches = Cache(10**8), backbone.branches(one)
+    finish = backbone.encode(one, branches, cache).finish
+    assert finish is not None
+    _, detail = backbone.drafts.of(one, branches[-1], weighted_contexts(one, model.context_slots), cache)
+    assert detail["share"].item() == pytest.approx(0.8 * share)
+    plain = backbone.decode(torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0)))
+    expected = give_back(plain, detail["draft"], detail["copy"], detail["share"])
+    torch.testing.assert_close(finish(plain), expected, atol=1e-6, rtol=0)
 
 
 def test_without_contexts_or_tones_there_is_no_draft_to_give() -> None:
     backbone = NativeBackbone(tiny_model())
     edges = request(1, contexts=1, control="canny")
-    assert backbone.encode(edges, backbone.branches(edges), Cache(10**8)).kept == {}
+    assert is_unchanged(backbone, edges)
+
+
+def is_unchanged(backbone: NativeBackbone, row: Request) -> bool:
+    """Whether the row's last step leaves an image as it is."""
+    finish = backbone.encode(row, backbone.branches(row), Cache(10**8)).finish
+    assert finish is not None
+    image = torch.rand(1, 3, 64, 64)
+    return torch.equal(finish(image), image)
 
 
 def test_a_scale_of_nothing_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, one = dataclasses.replace(tiny_model(), detail_scale=0.0), request(1, contexts=1)
     monkeypatch.setattr(model, "detail", None)  # what would be called is not there
     backbone = NativeBackbone(model)
-    assert backbone.encode(one, backbone.branches(one), Cache(10**8)).kept == {}
+    assert is_unchanged(backbone, one)

@@ -151,7 +151,7 @@ def test_what_the_draft_lacks_is_denoised_from_the_best_guess_without_learning(t
     z, noise = (torch.randn(2, *model.latent_shape, generator=generator) for _ in range(2))
     drafts = torch.zeros(2, CHANNELS, model.image_size, model.image_size)
     drafts[0] = drawn(picture(0), picture(1))
-    found = model.draw(drafts)
+    found = model.encode_draft(drafts)
     assert found.latents[0].abs().mean() > 0.01
     assert not found.latents[1].any(), "a row without a draft has none in its latents"
     x = a * z + s * noise

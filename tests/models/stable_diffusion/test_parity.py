@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from context_diffusion.cluster.driver import around_engine
 from context_diffusion.core.errors import ErrorCode, ModelError, RowError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Pixels, Request, Result
+from context_diffusion.generation.build_stages import build_stages
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.stages import generate
@@ -96,7 +96,7 @@ def test_images_of_any_size_through_a_job(model: Model, tmp_path: Path) -> None:
     )  # fmt: skip
     output = Output(job.output, Storage())
     plan = open_plan(job, output, Storage())
-    reads, load, write = around_engine(plan.job, output, plan, set(), frozenset())
+    reads, load, write = build_stages(plan, output, set(), frozenset())
     engine = GuardedEngine(make_engine(plan.job, pytest.fail), Ledger(), plan.job)
     for read in reads:
         [table] = read()
@@ -214,7 +214,7 @@ def test_the_manifest_keeps_an_empty_prompt_apart_from_none(tmp_path: Path) -> N
     )
     output = Output(job.output, Storage())
     plan = open_plan(job, output, Storage())
-    reads, _, _ = around_engine(plan.job, output, plan, set(), frozenset())
+    reads, _, _ = build_stages(plan, output, set(), frozenset())
     assert [line["prompt"] for read in reads for [table] in [read()] for line in table.to_pylist()] == prompts
 
 
@@ -229,7 +229,7 @@ def test_half_precision_keeps_the_autoencoder_of_xl_in_float32_in_both_direction
     stored = {name: value.half().float() for name, value in whole.vae.state_dict().items()}
     whole.vae.load_state_dict(stored)
     assert torch.equal(encoded, whole.encode_query(one, torch.Generator().manual_seed(1)))
-    assert torch.equal(backbone.decode(encoded, one, {}), whole.decode(encoded, one, {}))
+    assert torch.equal(backbone.decode(encoded), whole.decode(encoded))
 
 
 def test_an_adapter_for_faces_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_large_image_is_decoded_whole_as_diffusers_decodes_it(tmp_path: Path) 
     latents = torch.randn(1, 4, 136, 136, generator=torch.Generator().manual_seed(0))  # 1,088 px a side
     with torch.inference_mode():
         theirs = backbone.vae.decode(latents / backbone.vae.config.scaling_factor).sample
-        ours, tiled = backbone.decode(latents, row(1), {}), backbone.decode(latents, row(1), {}, tiled=True)
+        ours, tiled = backbone.decode(latents), backbone.decode(latents, tiled=True)
     assert torch.equal(ours, (theirs / 2 + 0.5).clamp(0, 1))
     assert not torch.equal(ours, tiled)
     assert not backbone.vae.use_tiling, "no state on a shared module"

@@ -1,4 +1,5 @@
-"""The native model as the engine's backbone: prompts, contexts and layouts encoded once, keys and values with them."""
+"""The native model as the engine's backbone: prompts, contexts and layouts are encoded once a row, keys and
+values too."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from context_diffusion.core.records import Request
 from context_diffusion.engine.backbone import Conditions, Encoded
-from context_diffusion.engine.conditioning import content_key, control_scales, slots_of, to_tensor, weighted_contexts
+from context_diffusion.engine.conditioning import Context, content_key, control_scales, slots_of, to_tensor, weighted_contexts
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.inputs.context_images import ContextPreprocessing, SquareCrop
@@ -19,49 +20,63 @@ from context_diffusion.models.attention import attend_by_lanes, keys_and_values
 from context_diffusion.models.native.detail_transfer import give_back
 from context_diffusion.models.native.lane_drafts import NativeDrafts
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.native.preconditioning import Drawn
+from context_diffusion.models.native.preconditioning import EncodedDraft
 
 
 class NativeBackbone:
-    """engine/backbone.py's interface. The U-Net and the ControlNet are copies: their attention is another one here."""
+    """Implement engine/backbone.py. The U-Net and the ControlNet are copies, since their attention is
+    replaced."""
 
     def __init__(self, model: NativeModel) -> None:
-        self.model, self.drafts = model, NativeDrafts(model)
-        self.unet, self.controlnet = copy.deepcopy(model.unet).eval(), copy.deepcopy(model.controlnet).eval()
+        self.model = model
+        self.drafts = NativeDrafts(model)
+        self.unet = copy.deepcopy(model.unet).eval()
+        self.controlnet = copy.deepcopy(model.controlnet).eval()
         self.layers = attend_by_lanes(self.unet)
-        # Of the layout alone: once a row, not once a step.
+        # It depends on the layout alone: computed once a row, not once a step.
         self.layout_embedding = self.controlnet.controlnet_cond_embedding
         self.controlnet.controlnet_cond_embedding = nn.Identity()
         self.scheduler_config: dict[str, Any] = model.scheduler_config
-        self.image_size, self.context_slots, self.noise_scale = model.image_size, model.context_slots, model.noise_scale
+        self.image_size = model.image_size
+        self.context_slots = model.context_slots
+        self.noise_scale = model.noise_scale
         self.contexts: ContextPreprocessing = SquareCrop(model.context_size)
         self.tiles = False
-        self.predict_reads: tuple[str, ...] = ("",)
-        self.control_reads: tuple[str, ...] = ()
-        self.latent_channels, self.latent_factor = model.latent_shape[0], model.image_size // model.latent_shape[1]
+        self.latent_channels = model.latent_shape[0]
+        self.latent_factor = model.image_size // model.latent_shape[1]
 
     def branches(self, request: Request) -> list[Branch]:
         return guidance_branches(request.settings, (request.prompt or "") != (request.negative_prompt or ""))
 
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
-        model, shown = self.model, weighted_contexts(request, self.context_slots)
-        tokens = [cache.get(f"context:{one.key}", partial(self._context, one.pixels)) for one in shown]
+        model = self.model
+        row_contexts = weighted_contexts(request, self.context_slots)
+        tokens = [cache.get(f"context:{context.key}", partial(self._context, context.pixels)) for context in row_contexts]
         scale = request.settings.context_scale
-        contexts, weights = slots_of(tokens, [one.weight * scale for one in shown], self.context_slots)
+        contexts, weights = slots_of(tokens, [context.weight * scale for context in row_contexts], self.context_slots)
         lanes: list[Conditions] = []
-        kept = Conditions()
+        detail = Conditions()
         for branch in branches:
-            # The last branch is shown all that the row has: of its draft the detail is given back.
-            drawn, kept = self.drafts.of(request, branch, shown, cache) if model.drafts else ({}, kept)
+            # The last branch has all conditions of the row: the detail is that of its draft.
+            lane_draft = Conditions()
+            if model.drafts:
+                lane_draft, detail = self.drafts.of(request, branch, row_contexts, cache)
             prompt = (request.prompt if branch.prompt else request.negative_prompt) or ""
             text, mask = cache.get(f"text:{prompt}", partial(model.encode_text, [prompt]))
             hidden, bias = model.fuse(text, mask, contexts, weights if branch.contexts else weights * 0)
             pooled = model.pool(hidden, bias)
             lanes.append(
-                keys_and_values(self.layers, hidden) | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled} | drawn
+                keys_and_values(self.layers, hidden) | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled} | lane_draft
             )
         truncated = any(model.truncates(prompt) for prompt in (request.prompt, request.negative_prompt))
-        return Encoded(lanes, self._layout(request, cache), [""] * len(lanes), truncated, kept)
+        return Encoded(
+            lanes,
+            self._layout(request, cache),
+            control_keys=[""] * len(lanes),
+            control_lanes=[{}] * len(lanes),
+            truncated=truncated,
+            finish=partial(self._finish, row_contexts, detail),
+        )
 
     def _context(self, pixels: Any) -> Tensor:
         return self.model.encode_images(to_tensor(pixels).to(self.model.device))
@@ -89,15 +104,15 @@ class NativeBackbone:
             controlnet_cond=control["layout"],
             return_dict=False,
         )
-        # The scale last: the draft is part of the layout, and leaves with it.
+        # The scale comes last: the draft is part of the layout, so it is scaled with it.
         return [*(residual * control["scale"] for residual in (*down, mid)), control["scale"]]
 
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
-        down, mid, drawn = None, None, None
+        down, mid, draft = None, None, None
         if residuals is not None:
             *down, mid, scale = residuals
-            drawn = Drawn(lanes["draft"] * scale, lanes["drawn"] * scale) if self.model.drafts else None
-        given, gain, known = self.model.precondition(latents, timesteps, drawn, self.model.rest_scale)
+            draft = EncodedDraft(lanes["draft"] * scale, lanes["draft_latents"] * scale) if self.model.drafts else None
+        given, gain, known = self.model.precondition(latents, timesteps, draft, self.model.rest_scale)
         output = self.unet(
             given,
             timesteps,
@@ -110,12 +125,18 @@ class NativeBackbone:
         )[0]
         return gain * output + known
 
-    def decode(self, latents: Tensor, request: Request, kept: Conditions, tiled: bool = False) -> Tensor:
-        images = self.model.decode(latents).float()
-        if kept:
-            images = give_back(images, kept["draft"], kept["copy"], kept["share"])
+    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
+        return self.model.decode(latents).float()
+
+    def _finish(self, contexts: list[Context], detail: Conditions, image: Tensor) -> Tensor:
+        """Give an image (1, 3, H, W) the detail of its draft, and the statistics of its contexts where the
+        model does.
+
+        detail: of NativeDrafts.of; empty: the row has no draft, or its detail is not asked for."""
+        if detail:
+            image = give_back(image, detail["draft"], detail["copy"], detail["share"])
         if not self.model.restores:
-            return images
-        shown = weighted_contexts(request, self.context_slots)
-        contexts = torch.cat([to_tensor(one.pixels) for one in shown]).to(latents.device)
-        return self.model.restore(images, contexts, torch.tensor([one.weight for one in shown], device=latents.device))
+            return image
+        pixels = torch.cat([to_tensor(context.pixels) for context in contexts]).to(image.device)
+        weights = torch.tensor([context.weight for context in contexts], device=image.device)
+        return self.model.restore(image, pixels, weights)

@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from context_diffusion.core.training_job import SMALL, Architecture
+from context_diffusion.core.training_job import SMALL, Architecture, Normalization
 from context_diffusion.models.context_encoders import make_encoder
 from context_diffusion.models.native.draft import CHANNELS
 from context_diffusion.models.native.fusion import ContextFusion
@@ -19,8 +19,10 @@ from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.texture_separation import ReliefModel
 from context_diffusion.models.normalization import STATISTICS
 
-# Latents of 16 channels tell a region's colour through much noise: with a cosine schedule it is decided in the first
-# twentieth of the steps, and the contexts were hardly heeded. The linear one of Ho et al. 2020 is far noisier.
+# Latents of 16 channels show a region's colour through much noise: with a cosine schedule it is decided in
+# the first
+# twentieth of the steps, and contexts had little effect. The linear schedule of Ho et al. 2020 is far
+# noisier.
 SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
@@ -34,37 +36,18 @@ SCHEDULER: dict[str, Any] = {
 
 
 def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
-    """vocabulary: the words that the tokenizer knows; others become [UNK]. Raises ModelError for a context encoder that
-    cannot be had."""
-    # The order of the parts is that in which a seed's weights are drawn.
-    unet, controlnet = build_unet(sizes), build_controlnet(sizes)
+    """Build a model with fresh weights.
+
+    vocabulary: the words that the tokenizer knows; others become [UNK]. Raises ModelError for a context
+    encoder that cannot be loaded."""
+    # A seed's weights are drawn in the order in which the parts are built here.
+    unet = build_unet(sizes)
+    controlnet = build_controlnet(sizes)
     tokenizer = build_tokenizer(vocabulary, sizes.text_length)
-    blocks = (0, 0, 1, 3) if sizes.latent_factor == 8 else (0, 1, 3)
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(sizes.vae_width,) * len(blocks),
-        decoder_block_out_channels=(sizes.vae_width,) * len(blocks),
-        num_encoder_blocks=blocks,
-        num_decoder_blocks=blocks[::-1],
-        latent_channels=sizes.latent_channels,
-    )
+    vae = build_vae(sizes)
     encoder = make_encoder(sizes)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=sizes.width,
-            intermediate_size=2 * sizes.width,
-            num_hidden_layers=sizes.encoder_layers,
-            num_attention_heads=sizes.attention_heads,
-            max_position_embeddings=sizes.text_length,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
-    normalization = sizes.normalization
-    if normalization.contexts is None:
-        kind = "channel" if sizes.context_encoder == SMALL else "none"
-        normalization = normalization.model_copy(update={"contexts": kind})
+    text_encoder = build_text_encoder(sizes, len(tokenizer))
+    normalization = _normalization(sizes)
     statistics = STATISTICS if normalization.statistics == "token" else 0
     return NativeModel(
         vae=vae,
@@ -88,6 +71,42 @@ def build(sizes: Architecture, vocabulary: list[str]) -> NativeModel:
         detail_scale=sizes.detail_scale,
         normalization=normalization,
     )
+
+
+def _normalization(sizes: Architecture) -> Normalization:
+    """Return the job's normalisation, its default for contexts resolved: by channel for the small encoder
+    alone."""
+    if sizes.normalization.contexts is not None:
+        return sizes.normalization
+    kind = "channel" if sizes.context_encoder == SMALL else "none"
+    return sizes.normalization.model_copy(update={"contexts": kind})
+
+
+def build_vae(sizes: Architecture) -> AutoencoderTiny:
+    blocks = (0, 0, 1, 3) if sizes.latent_factor == 8 else (0, 1, 3)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(sizes.vae_width,) * len(blocks),
+        decoder_block_out_channels=(sizes.vae_width,) * len(blocks),
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks[::-1],
+        latent_channels=sizes.latent_channels,
+    )
+
+
+def build_text_encoder(sizes: Architecture, words: int) -> CLIPTextModel:
+    """Build a CLIP text encoder with fresh weights. words: the tokenizer's vocabulary size."""
+    config = CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=sizes.width,
+        intermediate_size=2 * sizes.width,
+        num_hidden_layers=sizes.encoder_layers,
+        num_attention_heads=sizes.attention_heads,
+        max_position_embeddings=sizes.text_length,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return CLIPTextModel(config)
 
 
 def _attention(sizes: Architecture) -> dict[str, int]:
@@ -122,19 +141,20 @@ def build_controlnet(sizes: Architecture) -> ControlNetModel:
         conditioning_channels=sizes.folded_channels,  # NativeModel.encode_control gives latents
         conditioning_embedding_out_channels=(2 * sizes.channels[0],),
     )
-    _let_the_layout_in(controlnet)
+    _start_off_zero(controlnet)
     return controlnet
 
 
-def _let_the_layout_in(controlnet: ControlNetModel) -> None:
-    """Zero convolutions start a little off zero, so that the layout is learned together with the colours."""
+def _start_off_zero(controlnet: ControlNetModel) -> None:
+    """Start the zero convolutions a little off zero, so that the layout is learned together with the
+    colours."""
     for zero in [*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block]:
         nn.init.normal_(zero.weight, std=0.02)
     nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.05)
 
 
 def build_tokenizer(vocabulary: list[str], length: int) -> PreTrainedTokenizerFast:
-    """A lower-casing word tokenizer in the standard format."""
+    """Build a lower-casing word tokenizer in the standard format."""
     words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", *sorted(set(vocabulary))]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])

@@ -1,4 +1,5 @@
-"""The native model's folder: a folder a component as diffusers and transformers write them, and model_index.json."""
+"""The native model's folder: one folder per component, as diffusers and transformers write them, and
+model_index.json."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from context_diffusion.models.context_encoders import load_vision_model
 
 INDEX = "model_index.json"
 CLASS = "ContextDiffusion"
-# Fields of NativeModel that stand in the index as they are.
+# Fields of NativeModel that are stored in the index unchanged.
 VALUES = (
     "scheduler_config",
     "image_size",
@@ -34,7 +35,7 @@ VALUES = (
 
 def save(model: Any, folder: Path, dtype: torch.dtype) -> None:
     for name, module in model.modules.items():
-        # A copy: there and back again would leave this model's own weights rounded.
+        # A copy, since converting in place and back would round this model's own weights.
         copy.deepcopy(module).to(dtype).save_pretrained(folder / name, safe_serialization=True)
         _forget_origin(folder / name / "config.json")
     model.tokenizer.save_pretrained(folder / "tokenizer")
@@ -44,14 +45,15 @@ def save(model: Any, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _forget_origin(path: Path) -> None:
-    """diffusers writes where a component was loaded from: a folder of this machine, which is nobody's business."""
+    """Remove the path that diffusers writes of where a component was loaded from: it is private to this
+    machine."""
     config = json.loads(path.read_text())
     if config.pop("_name_or_path", None) is not None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load(folder: Path, kinds: dict[str, Any]) -> dict[str, Any]:
-    """-> NativeModel's fields. kinds: each component's class, None where its config says which."""
+    """Load NativeModel's fields. kinds: the class of each component; None: its config names it."""
     index = _index(folder)
     parts = {name: _component(folder, name, kind) for name, kind in kinds.items()}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
@@ -81,6 +83,7 @@ def _component(folder: Path, name: str, kind: Any) -> torch.nn.Module:
         module = load_vision_model(where) if kind is None else kind.from_pretrained(where, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{where}: cannot be loaded as {kind.__name__ if kind else 'a vision model'}: {error}") from error
-    # A copy: float32 weights would lie in the mapped file, at addresses that no vector instruction likes, and gave other
-    # last bits than the same weights in memory of their own.
+    # A copy: float32 weights would stay in the mapped file, at unaligned addresses, which changes the last
+    # bits of
+    # results against the same weights in memory of their own.
     return copy.deepcopy(module.to(torch.float32))

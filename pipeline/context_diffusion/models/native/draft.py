@@ -1,12 +1,14 @@
-"""A draft: the query's tones in the contexts' colours and under their texture, dark for dark and light for light. The
-U-Net begins from it.
+"""A draft: the query's tones in the contexts' colours and under their texture, dark for dark and light for
+light. The U-Net begins from it.
 
-This is dynamic normalisation carried on: of the query its own statistics are removed, and the contexts' put in their place, as
-whole curves in place of mean and deviation. In two ways, since neither is always right: by rank (histogram matching, Gonzalez and
-Woods) and by distance from the mean in deviations (Reinhard et al. 2001). The contexts' waves (models/native/plane_waves.py) are
-added to the tones, and of their relief (models/native/texture_separation.py) what doesn't repeat. The query's own relief stays,
-for its edges are asked for, but where the contexts have none or words ask for another: there it would be the only one, or stand
-beside theirs. Its waves are shown beside the contexts', for they may be its layout or a texture that is to go.
+This is dynamic normalisation carried on: of the query its own statistics are removed, and the contexts' put
+in their place, as whole curves in place of mean and deviation. In two ways, since neither is always right: by
+rank (histogram matching, Gonzalez and Woods) and by distance from the mean in deviations (Reinhard et al.
+2001). The contexts' waves (models/native/plane_waves.py) are added to the tones, and of their relief
+(models/native/texture_separation.py) what doesn't repeat. The query's own relief stays, for its edges are
+asked for, but where the contexts have none or words ask for another: there it would be the only one, or stand
+beside theirs. Its waves are shown beside the contexts', for they may be its layout or a texture that is to
+go.
 
 Every function treats its pictures one by one. B rows  M contexts of a row  N pictures  H W pixels
 """
@@ -32,7 +34,8 @@ FALL = 0.7  # steps: how fast a colour's say falls off; where a context has none
 PICTURE_KINDS = ("gray", "none")  # control maps that show tones; those of edges do not
 VIVID = 1.15  # times as strong as it is told is a context's texture drawn: what is unsure is told too faintly
 LOUD = 4.0  # waves are some .1 to .25 of all tones
-# Deviation, in ranks, of the contexts' texture: up to it they have none, and from twice it on the query keeps its own.
+# Deviation, in ranks, of the contexts' texture: up to it they have none, and from twice it on the query keeps
+# its own.
 PLAIN = 0.02
 # What a difference of ranks is in deviations, of evenly spread tones.
 RATE = (1.0, math.sqrt(12) / (2 * REACH))
@@ -47,8 +50,8 @@ class Layout(NamedTuple):
 
 
 class Look(NamedTuple):
-    """Of contexts. colours: (N, WAYS, STEPS, 4), at each step of tone the sum of the colours in [0, 1] and their number,
-    as shares of the picture."""
+    """Of contexts. colours: (N, WAYS, STEPS, 4), at each step of tone the sum of the colours in [0, 1] and
+    their number, as shares of the picture."""
 
     colours: Tensor
     waves: Tensor  # (N, K, 4)
@@ -69,8 +72,9 @@ def layout_of(control_maps: Tensor, kinds: list[str], texture_of: Callable[[Tens
 
 
 def look_of(images: Tensor, side: int, texture_of: Callable[[Tensor], Tensor] | None = None) -> Look:
-    """uint8 (N, 3, S, S); side: pixels of the pictures that are made, in which textures are measured; texture_of:
-    ReliefModel.texture. Without it waves are looked for in the tones, where a layout hides some, and there is no rest."""
+    """uint8 (N, 3, S, S); side: pixels of the pictures that are made, in which textures are measured;
+    texture_of: ReliefModel.texture. Without it waves are looked for in the tones, where a layout hides some,
+    and there is no rest."""
     tones = tones_of(images)
     small = F.adaptive_avg_pool2d(tones, side)
     texture = small[:, 0] if texture_of is None else VIVID * texture_of(small)
@@ -85,8 +89,8 @@ def _lightness(images: Tensor) -> Tensor:
 
 
 def tones_of(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W), its lightness counts -> (N, WAYS, H, W) in [0, 1]: each pixel's rank among all, equal ones in
-    the middle of theirs, and its distance from the mean."""
+    """uint8 (N, 3, H, W), its lightness counts -> (N, WAYS, H, W) in [0, 1]: each pixel's rank among all,
+    equal ones in the middle of theirs, and its distance from the mean."""
     lightness = _lightness(images)
     counts = torch.zeros(len(images), 256, dtype=torch.long, device=images.device)
     counts.scatter_add_(1, lightness, torch.ones_like(lightness))
@@ -110,8 +114,9 @@ def colours_of(images: Tensor, tones: Tensor) -> Tensor:
 
 
 def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None = None) -> Tensor:
-    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture in ranks
-    that words ask for, where the looks have none -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row without contexts or tones."""
+    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture
+    in ranks that words ask for, where the looks have none -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row
+    without contexts or tones."""
     tones, (height, width) = layouts.tones.float(), layouts.tones.shape[2:]
     rate = tones.new_tensor(RATE)[:, None, None]
     curves = curves_of((looks.colours.float() * weights[..., None, None, None]).sum(1))
@@ -135,7 +140,8 @@ def plainness(textures: Tensor) -> Tensor:
 
 
 def _rest(rests: Tensor, shares: Tensor) -> Tensor:
-    """(B, M, S, S) of several contexts -> (B, S, S), as strong as one's: what lies elsewhere in each would cancel out."""
+    """(B, M, S, S) of several contexts -> (B, S, S), as strong as one's: what lies elsewhere in each would
+    cancel out."""
     mean = (rests * shares[..., None, None]).sum(1)
     wanted = (rests.square().mean((2, 3)) * shares).sum(1)
     return mean * (wanted / mean.square().mean((1, 2)).clamp(min=1e-12)).sqrt().clamp(max=2)[:, None, None]

@@ -1,6 +1,6 @@
-"""Text and context tokens side by side for cross-attention, ragged context sets masked, never mixed.
+"""Text and context tokens in one sequence for cross-attention; empty context slots are masked.
 
-B samples  N pictures  T text tokens  K tokens a context  L = T + slots·K + K null tokens  D width
+B samples  N images  T text tokens  K tokens a context  L = T + slots·K + K null tokens  D width
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from context_diffusion.models.attention import ABSENT, log_weights
 
 
 class ContextFusion(ModelMixin, ConfigMixin):
-    """The native model's own small component: projections, removed statistics as an embedding, null context.
+    """Project text and context tokens to one sequence, with the removed statistics embedded, and a null
+    context.
 
-    width: D of all tokens; vision_width: of the context encoder's tokens; grid: a context becomes grid² tokens;
-    statistics: how many numbers of normalization.describe are embedded, 0 for none.
-    """
+    width: D of all tokens; vision_width: of the context encoder's tokens; grid: a context becomes grid²
+    tokens; statistics: how many numbers of normalization.describe are embedded, 0 for none."""
 
     config_name = "config.json"
 
@@ -34,28 +34,31 @@ class ContextFusion(ModelMixin, ConfigMixin):
         self.null_context = nn.Parameter(torch.randn(grid * grid, width) * 0.02)
 
     def summarise(self, patches: Tensor) -> Tensor:
-        """Patch tokens (N, side², D_v) -> (N, K, 2·D_v): mean and deviation over the patches of each cell of the grid,
-        whatever the number of patches. A texture is its deviation, a colour its mean. No weights."""
+        """Summarise patch tokens (N, side², D_v) as (N, K, 2·D_v): mean and std over the patches of each cell
+        of the grid.
+
+        Any number of patches; no weights. The std shows textures, the mean colours."""
         side = math.isqrt(patches.shape[1])
-        # In half precision the difference of two squares would be noise: pretrained towers have a few huge channels.
+        # In half precision the difference of two squares would be noise: pretrained towers have a few huge
+        # channels.
         field = patches.float().transpose(1, 2).unflatten(2, (side, side))
         average = self.pool(field)
         spread = (self.pool(field.square()) - average.square()).clamp(min=1e-6).sqrt()
         return torch.cat([average, spread], 1).flatten(2).transpose(1, 2)
 
     def encode(self, summaries: Tensor, statistics: Tensor) -> Tensor:
-        """Summaries (N, K, 2·D_v) with each picture's own statistics (N, statistics) -> (N, K, D)."""
+        """Encode summaries (N, K, 2·D_v) and each image's own statistics (N, statistics) to tokens (N, K,
+        D)."""
         tokens = self.project(summaries.to(self.dtype))
         if self.embed is not None:
             tokens = tokens + self.embed(statistics.to(tokens.dtype))[:, None]
         return self.norm_context(tokens)
 
     def forward(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """text (B, T, D), mask (B, T) bool, contexts (B, slots, K, D), weights (B, slots) >= 0.
+        """Join text (B, T, D), mask (B, T) bool, and contexts (B, slots, K, D), weights (B, slots) >= 0.
 
-        -> tokens (B, L, D) and additive bias (B, 1, L): log(weight) for a context's tokens, ABSENT for empty slots;
-        the null tokens count where all weights are 0.
-        """
+        Returns tokens (B, L, D) and an additive bias (B, 1, L): log(weight) for a context's tokens, ABSENT
+        for empty slots. Where all weights are 0, the null-context tokens are attended instead."""
         batch, _, per_context, _ = contexts.shape
         null = self.null_context.expand(batch, -1, -1)
         tokens = torch.cat([self.norm_text(text), contexts.flatten(1, 2), null], 1)

@@ -1,10 +1,11 @@
-"""The native Context Diffusion model: standard diffusers and transformers components and one small fusion of its own.
+"""The native Context Diffusion model: standard diffusers and transformers components and a small fusion
+module.
 
-The query's control map goes through a ControlNet without cross-attention, contexts and prompt through cross-attention
-of the U-Net (after arXiv 2312.03584; masked and normalised fusion, null context and dropout are ours). Every method
-treats its samples one by one.
+The query's control map goes through a ControlNet without cross-attention, contexts and prompt through
+cross-attention of the U-Net (after arXiv 2312.03584, with masked and normalised fusion, a null context and
+dropout added). Every method treats its samples one by one.
 
-B samples  N pictures  T text tokens  K tokens a context  L all tokens  D width  C h w latents  H W pixels
+B samples  N images  T text tokens  K tokens a context  L all tokens  D width  C h w latents  H W pixels
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from diffusers import AutoencoderTiny, ControlNetModel, DDIMScheduler, UNet2DCon
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from context_diffusion.core.training_job import SMALL, Normalization
+from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD
 from context_diffusion.models.context_encoders import patch_tokens
 from context_diffusion.models.native import checkpoint
 from context_diffusion.models.native.detail_transfer import denoised
 from context_diffusion.models.native.draft import TEXTURED, Layout, Look, layout_of, look_of, shows_tones
 from context_diffusion.models.native.fusion import ContextFusion
 from context_diffusion.models.native.look_memory import LookMemory
-from context_diffusion.models.native.preconditioning import Drawn, levels, precondition
+from context_diffusion.models.native.preconditioning import EncodedDraft, levels, precondition
 from context_diffusion.models.native.texture_separation import ReliefModel
 from context_diffusion.models.normalization import describe, normalise, restore
 
@@ -43,12 +44,12 @@ transformers.utils.logging.disable_progress_bar()
 
 @dataclass
 class NativeModel:
-    """The components, and what the engine asks of them (engine/backbone.py)."""
+    """The components of a native model and their computations; NativeBackbone serves them to the engine."""
 
     vae: AutoencoderTiny
     unet: UNet2DConditionModel
     controlnet: ControlNetModel
-    image_encoder: Any  # of a class of encoders.ENCODERS
+    image_encoder: Any  # of a class of context_encoders.ENCODERS
     text_encoder: CLIPTextModel
     fusion: ContextFusion
     memory: LookMemory
@@ -56,17 +57,18 @@ class NativeModel:
     tokenizer: Any  # a PreTrainedTokenizerFast
     scheduler_config: dict[str, Any]
     image_size: int = 128
-    context_encoder: str = SMALL  # where image_encoder came from; all others than the small one stay untrained
+    context_encoder: str = SMALL  # folder or hub id of image_encoder; all but the small one stay frozen
     context_size: int = 128
-    # Of the pixels in [0, 1], what it was trained with: applied where its pictures are not normalised by their own.
-    context_mean: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_MEAN))
-    context_std: list[float] = field(default_factory=lambda: list(OPENAI_CLIP_STD))
+    # Of pixels in [0, 1], in the training of image_encoder; used if contexts are not normalised by their own
+    # statistics.
+    context_mean: list[float] = field(default_factory=lambda: list(CLIP_MEAN))
+    context_std: list[float] = field(default_factory=lambda: list(CLIP_STD))
     context_slots: int = 8
     noise_scale: float = 1.0
-    rest_scale: float = 1.0  # of what the U-Net adds to a draft: one that learned little blurs more than it mends
-    detail_scale: float = (
-        1.0  # of a draft's detail that the autoencoder loses and a picture is given back: models/native/detail_transfer.py
-    )
+    # factor of what the U-Net adds to a draft: a barely trained one blurs more than it improves
+    rest_scale: float = 1.0
+    # share of the detail given back that the autoencoder lost: models/native/detail_transfer.py
+    detail_scale: float = 1.0
     normalization: Normalization = field(default_factory=lambda: Normalization(contexts="channel"))
 
     MODULES: ClassVar[dict[str, Any]] = {
@@ -92,7 +94,7 @@ class NativeModel:
 
     @property
     def fold(self) -> int:
-        """Latents of the autoencoder a side that are one place of the U-Net's grid."""
+        """Side, in latents of the autoencoder, of one place of the U-Net's grid."""
         return math.isqrt(self.unet.config.out_channels // self.vae.config.latent_channels)
 
     @property
@@ -123,7 +125,7 @@ class NativeModel:
         return self.unet.conv_out.weight.dtype
 
     def encode_text(self, prompts: list[str | None]) -> tuple[Tensor, Tensor]:
-        """-> tokens (B, T, D), mask (B, T) bool. Longer prompts are cut."""
+        """Return tokens (B, T, D) and their mask (B, T) bool. Longer prompts are truncated."""
         length = self.text_encoder.config.max_position_embeddings
         batch = self.tokenizer(
             [prompt or "" for prompt in prompts],
@@ -137,7 +139,7 @@ class NativeModel:
         return hidden.last_hidden_state, mask
 
     def known_words(self, prompts: list[str | None]) -> Tensor:
-        """-> (B, V): 1 for each word of the tokenizer's that is read of a prompt. Their order doesn't count."""
+        """Return (B, V): 1 for each word of the vocabulary that the prompt contains, in any order."""
         length, special = self.text_encoder.config.max_position_embeddings, self.tokenizer.all_special_ids
         words = torch.zeros(len(prompts), len(self.tokenizer), device=self.device)
         for row, prompt in enumerate(prompts):
@@ -146,30 +148,32 @@ class NativeModel:
         return words
 
     def truncates(self, prompt: str | None) -> bool:
-        """Whether a prompt has more tokens than are read of it."""
+        """Return whether a prompt has more tokens than the text encoder reads."""
         return len(self.tokenizer(prompt or "")["input_ids"]) > self.text_encoder.config.max_position_embeddings
 
     def summarise_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (N, 3, S, S) -> (N, K, 2·D_v) of the context encoder, and the pictures' statistics (N, STATISTICS)."""
+        """Summarise uint8 (N, 3, S, S) as (N, K, 2·D_v) by the context encoder, and return the images'
+        statistics too."""
         kind = self.normalization.contexts or "none"
         values, _, _ = normalise(images, kind)
         if kind == "none":
             centre, scale = (values.new_tensor(part)[:, None, None] for part in (self.context_mean, self.context_std))
             values = (values - centre) / scale
-        told = describe(images)[:, : self.fusion.config.statistics]
-        return self.fusion.summarise(patch_tokens(self.image_encoder, values.to(self.dtype))), told
+        statistics = describe(images)[:, : self.fusion.config.statistics]
+        return self.fusion.summarise(patch_tokens(self.image_encoder, values.to(self.dtype))), statistics
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, S, S) -> (N, K, D)."""
+        """Encode contexts, uint8 (N, 3, S, S), to tokens (N, K, D)."""
         return self.fusion.encode(*self.summarise_images(images))
 
     def fuse(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return self.fusion(text, text_mask, contexts, weights)
 
     def encode_control(self, control_maps: Tensor, kinds: list[str]) -> Tensor:
-        """uint8 (B, 3, H, W) -> latents (B, C, h, w): the autoencoder reads the layout for the ControlNet, once a row.
+        """Encode control maps, uint8 (B, 3, H, W), to latents (B, C, h, w) for the ControlNet, once a row.
 
-        Pictures are normalised first (tanh keeps the order of what lies far out), edge maps taken as they are."""
+        Maps that show tones are normalised first (tanh keeps the order of outliers), edge maps are used as
+        they are."""
         normal, _, _ = normalise(control_maps, self.normalization.query)
         picture = shows_tones(kinds, control_maps.device)
         signed = torch.where(picture[:, None, None, None], torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1)
@@ -193,11 +197,11 @@ class NativeModel:
         bias: Tensor,
         down: list[Tensor] | None,
         mid: Tensor | None,
-        drawn: Drawn | None = None,
+        draft: EncodedDraft | None = None,
     ) -> Tensor:
-        # The U-Net takes a mask m and adds (1 - m) · -10000: solved for m.
+        # The U-Net takes a mask m and adds (1 - m) · -10000; this is solved for m.
         mask = 1 + bias[:, 0] / 10_000
-        given, gain, known = self.precondition(latents, timesteps, drawn)
+        given, gain, known = self.precondition(latents, timesteps, draft)
         output = self.unet(
             given,
             timesteps,
@@ -210,60 +214,65 @@ class NativeModel:
         return gain * output + known
 
     def look(self, images: Tensor) -> Look:
-        """uint8 (N, 3, S, S) -> what drafts need of contexts."""
+        """Measure what drafts need of contexts, uint8 (N, 3, S, S)."""
         return look_of(images, self.image_size, self._texture_of)
 
     def layout(self, control_maps: Tensor, kinds: list[str]) -> Layout:
-        """uint8 (N, 3, H, W) -> what drafts need of queries."""
+        """Measure what drafts need of queries, uint8 (N, 3, H, W)."""
         return layout_of(control_maps, kinds, self._texture_of)
 
     @property
     def _texture_of(self) -> Callable[[Tensor], Tensor] | None:
         return self.relief.texture if self.relief.learned else None
 
-    def draw(self, drafts: Tensor) -> Drawn:
-        """(B, CHANNELS, H, W) -> with the latents of the textured one, 0 where there is none."""
-        told = drafts.flatten(1).any(1)[:, None, None, None]
-        latents = self._encode(drafts[:, TEXTURED]) * told
-        return Drawn(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
+    def encode_draft(self, drafts: Tensor) -> EncodedDraft:
+        """Encode drafts (B, CHANNELS, H, W) for the U-Net: folded pixels, and latents of the textured
+        channels, 0 without one."""
+        present = drafts.flatten(1).any(1)[:, None, None, None]
+        latents = self._encode(drafts[:, TEXTURED]) * present
+        return EncodedDraft(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
 
-    def detail(self, drafts: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
-        """The textured ones without noise, and what the autoencoder makes of them: (B, 3, H, W) in [0, 1] each."""
-        return denoised(drafts[:, TEXTURED] / 2 + 0.5), self.decode(drawn.latents).float()
+    def detail(self, drafts: Tensor, draft: EncodedDraft) -> tuple[Tensor, Tensor]:
+        """Return the textured drafts without noise, and their reconstructions: (B, 3, H, W) in [0, 1]
+        each."""
+        return denoised(drafts[:, TEXTURED] / 2 + 0.5), self.decode(draft.latents).float()
 
     def precondition(
-        self, latents: Tensor, timesteps: Tensor, drawn: Drawn | None, rest_scale: float = 1.0
+        self, latents: Tensor, timesteps: Tensor, draft: EncodedDraft | None, rest_scale: float = 1.0
     ) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """-> what the U-Net takes, and what its output is to be multiplied with and what added, to be v."""
+        """Return the U-Net's input, and gain and offset with v = gain · output + offset."""
         latents = latents.to(self.dtype)
         if not self.drafts:
             return latents, 1.0, 0.0
-        if drawn is None:
+        if draft is None:
             return F.pad(latents, (0, 0, 0, 0, 0, self.unet.config.in_channels - latents.shape[1])), 1.0, 0.0
-        return precondition(latents, drawn, *levels(self._alphas, timesteps), rest_scale)
+        return precondition(latents, draft, *levels(self._alphas, timesteps), rest_scale)
 
     @cached_property
     def _alphas(self) -> Tensor:
         return DDIMScheduler.from_config(self.scheduler_config).alphas_cumprod
 
     def pool(self, hidden: Tensor, bias: Tensor) -> Tensor:
-        """Tokens (B, L, D) -> (B, 2·D): the weighted means of the text's and of the contexts' tokens. They modulate
-        every residual block, as a style does in AdaIN (Huang and Belongie 2017): colour at all resolutions."""
+        """Pool tokens (B, L, D) to (B, 2·D): the weighted means of the text's and of the contexts' tokens.
+
+        They modulate every residual block, as a style does in AdaIN (Huang and Belongie 2017): colour at all
+        resolutions."""
         text = self.text_encoder.config.max_position_embeddings
         cut = (text, hidden.shape[1] - text)
         shares = [part.softmax(2).to(hidden.dtype) for part in bias.split(cut, 2)]
         return torch.cat([(share @ part)[:, 0] for share, part in zip(shares, hidden.split(cut, 1), strict=True)], 1)
 
     def encode_pixels(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> latents (B, C, h, w) of about unit deviation."""
+        """Encode uint8 (B, 3, H, W) to latents (B, C, h, w) of about unit std."""
         return self._encode(images / 127.5 - 1)
 
     def _encode(self, signed: Tensor) -> Tensor:
-        """Small latents, of simple local structure, are folded, so that the U-Net's grid stays coarse."""
+        """Encode values in [-1, 1]; `fold` x `fold` latents become channels of one place, so that the U-Net's
+        grid stays coarse."""
         return F.pixel_unshuffle(self.vae.encode(signed.to(self.dtype)).latents, self.fold) * self.latent_scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents -> (B, 3, H, W) in [0, 1]."""
+        """Decode latents to images (B, 3, H, W) in [0, 1]."""
         sample = self.vae.decode(F.pixel_shuffle(latents.to(self.dtype) / self.latent_scale, self.fold)).sample
         return (sample / 2 + 0.5).clamp(0, 1)
 
@@ -275,10 +284,10 @@ class NativeModel:
         return restore(images, contexts, weights)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """A folder per component and model_index.json, safetensors in `dtype`."""
+        """Write a folder per component and model_index.json, safetensors in `dtype`."""
         checkpoint.save(self, Path(folder), dtype)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> NativeModel:
-        """Loads what save_pretrained wrote, in float32. Raises ModelError naming the part that is missing."""
+        """Load what save_pretrained wrote, in float32. Raises ModelError naming a missing part."""
         return cls(**checkpoint.load(Path(folder), cls.MODULES)).eval()

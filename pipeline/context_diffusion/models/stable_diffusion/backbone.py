@@ -1,5 +1,6 @@
-"""Stable Diffusion with ControlNets and an IP-Adapter as the engine's backbone: each row what diffusers' own pipeline
-makes of it alone.
+"""Stable Diffusion with ControlNets and an IP-Adapter as the engine's backbone.
+
+Each row equals what diffusers' own pipeline generates for it alone.
 
 B lanes  T text tokens  K tokens a context  D width  C h w latents
 """
@@ -25,23 +26,30 @@ from context_diffusion.models.normalization import normalise
 from context_diffusion.models.stable_diffusion.loading import StableDiffusion
 from context_diffusion.models.stable_diffusion.prompts import PromptEncoder
 
+# How the names of the conditions begin that the U-Net and the ControlNets read.
+PREDICT_READS = ("unet.", "guidance", "context_", "bias", "text_embeds", "time_ids")
+CONTROL_READS = ("net", "bias", "text_embeds", "time_ids")
+
 
 class StableBackbone:
-    """engine/backbone.py's interface. contexts: what the image encoder's preprocessor does."""
+    """Implement engine/backbone.py. contexts: the image encoder's preprocessing."""
 
     def __init__(self, model: StableDiffusion, contexts: ImageProcessor) -> None:
         pipe = model.pipe
-        self.model, self.unet, self.vae, self.controlnets = model, pipe.unet, pipe.vae, model.controlnets
+        self.model = model
+        self.unet = pipe.unet
+        self.vae = pipe.vae
+        self.controlnets = model.controlnets
         self.text = PromptEncoder(pipe, model.xl, model.parts.clip_skip, model.parts.prompt_chunks)
         adapted = pipe.unet.config.encoder_hid_dim_type
         self.encoder = _ContextEncoder(pipe, contexts, model.parts.normalization) if adapted else None
         self.layers = attend_by_lanes(self.unet, "unet.")
         self.control_layers = [attend_by_lanes(net, f"net{n}.") for n, net in enumerate(self.controlnets)]
-        # Of the control maps alone: once a row, not once a step.
+        # They depend on the control maps alone: computed once a row, not once a step.
         self.map_embeddings = [net.controlnet_cond_embedding for net in self.controlnets]
         for net in self.controlnets:
             net.controlnet_cond_embedding = nn.Identity()
-        # An LCM's U-Net reads the guidance scale as a number: one lane does both branches.
+        # An LCM's U-Net reads the guidance scale as a number, so one lane replaces both branches.
         self.guidance_width: int | None = self.unet.config.time_cond_proj_dim
         self.scheduler_config: dict[str, Any] = dict(pipe.scheduler.config)
         self.latent_channels = self.vae.config.latent_channels
@@ -49,10 +57,8 @@ class StableBackbone:
         self.image_size = self.unet.config.sample_size * self.latent_factor
         self.contexts: ContextPreprocessing = contexts
         self.tiles = True
-        self.context_slots, self.noise_scale = 8, 1.0
-        both = ("bias", "text_embeds", "time_ids")
-        self.predict_reads: tuple[str, ...] = ("unet.", "guidance", "context_", *both)
-        self.control_reads: tuple[str, ...] = ("net", *both)
+        self.context_slots = 8
+        self.noise_scale = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -78,43 +84,50 @@ class StableBackbone:
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         contexts = self._contexts(request, cache)
         both = self._time_ids(request) | self._guidance(request)
-        lanes, keys, truncated = [], [], False
+        lanes: list[Conditions] = []
+        control_lanes: list[Conditions] = []
+        keys: list[str] = []
+        truncated = False
         for branch in branches:
             prompt, negative = (request.prompt, False) if branch.prompt else (request.negative_prompt, True)
             key = f"text:{self.text.key(prompt, negative)}"
             text, cut = cache.get(key, partial(self._text, prompt, negative))
             truncated |= cut
-            lanes.append(text | contexts[branch.contexts] | both)
+            lane = text | contexts[branch.contexts] | both
+            lanes.append(_named(lane, PREDICT_READS))
+            control_lanes.append(_named(lane, CONTROL_READS))
             keys.append(key)
-        return Encoded(lanes, self._control(request, cache), keys, truncated)
+        return Encoded(lanes, self._control(request, cache), keys, control_lanes, truncated)
 
     def _text(self, prompt: str | None, negative: bool) -> tuple[Conditions, bool]:
-        """The prompt's keys and values, of all layers, and whether it was cut."""
+        """Encode a prompt to the keys and values of all layers, and return whether it was truncated."""
         hidden, pooled, mask = self.text(prompt, negative)
-        found: Conditions = {}
+        conditions: Conditions = {}
         for layers in (self.layers, *self.control_layers):
-            found |= keys_and_values(layers, hidden)
+            conditions |= keys_and_values(layers, hidden)
         if pooled is not None:
-            found["text_embeds"] = pooled
+            conditions["text_embeds"] = pooled
         if self.text.chunks > 1:
-            found["bias"] = torch.where(mask, 0.0, ABSENT)[:, None, None].to(hidden.dtype)
-        return found, self.text.truncates(prompt)
+            conditions["bias"] = torch.where(mask, 0.0, ABSENT)[:, None, None].to(hidden.dtype)
+        return conditions, self.text.truncates(prompt)
 
     def _contexts(self, request: Request, cache: Cache) -> dict[bool, Conditions]:
-        """With the contexts shown, and without: then the IP-Adapter sees an empty picture's features, as it was trained."""
+        """Encode the contexts, for branches with and without them: without, the IP-Adapter gets an empty
+        image's features."""
         if self.encoder is None:
             return {False: {}, True: {}}
-        shown = weighted_contexts(request, self.context_slots)
-        given = [cache.get(f"context:{one.key}", partial(self.encoder.encode, one.pixels)) for one in shown]
+        contexts = weighted_contexts(request, self.context_slots)
+        given = [cache.get(f"context:{context.key}", partial(self.encoder.encode, context.pixels)) for context in contexts]
+        given_weights = [context.weight for context in contexts]
         none = cache.get("context:", self.encoder.none)
         scale = none.new_full((1, 1, 1), request.settings.context_scale)
-        found: dict[bool, Conditions] = {}
-        for present, tokens, weights in ((True, given, [one.weight for one in shown]), (False, [none], [1.0])):
+        conditions: dict[bool, Conditions] = {}
+        for present, tokens, weights in ((True, given, given_weights), (False, [none], [1.0])):
             slots, padded = slots_of(tokens, weights, self.context_slots)
             bias = log_weights(padded).repeat_interleave(slots.shape[2], 1)[:, None, None].to(slots.dtype)
-            kept = self.encoder.keys_and_values(slots.flatten(1, 2))
-            found[present] = kept | {"context_bias": bias, "context_scale": scale * bool(padded.any())}
-        return found
+            attended = self.encoder.keys_and_values(slots.flatten(1, 2))
+            conditions[present] = attended | {"context_bias": bias, "context_scale": scale * bool(padded.any())}
+        return conditions
 
     def _time_ids(self, request: Request) -> Conditions:
         if not self.model.xl:
@@ -123,7 +136,7 @@ class StableBackbone:
         return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)}
 
     def _guidance(self, request: Request) -> Conditions:
-        """The guidance scale's embedding (1, guidance_width), as diffusers' pipelines make it of an LCM."""
+        """Embed the guidance scale, (1, guidance_width), as diffusers' pipelines do for an LCM."""
         if self.guidance_width is None:
             return {}
         scale = torch.tensor([request.settings.guidance_scale - 1])
@@ -133,11 +146,12 @@ class StableBackbone:
     def _control(self, request: Request, cache: Cache) -> Conditions | None:
         if not request.controls:
             return None
-        found: Conditions = {}
-        for n, (scale, control) in enumerate(zip(control_scales(request, len(self.controlnets)), request.controls, strict=True)):
+        conditions: Conditions = {}
+        scales = control_scales(request, len(self.controlnets))
+        for n, (scale, control) in enumerate(zip(scales, request.controls, strict=True)):
             embedded = cache.get(f"control{n}:{content_key(control.pixels)}", partial(self._map, n, control))
-            found |= {f"map{n}": embedded, f"scale{n}": embedded.new_full((1, 1, 1, 1), scale)}
-        return found
+            conditions |= {f"map{n}": embedded, f"scale{n}": embedded.new_full((1, 1, 1, 1), scale)}
+        return conditions
 
     def _map(self, n: int, control: Control) -> Tensor:
         return self.map_embeddings[n]((to_tensor(control.pixels).to(self.device) / 255).to(self.dtype))
@@ -176,23 +190,31 @@ class StableBackbone:
             return_dict=False,
         )[0]
 
-    def decode(self, latents: Tensor, request: Request, kept: Conditions, tiled: bool = False) -> Tensor:
+    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         decode = self.vae.tiled_decode if tiled else self.vae.decode
         images = decode(scaled, return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1)
 
 
+def _named(conditions: Conditions, prefixes: tuple[str, ...]) -> Conditions:
+    """Return those conditions whose names begin with one of the prefixes."""
+    return {name: value for name, value in conditions.items() if name.startswith(prefixes)}
+
+
 def _added(lanes: Conditions) -> dict[str, Tensor]:
-    """What SDXL is told besides: the pooled prompt and the sizes."""
+    """Return the conditions that SDXL adds: the pooled prompt and the sizes."""
     return {name: lanes[name] for name in ("text_embeds", "time_ids") if name in lanes}
 
 
 class _ContextEncoder:
-    """The image encoder and the IP-Adapter's parts, taken out of the U-Net, which would run them at every step."""
+    """The image encoder, and the IP-Adapter's parts taken out of the U-Net, which would run them at every
+    step."""
 
     def __init__(self, pipe: Any, preprocessing: ImageProcessor, normalization: Any) -> None:
-        self.encoder, self.normalization, self.scale = pipe.image_encoder, normalization, preprocessing.scale
+        self.encoder = pipe.image_encoder
+        self.normalization = normalization
+        self.scale = preprocessing.scale
         [self.project] = pipe.unet.encoder_hid_proj.image_projection_layers
         self.keys = {
             f"unet.{name.removesuffix('.processor')}": (processor.to_k_ip[0], processor.to_v_ip[0])
@@ -204,7 +226,7 @@ class _ContextEncoder:
         self.mean, self.std = (torch.tensor(part)[:, None, None] for part in (preprocessing.mean, preprocessing.std))
 
     def encode(self, pixels: Pixels) -> Tensor:
-        """uint8 (S, S, 3) -> (1, K, D)."""
+        """Encode a context, uint8 (S, S, 3), to tokens (1, K, D)."""
         image = to_tensor(pixels)
         if self.normalization == "none":
             values = (image * self.scale - self.mean) / self.std
@@ -217,14 +239,16 @@ class _ContextEncoder:
         return self._features(torch.zeros(1, 3, side, side, device=self.encoder.device, dtype=self.encoder.dtype), empty=True)
 
     def _features(self, values: Tensor, empty: bool) -> Tensor:
-        """A plain adapter reads the projected embedding, zeros for none; Plus reads the patches, of zeros for none."""
+        """Return the adapter's tokens: a plain one reads the projected embedding, Plus the patches; `empty`:
+        of no context."""
         if isinstance(self.project, ImageProjection):
             embeds = self.encoder(values).image_embeds
             return self.project(torch.zeros_like(embeds) if empty else embeds)
         return self.project(self.encoder(values, output_hidden_states=True).hidden_states[-2])
 
     def keys_and_values(self, tokens: Tensor) -> Conditions:
-        found = {}
+        conditions = {}
         for name, (key, value) in self.keys.items():
-            found[f"{name}.context_k"], found[f"{name}.context_v"] = key(tokens), value(tokens)
-        return found
+            conditions[f"{name}.context_k"] = key(tokens)
+            conditions[f"{name}.context_v"] = value(tokens)
+        return conditions

@@ -1,6 +1,6 @@
-"""Puts a pretrained Stable Diffusion (1.x, 2.x, XL) together from its parts, by diffusers' own loaders.
+"""Load a pretrained Stable Diffusion (1.x, 2.x, XL) from its parts, by diffusers' own loaders.
 
-safetensors only, no remote code. Knows no rows and no steps.
+Reads safetensors only, runs no remote code. Knows no rows and no steps.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from context_diffusion.models.stable_diffusion.safety_checker import SafetyCheck
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
-ADAPTERS = (ImageProjection, IPAdapterPlusImageProjection, IPAdapterFullImageProjection)  # IP-Adapters that read images
-NAMED = 3  # of the keys of a LoRA that fit no layer
+# IP-Adapters that read images
+ADAPTERS = (ImageProjection, IPAdapterPlusImageProjection, IPAdapterFullImageProjection)
+NAMED = 3  # keys of a LoRA that fit no layer, named in a message
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
 class StableDiffusion:
-    """pipe: diffusers' text-to-image pipeline of the base, with the IP-Adapter in its U-Net; xl: an XL one."""
+    """A loaded model. pipe: diffusers' text-to-image pipeline of the base, with the IP-Adapter in its U-Net;
+    xl: an XL one."""
 
     pipe: Any
     controlnets: list[Any]
@@ -45,20 +47,20 @@ class StableDiffusion:
 
 
 def load(parts: Parts, device: torch.device) -> StableDiffusion:
-    """Raises ModelError naming the part."""
+    """Load all parts on the device, in the dtype that the parts name. Raises ModelError naming the part."""
     kind = "bfloat16" if parts.dtype == "auto" and device.type == "cuda" else parts.dtype
     dtype = DTYPES.get(kind, torch.float32)
     variant = parts.variant if dtype != torch.float32 else None
     loader = _Loader(parts, dtype, variant)
     xl = "StableDiffusionXL" in fetch(parts.base, "model_index.json", parts.revision).read_text()
     kind_of_pipe = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
-    # The checker is a part of its own: the pipeline is never called, and XL's has no place for one.
-    own: dict[str, Any] = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
+    # The safety checker is loaded apart: the pipeline is never called, and XL's takes none.
+    components: dict[str, Any] = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
     if parts.image_encoder:
-        own["image_encoder"] = loader(transformers.CLIPVisionModelWithProjection, parts.image_encoder, dtype_name="dtype")
+        components["image_encoder"] = loader(transformers.CLIPVisionModelWithProjection, parts.image_encoder, dtype_name="dtype")
     if parts.vae:
-        own["vae"] = loader.component(diffusers.AutoencoderKL, parts.vae)
-    pipe = loader(kind_of_pipe, parts.base, **own)
+        components["vae"] = loader.component(diffusers.AutoencoderKL, parts.vae)
+    pipe = loader(kind_of_pipe, parts.base, **components)
     controlnets = [loader.component(diffusers.ControlNetModel, part) for part in parts.controlnets]
     for name, net in zip(parts.controlnets, controlnets, strict=True):
         if (width := net.config.cross_attention_dim) != pipe.unet.config.cross_attention_dim:
@@ -72,7 +74,9 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
         if isinstance(module, nn.Module):
             module.to(device).eval().requires_grad_(False)
     if xl and dtype == torch.float16 and pipe.vae.config.force_upcast:
-        pipe.vae.float()  # for good, in both directions: half precision overflows in it, so diffusers' XL pipelines upcast
+        # permanently, to encode and decode: it overflows in half precision; diffusers' XL pipelines upcast it
+        # too
+        pipe.vae.float()
     return StableDiffusion(pipe, controlnets, parts, xl, SafetyChecker(checker) if checker else None)
 
 
@@ -83,22 +87,24 @@ class _Loader:
     variant: str | None
 
     def component(self, kind: Any, part: str) -> Any:
-        """One of diffusers' models. Its loader takes any other's folder, too, with random weights for what it lacks."""
-        found = read_json(part, "config.json", self.parts.revision).get("_class_name")
-        if found != kind.__name__:
-            raise ModelError(f"model: {part} holds a {found}, wanted is a {kind.__name__}")
+        """Load one of diffusers' models, checking its class: the loader would fill another model's folder
+        with random weights."""
+        class_name = read_json(part, "config.json", self.parts.revision).get("_class_name")
+        if class_name != kind.__name__:
+            raise ModelError(f"model: {part} holds a {class_name}, wanted is a {kind.__name__}")
         return self(kind, part)
 
-    def __call__(self, kind: Any, part: str, dtype_name: str = "torch_dtype", **own: Any) -> Any:
-        """kind.from_pretrained of a part at its commit; without the variant where the part has none."""
+    def __call__(self, kind: Any, part: str, dtype_name: str = "torch_dtype", **components: Any) -> Any:
+        """Call kind.from_pretrained for a part at its commit; without the variant if the part has none."""
         local = Path(part).exists()
         repo, folder = (part, "") if local else split(part)
-        told = {"revision": None if local else self.parts.revision.get(repo), "use_safetensors": True, dtype_name: self.dtype}
-        told |= {"subfolder": folder} if folder else {}
+        revision = None if local else self.parts.revision.get(repo)
+        options = {"revision": revision, "use_safetensors": True, dtype_name: self.dtype}
+        options |= {"subfolder": folder} if folder else {}
         problems: list[Exception] = []
         for variant in dict.fromkeys((self.variant, None)):
             try:
-                return kind.from_pretrained(repo, **told, **own, **({"variant": variant} if variant else {}))
+                return kind.from_pretrained(repo, **options, **components, **({"variant": variant} if variant else {}))
             except Exception as error:  # whatever a folder's files lead the loaders to
                 problems.append(error)
         raise ModelError(f"model: {part} cannot be loaded as {kind.__name__}: {problems[-1]}") from problems[-1]
@@ -106,7 +112,7 @@ class _Loader:
 
 def _load_safety_checker(loader: _Loader, part: str) -> Any:
     checker, info = loader(StableDiffusionSafetyChecker, part, dtype_name="dtype", output_loading_info=True)
-    if info["missing_keys"]:  # transformers would go on with random ones
+    if info["missing_keys"]:  # transformers would use random ones
         missing = sorted(info["missing_keys"])
         raise ModelError(f"model: safety_checker {part} is none: it lacks {len(missing)} weights, {', '.join(missing[:3])}")
     return checker
@@ -129,8 +135,10 @@ def _fuse_loras(pipe: Any, parts: Parts) -> None:
 
 
 def _check_lora(pipe: Any, path: Path, adapter: str, name: str, base: str) -> None:
-    """Raise ModelError where a LoRA changes nothing, and warn where a part of it does not fit: diffusers leaves keys that fit
-    no layer aside, all of them too, and says so only on a log that is muted here."""
+    """Raise ModelError for a LoRA that changes nothing, and warn of one that fits in part.
+
+    diffusers ignores keys that fit no layer, even all of them, and reports it only on a log that is muted
+    here."""
     layers = [layer for component in pipe.get_list_adapters() for layer in getattr(pipe, component).modules()]
     if not any(adapter in getattr(layer, "lora_B", {}) and layer.lora_B[adapter].weight.any() for layer in layers):
         raise ModelError(
@@ -138,29 +146,31 @@ def _check_lora(pipe: Any, path: Path, adapter: str, name: str, base: str) -> No
             "was it made for another kind of model, or saved without the prefix unet.?"
         )
     if unused := _unused_keys(path, layers, adapter):
-        shown = ", ".join(unused[:NAMED]) + (", ..." if unused[NAMED:] else "")
-        message = f"model: lora {name} fits {base} only in part: {len(unused)} of its keys fit no layer: {shown}"
+        names = ", ".join(unused[:NAMED]) + (", ..." if unused[NAMED:] else "")
+        message = f"model: lora {name} fits {base} only in part: {len(unused)} of its keys fit no layer: {names}"
         LOG.tell("warning", f"warning: {message}", "warning", message=message)
 
 
 def _unused_keys(path: Path, layers: list[nn.Module], adapter: str) -> list[str]:
-    """The keys of a LoRA's file whose weights stand in no layer. Found by the weights: there are many ways to name them."""
-    held = set()
+    """Return the keys of a LoRA's file whose weights are in no layer. Compares weights, since naming schemes
+    differ."""
+    loaded = set()
     for layer in layers:
         for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
             if adapter in getattr(layer, kind, {}):
-                held |= {(weight.dtype, _digest(weight)) for weight in getattr(layer, kind)[adapter].parameters()}
-    dtypes = {dtype for dtype, _ in held}
+                loaded |= {(weight.dtype, _digest(weight)) for weight in getattr(layer, kind)[adapter].parameters()}
+    dtypes = {dtype for dtype, _ in loaded}
     unused = []
     for key, weight in safetensors.torch.load_file(path).items():
-        # An alpha is a number that scales another key's weights: it stands in no layer itself.
-        if weight.ndim and not any((dtype, _digest(weight.to(dtype))) in held for dtype in dtypes):
+        # An alpha is a number that scales another key's weights: it is in no layer itself.
+        if weight.ndim and not any((dtype, _digest(weight.to(dtype))) in loaded for dtype in dtypes):
             unused.append(key)
     return sorted(unused)
 
 
 def _digest(weight: torch.Tensor) -> bytes:
-    """Of the values in their order, whatever the shape: some files hold 1 x 1 convolutions for linear layers."""
+    """Return a digest of the values in order, for any shape: some files hold 1 x 1 convolutions for linear
+    layers."""
     return hashlib.blake2b(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
 
 
@@ -180,5 +190,5 @@ def _load_ip_adapter(pipe: Any, parts: Parts, path: Path) -> None:
     width = encoder.projection_dim if plain else encoder.hidden_size
     wanted = layer.image_embeds.in_features if plain else getattr(getattr(layer, "proj_in", None), "in_features", width)
     if width != wanted:
-        told = f"image_encoder {parts.image_encoder} gives {width} features"
-        raise ModelError(f"model: {told}, ip_adapter {path.name} reads {wanted}: name the encoder that it was made with")
+        features = f"image_encoder {parts.image_encoder} gives {width} features"
+        raise ModelError(f"model: {features}, ip_adapter {path.name} reads {wanted}: name the encoder that it was made with")

@@ -1,4 +1,4 @@
-"""Prompts of Stable Diffusion: encoded by diffusers' own pipeline, longer ones in chunks.
+"""Prompts of Stable Diffusion, encoded by diffusers' own pipeline; longer ones in chunks.
 
 T text tokens  D width
 """
@@ -12,31 +12,37 @@ from torch import Tensor
 
 
 class PromptEncoder:
-    """chunks: of so many tokens as the text encoder reads, which a prompt may have; what is over is cut."""
+    """Encode prompts. chunks: how many times the text encoder's length a prompt may have; the rest is
+    truncated."""
 
     def __init__(self, pipe: Any, xl: bool, clip_skip: int | None, chunks: int) -> None:
-        self.pipe, self.xl, self.clip_skip, self.chunks = pipe, xl, clip_skip, chunks
+        self.pipe = pipe
+        self.xl = xl
+        self.clip_skip = clip_skip
+        self.chunks = chunks
         self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2] if xl else [pipe.tokenizer]
         self.length = min(tokenizer.model_max_length for tokenizer in self.tokenizers)
         self.zeros = xl and bool(pipe.config.force_zeros_for_empty_prompt)
 
     def key(self, prompt: str | None, negative: bool) -> str:
-        """Name what is encoded: equal keys, equal embeddings. None is no text at all: zeros for an XL model that says so, else
-        what a negative prompt of "" is; a prompt of "" is a text, with clip_skip as the others."""
+        """Return a key of the embeddings: equal keys, equal embeddings.
+
+        None is no text: zeros for an XL model that is configured so, else the same as a negative prompt of
+        "". A prompt of "" is a text, with clip_skip."""
         if prompt is None:
             return "none" if self.zeros else "text:"
         skipped = f"skip {self.clip_skip}:" if self.clip_skip and not negative else ""
         return f"{skipped}text:{prompt}"
 
     def tokens(self, text: str) -> int:
-        """With begin and end, by the tokenizer that makes most of it."""
+        """Count the tokens, with begin and end, by the tokenizer that needs most."""
         return max(len(tokenizer(text, verbose=False)["input_ids"]) for tokenizer in self.tokenizers)
 
     def truncates(self, prompt: str | None) -> bool:
         return len(self.split(prompt or "")) > self.chunks if self.chunks > 1 else self.tokens(prompt or "") > self.length
 
     def split(self, prompt: str) -> list[str]:
-        """At spaces, into parts that the text encoder can read."""
+        """Split a prompt at spaces into parts that the text encoder can read."""
         parts: list[str] = []
         for word in prompt.split(" "):
             if parts and self.tokens(f"{parts[-1]} {word}") <= self.length:
@@ -46,13 +52,13 @@ class PromptEncoder:
         return parts
 
     def __call__(self, prompt: str | None, negative: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """-> hidden (1, chunks·T, D), pooled (1, D') for XL, mask (1, chunks·T) bool."""
+        """Encode to hidden states (1, chunks·T, D), pooled (1, D') for XL, and a mask (1, chunks·T) bool."""
         if self.chunks == 1:
             hidden, pooled = self._encode(prompt, negative)
             return hidden, pooled, torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         parts = self.split(prompt or "")[: self.chunks] if prompt else [prompt]
         encoded = [self._encode(part, negative) for part in parts]
-        hidden = torch.cat([one for one, _ in encoded], 1)
+        hidden = torch.cat([states for states, _ in encoded], 1)
         mask = torch.zeros(1, self.chunks * self.length, dtype=torch.bool, device=hidden.device)
         mask[:, : hidden.shape[1]] = True
         padded = hidden.new_zeros(1, mask.shape[1], hidden.shape[2])
@@ -60,19 +66,21 @@ class PromptEncoder:
         return padded, encoded[0][1], mask
 
     def _encode(self, text: str | None, negative: bool) -> tuple[Tensor, Tensor | None]:
-        """Encode as the prompt of a pipeline without guidance; a negative one as diffusers does, without clip_skip."""
+        """Encode as the prompt of a pipeline without guidance; a negative one as diffusers does, without
+        clip_skip."""
         zeros = self.zeros and text is None
         skip = None if negative or text is None else self.clip_skip
-        told = {"device": self.pipe.unet.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        options = {"device": self.pipe.unet.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         if not self.xl and skip:
             return self._skipped(text or "", skip), None
         if not self.xl:
-            return self.pipe.encode_prompt(text or "", **told)[0], None
-        hidden, _, pooled, _ = self.pipe.encode_prompt(text or "", **told, clip_skip=skip)
+            return self.pipe.encode_prompt(text or "", **options)[0], None
+        hidden, _, pooled, _ = self.pipe.encode_prompt(text or "", **options, clip_skip=skip)
         return (torch.zeros_like(hidden), torch.zeros_like(pooled)) if zeros else (hidden, pooled)
 
     def _skipped(self, text: str, skip: int) -> Tensor:
-        """Without the text encoder's last layers. (diffusers 0.42 looks for them where transformers 5 has them no more.)"""
+        """Encode without the text encoder's last layers. (diffusers 0.42 cannot: it looks for them at a path
+        of transformers 4.)"""
         encoder = self.pipe.text_encoder
         ids = self.pipe.tokenizer(text, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
         hidden = encoder(ids["input_ids"].to(encoder.device), output_hidden_states=True).hidden_states[-(skip + 1)]

@@ -1,4 +1,5 @@
-"""Stable Diffusion's safety checker: its verdict on a finished picture, by diffusers' own class. Changes no pixel."""
+"""Stable Diffusion's safety checker: its verdict on a finished image, by diffusers' own class. Changes no
+pixel."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from context_diffusion.core.records import Pixels
 
 
 class SafetyChecker:
-    """checker: a StableDiffusionSafetyChecker on its device. It compares a picture's CLIP embedding with those of concepts
-    that are not to be seen (Rando et al. 2022 say which, and how far it can be trusted)."""
+    """Check images. checker: a StableDiffusionSafetyChecker on its device.
+
+    It compares an image's CLIP embedding with those of unwanted concepts (Rando et al. 2022 describe its
+    limits)."""
 
     def __init__(self, checker: Any) -> None:
         side = checker.config.vision_config.image_size
@@ -23,8 +26,8 @@ class SafetyChecker:
 
     @torch.inference_mode()
     def __call__(self, image: Pixels) -> bool:
-        """Whether it is unsafe; alone, so that no neighbour has a part in it."""
+        """Return whether an image is unsafe; it is checked alone, so that no other image matters."""
         values = self.processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
-        # It blackens the pictures that it is given: an empty one.
+        # The checker blackens the images that it is given, so it gets an empty one.
         _, [unsafe] = self.checker(values.to(self.checker.device, self.checker.dtype), [np.zeros(1)])
         return bool(unsafe)

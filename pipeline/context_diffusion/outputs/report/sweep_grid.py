@@ -19,7 +19,7 @@ from context_diffusion.outputs.report.thumbnails import Frame, frame_of
 ROWS, IMAGES = 24, 480  # on the page, at most; of one row all
 COLUMNS = [ID, "index", "status", "file_name", "image", QUERY, CONTEXT, PROMPT, "width", "height", "seed", "num_images"]
 Row = dict[str, Any]
-Source = Callable[[str, Frame | None], str | None]
+SourceThumbnail = Callable[[str, Frame | None], str | None]
 T = TypeVar("T")
 
 
@@ -50,7 +50,7 @@ class Grid:
         return list(zip(self.down[1], _cut(cells, self.width), strict=True))
 
 
-def contact_sheets(output: Output, made: Callable[[Row], str | None], source: Source) -> Markup:
+def contact_sheets(output: Output, made: Callable[[Row], str | None], source: SourceThumbnail) -> Markup:
     """HTML; nothing where the job has no matrix. made: a row of data/ -> its thumbnail as a data: URL; source: the same of a
     query's or context's URI, and the query's frame; None: it is gone."""
     matrix: Matrix = output.read_json(output.plan)["job"].get("matrix") or {}

@@ -16,7 +16,7 @@ from PIL import Image
 from context_diffusion.core.errors import ContextDiffusionError, ErrorCode, RowError, StorageError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import Fit, Limits
-from context_diffusion.core.uris import parent, resolve
+from context_diffusion.core.uris import resolve
 from context_diffusion.inputs.decode import Size, decode_resized, open_image
 from context_diffusion.inputs.image_sources import INLINE, read_bytes
 from context_diffusion.outputs.output_folder import Output
@@ -37,10 +37,10 @@ class Pictures:
         job = GenerateJob.model_validate(plan["job"])
         self._output, self._limits = output, job.limits
         # Columns without which a row's picture is not found; a part's pictures are held by one thread at a time.
-        self.columns = ["image"] if job.pictures_in == "parquet" else []
+        self.columns = ["image"] if job.images_in == "parquet" else []
         self.threads = 1 if self.columns else THREADS
         self._fit, self._base = job.fit, output.base()
-        self._allow = job.allow or [parent(file["uri"]) for file in plan["manifest"]]
+        self._allow = plan["allow"]
         self._storage = Storage(job.storage_options, deadline_s=PATIENCE_S)
         self._in_vain, self._tars = 0, threading.Lock()
 

@@ -45,7 +45,7 @@ class Samples:
     hints: Hints | None = None
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Something that batches are drawn from."""
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
@@ -59,9 +59,9 @@ class Data(Protocol):
     def origin(self) -> dict[str, str]:
         """Name -> digest of what a checkpoint began with: a run on something else cannot go on from it."""
 
-    def at(self, step: int) -> Source: ...
+    def at(self, step: int) -> BatchSource: ...
 
-    def validations(self) -> dict[str, Source]:
+    def validations(self) -> dict[str, BatchSource]:
         """What is never trained on, by its name in the metrics; the first one is the summary's."""
 
     def examples(self, count: int) -> tuple[list[Request], list[Pixels]]:

@@ -17,12 +17,13 @@ from torch import Tensor
 from context_diffusion.core.records import Control, Pixels, Request
 from context_diffusion.core.settings import Settings
 from context_diffusion.core.training_job import SMALL
+from context_diffusion.image_tensors import channels_first
 from context_diffusion.inputs.decode import resize
 from context_diffusion.models.native.draft import Layout, Look, draft
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.training.data.batches import CONTEXTS, SAMPLE_SETTINGS, Hints, Samples, Source, Summaries
+from context_diffusion.training.data.batches import CONTEXTS, SAMPLE_SETTINGS, BatchSource, Hints, Samples, Summaries
 from context_diffusion.training.data.layouts import Rng
-from context_diffusion.training.data.pools import Pool, Pools, draw
+from context_diffusion.training.data.pools import Pool, Pools, draw_batch
 from context_diffusion.training.data.styles import TEXTURES
 from context_diffusion.training.loop.distributed import Workers
 from context_diffusion.training.loop.precision import mixed_precision
@@ -31,7 +32,7 @@ Seen = TypeVar("Seen", Layout, Look)
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPool:
     """A pool with its latents and what the auxiliary heads should say of its styles: a source of batches."""
 
     pool: Pool
@@ -45,7 +46,7 @@ class Encoded:
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
         pool = self.pool
-        batch = draw(pool, rng, size, context_dropout, prompt_dropout).at(rows)
+        batch = draw_batch(pool, rng, size, context_dropout, prompt_dropout).at(rows)
         contexts = batch.contexts[np.arange(CONTEXTS) < batch.counts[:, None]]
         styles = contexts // (len(pool.targets) // len(pool.styles))
         return Samples(
@@ -59,7 +60,7 @@ class Encoded:
         )
 
 
-def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
+def encode_pool(model: NativeModel, pool: Pool) -> EncodedPool:
     """Each worker encodes its share."""
     palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles]) * 4 - 2
     textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
@@ -69,7 +70,7 @@ def encode_pool(model: NativeModel, pool: Pool) -> Encoded:
         return controls, *layouts
 
     controls, *layouts = _in_parts(model, len(pool.controls), see)
-    return Encoded(
+    return EncodedPool(
         pool,
         encode(model, pool.targets),
         controls,
@@ -136,12 +137,7 @@ def drafts(layouts: Layout, looks: Look, counts: NDArray[np.int64]) -> Tensor:
 
 def as_images(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
     """uint8 (H, W, 3) each -> uint8 (N, 3, H, W), where the model is."""
-    return channels_first(pictures, model.device)
-
-
-def channels_first(pictures: Sequence[Pixels] | Pixels, device: torch.device) -> Tensor:
-    """uint8 (H, W, 3) each -> uint8 (N, 3, H, W) there."""
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(pictures).transpose(0, 3, 1, 2))).to(device)
+    return channels_first(pictures).contiguous().to(model.device)
 
 
 @torch.no_grad()
@@ -157,7 +153,7 @@ def _in_parts(model: NativeModel, rows: int, see: Callable[[NDArray[np.int64]], 
 
 def pool_requests(pool: Pool, count: int, settings: Settings, prompts: bool = True) -> tuple[list[Request], NDArray[np.int64]]:
     """Rows of a pool, and the index of the picture that each should become."""
-    batch = draw(pool, np.random.default_rng(11), count, 0.0, 0.5 if prompts else 1.0)
+    batch = draw_batch(pool, np.random.default_rng(11), count, 0.0, 0.5 if prompts else 1.0)
     requests = [
         Request(
             id=f"validation-{i}",
@@ -179,15 +175,15 @@ class Generated:
         self.model, self.pools, self.pool_steps = model, pools, pool_steps
         # The weights of a frozen encoder are in no checkpoint: another one of the same shape would not be noticed.
         self.origin = {} if model.context_encoder == SMALL else {"context_encoder": model.context_encoder}
-        self._encoded: tuple[int, Encoded] | None = None
+        self._encoded: tuple[int, EncodedPool] | None = None
 
-    def at(self, step: int) -> Encoded:
+    def at(self, step: int) -> EncodedPool:
         number = step // self.pool_steps
         if self._encoded is None or self._encoded[0] != number:
             self._encoded = (number, encode_pool(self.model, self.pools.at(10_000 + number)))
         return self._encoded[1]
 
-    def validations(self) -> dict[str, Source]:
+    def validations(self) -> dict[str, BatchSource]:
         return {"validation": encode_pool(self.model, self.pools.validation())}
 
     def examples(self, count: int) -> tuple[list[Request], list[Pixels]]:

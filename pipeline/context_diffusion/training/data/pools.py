@@ -158,7 +158,7 @@ class Batch:
         return Batch(self.targets[rows], self.contexts[rows], self.counts[rows], self.controls[rows], prompts)
 
 
-def draw(pool: Pool, rng: Rng, size: int, context_dropout: float, prompt_dropout: float) -> Batch:
+def draw_batch(pool: Pool, rng: Rng, size: int, context_dropout: float, prompt_dropout: float) -> Batch:
     """Samples of a pool: contexts are other layouts in the target's style; where the target's style varies another
     one, half of the time the contexts show that other one and the prompt names what differs."""
     pictures = len(pool.targets) // len(pool.styles)

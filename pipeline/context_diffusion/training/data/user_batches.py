@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from context_diffusion.core.records import Pixels
+from context_diffusion.image_tensors import channels_first
 from context_diffusion.inputs.control_maps import control_map
 from context_diffusion.models.native.draft import Layout, Look
-from context_diffusion.training.data.batches import CONTEXTS, Samples, Source, Summaries
-from context_diffusion.training.data.encoded_pools import channels_first, drafts, picked
+from context_diffusion.training.data.batches import CONTEXTS, BatchSource, Samples, Summaries
+from context_diffusion.training.data.encoded_pools import drafts, picked
 from context_diffusion.training.data.layouts import Rng
 from context_diffusion.training.data.pools import KIND_SHARES, KINDS, shift_exposure
 from context_diffusion.training.data.styles import dress, make_style
@@ -59,7 +60,7 @@ class Gallery:
         if self.summaries is not None:
             return tuple(part[contexts] for part in self.summaries)
         shown = np.stack([self.pixels[k] for k in contexts]) if contexts else np.zeros((0, *self.pixels[0].shape), np.uint8)
-        return channels_first(shown, self.latents.device)
+        return channels_first(shown).contiguous().to(self.latents.device)
 
     def contexts(self, example: Example, rng: Rng) -> list[int]:
         """1 to CONTEXTS of those that the example may be shown."""
@@ -84,8 +85,8 @@ class Gallery:
 class Mixed:
     """Batches of which `keep` come from one source, first, and the others from another."""
 
-    kept: Source
-    own: Source
+    kept: BatchSource
+    own: BatchSource
     keep: float
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:

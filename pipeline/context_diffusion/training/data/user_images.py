@@ -19,8 +19,8 @@ from context_diffusion.core.schema import CONTEXT, PROMPT, QUERY, TARGET
 from context_diffusion.core.training_job import FinetuneJob
 from context_diffusion.core.uris import normal, parent
 from context_diffusion.inputs.decode import decode_resized
-from context_diffusion.inputs.image_sources import Source, as_source, as_sources, read_bytes
-from context_diffusion.inputs.manifest_files import FORMATS, Row, expand, open_file, scan_parquet, scan_text
+from context_diffusion.inputs.image_sources import ImageSource, as_source, as_sources, read_bytes
+from context_diffusion.inputs.manifest_files import FORMATS, Row, expand, open_file, raw_rows
 from context_diffusion.storage.filesystem import Storage
 
 
@@ -64,7 +64,7 @@ class _Reader:
         self._by_path: dict[str, int | None] = {}
         self._by_digest: dict[bytes, int] = {}
 
-    def __call__(self, source: Source, name: str, allow: list[str]) -> int | None:
+    def __call__(self, source: ImageSource, name: str, allow: list[str]) -> int | None:
         """None where it cannot be read. name: what a picture without a path is called. Raises StorageError."""
         path, by_path = source["path"], source["bytes"] is None
         if by_path and path in self._by_path:
@@ -148,9 +148,7 @@ def _rows(job: FinetuneJob, storage: Storage) -> Iterator[tuple[str, str, Row]]:
             raise ManifestError(
                 f"{uri}: no column {', '.join(missing)} among {', '.join(file.columns)}; `columns: {{{TARGET}: NAME}}` renames"
             )
-        parquet = file.format == "parquet"
-        rows = scan_parquet(file, storage, None) if parquet else (row for *_, row in scan_text(file, storage))
-        for number, row in enumerate(rows, 1):
+        for number, row in enumerate(raw_rows(file, storage), 1):
             yield f"{uri}: row {number}", parent(uri), row
 
 

@@ -102,7 +102,7 @@ class Metrics:
             file.write(json.dumps({"time": round(time.time(), 1), **values}) + "\n")
 
 
-class Progress:
+class StageSchedule:
     """How far a stage is, 0 to 1: by steps where they are limited, else by the minutes that its threads computed.
 
     Processor time, not the clock: a run that shares its machine, or is paused, is not cut short by it. Of a GPU's time

@@ -51,13 +51,13 @@ def noised(latents: Tensor, noise: Tensor, alphas: Tensor) -> tuple[Tensor, Tens
     return signal * latents + sigma * noise, signal * noise - sigma * latents
 
 
-def v_loss(output: Tensor, target: Tensor, alphas: Tensor, min_snr: float, drawn: Tensor, rest: float) -> Tensor:
+def v_loss(output: Tensor, target: Tensor, alphas: Tensor, min_snr: float, has_draft: Tensor, rest: float) -> Tensor:
     """Squared error of v, weighted by min(1, gamma / (SNR + 1)): min-SNR's (Hang et al. 2023) where there is little
     noise, but 1 where there is much: there v is the picture itself, and the contexts decide it. Rows with a draft
-    (`drawn`, bool (B,)) by what makes the U-Net's own output count alike at each noise, the inverse of its gain squared
-    (NativeModel.beside): else it learns where there is nothing to learn, and blurs."""
+    (`has_draft`, bool (B,)) by what makes the U-Net's own output count alike at each noise, the inverse of its gain squared
+    (models/native/preconditioning.py): else it learns where there is nothing to learn, and blurs."""
     snr = alphas / (1 - alphas)
-    weight = torch.where(drawn, alphas + (1 - alphas) / rest, (min_snr / (snr + 1)).clamp(max=1))
+    weight = torch.where(has_draft, alphas + (1 - alphas) / rest, (min_snr / (snr + 1)).clamp(max=1))
     return (weight * (output.float() - target).square().mean((1, 2, 3))).mean()
 
 
