@@ -1,4 +1,4 @@
-"""Writes the demo's input: photographs that ship inside scikit-image, drawn layouts and styles, and a manifest.
+"""Writes the demo's input: photographs from scikit-image, drawn layouts and styles, and a manifest.
 
 python jobs/demo_input.py build/demo-input
 """

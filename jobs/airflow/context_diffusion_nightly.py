@@ -1,4 +1,4 @@
-"""Airflow 3: wait for the night's manifest, run the job on a Ray cluster, check what failed, publish where it lies.
+"""Airflow 3: waits for the night's manifest, runs the job on a Ray cluster, checks failed rows, publishes the path.
 
     cp jobs/airflow/context_diffusion_nightly.py DAGS        # the dags folder
 

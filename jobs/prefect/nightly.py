@@ -1,4 +1,4 @@
-"""Prefect 3: wait for the night's manifest, run the job on a Ray cluster, check what failed, publish where it lies.
+"""Prefect 3: waits for the night's manifest, runs the job on a Ray cluster, checks failed rows, publishes the path.
 
     python jobs/prefect/nightly.py            # serves it, every night at two
 

@@ -1,5 +1,4 @@
-"""Pictures as tensors, dynamically normalised: the Python side of what a job does with files. Knows nothing
-of Ray.
+"""Images as tensors, dynamically normalised, for the Python API. Knows nothing of Ray.
 
 Shapes: C = 3 channels RGB, H W pixels.
 """
@@ -18,21 +17,21 @@ from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.job_base import Fit, Limits
 from context_diffusion.core.records import Pixels
 from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD, ContextPreprocessing
-from context_diffusion.inputs.decode import Size, decode_image, decode_resized, resize, shown
+from context_diffusion.inputs.decode import Size, decode_image, decode_resized, resize, rgb_pixels
 from context_diffusion.storage.filesystem import Storage
 
 Normalization = Literal["dynamic", "clip", "none"]
 LEVEL = 1 / 255
-# What leaves a picture's values and channels as they are.
+# Methods that change neither an image's values nor its channels.
 REMEMBERING = {"to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "pin_memory", "clone", "detach",
                "contiguous", "unsqueeze", "squeeze", "requires_grad_"}  # fmt: skip
 
 
 class ImageTensor(torch.Tensor):
-    """(3, H, W) float32 that remembers what normalisation removed: `removed_mean`, `removed_std`, 3 values of
-    [0, 1].
+    """(3, H, W) float32 with what normalisation removed: `removed_mean` and `removed_std`, 3 values of [0, 1]
+    each.
 
-    Copies with the same values remember too (REMEMBERING, deepcopy, pickle); every other result is a plain
+    Copies with the same values have them too (REMEMBERING, deepcopy, pickle); every other result is a plain
     tensor."""
 
     removed_mean: list[float]
@@ -64,12 +63,12 @@ def _remember(values: torch.Tensor, mean: list[float], std: list[float]) -> Imag
 def load_image_as_tensor(
     source: Any, size: int | tuple[int, int] | None = None, normalization: Normalization = "dynamic"
 ) -> ImageTensor:
-    """A picture as float32 (3, H, W); `to_image` gives it back.
+    """Load an image as float32 (3, H, W); `to_image` converts it back.
 
-    source: path, URI, bytes, PIL image or uint8 array (H, W, 3). size: a side or (width, height), centre cut
-    to fit. normalization: `dynamic` removes the picture's own mean and deviation by channel (as the model
-    does: a constant picture becomes 0), `clip` CLIP's constants, `none` leaves [0, 1]. Raises
-    FileNotFoundError, RowError for what is no picture, ValueError for a wrong size or normalization."""
+    source: path, URI, bytes, PIL image or uint8 array (H, W, 3). size: a side or (width, height), cropped at
+    the centre. normalization: `dynamic` removes the image's own mean and std by channel (as the model does; a
+    constant image becomes 0), `clip` CLIP's constants, `none` leaves values in [0, 1]. Raises
+    FileNotFoundError, RowError if it is no image, ValueError for a wrong size or normalization."""
     if normalization not in get_args(Normalization):
         raise ValueError(f"normalization is one of {', '.join(get_args(Normalization))}, not {normalization!r}")
     wanted = None if size is None else _size(size)
@@ -103,23 +102,23 @@ def _size(size: Any) -> tuple[int, int]:
 
 
 def to_image(tensor: torch.Tensor) -> Image.Image:
-    """The picture of a tensor (3, H, W), to rounding: what normalisation removed is put back; others are in
-    [0, 1]."""
+    """Return the image of a tensor (3, H, W), to rounding. What normalisation removed is added back; others
+    are in [0, 1]."""
     return Image.fromarray(_tensor_pixels(tensor))
 
 
 def to_pixels(source: Any) -> Pixels:
-    """Anything that the Python API takes for a picture -> uint8 (H, W, 3).
+    """Convert anything that the Python API takes as an image to uint8 (H, W, 3).
 
-    source: ImageTensor (what was removed is put back), float tensor (3, H, W) in [0, 1], PIL image, uint8
-    array (H, W, 3), path, URI or bytes. Raises FileNotFoundError, RowError for bytes that are no picture,
+    source: ImageTensor (what was removed is added back), float tensor (3, H, W) in [0, 1], PIL image, uint8
+    array (H, W, 3), path, URI or bytes. Raises FileNotFoundError, RowError for bytes that are no image,
     ValueError for a wrong shape or range, TypeError for anything else."""
     if (file := _file(source)) is not None:
         return decode_image(file[0], Limits(), file[1])
     if isinstance(source, torch.Tensor):
         return _tensor_pixels(source)
     if isinstance(source, Image.Image):
-        return shown(source)
+        return rgb_pixels(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise ValueError(f"an array of a picture is uint8 (H, W, 3), not {source.dtype} {source.shape}")
@@ -128,8 +127,8 @@ def to_pixels(source: Any) -> Pixels:
 
 
 def to_resized(source: Any, size_of: Callable[[int, int], Size], fit: Fit) -> Pixels:
-    """to_pixels and resize, by a job's own path: the same pixels. size_of: the picture's (width, height) ->
-    the wanted."""
+    """Load and resize an image, to the same pixels as a job. size_of: computes the wanted (width, height)
+    from the image's."""
     if (file := _file(source)) is not None:
         return decode_resized(file[0], Limits(), file[1], size_of, fit)
     pixels = to_pixels(source)
@@ -144,7 +143,7 @@ def to_context(source: Any, preprocessing: ContextPreprocessing) -> Pixels:
 
 
 def _file(source: Any) -> tuple[bytes, str] | None:
-    """A picture file's bytes and name, where the source is one."""
+    """Return an image file's bytes and name; None: the source is no file."""
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source), "the bytes"
     if not isinstance(source, str | os.PathLike):
@@ -169,6 +168,6 @@ def _tensor_pixels(tensor: torch.Tensor) -> Pixels:
         mean, std = torch.tensor(tensor.removed_mean), torch.tensor(tensor.removed_std)
         values = values * std[:, None, None] + mean[:, None, None]
     elif not (values.min() >= -LEVEL / 2 and values.max() <= 1 + LEVEL / 2):  # NaN is not either
-        found = f"{values.min():.3g} to {values.max():.3g}"
-        raise ValueError(f"a plain tensor of a picture is in [0, 1], not {found}: clamp it, or undo its normalisation")
+        extremes = f"{values.min():.3g} to {values.max():.3g}"
+        raise ValueError(f"a plain tensor of a picture is in [0, 1], not {extremes}: clamp it, or undo its normalisation")
     return (values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()

@@ -1,4 +1,4 @@
-"""The bars of layout and style on held-out rows, with negative controls and the autoencoder's copy of the truth as ceiling.
+"""Layout and style measures on held-out rows, with negative controls and the autoencoder's copy of the true image as upper bound.
 
     python tests/benchmarks/bars_layout.py [MODEL] [--rows 256] [--steps 20]
 

@@ -1,4 +1,4 @@
-"""Names a picture's texture and palette by rendering: its own layout in each of them, and which looks most like it.
+"""Names an image's texture and palette: renders its layout in each of them and takes the most similar one.
 
     python tests/benchmarks/bars_names.py [MODEL] [--rows 128]     how often it is right on true pictures, the ceiling
 

@@ -1,4 +1,4 @@
-"""The bars on pictures that the generator cannot make, and the page at the top of the README.
+"""Layout and style measures on images unlike the training data, and jobs/photographs.jpg.
 
     python tests/benchmarks/bars_photographs.py [MODEL] [--steps 20] [--page PNG]
 

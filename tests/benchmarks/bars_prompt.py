@@ -1,4 +1,4 @@
-"""The bars of the prompt on held-out rows: an attribute alone, and against contexts that show another one.
+"""Prompt measures on held-out rows: an attribute without contexts, and with contexts that show another one.
 
     python tests/benchmarks/bars_prompt.py [MODEL] [--rows 256] [--steps 20]
 

@@ -1,5 +1,5 @@
-"""Held-out rows with their truth, for the bars: layouts, palette and texture pairs that training never sees. And what
-the bars have in common.
+"""Held-out rows with their true images, for bars_*.py: layouts, palette and texture pairs that training never sees. And what
+those scripts have in common.
 
 In a group of GROUP rows the layouts differ, and so do the named palettes: an output has one right answer of GROUP.
 """

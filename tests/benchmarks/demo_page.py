@@ -1,4 +1,4 @@
-"""The picture at the README's top: some rows of the demo, each as query, contexts and what was made.
+"""Draws jobs/demo.png: some rows of the demo, each as query, contexts and output.
 
 python tests/benchmarks/demo_page.py demo-01 demo-05 ...      reads build/demo, writes jobs/demo.png
 """

@@ -1,5 +1,5 @@
-"""Context encoders of other classes for models/normalization.py --encoder, where no pretrained ones are at hand: a CLIP tower and
-a DINOv2 of equal size, both made to tell styles apart, the same way.
+"""Context encoders for normalization.py --encoder, without a download: a CLIP vision model and a DINOv2 of equal size, both
+trained in the same way to distinguish styles.
 
     python tests/benchmarks/encoders.py [--kinds clip dinov2] [--steps 600] [--folder build/encoders]
 

@@ -1,4 +1,4 @@
-"""The engine on the bundled model against what one writes with diffusers on the same components, in one run.
+"""The engine on the bundled model against a loop written with diffusers on the same components, in one run.
 
     python tests/benchmarks/engine.py [MODEL] [--rows 48] [--repeats 5] [--threads 2] [--trace PNG]
 

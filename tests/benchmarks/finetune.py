@@ -1,4 +1,4 @@
-"""Fine-tuning on five held-out styles: are their pictures better, and are the old styles kept?
+"""Fine-tuning on five held-out styles: whether their images improve, and whether the old styles are kept.
 
     python tests/benchmarks/finetune.py                                             (15 minutes of two cores, then scores)
     python tests/benchmarks/finetune.py --minutes 0.1 --rows 8 --steps 4 --threads 1       (only to see that it runs)

@@ -1,4 +1,4 @@
-"""Work not done: floating-point operations of the engine against diffusers' pipelines, on SD 1.5's and SDXL's own shapes.
+"""Floating-point operations of the engine against diffusers' pipelines, in the shapes of SD 1.5 and SDXL.
 
     python tests/benchmarks/flops.py
 

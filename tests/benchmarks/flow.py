@@ -1,4 +1,4 @@
-"""The flow alone, the engine replaced at the test seam; the driver's cost of a plan; import time.
+"""The Ray Data flow with a fake engine; the driver's cost of a plan; import time.
 
 python tests/benchmarks/flow.py [--rows 400] [--shards 10000]
 """

@@ -1,4 +1,4 @@
-"""Which dynamic normalisation, and which context encoder: short runs that are otherwise equal, and a table of them.
+"""Compares dynamic normalisations and context encoders in short training runs that are otherwise equal.
 
 python tests/benchmarks/normalization.py --autoencoder build/train/autoencoder.pt [--only NAME] [--steps 600]
     [--encoder small|FOLDER] [--rows 64] [--folder build/normalization]

@@ -1,4 +1,4 @@
-"""CPU time of a row, loaded and written: this flow against a plain Ray Data pipeline of the same rows. No model in either.
+"""CPU time to load and write a row: this flow against a plain Ray Data pipeline of the same rows. No model in either.
 
 A row: a 1024 px JPEG as query, three contexts of 512 px out of 40, a 512 px PNG out, contexts at 224 px for the engine,
 which gives the query back. CPU seconds are those of every process (Ray's too), and a row's are the slope between a short

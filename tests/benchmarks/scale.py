@@ -1,5 +1,5 @@
-"""The flow at size, the engine replaced at the test seam: rows a second, what is lost, the driver's memory and its cost of a
-shard, Ray's object store, and how long a run takes to find what is done.
+"""The Ray Data flow with a fake engine at scale: rows per second, lost rows, the driver's memory and its cost per shard, Ray's
+object store, and the time to find finished parts.
 
 python tests/benchmarks/scale.py [--rows 100000] [--rows-per-part 128] [--cpus 2] [--done 0]
 

@@ -1,4 +1,4 @@
-"""What each score costs: CPU time a picture, against the CPU time of a row of the bundled model.
+"""CPU time of each score per image, against the CPU time of a row of the bundled model.
 
 python tests/benchmarks/scoring.py [--pictures 8] [--contexts 2] [--steps 20]
 """

@@ -1,4 +1,4 @@
-"""The picture of the slots: which row each lane works for, step by step, in the engine and in static batches.
+"""Draws jobs/slots.png: which row each lane works for at each step, in the engine and in static batches.
 
 python tests/benchmarks/engine.py --rows 24 --repeats 1 --trace jobs/slots.png
 

@@ -115,7 +115,7 @@ def test_stdout_holds_the_result_alone(tmp_path: Path) -> None:
         (["manifest", "--queries", "/nowhere", "--contexts", ".", "--pair", "all", "--out", "x.csv"], "no such folder"),
         (
             ["preview", "jobs/demo.yaml", "--grid", "guidance_scale=1", "--out", "grid.jpg"],
-            "grid.jpg: the contact sheet is a PNG",
+            "--out grid.jpg: the contact sheet is a PNG",
         ),
         (["preview", "jobs/demo.yaml", "--grid", "guidance=1", "--out", "grid.png"], "did you mean 'guidance_scale'?"),
         (["preview", "jobs/demo.yaml", "--grid", "num_images=1,2", "--out", "grid.png"], "not a setting that a grid can vary"),

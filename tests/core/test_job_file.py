@@ -77,7 +77,7 @@ def test_all_errors_come_in_one_go_each_with_what_to_do() -> None:
         'settings.guidance_scale: should be a valid number, got "high"',
         "max_failed",
         "is a secret",
-        "'image' is none of ours",
+        "unknown name 'image'",
     ):
         assert expected in text, text
 

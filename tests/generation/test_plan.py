@@ -336,12 +336,14 @@ def test_rows_without_ids_that_moved_are_not_retried(tmp_path: Path) -> None:
     planned = job(write_rows(tmp_path, table, "jsonl"), tmp_path / "out")
     finish(output, read_all(planned, output))
     write_rows(tmp_path, [*table[:3], *table[4:], table[3] | {"prompt": "new"}], "jsonl")
-    with pytest.raises(OutputConflictError, match="say what others said when it was planned"):
+    with pytest.raises(OutputConflictError, match="have the content of other rows of the plan"):
         open_plan(planned, output, STORAGE, retry_failed=True)
     write_rows(tmp_path, [*table[:3], table[3] | {"prompt": "better"}, *table[4:]], "jsonl")
     open_plan(planned, output, STORAGE, retry_failed=True)
     write_rows(tmp_path, [*table[:3], table[3] | {"prompt": "better"}, *table[4:], table[3]], "jsonl")
-    with pytest.raises(OutputConflictError, match="say what others said"):  # the new row would have the corrected one's id
+    with pytest.raises(
+        OutputConflictError, match="have the content of other rows"
+    ):  # the new row would have the corrected one's id
         open_plan(planned, output, STORAGE, extend=True)
 
 

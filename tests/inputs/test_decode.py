@@ -16,7 +16,7 @@ from PIL import Image
 
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.job_base import Limits
-from context_diffusion.inputs.decode import FORMATS, decode_image, decode_resized, output_size, resize, shown, statistics
+from context_diffusion.inputs.decode import FORMATS, decode_image, decode_resized, output_size, resize, rgb_pixels, statistics
 from context_diffusion.outputs.encode import encode_image, read_metadata
 from context_diffusion.storage.content_cache import ContentCache
 from support.encoded_images import encoded, noise
@@ -155,7 +155,7 @@ def test_what_is_no_picture_or_not_of_the_allowed_formats(data: bytes) -> None:
 
 def test_too_many_pixels_is_said_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    with pytest.raises(RowError, match="6144 pixels, allowed are 6143") as caught:
+    with pytest.raises(RowError, match="6144 pixels, at most 6143 are allowed") as caught:
         decode(encoded_noise, Limits(max_pixels=6143))
     assert caught.value.code == ErrorCode.TOO_MANY_PIXELS
 
@@ -180,7 +180,7 @@ def test_a_bomb_is_too_many_pixels_whether_pillow_is_silent_warns_or_raises(acti
 
 def test_our_limit_counts_and_not_the_size_at_which_pillow_warns() -> None:
     before = list(warnings.filters)
-    with pytest.raises(RowError, match="allowed are 99999999"):
+    with pytest.raises(RowError, match="at most 99999999 are allowed"):
         decode(bomb, Limits(max_pixels=10**8 - 1))
     with ThreadPoolExecutor(4) as threads:
         metadata = list(threads.map(lambda _: read_header_of_bomb(), range(16)))
@@ -339,7 +339,7 @@ def test_a_pil_image_shows_as_its_file_does() -> None:
     exif[0x0112] = 6
     data = encoded(noise(), "PNG", exif=exif)
     with Image.open(io.BytesIO(data)) as image:
-        assert (shown(image) == decode(data)).all()
+        assert (rgb_pixels(image) == decode(data)).all()
 
 
 def photograph(width: int, height: int) -> Image.Image:

@@ -117,13 +117,13 @@ def test_pictures_elsewhere_are_named_whole_and_must_be_allowed(folders: Path, t
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"queries": "nowhere"}, "--queries .*nowhere: there is no such folder"),
-        ({"contexts": "empty"}, r"--contexts .*empty: no pictures in it \(\.png"),
-        ({"contexts": "prompts.txt"}, "no such folder"),
-        ({"contexts": "mixed"}, r"mixed holds pictures \(.*\) and sub-folders \(ink\)"),
+        ({"queries": "nowhere"}, "--queries .*nowhere: the folder does not exist"),
+        ({"contexts": "empty"}, r"--contexts .*empty: the folder has no images \(\.png"),
+        ({"contexts": "prompts.txt"}, "the folder does not exist"),
+        ({"contexts": "mixed"}, r"mixed has images \(.*\) and sub-folders \(ink\)"),
         ({"pair": "zip"}, "there are 3 queries, 6 contexts$"),
         ({"pair": "zip", "contexts_per_row": 3, "prompts": "prompts.txt"}, "3 queries, 2 contexts, 3 prompts"),
-        ({"contexts_per_row": 4}, "the 6 pictures .* leave a rest"),
+        ({"contexts_per_row": 4}, "the 6 images .* cannot be divided into groups of 4"),
         ({"contexts_per_row": 7}, "has only 6"),
         ({"contexts": "styles", "contexts_per_row": 3, "pair": "random"}, "styles/oil has only 2"),
         ({"prompts": "nowhere.txt"}, "--prompts .*nowhere.txt"),

@@ -1,6 +1,6 @@
-"""The README is true: its tables are the models', its map is the tree, its job file and its example work.
+"""The pages match the code: tables are generated, the map lists every module, job files, examples and links work.
 
-python tests/project/test_documentation.py      writes the tables anew, those of jobs/ and tests/benchmarks/ too
+python tests/project/test_documentation.py      regenerates the tables of all pages
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from context_diffusion.models.defaults import Defaults, resolved_settings, stabl
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+REFERENCE = ROOT / "jobs" / "reference"
 PACKAGE = Path(context_diffusion.__file__).parent
 
 
@@ -124,8 +125,12 @@ def presets() -> str:
 
 
 TABLES["presets"] = presets()
+CONFIGURATION = ("settings", "job", "parts", "presets", "train", "finetune", "evaluate")
 PAGES = {
-    README: TABLES,
+    REFERENCE / "configuration.md": {name: TABLES[name] for name in CONFIGURATION},
+    REFERENCE / "cli.md": {"exits": TABLES["exits"]},
+    REFERENCE / "errors.md": {"codes": TABLES["codes"]},
+    ROOT / "infra/monitoring.md": {"metrics": TABLES["metrics"]},
     ROOT / "jobs/README.md": {"files": heads("jobs", "*.yaml", "*.py", "*/*.py")},
     ROOT / "tests/benchmarks/README.md": {"files": heads("tests/benchmarks", "*.py")},
 }
@@ -166,14 +171,68 @@ def test_the_map_names_every_module_in_its_room() -> None:
     assert sorted(named) == sorted(modules)
 
 
-def test_the_job_file_is_a_job() -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.S)
-    assert blocks
-    for block in blocks:
-        check_job(parse(block), "README")
+def pages() -> list[Path]:
+    """Every page of the checkout, without what is installed or built there."""
+    folders = ("infra", "jobs", "pipeline", "tests")
+    return sorted([*ROOT.glob("*.md"), *(page for folder in folders for page in (ROOT / folder).rglob("*.md"))])
 
 
-def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+
+
+def with_blocks(language: str) -> list[Any]:
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages() if blocks(page, language)]
+
+
+def test_the_readme_is_for_users() -> None:
+    assert 9_000 <= len(README.read_text()) <= 11_000, "details belong to jobs/reference/, infra/ and pipeline/"
+
+
+def test_each_table_is_on_one_page() -> None:
+    assert sorted(name for tables in PAGES.values() for name in tables if name != "files") == sorted(TABLES)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+    headings = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text, re.M)]
+    return {f"{anchor}-{number}" if number else anchor for anchor in headings for number in range(headings.count(anchor))}
+
+
+def links(page: Path) -> list[str]:
+    """The relative links of a page, images too."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M))
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages() if links(page)])
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for target in links(page):
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{page.relative_to(ROOT)} links to {target}"
+        assert not anchor or anchor in anchors(path), f"{page.relative_to(ROOT)} links to {target}, which is no heading there"
+
+
+@pytest.mark.parametrize("page", with_blocks("yaml"))
+def test_yaml_blocks_are_jobs(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        check_job(parse(block), page.name)
+
+
+def test_the_pages_with_examples() -> None:
+    """Those that the tests here look for are found at all."""
+    found = {language: {case.id for case in with_blocks(language)} for language in ("yaml", "python", "sh")}
+    assert found["yaml"] == {"README.md", "jobs/reference/configuration.md", "jobs/reference/models.md"}
+    assert found["python"] == {"README.md", "pipeline/README.md"}
+    assert found["sh"] == {"README.md", "jobs/reference/cli.md"}
+
+
+@pytest.mark.parametrize("page", with_blocks("python"))
+def test_python_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -184,31 +243,41 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         (tmp_path / name).write_bytes((tmp_path / f"picture-{number}.png").read_bytes())
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
-    for code in re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S):
+    for code in blocks(page, "python"):
         scope["image"] = None
         exec(code, scope)
         assert scope["image"].size == (128, 128)
-    assert sorted(line[0] for line in capsys.readouterr().out.splitlines()) == ["0", "1"], "one line for each of num_images"
+    printed = ["0", "1"] if "print(" in page.read_text() else []
+    assert sorted(line[0] for line in capsys.readouterr().out.splitlines()) == printed, "one line for each of num_images"
 
 
+# What the commands of a page's sh blocks print: some of the keys of each result, in order.
+PRINTED = {
+    "README.md": [{"rows": 4}, {"images": 4}, {"rows": 4, "ok": 4, "images": 4}, {"wrong": 0}],
+    "jobs/reference/cli.md": [{"rows": 4}, {"images": 4}, {"images": 4}],
+}
+
+
+@pytest.mark.ray
 @pytest.mark.slow
-def test_the_commands_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", with_blocks("sh"))
+def test_sh_blocks_run(page: Path, tmp_path: Path) -> None:
     from support.manifests import write_pictures
     from support.processes import ENVIRONMENT
 
     write_pictures(tmp_path / "photos", 2)
     write_pictures(tmp_path / "paintings", 2)
-    [commands] = re.findall(r"```sh\n(.*?)```", README.read_text(), flags=re.S)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-e"], input=commands, cwd=tmp_path, env=ENVIRONMENT | {"PATH": path}, capture_output=True, text=True
-    )
+    environment = ENVIRONMENT | {"PATH": path, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    commands = "\n".join(blocks(page, "sh"))
+    done = subprocess.run(["bash", "-e"], input=commands, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [one["exit"] for one in told] == [0, 0, 0]
-    assert [told[0]["rows"], told[1]["images"], told[2]["images"]] == [4, 4, 4]
-    assert (tmp_path / "grid.png").exists()
-    assert (tmp_path / "sample.png").exists()
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [result["exit"] for result in results] == [0] * len(results)
+    for result, keys in zip(results, PRINTED[str(page.relative_to(ROOT))], strict=True):
+        assert {key: result.get(key) for key in keys} == keys
+    for name in re.findall(r"[\w-]+\.png", commands):
+        assert (tmp_path / name).exists(), name
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The commands that the pages name: each is one that the command line or the Makefile takes, and those of the README that
-need no network, GPU or cluster are run, in their order, on what `make demo` left."""
+"""The commands that the pages name: the command line or the Makefile accepts each, and those of the README and of
+jobs/reference/ that need no network, GPU or cluster are run, in their order, on the result of `make demo`. Commands of
+sh blocks are run by tests/project/test_documentation.py."""
 
 from __future__ import annotations
 
@@ -21,26 +22,27 @@ from context_diffusion.cli.main import app
 from support.processes import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / f for f in ("pipeline", "jobs", "infra", "tests"))]
-# What a page's words stand for, so that the line can be read as a command line and, in the README, run.
+PAGES = [*sorted(ROOT.glob("*.md")), *(ROOT / f for f in ("pipeline", "jobs", "infra", "tests"))]
+RUN = [ROOT / "README.md", *sorted((ROOT / "jobs" / "reference").glob("*.md"))]
+# What a page's words stand for, so that the line can be read as a command line and run.
 WORDS = {
     "JOB": "jobs/demo.yaml",
-    "OUTPUT|SUBMISSION": "build/demo",
     "OUTPUT": "build/demo",
     "DIR": "build/compacted",
-    "COLUMN": "scheduler",
     "URL": "http://127.0.0.1:8265",
-    "[--set": "--set",
-    "key=value]": "max_failed=5%",
 }
-PICTURES = ("FILE", "out/images/part-00000/ID-0.png")  # that a run made
-ELSEWHERE = {  # why the test below does not run it, and what does
+IMAGES = ("FILE", "out/images/part-00000/ID-0.png")  # that a run made
+ELSEWHERE = {  # words of commands that the test below does not run; why, and what does
     "submit": "needs a cluster: tests/cluster",
     "stop": "needs a cluster: tests/cluster",
+    "SUBMISSION": "needs a cluster: tests/cluster",
     "warm": "tests/cluster/test_nodes.py",
     "view": "a server, until it is stopped: tests/outputs/report",
-    "jobs/evaluate.yaml": "needs another system's pictures: tests/evaluation/test_compare.py",
+    "compare=THEIRS": "needs another system's images: tests/evaluation/test_compare.py",
+    "model=sd15": "needs the hub: tests/flow/test_pretrained.py runs its like",
+    "model=sdxl": "needs the hub: tests/flow/test_pretrained.py runs its like",
     "jobs/generate_sd15.yaml": "needs the hub: tests/flow/test_pretrained.py runs its like",
+    "jobs/generate_sdxl.yaml": "needs the hub: tests/flow/test_pretrained.py runs its like",
     "jobs/finetune.yaml": "fifteen minutes: tests/training/test_finetune.py",
 }
 
@@ -52,25 +54,31 @@ def texts() -> Iterator[tuple[str, str]]:
                 yield str(path.relative_to(ROOT)), path.read_text()
 
 
-def commands(text: str) -> list[list[str]]:
-    """The arguments of each `context-diffusion` line of a page, its words filled in."""
-    lines = re.findall(r"^ {4}context-diffusion (.*?)(?:\s+#.*)?$", text, flags=re.M)
+def commands(text: str, sh_blocks: bool = False) -> list[list[str]]:
+    """The arguments of each `context-diffusion` line of a page, its words filled in. sh_blocks: those of sh blocks too."""
+    lines = re.findall(rf"^{'(?: {4})?' if sh_blocks else ' {4}'}context-diffusion (.*?)(?:\s+#.*)?$", text, flags=re.M)
     lines += re.findall(r"`context-diffusion ([a-z][^`]*)`", text)
-    asked = [[WORDS.get(word, word) for word in shlex.split(line)] for line in lines]
-    return [arguments for arguments in asked if not arguments[0].startswith("-")]  # typer's own, --install-completion
+    found = [[WORDS.get(word, word) for word in shlex.split(line)] for line in lines]
+    return [arguments for arguments in found if not arguments[0].startswith("-")]  # typer's own, --install-completion
 
 
-LINES = [(page, arguments) for page, text in texts() for arguments in commands(text)]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+LINES = [(page, arguments) for page, text in texts() for arguments in commands(text, sh_blocks=True)]
 
 
 def test_the_pages_are_read() -> None:
-    assert len(LINES) >= 15
-    assert {"run", "validate", "submit", "status", "report", "verify", "compact"} <= {arguments[0] for _, arguments in LINES}
+    assert len(LINES) >= 40
+    assert {arguments[0] for page, arguments in LINES if page == "jobs/reference/cli.md"} == set(COMMANDS)
+
+
+def test_each_command_has_a_heading() -> None:
+    headings = re.findall(r"^## (.+)$", (ROOT / "jobs/reference/cli.md").read_text(), flags=re.M)
+    assert sorted(name for heading in headings for name in heading.split(", ") if name in COMMANDS) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize(("page", "arguments"), LINES, ids=lambda value: value if isinstance(value, str) else " ".join(value))
 def test_the_command_line_takes_it(page: str, arguments: list[str]) -> None:
-    command = typer.main.get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
+    command = COMMANDS[arguments[0]]
     command.make_context(arguments[0], arguments[1:])  # raises for an unknown option or a missing argument
 
 
@@ -99,29 +107,25 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_readmes_commands_run_on_what_make_demo_left(demo: Path) -> None:
-    ran, picture = [], str(next((demo / "build" / "demo" / "images").rglob("*.png")))
-    for arguments in commands((ROOT / "README.md").read_text()):
-        if arguments[0] in ELSEWHERE or arguments[1] in ELSEWHERE:
+def test_the_commands_run_on_the_result_of_make_demo(demo: Path) -> None:
+    ran, image = [], str(next((demo / "build" / "demo" / "images").rglob("*.png")))
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    for arguments in dict.fromkeys(tuple(arguments) for page in RUN for arguments in commands(page.read_text())):
+        if any(word in ELSEWHERE for word in arguments):
             continue
-        done = subprocess.run(
-            [sys.executable, "-m", "context_diffusion", *(picture if word in PICTURES else word for word in arguments)],
-            cwd=demo,
-            capture_output=True,
-            text=True,
-            env={**ENVIRONMENT, "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
-        )
+        command = [sys.executable, "-m", "context_diffusion", *(image if word in IMAGES else word for word in arguments)]
+        done = subprocess.run(command, cwd=demo, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, f"{arguments}: {done.stderr[-2000:]}"
-        told = json.loads(done.stdout.splitlines()[-1])
-        assert told["exit"] == 0, arguments
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert result["exit"] == 0, arguments
         if arguments[0] in ("run", "status"):
-            assert told["rows"] == 28
-        if arguments[0] == "run":
-            assert (told["ok"], told["skipped"]) == (28, 28), "nothing was left to do"
+            assert result["rows"] == 28
+        if arguments[:2] == ("run", "jobs/demo.yaml"):
+            assert (result["ok"], result["skipped"]) == (28, 28), "nothing was left to do"
         ran.append(arguments[0])
-    made = [np.asarray(Image.open(path)) for path in (demo / "build" / "demo" / "images").rglob("*.png")]
-    assert len(made) == 28
-    assert min(pixels.std() for pixels in made) > 20, "a picture of almost one colour shows nothing"
-    first, then = ["doctor", "validate", "run", "status", "report", "verify", "reproduce"], ["run", "run", "compact"]
-    assert ran == [*first, *then, "reproduce", "run"]
+    images = [np.asarray(Image.open(path)) for path in (demo / "build" / "demo" / "images").rglob("*.png")]
+    assert len(images) == 28
+    assert min(pixels.std() for pixels in images) > 20, "an image of almost one colour shows nothing"
+    assert set(ran) == COMMANDS.keys() - ELSEWHERE.keys() - {"manifest", "preview"}  # those two are in sh blocks
     assert (demo / "build/compacted").exists()
+    assert (demo / "build/demo-scores/scores.parquet").exists()

@@ -21,7 +21,7 @@ ADDED = {
     "A scheduler": ("tests/engine/test_scheduler_tables.py", "dpmpp_sde_karras-epsilon-leading"),
     "A context encoder": ("tests/models/test_context_encoders.py", "patches[dinov3"),
     "A score": ("tests/evaluation/test_tone.py", "tone_score"),
-    "A picture format": ("tests/generation/test_write_shard.py", "again[avif"),
+    "An image format": ("tests/generation/test_write_shard.py", "again[avif"),
 }
 
 

@@ -68,7 +68,7 @@ def test_all_that_a_step_computes_with_is_where_the_model_is(tmp_path: Path, mon
     run, encoded = Run(job(tmp_path), model, tmp_path, {}), encode_pool(model, pool(64))
     samples = encoded.samples(np.random.default_rng(1), 4, 0.0, 0.5, np.arange(4))
     hints = replace(samples.hints, palettes=encoded.palettes.repeat(3, 1), textures=encoded.textures.repeat(3))  # type: ignore[type-var]
-    samples = replace(samples, counts=np.full(4, 3), contexts=encoded.shown[:12], hints=hints)
+    samples = replace(samples, counts=np.full(4, 3), contexts=encoded.as_contexts[:12], hints=hints)
     run.loss(samples, np.arange(4), 4, torch.Generator().manual_seed(1)).backward()
     grads = [parameter.grad for parameter in run.modules.parameters() if parameter.grad is not None]
     assert {value.device.type for value in (*grads, *run.average.values())} == {"meta"}

@@ -26,7 +26,7 @@ from context_diffusion.training.data.encoded_pools import encode
 from context_diffusion.training.data.pools import Pools
 from context_diffusion.training.data.user_batches import Mixed
 from context_diffusion.training.data.user_images import read_pictures
-from context_diffusion.training.finetune import Own
+from context_diffusion.training.finetune import UserData
 from context_diffusion.training.loop.checkpoints import load_checkpoint, save_checkpoint
 from context_diffusion.training.loop.distributed import Workers
 from context_diffusion.training.run import run_training
@@ -156,7 +156,7 @@ def test_a_manifest_is_trained_on_with_its_queries_and_prompts(tmp_path: Path) -
     wanted = job(tmp_path / "own.jsonl", tmp_path / "out", base, held_out=0.4, diffusion={"prompt_dropout": 0.0})
     assert run_training(wanted)["pictures"] == 6
     model, pictures = tiny_model(), read_pictures(wanted, SIZES.image_size)
-    own = Own(wanted, model, pictures, Pools(wanted, SIZES.image_size))
+    own = UserData(wanted, model, pictures, Pools(wanted, SIZES.image_size))
     samples = own.training.samples(np.random.default_rng(1), 4, 0.0, 0.0, np.arange(4))
     assert samples.prompts == ["ocean dots"] * 4
     [request], [target] = own.examples(1)
@@ -188,7 +188,7 @@ def test_a_worker_without_pictures_and_a_batch_without_contexts(tmp_path: Path, 
     model = copy.deepcopy(tiny_model())
     pictures = read_pictures(wanted, SIZES.image_size)
     run = diffusion.Run(wanted, model, tmp_path, {})
-    assert torch.isfinite(run.train_step(Own(wanted, model, pictures, Pools(wanted, SIZES.image_size)).training))
+    assert torch.isfinite(run.train_step(UserData(wanted, model, pictures, Pools(wanted, SIZES.image_size)).training))
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.4])
@@ -202,7 +202,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(tmp_path: Path, monkeyp
         monkeypatch.setattr(run.optimizer, "step", lambda *_: None)
         monkeypatch.setattr(run.clipping, "bound", lambda: None)
         pictures = read_pictures(wanted, SIZES.image_size)
-        losses.append(run.train_step(Own(wanted, model, pictures, Pools(wanted, SIZES.image_size)).at(0)).item())
+        losses.append(run.train_step(UserData(wanted, model, pictures, Pools(wanted, SIZES.image_size)).at(0)).item())
         own = [*run.modules.parameters(), *run.heads.parameters()]
         grads.append(torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in own]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -212,7 +212,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(tmp_path: Path, monkeyp
 def test_a_batch_keeps_its_share_of_old_styles_and_workers_share_it_row_by_row(tmp_path: Path) -> None:
     wanted = job(write_styles(tmp_path / "own"), tmp_path, write_base(tmp_path / "base"), controls=["canny"])
     pictures = read_pictures(wanted, SIZES.image_size)
-    source = Own(wanted, tiny_model(), pictures, Pools(wanted, SIZES.image_size)).at(0)
+    source = UserData(wanted, tiny_model(), pictures, Pools(wanted, SIZES.image_size)).at(0)
     assert isinstance(source, Mixed)
 
     def samples(workers: Workers) -> Any:

@@ -47,9 +47,7 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -148,9 +146,7 @@ def _same_outputs(path: str, documents: list[dict[str, Any]]) -> list[str]:
     wrong = []
     for number, values in enumerate(documents, 1):
         if (before := first.setdefault(normal(values["output"]), number)) < number:
-            wrong.append(
-                f"{path}: job {number}: output: {values['output']} is job {before}'s too; choose another"
-            )
+            wrong.append(f"{path}: job {number}: output: {values['output']} is job {before}'s too; choose another")
     return wrong
 
 
@@ -164,9 +160,7 @@ def check_job(values: dict[str, Any], where: str = "job") -> StrictModel:
     except ValidationError as error:
         lines = [_explain(KINDS[kind], item) for item in error.errors()]
         unique = list(dict.fromkeys(lines))
-        raise ConfigError(
-            "\n".join([f"{where}: {len(unique)} thing(s) wrong:", *(f"  {line}" for line in unique)])
-        ) from None
+        raise ConfigError("\n".join([f"{where}: {len(unique)} thing(s) wrong:", *(f"  {line}" for line in unique)])) from None
 
 
 def absolute(job: StrictModel) -> dict[str, Any]:
@@ -205,16 +199,10 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _explain(model: type[BaseModel], item: Any) -> str:
     """One pydantic error -> one line: where, what is wrong, with which value, what is allowed."""
-    path = [
-        part
-        for part in item["loc"]
-        if isinstance(part, int) or not re.search(r"\[|^(str|int|list|dict)$|Parts$", str(part))
-    ]
+    path = [part for part in item["loc"] if isinstance(part, int) or not re.search(r"\[|^(str|int|list|dict)$|Parts$", str(part))]
     where = ".".join(str(part) for part in path)
     if item["type"] == "extra_forbidden":
-        return (
-            f"{where}: unknown key; {did_you_mean(str(path[-1]), _model_at(model, path[:-1]).model_fields)}"
-        )
+        return f"{where}: unknown key; {did_you_mean(str(path[-1]), _model_at(model, path[:-1]).model_fields)}"
     if item["type"] == "missing":
         return f"{where}: is missing and has no default"
     message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")

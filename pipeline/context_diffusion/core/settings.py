@@ -1,5 +1,4 @@
-"""The settings of a row and their ranges, named as in diffusers where it has the setting; and the known name that
-a misspelt one is close to."""
+"""The settings of a row and their ranges, named as in diffusers where it has them; and hints for misspelt names."""
 
 from __future__ import annotations
 
@@ -39,12 +38,8 @@ class Settings(StrictModel):
     controlnet_conditioning_scale: ControlScale | Annotated[list[ControlScale], Field(min_length=1)] = Field(
         default=1.0, description="strength of the query's layout; a list gives one value per ControlNet"
     )
-    control_guidance_start: Fraction = Field(
-        default=0.0, description="fraction of the steps at which the ControlNet starts"
-    )
-    control_guidance_end: Fraction = Field(
-        default=1.0, description="fraction of the steps at which the ControlNet ends"
-    )
+    control_guidance_start: Fraction = Field(default=0.0, description="fraction of the steps at which the ControlNet starts")
+    control_guidance_end: Fraction = Field(default=1.0, description="fraction of the steps at which the ControlNet ends")
     context_scale: Annotated[float, Field(ge=0, le=10)] = Field(
         default=1.0, description="weight of all contexts relative to the prompt"
     )
@@ -55,12 +50,8 @@ class Settings(StrictModel):
         default=None,
         description="image-to-image strength: start from the query with this much noise; default: start from pure noise",
     )
-    width: Side | None = Field(
-        default=None, description="pixels, a multiple of 16; default: the model's size"
-    )
-    height: Side | None = Field(
-        default=None, description="pixels, a multiple of 16; default: the model's size"
-    )
+    width: Side | None = Field(default=None, description="pixels, a multiple of 16; default: the model's size")
+    height: Side | None = Field(default=None, description="pixels, a multiple of 16; default: the model's size")
     num_images: int = Field(default=1, ge=1, le=64, description="images per row")
 
     @classmethod
@@ -112,7 +103,10 @@ OTHER_NAMES = {
 
 
 def probable(name: str, known: Iterable[str], cutoff: float = 0.82) -> str | None:
-    """Which of the known names `name` probably stands for; None where none is close. cutoff: of difflib's ratio, 0 to 1."""
+    """Return the known name that a misspelt one probably means; None where none is close.
+
+    cutoff: of difflib's similarity ratio, 0 to 1.
+    """
     names = list(known)
     other = OTHER_NAMES.get(name.lower())
     if other in names:
@@ -122,7 +116,7 @@ def probable(name: str, known: Iterable[str], cutoff: float = 0.82) -> str | Non
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The hint of an error about an unknown name: the one that is meant, else all that are known."""
+    """Return a hint for an unknown name: the known name that is probably meant, else all known names."""
     names = list(known)
     close = probable(name, names, cutoff=0.5)
     return f"did you mean {close!r}?" if close else f"known: {', '.join(names)}"

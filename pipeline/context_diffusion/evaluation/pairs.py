@@ -19,8 +19,9 @@ from context_diffusion.core.schema import CONTEXT, ID, PROMPT, QUERY
 from context_diffusion.core.uris import normal, parent, resolve
 from context_diffusion.inputs.decode import ENDINGS
 from context_diffusion.inputs.image_sources import INLINE, ImageSource, as_source
-from context_diffusion.inputs.manifest_files import Row, expand, open_file, raw_rows
+from context_diffusion.inputs.manifest_files import expand, open_file, raw_rows
 from context_diffusion.inputs.rows import RowRules, read_table, row_id
+from context_diffusion.inputs.text_rows import Row
 from context_diffusion.inputs.url_policy import allowed_prefixes
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage

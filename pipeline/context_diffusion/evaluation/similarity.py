@@ -1,6 +1,6 @@
-"""Style in a context encoder's space: how alike a picture and its contexts are to what a model sees styles with.
+"""Style similarity in a context encoder's space: how similar an image and its contexts are to the encoder.
 
-N pictures  K tokens  D width  H W pixels
+N images  K tokens  D width  H W pixels
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ Embed = Callable[[list[Pixels]], Tensor]  # uint8 (H, W, 3) each -> (N, D)
 
 @cache
 def load_embedding(name: str = "bundled") -> Embed:
-    """Of the encoder that a native model sees contexts with (`bundled`, or its folder), or of CLIP, SigLIP or DINOv2 by
-    folder or hub id. Once a process. Raises ModelError."""
+    """Load the context encoder of a native model (`bundled`, or its folder), or CLIP, SigLIP or DINOv2 by
+    folder or hub id, once a process. Raises ModelError."""
     if name == "bundled" or (Path(name) / "model_index.json").is_file():
         model = NativeModel.from_pretrained(model_folder(name))
-        return lambda images: model.encode_images(_pixels(images, model.context_size)).mean(1)
+        return lambda images: model.encode_images(_batch(images, model.context_size)).mean(1)
     encoder = load_encoder(name)
     mean, std = (torch.tensor(part)[:, None, None] for part in (encoder.mean, encoder.std))
 
     def embed(images: list[Pixels]) -> Tensor:
-        tokens = patch_tokens(encoder.model, (_pixels(images, encoder.size) / 255 - mean) / std)
+        tokens = patch_tokens(encoder.model, (_batch(images, encoder.size) / 255 - mean) / std)
         return torch.cat([tokens.mean(1), tokens.std(1)], 1)
 
     return embed
 
 
-def _pixels(images: list[Pixels], size: int) -> Tensor:
-    """uint8 (N, 3, size, size)."""
+def _batch(images: list[Pixels], size: int) -> Tensor:
+    """Resize images and join them to uint8 (N, 3, size, size)."""
     return channels_first([resize(image, size, size, "crop") for image in images])
 
 
 @torch.inference_mode()
 def embedded(images: list[Pixels], encoder: str = "bundled") -> NDArray[np.float64]:
-    """Pictures as features (N, D)."""
+    """Embed images as features (N, D)."""
     return load_embedding(encoder)(images).double().numpy()
 
 
 @torch.inference_mode()
 def style_similarity(image: Pixels, contexts: list[Pixels], encoder: str = "bundled") -> float:
-    """The cosine between a picture's mean token and that of its contexts, 0 to 1."""
-    made, *shown = (torch.from_numpy(_embedded_once(one, encoder)) for one in (image, *contexts))
-    return float(F.cosine_similarity(made, torch.stack(shown).mean(0), dim=0).clamp(0, 1))
+    """Return the cosine between an image's mean token and that of its contexts, 0 to 1."""
+    output, *references = (torch.from_numpy(_embedded_once(pixels, encoder)) for pixels in (image, *contexts))
+    return float(F.cosine_similarity(output, torch.stack(references).mean(0), dim=0).clamp(0, 1))
 
 
 def _embedded_once(image: Pixels, encoder: str) -> NDArray[np.float32]:

@@ -36,9 +36,7 @@ def extend(record: Any, job: GenerateJob, output: Output, storage: Storage) -> A
     extension."""
     old = record["manifest"]
     if any(file["bytes"] == UNFINISHED for file in old):
-        raise OutputConflictError(
-            "--extend: a run with --retry-failed was interrupted; rerun that command first"
-        )
+        raise OutputConflictError("--extend: a run with --retry-failed was interrupted; rerun that command first")
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     # A corrected row keeps its id, which a new row could derive from what the corrected one said before.
     planned = _planned_ids(output, len(old)) if record.get("corrected") else None
@@ -48,9 +46,7 @@ def extend(record: Any, job: GenerateJob, output: Output, storage: Storage) -> A
     first_shard = sum(file["shards"] for file in old)
     records = []
     for number in range(len(files)):
-        planned_shards = (
-            list(read_shards(output, number))[: old[number]["shards"]] if number < len(old) else []
-        )
+        planned_shards = list(read_shards(output, number))[: old[number]["shards"]] if number < len(old) else []
         first_row = old[number]["rows"] if planned_shards else 0
         new = list(scanned.cut(number, record["rows_per_part"], first_shard, first_row))
         first_shard += len(new)
@@ -70,9 +66,7 @@ def correct(record: Any, job: GenerateJob, output: Output, storage: Storage, pas
     old = record["manifest"]
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     if [normal(file.uri) for file in files] != [file["uri"] for file in old]:
-        raise OutputConflictError(
-            "--retry-failed: the manifest has other files than the plan; rows must keep their places"
-        )
+        raise OutputConflictError("--retry-failed: the manifest has other files than the plan; rows must keep their places")
     scanned = Scan(job, files, storage, planned=_planned_ids(output, len(old)))
     _check_rows(old, scanned)
     _check_types(passed, scanned)
@@ -201,22 +195,17 @@ def _check_grown(old: list[Any], scanned: Scan) -> None:
         name = f"--extend: {file['uri']}"
         present = scanned.files[number] if number < len(scanned.files) else None
         if present is None or normal(present.uri) != file["uri"]:
-            raise OutputConflictError(
-                f"{name} is no longer file {number + 1} of the manifest: add new files after the old"
-            )
+            raise OutputConflictError(f"{name} is no longer file {number + 1} of the manifest: add new files after the old")
         if (rows := scanned.rows_of[number]) < file["rows"]:
             raise OutputConflictError(f"{name} had {file['rows']} rows and has {rows}: rows were removed")
         if scanned.marked[number] != file["digest"] or present.columns != file["columns"]:
             raise OutputConflictError(f"{name}: its first {file['rows']} rows or its columns changed")
         if not _groups_grew(file["groups"], present.groups):
             raise OutputConflictError(
-                f"{name}: its row groups had {file['groups']} rows and have {present.groups}: append new "
-                "groups to the old"
+                f"{name}: its row groups had {file['groups']} rows and have {present.groups}: append new groups to the old"
             )
 
 
 def _groups_grew(old: list[int], present: list[int]) -> bool:
     """Return whether only the last row group has more rows and further ones follow it."""
-    return not old or (
-        present[: len(old) - 1] == old[:-1] and len(present) >= len(old) and present[len(old) - 1] >= old[-1]
-    )
+    return not old or (present[: len(old) - 1] == old[:-1] and len(present) >= len(old) and present[len(old) - 1] >= old[-1])

@@ -47,9 +47,7 @@ class Reproduction:
     differs: list[str]
 
 
-def reproduce(
-    origin: ImageOrigin, allow: list[str], model: str | None, base: str | None = None
-) -> Reproduction:
+def reproduce(origin: ImageOrigin, allow: list[str], model: str | None, base: str | None = None) -> Reproduction:
     """Generate the image again. Raises JobError where that is not possible.
 
     allow, model, base: replace those of OUTPUT's job.
@@ -66,9 +64,7 @@ def reproduce(
     return Reproduction(result.image, written, result.device, not changed_pixels, differs)
 
 
-def _generate(
-    origin: ImageOrigin, model: ResolvedModel, allow: list[str], base: str | None
-) -> tuple[Result, dict[str, Any]]:
+def _generate(origin: ImageOrigin, model: ResolvedModel, allow: list[str], base: str | None) -> tuple[Result, dict[str, Any]]:
     """Return the image and its row of loaded pixels."""
     fit, kinds = loading_of(origin.metadata, origin.uri)
     job = origin.planned

@@ -93,9 +93,7 @@ class ReadShard:
             rows = read_text(self.file, self.shard, self.storage)
         part = self.redo.read_part(self.shard.number, [ID, "status"]) if self.redo else None
         ids = list(dict.fromkeys(part[ID].to_pylist())) if part is not None else None
-        table = read_table(
-            rows, self.shard.number, self.rules, parent(self.file.uri), self.passed, source, ids
-        )
+        table = read_table(rows, self.shard.number, self.rules, parent(self.file.uri), self.passed, source, ids)
         if part is not None:
             failed = part.filter(pc.equal(part["status"], "failed"))[ID].combine_chunks()
             table = table.filter(pc.is_in(table[ID], failed))
@@ -119,9 +117,7 @@ class LoadImages:
     storage: Storage
 
     @classmethod
-    def for_job(
-        cls, job: GenerateJob, model: ResolvedModel, allow: list[str], storage: Storage
-    ) -> LoadImages:
+    def for_job(cls, job: GenerateJob, model: ResolvedModel, allow: list[str], storage: Storage) -> LoadImages:
         """job: with its model's defaults filled in."""
         return cls(job.fit, job.control_kinds, job.limits, allow, model.image_size, model.contexts, storage)
 
@@ -155,17 +151,13 @@ class LoadImages:
         mean, std = statistics(query)
         return {
             "query_image": to_image(query),
-            "control_images": [
-                to_image(control.pixels) for control in self._controls(row, query, loaded_by_uri)
-            ],
+            "control_images": [to_image(control.pixels) for control in self._controls(row, query, loaded_by_uri)],
             "context_images": [to_image(context) for context in contexts],
             "query_mean": mean,
             "query_std": std,
         }
 
-    def _controls(
-        self, row: dict[str, Any], query: Pixels, loaded_by_uri: LoadedByUri
-    ) -> tuple[Control, ...]:
+    def _controls(self, row: dict[str, Any], query: Pixels, loaded_by_uri: LoadedByUri) -> tuple[Control, ...]:
         """Return the row's own control maps, or those computed from its query."""
         kinds = self.control_kinds
         if not kinds or not row[CONTROL_IMAGE]:
@@ -177,9 +169,7 @@ class LoadImages:
         maps = [self._resized(source, width, height, loaded_by_uri) for source in row[CONTROL_IMAGE]]
         return tuple(map(Control, kinds, maps))
 
-    def _resized(
-        self, source: ImageSource, width: int | None, height: int | None, loaded_by_uri: LoadedByUri
-    ) -> Pixels:
+    def _resized(self, source: ImageSource, width: int | None, height: int | None, loaded_by_uri: LoadedByUri) -> Pixels:
         def size(source_width: int, source_height: int) -> Size:
             return output_size(self.fit, source_width, source_height, width, height, self.image_size)
 
@@ -220,9 +210,7 @@ class LoadImages:
 def _without_bytes(column: pa.ChunkedArray) -> pa.Array:
     """Drop the bytes of sources whose pixels are loaded."""
     stripped = [
-        [{**item, "bytes": None} for item in value]
-        if isinstance(value, list)
-        else value and {**value, "bytes": None}
+        [{**item, "bytes": None} for item in value] if isinstance(value, list) else value and {**value, "bytes": None}
         for value in column.to_pylist()
     ]
     return pa.array(stripped, column.type)
@@ -241,10 +229,7 @@ def span(began: float) -> dict[str, float]:
 def requests_of(table: pa.Table, control_kinds: list[str], matrix: Matrix) -> list[list[Request]]:
     """Return the requests of each row: none for a failed row, else num_images for each combination of the
     matrix."""
-    return [
-        [] if row["error_code"] is not None else _requests(row, control_kinds, matrix)
-        for row in known_rows(table)
-    ]
+    return [[] if row["error_code"] is not None else _requests(row, control_kinds, matrix) for row in known_rows(table)]
 
 
 def _requests(row: dict[str, Any], control_kinds: list[str], matrix: Matrix) -> list[Request]:
@@ -272,9 +257,7 @@ def generate(table: pa.Table, engine: ShardEngine, job: GenerateJob) -> pa.Table
         rows += [number] * len(written)
         index += range(len(written))
         results += written
-    return _with_span(
-        _with_results(table.take(pa.array(rows, pa.int64())), index, results), "generate", began
-    )
+    return _with_span(_with_results(table.take(pa.array(rows, pa.int64())), index, results), "generate", began)
 
 
 def _with_results(table: pa.Table, index: list[int], results: list[Made]) -> pa.Table:

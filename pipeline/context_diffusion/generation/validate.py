@@ -12,13 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from context_diffusion.core.errors import (
-    EXIT_OK,
-    EXIT_ROWS_FAILED,
-    EXIT_TOO_MANY_FAILED,
-    ConfigError,
-    one_line,
-)
+from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED, EXIT_TOO_MANY_FAILED, ConfigError, one_line
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard
 from context_diffusion.core.schema import CONTEXT, CONTROL_IMAGE, ID, QUERY
@@ -30,7 +24,7 @@ from context_diffusion.generation.plan import check_output, part_rows
 from context_diffusion.generation.stages import LoadImages, ReadShard
 from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file, scan_texts
 from context_diffusion.inputs.manifest_scan import Scan, column_warnings
-from context_diffusion.inputs.rows import RowRules, column_names
+from context_diffusion.inputs.rows import RowRules
 from context_diffusion.inputs.url_policy import PROTOCOLS, allowed_prefixes
 from context_diffusion.models.defaults import resolved_job
 from context_diffusion.models.resolve import ResolvedModel, find_model
@@ -112,9 +106,7 @@ def _check_writing(job: GenerateJob, model: ResolvedModel, output: Output) -> di
     return {"output": output.root, "begun": begun, "creates_once": output.storage.try_writing(output.root)}
 
 
-def _estimate(
-    job: GenerateJob, model: ResolvedModel, tables: list[pa.Table], rows: int, pictures: str
-) -> dict[str, Any]:
+def _estimate(job: GenerateJob, model: ResolvedModel, tables: list[pa.Table], rows: int, pictures: str) -> dict[str, Any]:
     """Make the images of the sample into a sheet. Returns what the job will take."""
     lines, figures = try_rows(job, model, tables, rows)
     write_sheet(pictures, lines)
@@ -124,7 +116,7 @@ def _estimate(
 def _missing_packages(job: GenerateJob, files: list[ManifestFile], storage: Storage) -> MissingPackages:
     """Check the protocols of all rows' sources, those outside of the sample too. Opens no store."""
     missing, known = MissingPackages({}, Counter(), 0), set[str]()
-    names = column_names(job.columns)
+    names = RowRules.of_job(job).names
     columns = [names[name] for name in (QUERY, CONTEXT, CONTROL_IMAGE)]
     for row in chain.from_iterable(scan_texts(file, storage, columns) for file in files):
         uris = {protocol(uri): uri for uri in reversed(NAMED.findall(str(row)))}
@@ -162,9 +154,7 @@ def _sample(
             [table] = ReadShard(RowRules.of_job(job), files[shard.file], shard, scan.passed(), storage)()
             places = [row - first for row in here]
             pictures = table.select([QUERY, CONTEXT]).to_pylist()
-            yield table.take(
-                [_newest(pictures, *reach, seen) for reach in pairwise([0, *places[1:], shard.rows])]
-            )
+            yield table.take([_newest(pictures, *reach, seen) for reach in pairwise([0, *places[1:], shard.rows])])
         first += shard.rows
 
 

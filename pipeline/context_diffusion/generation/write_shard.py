@@ -76,9 +76,7 @@ class WriteShard:
         write(self.output.part(shard), data)
         files = [] if self.job.images_in == "parquet" else [image for image in images if image]
         size = len(data) + sum(map(len, files))
-        return pa.Table.from_pylist(
-            [_written(shard, part, table, size) | {"write_span": span(began)}], WRITTEN
-        )
+        return pa.Table.from_pylist([_written(shard, part, table, size) | {"write_span": span(began)}], WRITTEN)
 
     def _selected(self, shard: int, rows: list[dict[str, Any]]) -> list[int]:
         """Return the numbers of the rows that are written: all, or with `keep: best` the best image of each
@@ -100,14 +98,10 @@ class WriteShard:
         return selected
 
     def _part(self, table: pa.Table, selected: list[int], rows: list[dict[str, Any]]) -> pa.Table:
-        columns = {
-            field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in OUTPUT
-        }
+        columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in OUTPUT}
         for name in table.column_names:
             if name.startswith(PASSED):
-                columns[name.removeprefix(PASSED)] = (
-                    table[name].combine_chunks().take(pa.array(selected, pa.int64()))
-                )
+                columns[name.removeprefix(PASSED)] = table[name].combine_chunks().take(pa.array(selected, pa.int64()))
         part = pa.table(columns)
         if self.job.images_in in ("parquet", "both"):
             return part.replace_schema_metadata(HUGGING_FACE)
@@ -165,9 +159,7 @@ def _merged(old: pa.Table, new: pa.Table) -> pa.Table:
     place_of = {row_id: number for number, row_id in enumerate(dict.fromkeys(old[ID].to_pylist()))}
     unchanged = old.filter(pc.invert(pc.is_in(old[ID], new[ID].combine_chunks())))
     both = pa.concat_tables([unchanged, new.cast(unchanged.schema)])
-    order = sorted(
-        range(len(both)), key=lambda row: (place_of[both[ID][row].as_py()], both["index"][row].as_py())
-    )
+    order = sorted(range(len(both)), key=lambda row: (place_of[both[ID][row].as_py()], both["index"][row].as_py()))
     return both.take(pa.array(order, pa.int64()))
 
 

@@ -1,4 +1,4 @@
-"""What a viewer does before the pixels are seen: colour profiles turned into sRGB, broken or huge text left aside.
+"""Converts images by their ICC colour profile to sRGB, and removes text chunks from PNG files.
 
 Knows Pillow and bytes only.
 """
@@ -19,22 +19,25 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def in_srgb(image: Image.Image) -> Image.Image:
-    """A loaded image in sRGB, by its ICC profile. One without a profile, with sRGB's or with a broken one stays as it is."""
+    """Convert a loaded image by its ICC profile to sRGB.
+
+    Images without a profile, with that of sRGB or with a broken one are returned unchanged.
+    """
     data = image.info.get("icc_profile")
-    if not data or "transparency" in image.info or not _matters(data, image.mode):
+    if not data or "transparency" in image.info or not _needs_conversion(data, image.mode):
         return image
     try:
-        wanted = image.mode if image.mode == "RGBA" else "RGB"
+        target_mode = image.mode if image.mode == "RGBA" else "RGB"
         source = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        converted = ImageCms.profileToProfile(image, source, SRGB, ImageCms.Intent.RELATIVE_COLORIMETRIC, wanted)
+        converted = ImageCms.profileToProfile(image, source, SRGB, ImageCms.Intent.RELATIVE_COLORIMETRIC, target_mode)
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
     return converted if converted is not None else image
 
 
 @lru_cache(maxsize=256)
-def _matters(data: bytes, mode: str) -> bool:
-    """Whether a profile is readable, of the image's colour space, and another one than sRGB."""
+def _needs_conversion(data: bytes, mode: str) -> bool:
+    """Return whether a profile is readable, fits the image's mode and differs from sRGB."""
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data)).profile
         name = (profile.profile_description or "").lower()
@@ -44,19 +47,23 @@ def _matters(data: bytes, mode: str) -> bool:
 
 
 def without_text(data: bytes) -> bytes:
-    """A PNG without its texts and without side chunks whose checksum is wrong: its pixels are intact, but Pillow refuses the
-    file for a text of over a megabyte (a ComfyUI workflow) or a wrong checksum. Others as they are."""
+    """Remove a PNG's text chunks and its ancillary chunks whose checksum is wrong; return other files
+    unchanged.
+
+    Pillow refuses a file with a text of over a megabyte (a ComfyUI workflow) or a wrong checksum, although
+    its pixels are intact.
+    """
     if not data.startswith(PNG):
         return data
-    pieces, begin, dropped = [data[:8]], 8, False
+    chunks = [data[:8]]
+    begin = 8
     while begin + 12 <= len(data):
-        size, kind = int.from_bytes(data[begin : begin + 4], "big"), data[begin + 4 : begin + 8]
+        size = int.from_bytes(data[begin : begin + 4], "big")
+        kind = data[begin + 4 : begin + 8]
         end = begin + 12 + size
-        if kind[:1].islower():  # a side chunk: readers may leave it out
-            body = data[begin + 4 : end - 4]
-            if kind in TEXTS or zlib.crc32(body) != int.from_bytes(data[end - 4 : end], "big"):
-                dropped, begin = True, end
-                continue
-        pieces.append(data[begin:end])
+        ancillary = kind[:1].islower()  # decoders may skip such a chunk
+        checksum = int.from_bytes(data[end - 4 : end], "big")
+        if not ancillary or (kind not in TEXTS and zlib.crc32(data[begin + 4 : end - 4]) == checksum):
+            chunks.append(data[begin:end])
         begin = end
-    return b"".join([*pieces, data[begin:]]) if dropped else data
+    return b"".join([*chunks, data[begin:]])

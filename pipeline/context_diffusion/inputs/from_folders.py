@@ -1,6 +1,7 @@
-"""Two folders of pictures -> a manifest: which query goes with which contexts and prompt. The same folders, the same file.
+"""Writes a manifest that pairs the images of two folders, queries and contexts, and prompts.
 
-A context is one picture, or with sub-folders all pictures of one: a style each. Names decide the order; nothing is decoded.
+A context is one image, or a style: the images of one sub-folder. Images are ordered by name, so the same
+folders give the same manifest. Decodes no images.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ from context_diffusion.storage.parquet_files import to_parquet
 Pair = Literal["all", "zip", "random"]
 Triple = tuple[str, list[str], str | None]  # query, contexts, prompt
 SCHEMA = pa.schema([(ID, pa.string()), (QUERY, pa.string()), (CONTEXT, pa.list_(pa.string())), (PROMPT, pa.string())])
-MOST = 5_000_000  # rows of a manifest that is held in memory
+MAX_ROWS = 5_000_000  # the manifest is built in memory
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """contexts_per_row: left out, one of a plain folder, all of a sub-folder. seed: of what is drawn."""
+    """How queries, contexts and prompts are combined to rows.
+
+    contexts_per_row: default: one image of a plain folder, all images of a sub-folder; seed: of random
+    choices.
+    """
 
     queries: str
     contexts: str
@@ -44,15 +49,18 @@ class Pairing:
 
 
 def write_manifest(pairing: Pairing, out: str) -> dict[str, Any]:
-    """Parquet, JSONL or CSV by the ending of `out`. -> its URI, rows, and the folders that a job must allow beside its own.
-    Raises JobError, ManifestError with what is wrong."""
+    """Write a manifest whose format follows from the ending of `out`: Parquet, JSONL or CSV.
+
+    Returns its URI, its number of rows, and the folders that a job must allow in addition to the manifest's
+    own. Raises JobError, ManifestError.
+    """
     uri, storage = normal(out), Storage()
-    form = next((form for ending, form in FORMATS.items() if uri.lower().endswith(ending)), None)
-    if form is None:
-        raise JobError(f"--out {out}: the name of a manifest ends in one of {', '.join(FORMATS)}")
+    manifest_format = next((name for ending, name in FORMATS.items() if uri.lower().endswith(ending)), None)
+    if manifest_format is None:
+        raise JobError(f"--out {out}: expected a name that ends in one of {', '.join(FORMATS)}")
     if storage.exists(uri):
-        raise JobError(f"--out {out} is there already; remove it, or choose another name")
-    triples, base = list(pair_up(pairing, storage)), parent(uri)
+        raise JobError(f"--out {out} exists already: remove it or choose another name")
+    base = parent(uri)
     rows = [
         {
             ID: f"{number:06d}-{PurePosixPath(query).stem}",
@@ -60,102 +68,117 @@ def write_manifest(pairing: Pairing, out: str) -> dict[str, Any]:
             CONTEXT: [_relative(context, base) for context in contexts],
             PROMPT: prompt,
         }
-        for number, (query, contexts, prompt) in enumerate(triples)
+        for number, (query, contexts, prompt) in enumerate(pair_up(pairing, storage))
     ]
     try:
-        data = _encoded(rows, form)
+        data = _encoded(rows, manifest_format)
     except UnicodeEncodeError as error:
-        raise ManifestError(f"a picture's name is not UTF-8: {error.object[:200]!r}; rename it") from error
+        raise ManifestError(f"the name of an image is not UTF-8: {error.object[:200]!r}; rename it") from error
     if not storage.create(uri, data):
-        raise JobError(f"--out {out} is there already; remove it, or choose another name")
-    folders = (normal(pairing.queries), normal(pairing.contexts))
-    return {"manifest": uri, "rows": len(rows), "allow": [one for one in folders if not f"{one}/".startswith(f"{base}/")]}
+        raise JobError(f"--out {out} exists already: remove it or choose another name")
+    folders = [normal(pairing.queries), normal(pairing.contexts)]
+    allow = [folder for folder in folders if not f"{folder}/".startswith(f"{base}/")]
+    return {"manifest": uri, "rows": len(rows), "allow": allow}
 
 
 def pair_up(pairing: Pairing, storage: Storage) -> Iterator[Triple]:
-    """Raises ManifestError."""
-    queries = _pictures("--queries", pairing.queries, storage)
-    groups = _groups(pairing, storage)
+    """Yield the query, contexts and prompt of each row. Raises ManifestError."""
+    queries = _images("--queries", pairing.queries, storage)
+    groups = _context_groups(pairing, storage)
     prompts = _prompts(pairing.prompts, storage)
     if pairing.pair == "all":
-        if (rows := len(queries) * len(groups) * len(prompts)) > MOST:
-            raise ManifestError(f"--pair all makes {rows} rows, at most {MOST}: choose random, or fewer pictures")
+        rows = len(queries) * len(groups) * len(prompts)
+        if rows > MAX_ROWS:
+            advice = "use --pair random or fewer images"
+            raise ManifestError(f"--pair all makes {rows} rows, at most {MAX_ROWS} are allowed: {advice}")
         yield from itertools.product(queries, groups, prompts)
     elif pairing.pair == "zip":
-        lines = prompts * len(queries) if pairing.prompts is None else prompts
-        if not len(queries) == len(groups) == len(lines):
-            told = f"{len(queries)} queries, {len(groups)} contexts" + (f", {len(prompts)} prompts" if pairing.prompts else "")
-            raise ManifestError(f"--pair zip goes one by one, but there are {told}")
-        yield from zip(queries, groups, lines, strict=True)
+        row_prompts = prompts * len(queries) if pairing.prompts is None else prompts
+        if not len(queries) == len(groups) == len(row_prompts):
+            counts = f"{len(queries)} queries, {len(groups)} contexts"
+            counts += f", {len(prompts)} prompts" if pairing.prompts else ""
+            raise ManifestError(f"--pair zip needs equal numbers of each, but there are {counts}")
+        yield from zip(queries, groups, row_prompts, strict=True)
     else:
-        drawn = random.Random(pairing.seed)
+        generator = random.Random(pairing.seed)
         for query in queries:
-            group = drawn.choice(groups)
-            chosen = sorted(drawn.sample(group, pairing.contexts_per_row or len(group)))
-            yield query, chosen, drawn.choice(prompts)
+            group = generator.choice(groups)
+            contexts = sorted(generator.sample(group, pairing.contexts_per_row or len(group)))
+            yield query, contexts, generator.choice(prompts)
 
 
-def _groups(pairing: Pairing, storage: Storage) -> list[list[str]]:
-    """The pictures that go together as one row's contexts; for random, those that they are drawn of."""
-    pictures, root = _pictures("--contexts", pairing.contexts, storage), normal(pairing.contexts)
-    styles = {style: list(found) for style, found in itertools.groupby(pictures, lambda uri: _first_folder(uri, root))}
+def _context_groups(pairing: Pairing, storage: Storage) -> list[list[str]]:
+    """Return the contexts of each row; with `random`, the groups from which a row's contexts are drawn."""
+    images, root = _images("--contexts", pairing.contexts, storage), normal(pairing.contexts)
+    styles = {style: list(uris) for style, uris in itertools.groupby(images, lambda uri: _first_folder(uri, root))}
     size = pairing.contexts_per_row
-    if "" in styles and len(styles) > 1:
-        others = ", ".join(sorted(styles.keys() - {""})[:3])
-        told = f"pictures ({styles[''][0]}) and sub-folders ({others})"
-        raise ManifestError(f"--contexts {pairing.contexts} holds {told}: move one kind away")
-    smallest = min(styles, key=lambda style: len(styles[style]))
-    if size and size > len(styles[smallest]):
-        where = f"{pairing.contexts}/{smallest}".rstrip("/")
-        raise ManifestError(f"--contexts-per-row {size}: {where} has only {len(styles[smallest])} pictures")
+    _check_styles(pairing, styles)
     if "" not in styles:
-        return [found if pairing.pair == "random" else found[:size] for found in styles.values()]
+        return [uris if pairing.pair == "random" else uris[:size] for uris in styles.values()]
     if pairing.pair == "random":
-        return [pictures] if size else [[one] for one in pictures]
+        return [images] if size else [[uri] for uri in images]
     step = size or 1
-    if len(pictures) % step:
-        raise ManifestError(f"--contexts-per-row {size}: the {len(pictures)} pictures of {pairing.contexts} leave a rest")
-    return [pictures[first : first + step] for first in range(0, len(pictures), step)]
+    if len(images) % step:
+        problem = f"the {len(images)} images of {pairing.contexts} cannot be divided into groups of {size}"
+        raise ManifestError(f"--contexts-per-row {size}: {problem}")
+    return [images[first : first + step] for first in range(0, len(images), step)]
+
+
+def _check_styles(pairing: Pairing, styles: dict[str, list[str]]) -> None:
+    """Raise ManifestError for images beside sub-folders and for styles with too few images.
+
+    styles: the images by sub-folder; "" for the folder itself.
+    """
+    if "" in styles and len(styles) > 1:
+        folders = ", ".join(sorted(styles.keys() - {""})[:3])
+        both = f"images ({styles[''][0]}) and sub-folders ({folders})"
+        raise ManifestError(f"--contexts {pairing.contexts} has {both}: keep one of the two")
+    smallest = min(styles, key=lambda style: len(styles[style]))
+    count, size = len(styles[smallest]), pairing.contexts_per_row
+    if size and size > count:
+        folder = f"{pairing.contexts}/{smallest}".rstrip("/")
+        raise ManifestError(f"--contexts-per-row {size}: {folder} has only {count} images")
 
 
 def _first_folder(uri: str, root: str) -> str:
-    below = uri.removeprefix(f"{root}/")
-    return below.partition("/")[0] if "/" in below else ""
+    """Return the sub-folder of `root` that a file is in, or "" for files of `root` itself."""
+    path = uri.removeprefix(f"{root}/")
+    return path.partition("/")[0] if "/" in path else ""
 
 
-def _pictures(option: str, folder: str, storage: Storage) -> list[str]:
-    """All below a folder, in the order of their names."""
+def _images(option: str, folder: str, storage: Storage) -> list[str]:
+    """Return the images below a folder, sorted by name. Raises ManifestError."""
     root = normal(folder)
     if not storage.is_folder(root):
-        raise ManifestError(f"{option} {folder}: there is no such folder")
-    found = [uri for uri in visible(storage.files(root), root) if uri.lower().endswith(ENDINGS)]
-    if not found:
-        raise ManifestError(f"{option} {folder}: no pictures in it ({', '.join(ENDINGS)})")
-    return sorted(found, key=lambda uri: uri.removeprefix(root).split("/"))
+        raise ManifestError(f"{option} {folder}: the folder does not exist")
+    images = [uri for uri in visible(storage.files(root), root) if uri.lower().endswith(ENDINGS)]
+    if not images:
+        raise ManifestError(f"{option} {folder}: the folder has no images ({', '.join(ENDINGS)})")
+    return sorted(images, key=lambda uri: uri.removeprefix(root).split("/"))
 
 
 def _prompts(file: str | None, storage: Storage) -> list[str | None]:
-    """One a line; an empty line is no prompt."""
+    """Read one prompt per line; an empty line means no prompt. Raises ManifestError."""
     if file is None:
         return [None]
     try:
         lines = storage.read(normal(file)).decode().splitlines()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, UnicodeDecodeError) as error:
-        raise ManifestError(f"--prompts {file}: no text file with a prompt a line: {error}") from error
+        raise ManifestError(f"--prompts {file}: expected a text file with one prompt per line: {error}") from error
     if not lines:
         raise ManifestError(f"--prompts {file}: the file is empty")
     return [line.strip() or None for line in lines]
 
 
 def _relative(uri: str, base: str) -> str:
-    """As the manifest in `base` says it: what lies below moves along with it."""
+    """Return a URI relative to the manifest's folder, if it is below it."""
     return uri.removeprefix(f"{base.rstrip('/')}/")
 
 
-def _encoded(rows: list[dict[str, Any]], form: str) -> bytes:
-    if form == "parquet":
+def _encoded(rows: list[dict[str, Any]], manifest_format: str) -> bytes:
+    if manifest_format == "parquet":
         return to_parquet(pa.Table.from_pylist(rows, SCHEMA))
-    if form == "jsonl":
+    if manifest_format == "jsonl":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     sink = io.StringIO()
     writer = csv.DictWriter(sink, SCHEMA.names, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Sources of pictures: what a manifest's cell names, and the pixels behind it."""
+"""Reads a manifest's cells as image sources, and the bytes and pixels of a source."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from context_diffusion.inputs.safe_http import GuardedClient
 from context_diffusion.inputs.url_policy import check_allowed
 from context_diffusion.storage.filesystem import Storage
 
-INLINE = "inline"  # how OUTPUT names a source that was bytes in its manifest
+INLINE = "inline"  # the name in OUTPUT of a source that was bytes in its manifest
 ImageSource = dict[str, Any]  # {"bytes": ..., "path": ...}
 
 
 def as_source(value: Any, base: str) -> ImageSource | None:
-    """A URI, bytes, or {bytes, path} -> {bytes, path}; None where it is empty. base: the folder of relative URIs."""
+    """Convert a URI, bytes or {bytes, path} to {bytes, path}; None if empty. base: of relative URIs."""
     if isinstance(value, bytes):
         value = {"bytes": value}
     if isinstance(value, str):
@@ -33,23 +33,28 @@ def as_source(value: Any, base: str) -> ImageSource | None:
 
 
 def as_sources(value: Any, base: str) -> list[ImageSource]:
-    """A list of sources, as a list, a JSON list (CSV), or one alone."""
+    """Convert a list, a JSON list (CSV) or a single value to a list of sources. Raises RowError."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RowError(ErrorCode.NO_CONTEXT, f"context is not a JSON list: {value[:80]!r} ({error})") from None
-    listed = value if isinstance(value, list) else [value]
-    return [source for item in listed if (source := as_source(item, base)) is not None]
+    items = value if isinstance(value, list) else [value]
+    sources = [as_source(item, base) for item in items]
+    return [source for source in sources if source is not None]
 
 
 def read_pixels(source: ImageSource, allow: list[str], limits: Limits, storage: Storage, name: str = "inline image") -> Pixels:
-    """The picture as it is. allow: URI prefixes; name: what bytes without a path are called. Raises RowError."""
+    """Read a source's pixels at full size.
+
+    allow: URI prefixes that may be read; name: what bytes without a path are called in messages. Raises
+    RowError.
+    """
     return decode_image(read_bytes(source, allow, limits, storage), limits, source["path"] or name)
 
 
 def read_bytes(source: ImageSource, allow: list[str], limits: Limits, storage: Storage) -> bytes:
-    """Those of the file, or those that the row brings. Raises RowError."""
+    """Read a source's bytes: its inline bytes, else the file. Raises RowError."""
     if source["bytes"] is not None:
         return bytes(source["bytes"])
     check_allowed(source["path"], allow)

@@ -1,18 +1,17 @@
-"""Manifest files -> raw rows: Parquet by row group, JSONL and CSV by byte offsets. Rows are plain dicts here.
+"""Reads manifest files as raw rows, which are plain dicts: Parquet by row group, JSONL and CSV by byte
+offsets.
 
-Knows formats, not what a row means (inputs/rows.py).
+Knows file formats, but no meaning of columns (inputs/rows.py).
 """
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -21,21 +20,20 @@ import pyarrow.parquet as pq
 from context_diffusion.core.errors import ManifestError
 from context_diffusion.core.records import Shard
 from context_diffusion.core.uris import normal, parent
+from context_diffusion.inputs.text_rows import Row, csv_records, csv_rows, json_rows
 from context_diffusion.storage.filesystem import Storage
 from context_diffusion.storage.parquet_files import NotParquetError, read_parquet_file
 
 T = TypeVar("T")
-Row = dict[str, Any]
 FORMATS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
 GLOB = set("*?[")
-PARTITION, HIVE_NULL = re.compile(r"[A-Za-z_]\w*=."), "__HIVE_DEFAULT_PARTITION__"  # folders that name a column
-LINE_BYTES = 64 * 2**20  # of a JSON line, or of a line of a CSV cell: a file without line ends is not read whole
-CELL_CHARACTERS = 16 * 2**20  # of a CSV cell: a quote that is never closed
+PARTITION = re.compile(r"[A-Za-z_]\w*=.")  # folders that name a column
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
 class ManifestFile:
-    """One file of a manifest. groups: rows of each row group (Parquet); columns: the header (CSV)."""
+    """Describes a file of a manifest. groups: rows of each row group (Parquet); columns: Parquet and CSV."""
 
     uri: str
     format: str
@@ -44,25 +42,29 @@ class ManifestFile:
 
 
 def expand(manifests: list[str], storage: Storage) -> list[str]:
-    """Paths, URLs, globs and folders -> files, each list entry's in sorted order."""
-    found: list[str] = []
+    """Return the files of paths, URLs, globs and folders, sorted within each entry. Raises ManifestError."""
+    files: list[str] = []
     for entry in manifests:
         if storage.is_folder(entry):
-            below = visible(storage.files(entry), normal(entry))
-            files = [uri for suffix in FORMATS for uri in below if uri.endswith(suffix)]
-        elif storage.exists(entry):  # whatever signs its name holds
-            files = [entry]
+            folder_files = visible(storage.files(entry), normal(entry))
+            entry_files = [uri for suffix in FORMATS for uri in folder_files if uri.endswith(suffix)]
+        elif storage.exists(entry):  # even if its name has characters of a glob
+            entry_files = [entry]
         else:
-            files = storage.glob(entry) if GLOB & set(entry) else []
-        if not files:
-            raise ManifestError(f"{entry}: there is no such manifest (Parquet, JSONL or CSV file, folder or glob)")
-        found += files
-    return found
+            entry_files = storage.glob(entry) if GLOB & set(entry) else []
+        if not entry_files:
+            expected = "expected a Parquet, JSONL or CSV file, a folder or a glob"
+            raise ManifestError(f"{entry}: there is no such manifest: {expected}")
+        files += entry_files
+    return files
 
 
 def visible(files: list[str], folder: str) -> list[str]:
-    """The files below a folder that are meant as data: not what lies in an OUTPUT below it, and none whose name or folder
-    begins with a dot or an underscore, as checkpoints, logs and other programs' leavings do. (`_x=1` is a partition.)"""
+    """Return the files below a folder that are data.
+
+    Excludes the files of an OUTPUT, and names that begin with a dot or an underscore, such as checkpoints and
+    logs, but not partitions (`_x=1`).
+    """
     outputs = [f"{parent(uri)}/" for uri in files if uri.endswith("/plan.json") and parent(uri) != folder]
 
     def hidden(uri: str) -> bool:
@@ -73,70 +75,75 @@ def visible(files: list[str], folder: str) -> list[str]:
 
 
 def open_file(uri: str, storage: Storage) -> ManifestFile:
-    """Reads what is needed to cut a file: the Parquet footer, the CSV header."""
+    """Read the columns of a Parquet or CSV file and the row groups of Parquet. Raises ManifestError."""
     name = uri.rsplit("/", 1)[-1].lower()
-    form = next((FORMATS[suffix] for suffix in FORMATS if name.endswith(suffix)), None)
-    if form is None:
-        raise ManifestError(f"{uri}: the name of a manifest ends in one of {', '.join(FORMATS)}")
-    if form == "parquet":
+    manifest_format = next((FORMATS[suffix] for suffix in FORMATS if name.endswith(suffix)), None)
+    if manifest_format is None:
+        raise ManifestError(f"{uri}: expected a name that ends in one of {', '.join(FORMATS)}")
+    if manifest_format == "parquet":
         columns, groups = _parquet(uri, storage, _names_and_groups, "not a readable Parquet file")
-        return ManifestFile(uri, form, columns, groups)
-    columns = []
-    if form == "csv":
-        with storage.open(uri) as file:
-            columns = next(_csv_records(uri, file, 0))[2]
-        _check_separator(uri, columns)
-        if repeated := sorted({name for name in columns if columns.count(name) > 1}):
-            raise ManifestError(f"{uri}: the header names {', '.join(repeated)} more than once: which is meant?")
-    return ManifestFile(uri, form, columns, [])
+        return ManifestFile(uri, manifest_format, columns, groups)
+    columns = _csv_header(uri, storage) if manifest_format == "csv" else []
+    return ManifestFile(uri, manifest_format, columns, [])
 
 
-def _check_separator(uri: str, columns: list[str]) -> None:
-    """Raise ManifestError for a header that another separator than the comma divides."""
+def _csv_header(uri: str, storage: Storage) -> list[str]:
+    """Read the columns of a CSV file. Raises ManifestError for other separators and duplicate columns."""
+    with storage.open(uri) as file:
+        *_, columns = next(csv_records(uri, file, 0))
     for sign, name in ((";", "`;`, as Excel does in many languages"), ("\t", "tabs")):
         if len(columns) == 1 and sign in columns[0]:
             raise ManifestError(f"{uri}: the header is separated by {name}; a CSV manifest needs commas")
+    duplicates = sorted({name for name in columns if columns.count(name) > 1})
+    if duplicates:
+        raise ManifestError(f"{uri}: the header names {', '.join(duplicates)} more than once")
+    return columns
 
 
 def partitions(uri: str) -> dict[str, str | None]:
-    """The columns that a file's folders name, as Hive writes them: `num_inference_steps=3/`. A column of the file itself goes
-    before them."""
+    """Return the columns that a file's folders name in Hive's notation, such as `num_inference_steps=3/`.
+
+    A column of the file itself takes precedence.
+    """
     pairs = [folder.split("=", 1) for folder in uri.split("/")[:-1] if PARTITION.match(folder)]
     return {unquote(name): None if value == HIVE_NULL else unquote(value) for name, value in pairs}
 
 
 def parquet_schema(uri: str, storage: Storage) -> pa.Schema:
+    """Read the schema of a Parquet file. Raises ManifestError."""
     return _parquet(uri, storage, lambda file: file.schema_arrow, "not a readable Parquet file")
 
 
 def raw_rows(file: ManifestFile, storage: Storage) -> Iterator[Row]:
-    """Read all rows of a manifest file. Memory stays flat."""
-    return scan_parquet(file, storage, None) if file.format == "parquet" else (row for *_, row in scan_text(file, storage))
+    """Read all rows of a manifest file one by one."""
+    if file.format == "parquet":
+        return scan_parquet(file, storage, None)
+    return (row for *_, row in scan_text(file, storage))
 
 
 def scan_text(file: ManifestFile, storage: Storage) -> Iterator[tuple[int, int, Row]]:
-    """All rows of a JSONL or CSV file with the bytes that each stands in: (begin, end, row). Memory stays flat."""
+    """Read all rows of a JSONL or CSV file one by one as (begin, end, row), with the byte offsets of each."""
     folders = partitions(file.uri)
     with storage.open(file.uri) as handle:
         if file.format == "jsonl":
-            rows = _json_rows(file.uri, handle, 0)
+            rows = json_rows(file.uri, handle, 0)
         else:
-            records = _csv_records(file.uri, handle, 0)
+            records = csv_records(file.uri, handle, 0)
             next(records)  # the header
-            rows = _csv_rows(file, records)
+            rows = csv_rows(file.uri, file.columns, records)
         for begin, end, row in rows:
             yield begin, end, folders | row
 
 
 def scan_parquet(file: ManifestFile, storage: Storage, columns: list[str] | None) -> Iterator[Row]:
-    """All rows of a Parquet file, these columns of them (None: all)."""
+    """Read all rows of a Parquet file one by one. columns: those that are read; None: all."""
     for group in range(len(file.groups)):
         for batch in _row_group(file, group, storage, columns).to_batches(4096):
             yield from rows_of(batch)
 
 
 def scan_texts(file: ManifestFile, storage: Storage, columns: list[str]) -> Iterator[Row]:
-    """All rows with these columns alone, and of a Parquet file's only the texts in them, not the bytes of images."""
+    """Read all rows with these columns only, and from Parquet only their texts, not the bytes of images."""
 
     def texts(opened: pq.ParquetFile, group: int) -> pa.Table:
         leaves = map(opened.schema.column, range(len(opened.schema)))
@@ -152,20 +159,19 @@ def scan_texts(file: ManifestFile, storage: Storage, columns: list[str]) -> Iter
 
 
 def read_text(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:
-    """The rows of a shard of a JSONL or CSV file, from its bytes alone."""
-    data = storage.read_range(file.uri, shard.offset, shard.size)
-    handle, folders = io.BytesIO(data), partitions(file.uri)
+    """Read the rows of a shard of a JSONL or CSV file. Raises ManifestError if the file changed."""
+    handle = io.BytesIO(storage.read_range(file.uri, shard.offset, shard.size))
+    folders = partitions(file.uri)
     if file.format == "jsonl":
-        rows = [folders | row for *_, row in _json_rows(file.uri, handle, shard.first_row)]
+        rows = [folders | row for *_, row in json_rows(file.uri, handle, shard.first_row)]
     else:
-        rows = [folders | row for *_, row in _csv_rows(file, _csv_records(file.uri, handle, shard.first_row + 1))]
-    if len(rows) != shard.rows:
-        raise ManifestError(f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?")
+        rows = [folders | row for *_, row in csv_rows(file.uri, file.columns, csv_records(file.uri, handle, shard.first_row + 1))]
+    _check_count(file, shard, len(rows))
     return rows
 
 
 def rows_of(table: pa.Table | pa.RecordBatch) -> list[Row]:
-    """The rows of a table. What Python has no value for, such as a time past the year 9999, becomes text."""
+    """Return the rows of a table. Values without a Python type, such as the year 10000, become text."""
     columns = [_plain_values(column) for column in table.columns]
     return [dict(zip(table.column_names, values, strict=True)) for values in zip(*columns, strict=True)]
 
@@ -178,108 +184,50 @@ def _plain_values(column: Any) -> list[Any]:
             return column.cast(pa.string()).to_pylist()
         except pa.ArrowException:
             array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-            return [array.slice(number, 1).to_string() for number in range(len(array))]  # nested: as Arrow prints it
+            return [array.slice(row, 1).to_string() for row in range(len(array))]  # nested values
 
 
 def read_parquet(file: ManifestFile, shard: Shard, storage: Storage) -> pa.Table:
-    """Read the rows of a shard of a Parquet file. Its row group stays in this process for the shards that follow: a group
-    cannot be entered in the middle, and Ray Data would join the blocks of a task that read it all."""
+    """Read the rows of a shard of a Parquet file. Raises ManifestError if the file changed.
+
+    Its row group is cached in this process for the next shards: a group cannot be read from the middle,
+    and Ray Data would join the blocks of a task that reads all of it.
+    """
     key = (file.uri, shard.group, str(storage.fingerprint(file.uri)))  # the file may have changed
     if key not in _last_group:
         _last_group.clear()
         _last_group[key] = _row_group(file, shard.group, storage)
     rows = _last_group[key].slice(shard.first_row, shard.rows)
-    if len(rows) != shard.rows:
-        raise ManifestError(f"{file.uri}: {len(rows)} rows where the plan has {shard.rows}: did the file change?")
+    _check_count(file, shard, len(rows))
     return rows
 
 
 _last_group: dict[tuple[str, int, str], pa.Table] = {}
 
 
+def _check_count(file: ManifestFile, shard: Shard, count: int) -> None:
+    if count != shard.rows:
+        raise ManifestError(f"{file.uri}: {count} rows where the plan has {shard.rows}: did the file change?")
+
+
 def _row_group(file: ManifestFile, group: int, storage: Storage, columns: list[str] | None = None) -> pa.Table:
-    wrong = f"row group {group} cannot be read as Parquet"
-    table = _parquet(file.uri, storage, lambda opened: opened.read_row_group(group, columns), wrong)
+    problem = f"row group {group} cannot be read as Parquet"
+    table = _parquet(file.uri, storage, lambda parquet: parquet.read_row_group(group, columns), problem)
     for name, value in partitions(file.uri).items():
         if columns is None and name not in table.column_names:
             table = table.append_column(name, pa.array([value] * len(table), pa.string()))
     return table
 
 
-def _parquet(uri: str, storage: Storage, read: Callable[[pq.ParquetFile], T], wrong: str) -> T:
-    """Raises ManifestError that says what is wrong."""
+def _parquet(uri: str, storage: Storage, read: Callable[[pq.ParquetFile], T], problem: str) -> T:
+    """Return the result of `read`. Raises ManifestError with `problem`."""
     try:
         return read_parquet_file(storage, uri, read)
     except NotParquetError as error:
-        raise ManifestError(f"{uri}: {wrong}: {error}") from error
+        raise ManifestError(f"{uri}: {problem}: {error}") from error
 
 
 def _names_and_groups(file: pq.ParquetFile) -> tuple[list[str], list[int]]:
-    """Its columns, and the rows of each row group."""
-    return file.schema_arrow.names, [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-
-
-def _lines(uri: str, handle: BinaryIO) -> Iterator[bytes]:
-    """Raises ManifestError for a line that is too long to be one."""
-    buffered, begin = io.BufferedReader(handle, 2**20), 0  # type: ignore[type-var]
-    while line := buffered.readline(LINE_BYTES + 1):
-        if len(line) > LINE_BYTES:
-            raise ManifestError(
-                f"{uri}: the line that begins at byte {begin} is over {LINE_BYTES >> 20} MiB long: is a line a row?"
-            )
-        begin += len(line)
-        yield line
-
-
-def _json_rows(uri: str, handle: BinaryIO, first: int) -> Iterator[tuple[int, int, Row]]:
-    end = 0
-    for number, line in enumerate(_lines(uri, handle), first + 1):
-        begin, end = end, end + len(line)
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig"), parse_constant=_constant)
-        except (ValueError, RecursionError) as error:
-            raise ManifestError(f"{uri}: line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ManifestError(f"{uri}: line {number} is not a JSON object but {type(row).__name__}")
-        yield begin, end, row
-
-
-def _constant(name: str) -> float | None:
-    """NaN, as pandas writes what is missing, is null."""
-    return None if name == "NaN" else float(name)
-
-
-def _csv_records(uri: str, handle: BinaryIO, first: int) -> Iterator[tuple[int, int, list[str]]]:
-    """CSV records with their bytes; a quoted cell may hold line ends."""
-    end = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal end
-        for line in _lines(uri, handle):
-            text = line.decode("utf-8-sig" if end == 0 else "utf-8")
-            end += len(line)
-            yield text
-
-    begin, number = 0, first
-    csv.field_size_limit(CELL_CHARACTERS)
-    try:
-        for record in csv.reader(lines(), strict=True):
-            number += 1
-            if record:
-                yield begin, end, record
-            begin = end
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ManifestError(f"{uri}: record {number + 1} is not CSV in UTF-8: {error}") from error
-    if end == 0 and first == 0:
-        raise ManifestError(f"{uri}: the file is empty, it has no header")
-
-
-def _csv_rows(file: ManifestFile, records: Iterator[tuple[int, int, list[str]]]) -> Iterator[tuple[int, int, Row]]:
-    for begin, end, record in records:
-        if len(record) != len(file.columns):
-            raise ManifestError(
-                f"{file.uri}: a record has {len(record)} cells, the header {len(file.columns)}: {','.join(record)[:120]}"
-            )
-        yield begin, end, {name: cell if cell != "" else None for name, cell in zip(file.columns, record, strict=True)}
+    """Return a file's columns, and the rows of each row group."""
+    groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+    return file.schema_arrow.names, groups

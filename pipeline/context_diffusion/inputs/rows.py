@@ -1,4 +1,6 @@
-"""Read raw rows into the READ table: ids, sources, prompts, settings. An invalid row gets an error code instead."""
+"""Read raw rows into the READ table: ids, sources, prompts, settings. An invalid row gets an error code
+instead.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,15 @@ from context_diffusion.core.schema import (
 from context_diffusion.core.settings import Settings
 from context_diffusion.core.sweep import Matrix, check_combinations
 from context_diffusion.inputs.image_sources import as_source, as_sources
-from context_diffusion.inputs.manifest_files import Row
+from context_diffusion.inputs.text_rows import Row
 
 
 @dataclass(frozen=True)
 class RowRules:
     """What a job says about its rows.
 
-    settings: defaults of the row settings; matrix: overrides of them; seed: what seeds are derived from; columns: our
-    column name -> the manifest's; limits: what an untrusted row may ask for.
+    settings: defaults of the row settings; matrix: overrides of them; seed: what seeds are derived from;
+    columns: our column name -> the manifest's; limits: what an untrusted row may ask for.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -92,9 +94,10 @@ def read_table(
 ) -> pa.Table:
     """Build the READ table of one shard.
 
-    base: the manifest's folder, for relative URIs; passed: the schema of the unknown columns that are copied to the
-    output; source: the rows as Arrow, if the file is Parquet: unknown columns are then copied from it unchanged; ids:
-    the planned ids, if the rows may have changed since. Raises ManifestError where a row's id differs from its planned id.
+    base: the manifest's folder, for relative URIs; passed: the schema of the unknown columns that are copied
+    to the output; source: the rows as Arrow, if the file is Parquet: unknown columns are then copied from it
+    unchanged; ids: the planned ids, if the rows may have changed since. Raises ManifestError where a row's id
+    differs from its planned id.
     """
     names = rules.names
     storable = [_storable(row) for row in rows]
@@ -115,7 +118,7 @@ def read_table(
 
 
 def _storable(row: Row) -> Row:
-    """Replace what Arrow cannot store: half a surrogate pair (valid JSON, invalid UTF-8) by `?`, NaN by null."""
+    """Replace half surrogate pairs (valid in JSON, invalid in UTF-8) by `?`, and NaN by null."""
 
     def mend(value: Any) -> Any:
         if isinstance(value, float) and math.isnan(value):
@@ -156,15 +159,14 @@ def _check_id(row: str) -> None:
 
 
 def _prompt(value: Any, name: str, limits: Limits) -> str | None:
-    """Return the cell's text. An empty text stays "" and null stays None, since some models distinguish them."""
+    """Return the cell's text. An empty text stays "" and null stays None: some models distinguish them."""
     if value is None:
         return None
     text = str(value)
     if len(text) > limits.max_prompt_characters:
-        raise RowError(
-            ErrorCode.PROMPT_TOO_LONG,
-            f"{name} has {len(text)} characters, at most {limits.max_prompt_characters} are allowed: {text[:60]!r}...",
-        )
+        allowed = f"at most {limits.max_prompt_characters} are allowed"
+        message = f"{name} has {len(text)} characters, {allowed}: {text[:60]!r}..."
+        raise RowError(ErrorCode.PROMPT_TOO_LONG, message)
     return text
 
 
@@ -195,21 +197,27 @@ def _plain(value: Any, name: str) -> Any:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return value
-    integer = Settings.model_fields[name].annotation in (int, int | None) or name in ("seed", "width", "height")
+    integer = Settings.model_fields[name].annotation in (int, int | None) or name in (
+        "seed",
+        "width",
+        "height",
+    )
     if integer and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
 
 
 def as_storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Convert a column of an extension type (a tensor, bool8) to its storage type, which every reader knows."""
+    """Convert a column of an extension type (tensor, bool8) to its storage type, which every reader knows."""
     if not isinstance(column.type, pa.BaseExtensionType):
         return column
     return pa.chunked_array([chunk.storage for chunk in column.chunks], storage_type(column.type))
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """Cast a column to its type over the whole manifest; lists and structs become JSON where that type is text."""
+    """Cast a column to its type over the whole manifest; lists and structs become JSON where that type is
+    text.
+    """
     try:
         return column.cast(kind)
     except pa.ArrowException:

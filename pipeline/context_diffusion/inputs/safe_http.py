@@ -1,7 +1,8 @@
-"""HTTP for untrusted rows: what a check of the URI alone cannot see, names that turn to inner addresses and redirects.
+"""An HTTP client for untrusted URIs, which checks the address of each connection and the URI of each
+redirect.
 
-A name may have another address when it is connected to than when it was checked, and a server may send one elsewhere: so
-each connection's own address is looked at, and each redirect's URI is checked as the row's was.
+A check of the row's URI is not enough: its host may resolve to another address when it is connected to, and a
+server may redirect to a URI that is not allowed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from context_diffusion.inputs.url_policy import check_allowed, forbidden, is_pub
 
 @dataclass(frozen=True)
 class GuardedClient:
-    """fsspec's `get_client` for the prefixes of a job; equal ones share their connections."""
+    """fsspec's `get_client` for a job's allowed prefixes. Equal clients share their connections."""
 
     allow: tuple[str, ...]
 
@@ -29,16 +30,17 @@ class GuardedClient:
         return aiohttp.ClientSession(connector=connector, trace_configs=[redirects], **options)
 
     async def _redirect(self, session: Any, context: SimpleNamespace, step: Any) -> None:
-        response = step.response
-        target = response.headers.get("Location") or response.headers.get("URI") or ""
+        """Raise RowError FORBIDDEN_URI for a redirect that is not allowed."""
         from yarl import URL
 
+        response = step.response
+        target = response.headers.get("Location") or response.headers.get("URI") or ""
         check_allowed(str(response.url.join(URL(target))), list(self.allow))
 
 
 def _public_socket(address: tuple[Any, ...]) -> socket.socket:
-    """aiohttp's `socket_factory`. Raises RowError FORBIDDEN_URI."""
-    family, kind, number, _, target = address
+    """Create a socket for aiohttp. Raises RowError FORBIDDEN_URI if the address is not public."""
+    family, kind, protocol, _, target = address
     if not is_public(target[0]):
-        raise forbidden(target[0], "a row's host has this address, which is not a public one")
-    return socket.socket(family, kind, number)
+        raise forbidden(target[0], "the host of a row's URI has this address, which is not public")
+    return socket.socket(family, kind, protocol)

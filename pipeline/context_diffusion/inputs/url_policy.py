@@ -1,4 +1,4 @@
-"""Which URIs a row may read. Manifests are untrusted: only prefixes that the job allows, no tricks to leave them."""
+"""Decides which URIs a row may read. Manifests are untrusted: only prefixes that the job allows are read."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ PROTOCOLS = {"file", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "h
 
 
 def allowed_prefixes(allow: list[str], manifests: Iterable[str]) -> list[str]:
-    """Return the URI prefixes that rows may read: the job's `allow`, else the folders of its manifest files."""
+    """Return the URI prefixes that rows may read: the job's `allow`, else the folders of its manifests."""
     return allow or list(dict.fromkeys(parent(uri) for uri in manifests))
 
 
 def check_allowed(uri: str, allow: list[str]) -> None:
-    """Raises RowError FORBIDDEN_URI, naming the rule, unless the URI lies under one of the prefixes.
+    """Raise RowError FORBIDDEN_URI with the violated rule unless the URI is below one of the prefixes.
 
-    Local paths are compared after resolving `..` and symbolic links; remote ones may hold no `..` at all.
+    Local paths are compared after `..` and symbolic links are resolved; remote URIs must not contain `..`.
     """
     if "::" in uri or "\0" in uri:
-        raise forbidden(uri, "chained and templating URLs are not read")
+        raise forbidden(uri, "chained URLs (`::`) and null bytes are not allowed")
     if protocol(uri) not in PROTOCOLS:
-        raise forbidden(uri, f"the protocol {protocol(uri)}:// is not among {', '.join(sorted(PROTOCOLS))}")
+        raise forbidden(uri, f"the protocol {protocol(uri)}:// is not one of {', '.join(sorted(PROTOCOLS))}")
     if is_local(uri):
         path = os.path.realpath(local_path(uri))
         prefixes = [os.path.realpath(local_path(prefix)) for prefix in allow if is_local(prefix)]
@@ -37,30 +37,33 @@ def check_allowed(uri: str, allow: list[str]) -> None:
         rest = uri.split("://", 1)[1]
         rest = unquote(rest) if protocol(uri).startswith("http") else rest
         if "\\" in rest or re.search(r"(^|/)\.\.?(/|$)", rest):
-            raise forbidden(uri, "`..` and backslashes are not read")
+            raise forbidden(uri, "`.`, `..` and backslashes are not allowed in paths")
         path = _canonical(uri)
         prefixes = [_canonical(prefix) for prefix in allow if not is_local(prefix)]
     if not any(path == prefix or path.startswith(prefix.rstrip("/") + "/") for prefix in prefixes):
         listed = ", ".join(allow if len(allow) <= 3 else ["...", allow[-1]])
-        hint = f"add its folder to the job, `allow: [{listed}, {parent(uri)}]`, then run again with --retry-failed"
-        raise forbidden(uri, f"it lies outside of {', '.join(allow)}; {hint}")
+        hint = f"add its folder to the job, `allow: [{listed}, {parent(uri)}]`, and rerun with --retry-failed"
+        raise forbidden(uri, f"it is not below {', '.join(allow)}; {hint}")
     if protocol(uri) in ("http", "https"):
         _check_host(uri)
 
 
 def forbidden(uri: str, rule: str) -> RowError:
-    """The error of a URI that a rule forbids."""
+    """Return the error of a URI that a rule forbids."""
     return RowError(ErrorCode.FORBIDDEN_URI, f"{uri[:200]}: {rule}")
 
 
 def _canonical(uri: str) -> str:
+    """Return a remote URI with its scheme, and the host of HTTP, in lower case."""
     scheme, rest = normal(uri).split("://", 1)
+    scheme = scheme.lower()
     host, slash, path = rest.partition("/")
-    return f"{scheme.lower()}://{host.lower() if scheme.lower().startswith('http') else host}{slash}{path}"
+    host = host.lower() if scheme.startswith("http") else host
+    return f"{scheme}://{host}{slash}{path}"
 
 
 def _check_host(uri: str) -> None:
-    """No loopback, private, link-local or metadata addresses: the cluster's own network is not for rows."""
+    """Raise RowError if the host has no address, or one that is not public (the cluster's own network)."""
     host = urlsplit(uri).hostname or ""
     try:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
@@ -68,13 +71,16 @@ def _check_host(uri: str) -> None:
         raise RowError(ErrorCode.MISSING_FILE, f"{uri[:200]}: the host {host!r} has no address") from None
     for address in addresses:
         if not is_public(str(address)):
-            raise forbidden(uri, f"{host} has the address {address}, which is not a public one")
+            raise forbidden(uri, f"{host} has the address {address}, which is not public")
 
 
 def is_public(address: str) -> bool:
-    """No loopback, private, link-local, shared, multicast or reserved one, nor one of those inside an IPv6 address."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    inner = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None)
-    if isinstance(found, ipaddress.IPv6Address) and found in NAT64:
-        inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-    return found.is_global and not found.is_multicast and (inner is None or is_public(str(inner)))
+    """Return whether an address is public: not loopback, private, link-local, shared, multicast or reserved.
+
+    The IPv4 address inside an IPv6 address must be public, too.
+    """
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    embedded = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None)
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed in NAT64:
+        embedded = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+    return parsed.is_global and not parsed.is_multicast and (embedded is None or is_public(str(embedded)))

@@ -1,4 +1,4 @@
-"""Files of a local disk, made whole or not at all."""
+"""Writes files of a local disk atomically: a file is complete or absent, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from pathlib import Path
 
 
 def create_file(path: Path, data: bytes) -> bool:
-    """False where it is there already. A file without a name is filled, then linked to its name: a kill at any moment
-    leaves nothing behind."""
+    """Create a file and return True, or return False if it exists.
+
+    The bytes are written to a file without a name, which is then linked to its name: if the process is
+    killed, no file is left behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             handle = os.open(".", os.O_TMPFILE | os.O_WRONLY, 0o644, dir_fd=folder)
-        except (OSError, AttributeError):  # a file system or a system that has no nameless files
+        except (OSError, AttributeError):  # this file system or operating system has no unnamed files
             return _create_by_temporary(path, data)
         try:
             _write_all(handle, data)
             # src_dir_fd makes Python call linkat, which follows the link in /proc; plain link() does not.
-            os.link(f"/proc/self/fd/{handle}", path.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
+            unnamed = f"/proc/self/fd/{handle}"
+            os.link(unnamed, path.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
         except FileExistsError:
             return False
         finally:
@@ -33,7 +37,10 @@ def create_file(path: Path, data: bytes) -> bool:
 
 
 def _create_by_temporary(path: Path, data: bytes) -> bool:
-    """Where there are no nameless files: a temporary one, linked; without hard links, the name is claimed first."""
+    """Create a file as create_file does, by linking a temporary file to its name.
+
+    On file systems without hard links, an empty file is created under the name first and then replaced.
+    """
     handle, temporary = tempfile.mkstemp(prefix=".creating-", dir=path.parent)
     try:
         _write_all(handle, data)
@@ -53,7 +60,7 @@ def _create_by_temporary(path: Path, data: bytes) -> bool:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file, over the one that may be there."""
+    """Write a file atomically, replacing an existing one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".replacing-", dir=path.parent)
     try:
@@ -68,19 +75,19 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def removed_again(folder: Path) -> Iterator[None]:
-    """Folders that come to be on the way to this one are removed at the end, where they are empty."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+def removing_new_folders(folder: Path) -> Iterator[None]:
+    """Remove at the end those of `folder` and its parents that did not exist before, if they are empty."""
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     finally:
-        for path in new:
+        for path in new_folders:
             with contextlib.suppress(OSError):
                 path.rmdir()
 
 
 def _write_all(handle: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[os.write(handle, remaining) :]
     os.fsync(handle)

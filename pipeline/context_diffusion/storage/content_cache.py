@@ -1,4 +1,7 @@
-"""What was made of a picture, by its content: contexts repeat over rows and shards, often under several names."""
+"""Caches arrays by the hash of the image that they were computed from.
+
+Context images repeat over rows and shards, often under several names.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,22 @@ from numpy.typing import NDArray
 
 
 class ContentCache:
-    """The last arrays, `limit` bytes of them at most; safe to use from several threads."""
+    """Caches the last used arrays, at most max_bytes of them. Safe to use from several threads."""
 
-    def __init__(self, limit: int) -> None:
-        self._arrays: LRUCache[Hashable, NDArray[Any]] = LRUCache(limit, getsizeof=lambda array: array.nbytes)
+    def __init__(self, max_bytes: int) -> None:
+        self._arrays: LRUCache[Hashable, NDArray[Any]] = LRUCache(max_bytes, getsizeof=lambda array: array.nbytes)
         self._lock = threading.Lock()
 
-    def get(self, data: bytes, wanted: Hashable, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """What `make` made of these bytes the last time, or makes now. wanted: all else that it depends on."""
-        key = (hashlib.blake2b(data, digest_size=16).digest(), wanted)
+    def get(self, data: bytes, variant: Hashable, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """Return the cached array of these bytes, or call `make` and cache its result.
+
+        variant: everything else that the array depends on.
+        """
+        key = (hashlib.blake2b(data, digest_size=16).digest(), variant)
         with self._lock:
-            if (array := self._arrays.get(key)) is not None:
-                return array
+            array = self._arrays.get(key)
+        if array is not None:
+            return array
         array = make()
         with self._lock:
             if array.nbytes <= self._arrays.maxsize:

@@ -1,4 +1,4 @@
-"""Parquet files from any storage: what is the file's fault and what the store's."""
+"""Reads and writes Parquet files on any storage, and separates damaged files from storage errors."""
 
 from __future__ import annotations
 
@@ -15,26 +15,31 @@ T = TypeVar("T")
 
 
 class NotParquetError(Exception):
-    """The file is damaged, or none of this kind: no second try mends it."""
+    """The file is damaged or is not a Parquet file; reading it again cannot help."""
 
 
 def read_parquet_file(storage: Storage, uri: str, read: Callable[[pq.ParquetFile], T]) -> T:
-    """What `read` makes of the file, of which it need not read all; tried again where the store failed. Raises
-    NotParquetError, StorageError, FileNotFoundError."""
+    """Return the result of `read`, which may read only parts of the file. Storage errors are retried.
+
+    Raises NotParquetError, StorageError, FileNotFoundError.
+    """
 
     def parse(file: BinaryIO) -> T:
         try:
             return read(pq.ParquetFile(file))
         except (pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and (error.errno or type(error) is not OSError):
-                raise  # the store's: pyarrow's own have no number
+                raise  # a storage error: those of pyarrow itself have no errno
             raise NotParquetError(str(error)) from error
 
     return storage.parse(uri, parse)
 
 
 def to_parquet(table: pa.Table, binary: tuple[str, ...] = ()) -> bytes:
-    """The bytes of a Parquet file; columns in `binary` hold compressed pictures: no dictionary, no compression."""
+    """Return the bytes of a Parquet file.
+
+    binary: columns of encoded images, which are stored without dictionary and compression.
+    """
     sink = io.BytesIO()
     compression = {name: "NONE" if name.split(".")[0] in binary else "ZSTD" for name in _leaves(table.schema)}
     dictionary = [name for name in compression if compression[name] != "NONE"]
@@ -43,8 +48,8 @@ def to_parquet(table: pa.Table, binary: tuple[str, ...] = ()) -> bytes:
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
-    """The paths of the leaf columns, as Parquet names them."""
+    """Return the paths of the leaf columns in Parquet's notation."""
     sink = io.BytesIO()
     pq.write_metadata(schema, sink)
     parquet = pq.ParquetFile(io.BytesIO(sink.getvalue())).schema
-    return [parquet.column(i).path for i in range(len(parquet))]
+    return [parquet.column(number).path for number in range(len(parquet))]

@@ -1,4 +1,4 @@
-"""Stage one: the autoencoder, pictures -> latents -> pictures."""
+"""Train the autoencoder: images to latents and back."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from context_diffusion.training.data.encoded_pools import as_images
 from context_diffusion.training.data.pools import Pool, Pools
 from context_diffusion.training.loop.checkpoints import Metrics, StageSchedule, load_checkpoint, load_weights, save_checkpoint
 from context_diffusion.training.loop.distributed import Workers
-from context_diffusion.training.loop.losses import picture_loss
+from context_diffusion.training.loop.losses import image_loss
 from context_diffusion.training.loop.precision import mixed_precision
 
 
 def train_autoencoder(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> None:
-    """Trains model.vae in place, from where an earlier run stopped; sets its scaling factor at the end."""
+    """Train model.vae in place, resuming an earlier run; set its scaling factor at the end."""
     stage = _Stage(job, model, folder / "autoencoder.pt", job.autoencoder.minutes, model.vae)
     if not stage.done:
         stage.run(pools, metrics, "autoencoder", first_pool=0)
@@ -32,7 +32,7 @@ def train_autoencoder(job: TrainJob, model: NativeModel, pools: Pools, folder: P
 
 
 def train_decoder(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> None:
-    """Trains the decoder alone: the latents that the diffusion model learned stay what they are."""
+    """Train the decoder alone: the latents that the diffusion model learned do not change."""
     stage = _Stage(job, model, folder / "decoder.pt", job.autoencoder.decoder_minutes, model.vae.decoder)
     if not stage.done:
         stage.run(pools, metrics, "decoder", first_pool=20_000)
@@ -41,20 +41,31 @@ def train_decoder(job: TrainJob, model: NativeModel, pools: Pools, folder: Path,
 
 
 class _Stage:
-    """Optimiser, progress and checkpoint of one of the two; `trained` is the part whose weights move."""
+    """The optimiser, schedule and checkpoint of one of the two stages. trained: the part whose weights are
+    trained."""
 
     def __init__(self, job: TrainJob, model: NativeModel, path: Path, minutes: float, trained: torch.nn.Module) -> None:
-        self.job, self.model, self.path, self.trained, self.workers = job, model, path, trained, Workers.here()
+        self.job = job
+        self.model = model
+        self.path = path
+        self.trained = trained
+        self.workers = Workers.here()
         model.vae.requires_grad_(False)
         trained.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(
             trained.parameters(), lr=job.autoencoder.learning_rate, weight_decay=1e-4, betas=(0.9, 0.99)
         )
-        self.step, self.done, self.scale, spent = 0, False, 1.0, 0.0
+        self.step = 0
+        self.done = False
+        self.scale = 1.0
+        spent = 0.0
         if (state := load_checkpoint(path)) is not None:
             load_weights(model.vae, state["vae"], path)
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.done, self.scale, spent = state["step"], state["done"], state["scale"], state["spent"]
+            self.step = state["step"]
+            self.done = state["done"]
+            self.scale = state["scale"]
+            spent = state["spent"]
         self.progress = StageSchedule(minutes, job.max_steps, job.cpu_threads, model.device, spent)
         model.vae.train().to(memory_format=torch.channels_last)
 
@@ -76,26 +87,30 @@ class _Stage:
                 self.save(done=False)
 
     def _loss(self, pool: Pool, crop: bool) -> Tensor:
-        """Of one batch, or of a quarter of each of its pictures; all that is drawn follows from the step."""
-        job, model, step = self.job, self.model, self.step
+        """Return the loss of one batch, or of a quarter of each of its images; the batch depends on the step
+        alone."""
+        job = self.job
+        model = self.model
+        step = self.step
         rng = np.random.default_rng((job.seed, 1, step))
         generator = torch.Generator().manual_seed(job.seed * 1_000_003 + step)
-        targets, queries = pool.targets, pool.queries
-        half, rest = job.autoencoder.batch_size // 2, job.autoencoder.batch_size - job.autoencoder.batch_size // 2
-        drawn = [targets[rng.integers(0, len(targets), half)], queries[rng.integers(0, len(queries), rest)]]
-        pictures = np.concatenate(drawn)
+        half = job.autoencoder.batch_size // 2
+        targets = pool.targets[rng.integers(0, len(pool.targets), half)]
+        queries = pool.queries[rng.integers(0, len(pool.queries), job.autoencoder.batch_size - half)]
+        images = np.concatenate([targets, queries])
         if crop:
-            pictures = quarters(pictures, rng)
-        true = to_signed(self.workers.share(pictures)).to(model.device)
-        side = pictures.shape[1] // job.architecture.latent_factor
+            images = quarters(images, rng)
+        true = to_signed(self.workers.share(images)).to(model.device)
+        side = images.shape[1] // job.architecture.latent_factor
         shape = (job.autoencoder.batch_size, model.vae.config.latent_channels, side, side)
         noise = self.workers.share(torch.randn(shape, generator=generator)).to(model.device) * job.autoencoder.latent_noise
         with mixed_precision(model.device):
             latents = model.vae.encode(true).latents
-            made = model.vae.decode(latents + noise * latents.detach().float().std()).sample
+            decoded = model.vae.decode(latents + noise * latents.detach().float().std()).sample
         # Latents are kept near unit size and centred, so that one scaling factor serves all channels.
-        size, centre = latents.float().square().mean(), latents.float().mean((0, 2, 3))
-        return picture_loss(made.float(), true) + 1e-3 * (size - 1).square() + 1e-2 * centre.square().mean()
+        size = latents.float().square().mean()
+        centre = latents.float().mean((0, 2, 3))
+        return image_loss(decoded.float(), true) + 1e-3 * (size - 1).square() + 1e-2 * centre.square().mean()
 
     def save(self, done: bool) -> None:
         if not self.workers.first:
@@ -116,23 +131,23 @@ class _Stage:
         metrics.write(stage=name, step=self.step, psnr=round(decibels, 2))
 
 
-def quarters(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (B, H, H, 3) -> (B, H/2, H/2, 3), each from a place of its own."""
-    side = pictures.shape[1] // 2
-    places = rng.integers(0, side + 1, (len(pictures), 2))
-    return np.stack([one[y : y + side, x : x + side] for one, (y, x) in zip(pictures, places, strict=True)])
+def quarters(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Crop uint8 (B, H, H, 3) to (B, H/2, H/2, 3), each image at a place of its own."""
+    side = images.shape[1] // 2
+    places = rng.integers(0, side + 1, (len(images), 2))
+    return np.stack([image[y : y + side, x : x + side] for image, (y, x) in zip(images, places, strict=True)])
 
 
-def to_signed(pictures: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1], channels last."""
-    values = channels_first(pictures).to(memory_format=torch.channels_last)
+def to_signed(images: np.ndarray) -> Tensor:
+    """Convert uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1], channels last in memory."""
+    values = channels_first(images).to(memory_format=torch.channels_last)
     return values.float() / 127.5 - 1
 
 
 @torch.no_grad()
-def psnr(model: NativeModel, pictures: np.ndarray) -> float:
-    """Mean PSNR in dB of the reconstruction."""
-    images = as_images(model, pictures)
+def psnr(model: NativeModel, pixels: np.ndarray) -> float:
+    """Return the mean PSNR of the reconstructions, in dB."""
+    images = as_images(model, pixels)
     errors = [
         (model.decode(model.encode_pixels(part)) - part.float() / 255).square().mean((1, 2, 3)) for part in images.split(16)
     ]
@@ -140,8 +155,8 @@ def psnr(model: NativeModel, pictures: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def _set_scale(model: NativeModel, pictures: np.ndarray) -> None:
-    """Latents times scaling_factor have deviation 1."""
-    images = as_images(model, pictures[:256])
+def _set_scale(model: NativeModel, pixels: np.ndarray) -> None:
+    """Set the scaling_factor by which latents have std 1."""
+    images = as_images(model, pixels[:256])
     latents = torch.cat([model.vae.encode(part.float() / 127.5 - 1).latents for part in images.split(16)])
     model.vae.register_to_config(scaling_factor=float(1 / latents.std()))

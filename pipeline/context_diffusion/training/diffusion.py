@@ -1,7 +1,7 @@
-"""Stage two: U-Net, ControlNet, context and text encoders and fusion, all together, on cached latents.
+"""Train U-Net, ControlNet, context and text encoders and fusion together, on cached latents.
 
-Knows not where its data come from (training/data/batches.py). B samples  M contexts of all samples  C h w latents
-"""
+Knows nothing of where its data come from (training/data/batches.py). B samples  M contexts of all samples  C
+h w latents"""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from context_diffusion.training.loop.precision import SOUND, mixed_precision
 from context_diffusion.training.samples import draw_curves, save_samples
 
 VALIDATION_BATCHES = 4
-PADDED = 64  # contexts of a batch: a multiple of it
+PADDED = 64  # contexts of a batch are padded to a multiple of it
 TRAINED = ("unet", "controlnet", "image_encoder", "text_encoder", "fusion")
 
 
 def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Path, metrics: Metrics) -> dict[str, Any]:
-    """Trains in place, from where an earlier run stopped; the model ends with the averaged weights."""
+    """Train in place, resuming an earlier run; the model ends with the averaged weights."""
     run = Run(job, model, folder, data.origin)
     if model.device.type == "cpu":
         _set_attention(model, AttnProcessor(), "eager")  # SDPA's backward pass is slow there
@@ -65,8 +65,8 @@ def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Pa
     while (share := run.progress.at(run.step)) < 1:
         loss = run.train_step(data.at(run.step))
         if run.step % LOOK == 0:
-            told = {"loss": round(loss.item(), 5), "left_out": run.clipping.left_out()}
-            metrics.write(stage="diffusion", step=run.step, share=round(share, 4), **told)
+            values = {"loss": round(loss.item(), 5), "left_out": run.clipping.left_out()}
+            metrics.write(stage="diffusion", step=run.step, share=round(share, 4), **values)
         reporting = run.step % job.checkpoint_every == 0
         if run.progress.due() or reporting:
             run.save(done=False)
@@ -88,15 +88,18 @@ def _set_attention(model: NativeModel, processor: Any, encoders: str) -> None:
 
 
 def trained(model: NativeModel) -> list[str]:
-    """The modules that this stage trains: a pretrained context encoder stays as it is."""
+    """Return the modules that this stage trains: a pretrained context encoder stays frozen."""
     return [name for name in TRAINED if name != "image_encoder" or model.context_encoder == SMALL]
 
 
 class Run:
-    """Optimiser, average and step of the second stage."""
+    """The optimiser, averaged weights and step of the diffusion stage."""
 
     def __init__(self, job: TrainingJob, model: NativeModel, folder: Path, origin: dict[str, str]) -> None:
-        self.job, self.model, self.path, self.workers = job, model, folder / "diffusion.pt", Workers.here()
+        self.job = job
+        self.model = model
+        self.path = folder / "diffusion.pt"
+        self.workers = Workers.here()
         self.origin = origin
         self.modules = nn.ModuleDict({name: model.modules[name] for name in trained(model)}).requires_grad_(True).train()
         for module in self.modules.values():
@@ -105,22 +108,25 @@ class Run:
         self.heads = AuxiliaryHeads(model.unet.config.cross_attention_dim, len(TEXTURES)).to(model.device)
         self.optimizer = Optimizer(self.modules, self.heads, job.diffusion, self.workers)
         self.clipping = Clipping([*self.modules.parameters()], [*self.heads.parameters()], model.device)
-        self.schedule = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod  # timesteps are drawn on the CPU
+        # timesteps are drawn on the CPU
+        self.schedule = DDIMScheduler.from_config(model.scheduler_config).alphas_cumprod
         self.alphas = self.schedule.to(model.device)
-        self.step, spent = 0, 0.0
+        self.step = 0
+        spent = 0.0
         state = load_checkpoint(self.path)
         if state is not None:
             load_weights(self.modules, state["modules"], self.path)
             load_weights(self.heads, state["heads"], self.path)
             check_origin(self.path, state.get("origin", {}), origin)
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, spent = state["step"], state["spent"]
+            self.step = state["step"]
+            spent = state["spent"]
         average = state["average"] if state else self.modules.state_dict()
         self.average = {name: value.to(model.device, copy=True) for name, value in average.items()}
         self.progress = StageSchedule(job.diffusion.minutes, job.max_steps, job.cpu_threads, model.device, spent)
 
     def save(self, done: bool) -> None:
-        optimizer = self.optimizer.state_dict()  # all workers have a part of it
+        optimizer = self.optimizer.state_dict()  # collective: each worker holds a part of it
         if not self.workers.first:
             return
         state = {
@@ -136,7 +142,7 @@ class Run:
         save_checkpoint(self.path, state)
 
     def train_step(self, source: BatchSource) -> Tensor:
-        """-> the loss, where the model is: to read it each time would be to wait for each step."""
+        """Train one step; return the loss on the model's device: reading it would wait for the step."""
         stage = self.job.diffusion
         self.optimizer.zero_grad()
         mine = self.workers.share(np.arange(stage.batch_size))
@@ -147,13 +153,15 @@ class Run:
         self.clipping.bound()
         self.optimizer.step(self.progress.learning_rate(self.step))
         self.step += 1
-        # A short memory at first, so that the average isn't that of the first, untrained weights.
+        # A short average at first, so that the untrained weights leave it soon.
         update_ema(self.average, self.modules, min(stage.ema, self.step / (self.step + 10)))
         return loss
 
     def backward(self, source: BatchSource, rows: NDArray[np.int64], weight: float) -> Tensor:
-        """Adds the gradients of these rows of the step's batch, which seed and step alone decide. -> their loss, weighted."""
-        stage, size = self.job.diffusion, self.job.diffusion.batch_size
+        """Add the gradients of some rows of the step's batch, which depends on seed and step alone; return
+        their weighted loss."""
+        stage = self.job.diffusion
+        size = stage.batch_size
         rng = np.random.default_rng((self.job.seed, 2, self.step))
         samples = source.samples(rng, size, stage.context_dropout, stage.prompt_dropout, rows)
         generator = torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step)
@@ -165,43 +173,48 @@ class Run:
     def loss(
         self, samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator, crop: bool = False
     ) -> Tensor:
-        """The loss of these rows of a batch of `size`; noise, timesteps and crops of it all follow from the generator."""
-        model, device = self.model, self.model.device
+        """Return the loss of some rows of a batch of `size`; all noise, timesteps and crops depend on the
+        generator alone."""
+        model = self.model
+        device = model.device
         if crop:
             samples = cropped(samples, rows, size, generator)
-        told = samples.drafts.flatten(1).any(1).to(device) & model.drafts
-        ours = rest_timesteps(size, self.schedule, REST, generator)[rows].to(device)
-        timesteps = torch.where(told, ours, spread_timesteps(size, len(self.alphas), generator)[rows].to(device))
-        own = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(
-            int(torch.randint(2**62, (), generator=generator))
-        )
-        noise = torch.randn(size, *samples.latents.shape[1:], generator=own, device=device)[rows]
+        has_draft = samples.drafts.flatten(1).any(1).to(device) & model.drafts
+        draft_timesteps = rest_timesteps(size, self.schedule, REST, generator)[rows].to(device)
+        plain_timesteps = spread_timesteps(size, len(self.alphas), generator)[rows].to(device)
+        timesteps = torch.where(has_draft, draft_timesteps, plain_timesteps)
+        noise_seed = int(torch.randint(2**62, (), generator=generator))
+        noise_generator = torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(noise_seed)
+        noise = torch.randn(size, *samples.latents.shape[1:], generator=noise_generator, device=device)[rows]
         alphas = self.alphas[timesteps]
         noisy, target = noised(samples.latents.float(), noise, alphas)
         counts = torch.from_numpy(samples.counts)
-        shown = torch.arange(CONTEXTS)[None] < counts[:, None]  # on the CPU: a mask on a GPU would have to be waited for
+        # on the CPU: a mask on a GPU would synchronise
+        filled = torch.arange(CONTEXTS)[None] < counts[:, None]
         with torch.no_grad(), mixed_precision(device):
-            drawn = model.encode_draft(samples.drafts.to(device)) if model.drafts else None
+            draft = model.encode_draft(samples.drafts.to(device)) if model.drafts else None
         with mixed_precision(device):
             contexts = context_tokens(model, samples.contexts)
-            slots = contexts.new_zeros(*shown.shape, *contexts.shape[1:])
-            slots[shown] = contexts
+            slots = contexts.new_zeros(*filled.shape, *contexts.shape[1:])
+            slots[filled] = contexts
             text, mask = model.encode_text(list(samples.prompts))
-            hidden, bias = model.fuse(text, mask, slots, shown.float().to(device))
+            hidden, bias = model.fuse(text, mask, slots, filled.float().to(device))
             down, mid = model.control(noisy, timesteps, samples.controls.float())
-            output = model.predict(noisy, timesteps, hidden, bias, down, mid, drawn)
-        loss = v_loss(output, target, alphas, self.job.diffusion.min_snr, told, REST)
+            output = model.predict(noisy, timesteps, hidden, bias, down, mid, draft)
+        loss = v_loss(output, target, alphas, self.job.diffusion.min_snr, has_draft, REST)
         if (hints := samples.hints) is None or not self.job.diffusion.auxiliary:
             return loss
-        # Each row counts alike, whatever the number of its contexts.
-        weights = (1 / counts.clamp(min=1) / len(shown))[:, None].expand(shown.shape)[shown].to(device)
-        m = len(hints.palettes)
-        return loss + self.job.diffusion.auxiliary * self.heads(contexts[:m], hints.palettes, hints.textures, weights[:m])
+        # Each row has the same weight, whatever the number of its contexts.
+        weights = (1 / counts.clamp(min=1) / len(filled))[:, None].expand(filled.shape)[filled].to(device)
+        hinted = len(hints.palettes)
+        auxiliary = self.heads(contexts[:hinted], hints.palettes, hints.textures, weights[:hinted])
+        return loss + self.job.diffusion.auxiliary * auxiliary
 
     @torch.no_grad()
     def validate(self, source: BatchSource) -> float:
-        """The loss on what is held out, always the same batches."""
-        losses, rows = [], np.arange(32)
+        """Return the loss on held-out data, always of the same batches."""
+        losses = []
+        rows = np.arange(32)
         for number in range(VALIDATION_BATCHES):
             samples = source.samples(np.random.default_rng((7, number)), len(rows), 0.1, 0.5, rows)
             losses.append(self.loss(samples, rows, len(rows), torch.Generator().manual_seed(number)).item())
@@ -212,11 +225,11 @@ class Run:
 
 
 def context_tokens(model: NativeModel, contexts: Tensor | Summaries) -> Tensor:
-    """-> (M, K, D), M may be 0."""
+    """Return the contexts' tokens (M, K, D); M may be 0."""
     if isinstance(contexts, tuple):
         return model.fusion.encode(*(part.float() for part in contexts))
     if not len(contexts):
-        return model.fusion.null_context[None][:0]  # an encoder cannot take no picture
-    # Of few sizes, for a GPU looks for kernels and memory anew for each.
-    more = contexts[:1].expand(-len(contexts) % (PADDED if model.device.type == "cuda" else 1), -1, -1, -1)
-    return model.encode_images(torch.cat([contexts, more]))[: len(contexts)]
+        return model.fusion.null_context[None][:0]  # an encoder fails on an empty batch
+    # Few sizes: a GPU searches for kernels and memory again for each new one.
+    padding = contexts[:1].expand(-len(contexts) % (PADDED if model.device.type == "cuda" else 1), -1, -1, -1)
+    return model.encode_images(torch.cat([contexts, padding]))[: len(contexts)]

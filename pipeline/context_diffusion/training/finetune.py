@@ -1,6 +1,6 @@
-"""Fine-tuning: a native model goes on training on one's own pictures, a share of each batch still the project's own data.
+"""Fine-tune a native model on a user's images; a share of each batch stays generated data.
 
-The same loop as training from nothing (training/diffusion.py); the autoencoder stays as it is.
+It is the same loop as training from scratch (training/diffusion.py); the autoencoder stays frozen.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from context_diffusion.training.diffusion import train_diffusion
 from context_diffusion.training.loop.checkpoints import Metrics, save_model
 from context_diffusion.training.loop.distributed import Workers
 
-SKIPPED_TOLD = 100  # names in the summary; the log has them all
+SKIPPED_NAMES = 100  # in the summary at most; the log has them all
 
 
 def finetune(job: FinetuneJob, device: torch.device) -> dict[str, Any] | None:
-    """Leaves job.output/model (a folder that `model:` takes), metrics.jsonl and samples. -> a summary, from the first
-    of several workers."""
+    """Fine-tune; write job.output/model (a folder that `model:` takes), metrics.jsonl and samples.
+
+    Returns a summary on the first of several workers, None on the others."""
     cv2.setNumThreads(1)
-    workers, folder = Workers.here(), Path(job.output)
+    workers = Workers.here()
+    folder = Path(job.output)
     model = NativeModel.from_pretrained(model_folder(job.model)).to(device)
     pictures = read_pictures(job, model.image_size)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,7 @@ def finetune(job: FinetuneJob, device: torch.device) -> dict[str, Any] | None:
         tell(pictures)
     pools = Pools(job, model.image_size)
     try:
-        summary = train_diffusion(job, model, Own(job, model, pictures, pools), folder, Metrics(folder, workers.first))
+        summary = train_diffusion(job, model, UserData(job, model, pictures, pools), folder, Metrics(folder, workers.first))
     finally:
         pools.close()
     if not workers.first:
@@ -56,7 +58,7 @@ def finetune(job: FinetuneJob, device: torch.device) -> dict[str, Any] | None:
         "styles": pictures.styles,
         "pictures": len(pictures.pixels),
         "skipped": len(pictures.skipped),
-        "skipped_names": list(pictures.skipped)[:SKIPPED_TOLD],
+        "skipped_names": list(pictures.skipped)[:SKIPPED_NAMES],
     }
 
 
@@ -68,12 +70,15 @@ def tell(pictures: Pictures) -> None:
         log.warning("too few pictures to hold any out: the validation loss is that of the training's own pictures")
 
 
-class Own:
-    """One's own pictures beside the project's own data, as what the loop learns from."""
+class UserData:
+    """A user's images and generated data, as training data of the loop (training/data/batches.py: Data)."""
 
     def __init__(self, job: FinetuneJob, model: NativeModel, pictures: Pictures, pools: Pools) -> None:
-        self.job, self.model, self.pictures = job, model, pictures
-        self.generated, self.summaries = Generated(model, pools, job.pool_steps), summarise(model, pictures.pixels)
+        self.job = job
+        self.model = model
+        self.pictures = pictures
+        self.generated = Generated(model, pools, job.pool_steps)
+        self.summaries = summarise(model, pictures.pixels)
         self.looks = looks(model, pictures.pixels)
         self.training = self.gallery(pictures.training)
         self.held = self.gallery(pictures.validation) if pictures.validation else self.training
@@ -81,7 +86,7 @@ class Own:
 
     def gallery(self, examples: list[Example]) -> Gallery:
         pixels = self.pictures.pixels
-        latents = encode(self.model, [pixels[one.target] for one in examples])
+        latents = encode(self.model, [pixels[example.target] for example in examples])
         return Gallery(
             pixels, examples, self.job.controls, latents, self.summaries, self.looks, partial(encode_controls, self.model)
         )
@@ -98,7 +103,8 @@ class Own:
         for number in range(count):
             rng = np.random.default_rng((11, number))
             example = self.held.examples[number % len(self.held.examples)]
-            query, kind = self.held.query(example, rng), self.held.draw_kind(rng)
+            query = self.held.query(example, rng)
+            kind = self.held.draw_kind(rng)
             contexts = tuple(self.pictures.pixels[k] for k in self.held.contexts(example, rng))
             settings = SAMPLE_SETTINGS.model_copy(update={"seed": number})
             prompt = example.prompt or None

@@ -1,7 +1,7 @@
-"""The last stage of training, seconds long: which looks the model remembers, and how a prompt's words are read as looks
-(models/native/look_memory.py). It needs nothing of the other components.
+"""The last stage of training: which looks the model stores, and which look a prompt's words describe.
 
-N prompts, EACH of a pool's picture
+It takes seconds and needs none of the other components (models/native/look_memory.py).
+N prompts, EACH of a pool's image
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ BARE = {"outline": 0.0, "light": (0.0, 0.0), "grain": 0.0}
 
 GREY = np.repeat(np.linspace(0, 1, 256, dtype=np.float32)[:, None], 3, 1)
 
-PART = 64  # pictures at once
+PART = 64  # images measured at once
 
 
 class Described(NamedTuple):
-    """Of one kind. looks: (S, ...), as the memory keeps them, with their descriptions kept: (S, numbers); seen:
-    (P, numbers), of pictures."""
+    """Looks of one kind. looks: (S, ...), as the memory stores them, with their descriptions stored: (S,
+    numbers); seen: (P, numbers), descriptions of images."""
 
     looks: Tensor
-    kept: Tensor
+    stored: Tensor
     seen: Tensor
 
 
 def describe_pool(pool: Pool, side: int) -> dict[Kind, Described]:
-    """side: pixels of a kept texture."""
+    """Describe the looks of a pool, by kind. side: pixels of a stored texture."""
     parts = [channels_first(pool.targets[i : i + PART]) for i in range(0, len(pool.targets), PART)]
     swatches = torch.cat([swatch(style) for style in pool.styles])
     reliefs = torch.stack([relief(style, side) for style in pool.styles])
@@ -63,7 +63,7 @@ def describe_pool(pool: Pool, side: int) -> dict[Kind, Described]:
 
 
 def swatch(style: Style) -> Tensor:
-    """All its colours, from dark to light, as draft.Look has them: (1, WAYS, STEPS, 4)."""
+    """Return a style's colours, from dark to light, as draft.Look has them: (1, WAYS, STEPS, 4)."""
     tones = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
     bare = replace(style, texture="flat", **BARE)  # type: ignore[arg-type]
     image = channels_first(dress(tones, bare, np.random.default_rng(0))[None])
@@ -71,29 +71,31 @@ def swatch(style: Style) -> Tensor:
 
 
 def relief(style: Style, side: int) -> Tensor:
-    """Its texture alone, in tone: (side, side)."""
+    """Return a style's texture alone, in tone: (side, side)."""
     bare = replace(style, lut=GREY, **BARE)  # type: ignore[arg-type]
     even = np.full((side, side), 0.5, np.float32)
     return torch.from_numpy(dress(even, bare, np.random.default_rng(1))[..., 0].copy()) / 255 - 0.5
 
 
 def choose(styles: list[Style], rng: Rng, looks: int, textures: int) -> dict[Kind, list[int]]:
-    """Numbers of the styles to keep; for textures none oftener than its share, for half of all styles are flat."""
-    order, found = rng.permutation(len(styles)).tolist(), list[int]()
+    """Choose the styles to store, by number; of textures none more often than its share, since half of all
+    styles are flat."""
+    order = rng.permutation(len(styles)).tolist()
+    textured: list[int] = []
     left = dict.fromkeys(TEXTURE_WORDS, -(-textures // len(TEXTURE_WORDS)))
     for k in order:
         if left[styles[k].texture]:
             left[styles[k].texture] -= 1
-            found.append(k)
+            textured.append(k)
     return {
         "colours": [order[i % len(order)] for i in range(looks)],
-        "texture": [found[i % len(found)] for i in range(textures)],
+        "texture": [textured[i % len(textured)] for i in range(textures)],
     }
 
 
 EACH = 6
 
-SILENT, DROPPED = 0.1, 0.15  # share of prompts that are empty; of words that are left out
+SILENT, DROPPED = 0.1, 0.15  # share of prompts that are empty; of words that are dropped
 
 STEPS, BATCH, LEARNING_RATE = 1500, 256, 2e-3
 
@@ -101,7 +103,8 @@ NAMES: dict[Kind, dict[str, list[str]]] = {"colours": PALETTE_WORDS, "texture": 
 
 
 class Prompts(NamedTuple):
-    """Prompts of pictures. words: NativeModel.known_words'; names: (N,) bool by kind, whether they do; picture: (N,)."""
+    """Prompts of images. words: NativeModel.known_words; names: (N,) bool by kind, whether they name it;
+    picture: (N,)."""
 
     words: Tensor
     names: dict[Kind, Tensor]
@@ -109,17 +112,19 @@ class Prompts(NamedTuple):
 
 
 def remember(model: NativeModel, seed: int, styles: int = 640, pictures: int = 5, steps: int = STEPS) -> dict[str, float]:
-    """Fills model.memory. -> for each kind, how often its limits are right on what they were set by."""
+    """Fill model.memory; return for each kind how often its limits are right on the data they were set by."""
     memory = model.memory.cpu()
-    pool, rng = make_pool(seed, styles, pictures, model.image_size), np.random.default_rng((seed, 29))
+    pool = make_pool(seed, styles, pictures, model.image_size)
+    rng = np.random.default_rng((seed, 29))
     chosen = choose(pool.styles, rng, len(memory.colours), len(memory.reliefs))
     described = describe_pool(pool, memory.reliefs.shape[1])
     memory.colours.copy_(described["colours"].looks[chosen["colours"]])
     memory.reliefs.copy_((described["texture"].looks[chosen["texture"]] * RELIEF).round())
-    prompts, shares = _prompts(model, pool, rng), dict[str, float]()
-    for kind, (_, kept, seen) in described.items():
-        keys = _learn(memory, kind, prompts, kept[prompts.picture // pictures], seen[prompts.picture], steps, seed)
-        getattr(memory, f"{kind}_keys").copy_(keys(kept[chosen[kind]]))
+    prompts = _prompts(model, pool, rng)
+    shares: dict[str, float] = {}
+    for kind, (_, stored, seen) in described.items():
+        keys = _learn(memory, kind, prompts, stored[prompts.picture // pictures], seen[prompts.picture], steps, seed)
+        getattr(memory, f"{kind}_keys").copy_(keys(stored[chosen[kind]]))
         shares[kind] = _set_limits(memory, kind, prompts, seen, pool, rng)
     memory.to(model.device)
     return shares
@@ -131,7 +136,7 @@ def _prompts(model: NativeModel, pool: Pool, rng: Rng) -> Prompts:
     for number in rng.permutation(np.repeat(np.arange(len(pool.targets)), EACH)):
         style = pool.styles[number // (len(pool.targets) // len(pool.styles))]
         prompt = describe(rng, style, pool.families[pool.layout_of[number]]).split()
-        # What no picture depends on must tell nothing: wordings have their own words beside what they name.
+        # Words that no image depends on must have no meaning: wordings have fillers beside what they name.
         prompt = [word for word in prompt if rng.random() >= DROPPED] + rng.choice(FILLERS, int(rng.integers(0, 4))).tolist()
         words.append("" if rng.random() < SILENT else " ".join(prompt))
         pictures.append(int(number))
@@ -144,21 +149,24 @@ def _names(prompt: str, names: dict[str, list[str]]) -> bool:
 
 
 def _learn(
-    memory: LookMemory, kind: Kind, prompts: Prompts, kept: Tensor, seen: Tensor, steps: int, seed: int
+    memory: LookMemory, kind: Kind, prompts: Prompts, stored: Tensor, seen: Tensor, steps: int, seed: int
 ) -> Callable[[Tensor], Tensor]:
-    """Words and looks by contrast: in a batch, each prompt's own look is to fit it better than all others, and the other way
-    round. -> what makes a key of a kept look's description."""
+    """Learn words and looks by contrast: in a batch, each prompt's look must fit it better than all others,
+    and vice versa.
+
+    Returns the network that turns a stored look's description into its key."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        keys = make_network(kept.shape[1])
+        keys = make_network(stored.shape[1])
     learned = nn.ModuleList([memory.read_kept[kind], memory.read_seen[kind], memory.see[kind], keys]).requires_grad_(True)
     optimizer = torch.optim.AdamW(learned.parameters(), LEARNING_RATE, weight_decay=1e-2)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
         rows = torch.randint(len(prompts.picture), (BATCH,), generator=generator)
-        read_kept, read_seen = memory.read_kept[kind](prompts.words[rows]), memory.read_seen[kind](prompts.words[rows])
-        loss = _contrast(read_kept @ keys(kept[rows]).T) + _contrast(read_seen @ memory.see[kind](seen[rows]).T)
+        read_stored = memory.read_kept[kind](prompts.words[rows])
+        read_seen = memory.read_seen[kind](prompts.words[rows])
+        loss = _contrast(read_stored @ keys(stored[rows]).T) + _contrast(read_seen @ memory.see[kind](seen[rows]).T)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -167,31 +175,36 @@ def _learn(
 
 
 def _contrast(fits: Tensor) -> Tensor:
-    own = torch.arange(len(fits))
-    return F.cross_entropy(fits, own) + F.cross_entropy(fits.T, own)
+    """Return the symmetric cross-entropy of a matrix of fits, whose diagonal has the true pairs."""
+    pairs = torch.arange(len(fits))
+    return F.cross_entropy(fits, pairs) + F.cross_entropy(fits.T, pairs)
 
 
 def _set_limits(memory: LookMemory, kind: Kind, prompts: Prompts, seen: Tensor, pool: Pool, rng: Rng) -> float:
-    """Where they part best: prompts that name it from those that don't; and, beside prompts that do, a context in their own
-    style from one in another. -> the smaller of the two shares that are right."""
-    row, pictures, names = KINDS.index(kind), len(pool.targets) // len(pool.styles), prompts.names[kind]
+    """Set the limits that best separate prompts that name the kind from those that do not and, for prompts
+    that do, a context in the same style from one in another. Returns the smaller of the two shares that are
+    right."""
+    row = KINDS.index(kind)
+    pictures = len(pool.targets) // len(pool.styles)
+    names = prompts.names[kind]
     memory.limits[row, 0], first = parted(memory.told(kind, prompts.words), names)
     named = np.array([style.palette if kind == "colours" else style.texture for style in pool.styles])
-    own = prompts.picture.numpy() // pictures
-    other = rng.integers(0, len(pool.styles), len(own))
-    contrary = names & torch.from_numpy(named[own] != named[other])
-    beside, strange = (torch.from_numpy(styles * pictures + rng.integers(0, pictures, len(own))) for styles in (own, other))
+    same = prompts.picture.numpy() // pictures
+    other = rng.integers(0, len(pool.styles), len(same))
+    contrary = names & torch.from_numpy(named[same] != named[other])
+    alike, unlike = (torch.from_numpy(styles * pictures + rng.integers(0, pictures, len(same))) for styles in (same, other))
     fits = [
-        memory.fits_seen(kind, prompts.words[rows], seen[context[rows]])
-        for rows, context in ((contrary, strange), (names, beside))
+        memory.fits_seen(kind, prompts.words[rows], seen[context[rows]]) for rows, context in ((contrary, unlike), (names, alike))
     ]
     memory.limits[row, 1], second = parted(torch.cat(fits), torch.arange(sum(map(len, fits))) >= len(fits[0]))
     return min(first, second)
 
 
 def parted(values: Tensor, above: Tensor) -> tuple[float, float]:
-    """-> the limit above which most of what should be lies, and most of the rest does not; the mean of these two shares.
-    Infinite where there is nothing to part."""
+    """Return the limit that best separates the values marked `above` from the rest, and the mean of the two
+    right shares.
+
+    The limit is infinite where there is only one kind of value."""
     if not above.any() or above.all():
         return torch.inf, 1.0
     ends, places = values.double().unique(return_inverse=True)

@@ -1,6 +1,7 @@
-"""A training run by its kind; the one from nothing: relief, autoencoder, diffusion model, the decoder once more, the memory.
+"""Run a train or finetune job. A train job trains, stage by stage, relief, autoencoder, diffusion model,
+decoder, memory.
 
-Resumes exactly where it stopped."""
+It resumes exactly where it stopped."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from context_diffusion.training.texture_separation import train_relief
 
 
 def run(job: TrainingJob) -> dict[str, Any] | None:
-    """Trains by the job's kind, here or as one of several workers. -> a summary, from the first of them."""
+    """Train by the job's kind, alone or as one of several workers; return a summary on the first of them."""
     torch.set_num_threads(job.cpu_threads)
     device = find_device(job.device)
     if isinstance(job, FinetuneJob):
@@ -35,24 +36,28 @@ def run(job: TrainingJob) -> dict[str, Any] | None:
 
 
 def find_device(wanted: str) -> torch.device:
-    """By the job's word for it; of several GPUs the process's current one. Raises ConfigError where there is none."""
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
+    """Return the device that the job asks for; of several GPUs the process's current one. Raises ConfigError
+    if there is none."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
         raise ConfigError("device: cuda, but torch finds no GPU here; `auto` takes one where there is one")
-    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
 
 
 def train(job: TrainJob, device: torch.device) -> dict[str, Any] | None:
-    """Trains; leaves job.output/model (a folder that `model:` takes), metrics.jsonl and samples. -> a summary, from
-    the first of several workers."""
-    torch.manual_seed(job.seed)  # the fresh weights; everything later draws from generators of its own
+    """Train from scratch; write job.output/model (a folder that `model:` takes), metrics.jsonl and samples.
+
+    Returns a summary on the first of several workers, None on the others."""
+    torch.manual_seed(job.seed)  # for the fresh weights; all later draws have generators of their own
     folder = Path(job.output)
     folder.mkdir(parents=True, exist_ok=True)
     model = build(job.architecture, vocabulary()).to(device)
     workers = Workers.here()
-    metrics, pools = Metrics(folder, workers.first), Pools(job, job.architecture.image_size)
+    metrics = Metrics(folder, workers.first)
+    pools = Pools(job, job.architecture.image_size)
     try:
-        train_relief(job, model, folder, metrics)  # drafts, which the diffusion model begins from, are drawn with it
+        # it is needed for drafts, from which the diffusion model starts
+        train_relief(job, model, folder, metrics)
         train_autoencoder(job, model, pools, folder, metrics)
         summary = train_diffusion(job, model, Generated(model, pools, job.pool_steps), folder, metrics)
         train_decoder(job, model, pools, folder, metrics)
@@ -67,9 +72,8 @@ def train(job: TrainJob, device: torch.device) -> dict[str, Any] | None:
 
 
 def run_training(job: TrainingJob) -> dict[str, Any]:
-    """Trains in this process, from where an earlier run stopped; returns the summary. (cluster/train_workers.py: several
+    """Train in this process, resuming an earlier run; return the summary. (cluster/train_workers.py: several
     workers.)"""
-
     summary = run(job)
     assert summary is not None
     return summary

@@ -1,4 +1,5 @@
-"""A picture of what the model makes of held-out rows: query, contexts, truth, output, a row each."""
+"""An image of held-out rows, each with its query, control map, contexts, target and output; and the curves of
+losses."""
 
 from __future__ import annotations
 
@@ -22,13 +23,17 @@ from context_diffusion.training.loop.checkpoints import writing
 
 
 def make(model: NativeModel, requests: list[Request]) -> list[NDArray[np.uint8]]:
-    """The engine's pictures, in the order of the requests; contexts of any size."""
-    side, made = model.context_size, dict[str, NDArray[np.uint8]]()
-    requests = [replace(one, contexts=tuple(resize(c, side, side, "crop") for c in one.contexts)) for one in requests]
+    """Generate the requests' images, in their order; contexts may have any size."""
+    side = model.context_size
+    images: dict[str, NDArray[np.uint8]] = {}
+    requests = [
+        replace(request, contexts=tuple(resize(context, side, side, "crop") for context in request.contexts))
+        for request in requests
+    ]
     for request, outcome in Engine(NativeBackbone(model), model.device, Shape(4, 16)).run(requests):
         assert isinstance(outcome, Result), outcome
-        made[request.id] = outcome.image
-    return [made[request.id] for request in requests]
+        images[request.id] = outcome.image
+    return [images[request.id] for request in requests]
 
 
 def save_samples(model: NativeModel, requests: list[Request], targets: list[NDArray[np.uint8]], path: Path) -> None:
@@ -47,7 +52,7 @@ SMOOTH = 9  # values of a training curve that are averaged: single batches diffe
 
 
 def draw_curves(folder: Path) -> None:
-    """Leaves curves.png beside metrics.jsonl; needs matplotlib, and says so where it is not installed."""
+    """Write curves.png beside metrics.jsonl; warn if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -70,18 +75,19 @@ def draw_curves(folder: Path) -> None:
 
 
 def _panels(path: Path) -> dict[str, dict[str, dict[int, float]]]:
-    """Panel -> curve -> loss by step. A step that was done twice, before and after a crash, counts as the second."""
+    """Return the losses by panel, curve and step; of a step that ran twice, before and after a crash, the
+    second."""
     panels: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for line in path.read_text(encoding="utf-8").splitlines():
-        told = json.loads(line)
-        if "loss" in told:
-            own = told["stage"] in ("autoencoder", "decoder")
-            panels["autoencoder" if own else "diffusion"][told["stage"]][told["step"]] = told["loss"]
+        metrics = json.loads(line)
+        if "loss" in metrics:
+            panel = "autoencoder" if metrics["stage"] in ("autoencoder", "decoder") else "diffusion"
+            panels[panel][metrics["stage"]][metrics["step"]] = metrics["loss"]
     return panels
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
-    """The mean of each value and its neighbours, as far as there are some."""
+    """Return the mean of each value and its existing neighbours."""
     half = SMOOTH // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]

@@ -1,8 +1,7 @@
-"""The first stage of training: what of a picture's tones is its style's texture, and what its layout.
+"""Train texture separation: which part of an image's tones is its style's texture, and which its layout.
 
-Every step has pictures of its own, of layouts of many more kinds than the other stages see
-(training/data/textured_layouts.py): a texture is then known by what it is, not as what no known layout has.
-B pictures  S pixels
+Every step has new images, of layouts of many more kinds than the other stages see (training/data/textured_layouts.py):
+so a texture is learned as such, not as whatever no known layout has. B images  S pixels
 """
 
 from __future__ import annotations
@@ -33,15 +32,16 @@ from context_diffusion.training.loop.checkpoints import Metrics, load_checkpoint
 from context_diffusion.training.loop.distributed import Workers
 from context_diffusion.training.loop.optimizer import Optimizer
 
-FLATTENED = 0.6  # of the flat styles: so many stay flat
-NOISY = 0.3  # of pictures: with a camera's noise, and less contrast
+FLATTENED = 0.6  # share of flat styles that stay flat
+NOISY = 0.3  # share of images with a camera's noise and less contrast
 
-
-SplitExamples = tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]  # pictures, their structure and texture
+# images, their structure and texture
+SplitExamples = tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]
 
 
 class Split(NamedTuple):
-    """Of pictures. tones: draft.tones_of's (B, WAYS, S, S); structure, texture: (B, S, S), in ranks of the picture."""
+    """A batch. tones: by draft.tones_of, (B, WAYS, S, S); structure, texture: (B, S, S), in ranks of the
+    image's pixels."""
 
     tones: Tensor
     structure: Tensor
@@ -49,18 +49,22 @@ class Split(NamedTuple):
 
 
 def train_relief(job: TrainJob, model: NativeModel, folder: Path, metrics: Metrics) -> None:
-    """Trains model.relief in place, from where an earlier run stopped."""
-    steps, path, workers = min(job.relief.steps, job.max_steps or job.relief.steps), folder / "relief.pt", Workers.here()
-    relief, first, size = model.relief.requires_grad_(True), 0, job.relief.batch_size
+    """Train model.relief in place, resuming an earlier run."""
+    steps = min(job.relief.steps, job.max_steps or job.relief.steps)
+    path = folder / "relief.pt"
+    workers = Workers.here()
+    relief = model.relief.requires_grad_(True)
+    first = 0
+    size = job.relief.batch_size
     optimizer = Optimizer(nn.ModuleDict({"relief": relief}), nn.Module(), job.relief, workers)
     if (state := load_checkpoint(path)) is not None:
         load_weights(relief, state["relief"], path)
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    ahead = Ahead(partial(_pictures, job.seed, size, workers, model.image_size), job.processes)
-    with closing(ahead) as pictures:
+    ahead = Ahead(partial(_step_examples, job.seed, size, workers, model.image_size), job.processes)
+    with closing(ahead) as examples:
         for step in range(first, steps):
-            loss = split_loss(relief, split_of(pictures.at(step), model.device))
+            loss = split_loss(relief, split_of(examples.at(step), model.device))
             optimizer.zero_grad()
             loss.backward()
             workers.average(relief.parameters(), 0.0)
@@ -76,8 +80,10 @@ def train_relief(job: TrainJob, model: NativeModel, folder: Path, metrics: Metri
 
 
 def split_loss(relief: nn.Module, split: Split) -> Tensor:
-    """The structure is learned beside the texture, for telling them apart is one task: its absolute error, for of several
-    layouts one is right; the texture's squared one, so that what is unsure is faint."""
+    """Return the loss of structure and texture, which are learned together since separating them is one task.
+
+    The structure has an absolute error, since one of several possible layouts is right; the texture a squared
+    error, so that uncertain textures become faint."""
     structure, texture = relief(split.tones)
     wrong = (structure - split.structure).abs().mean() + 2 * (slopes(structure) - slopes(split.structure)).abs().mean()
     unlike = (texture - split.texture).square().mean() + (slopes(texture) - slopes(split.texture)).square().mean()
@@ -85,43 +91,46 @@ def split_loss(relief: nn.Module, split: Split) -> Tensor:
 
 
 def slopes(fields: Tensor) -> Tensor:
-    """(B, S, S) -> (B, 2, S - 1, S - 1): to the next pixel down and to the right."""
+    """Return the differences (B, 2, S - 1, S - 1) of (B, S, S) to the next pixel down and to the right."""
     corner = fields[:, :-1, :-1]
     return torch.stack([fields[:, 1:, :-1] - corner, fields[:, :-1, 1:] - corner], 1)
 
 
 def draw_examples(seed: int, numbers: NDArray[np.int64], side: int) -> SplitExamples:
-    """Pictures by their numbers, each by its number alone."""
-    drawn = [_picture(np.random.default_rng((seed, 31, int(number))), side) for number in numbers]
-    shown, structure, texture = (np.stack(part) for part in zip(*drawn, strict=True))
-    return shown, structure.astype(np.float16), texture.astype(np.float16)
+    """Draw examples by their numbers; each depends on the seed and its number alone."""
+    examples = [_picture(np.random.default_rng((seed, 31, int(number))), side) for number in numbers]
+    images, structure, texture = (np.stack(part) for part in zip(*examples, strict=True))
+    return images, structure.astype(np.float16), texture.astype(np.float16)
 
 
-def _pictures(seed: int, size: int, workers: Workers, side: int, step: int) -> SplitExamples:
-    """This worker's of a step."""
+def _step_examples(seed: int, size: int, workers: Workers, side: int, step: int) -> SplitExamples:
+    """Draw this worker's examples of a step."""
     return draw_examples(seed, workers.share(np.arange(step * size, (step + 1) * size)), side)
 
 
-def split_of(drawn: SplitExamples, device: torch.device) -> Split:
-    pixels, structure, texture = drawn
+def split_of(examples: SplitExamples, device: torch.device) -> Split:
+    pixels, structure, texture = examples
     tones = tones_of(channels_first(pixels).to(device))
     return Split(tones, *(torch.from_numpy(part).to(device).float() for part in (structure, texture)))
 
 
 def _picture(rng: Rng, side: int) -> tuple[Pixels, Tone, Tone]:
-    tone, style = varied_layout(rng, side), make_style(rng)
+    tone = varied_layout(rng, side)
+    style = make_style(rng)
     if style.texture == "flat" and rng.random() > FLATTENED:
         style = replace(style, texture=str(rng.choice(TEXTURES[1:])))
     state = rng.bit_generator.state
-    shown = dress(tone, style, rng).astype(np.float32)
+    image = dress(tone, style, rng).astype(np.float32)
     rng.bit_generator.state = state  # the same strokes and facets
     bare = replace(style, **BARE)  # type: ignore[arg-type]
-    textured, plain = (_lightness(dress(tone, one, rng)) for one in (bare, replace(bare, texture="flat")))
+    textured, plain = (_lightness(dress(tone, look, rng)) for look in (bare, replace(bare, texture="flat")))
     if rng.random() < NOISY:
-        gain, mean, noise = rng.uniform(0.33, 1), shown.mean(), rng.normal(0, rng.uniform(0, 12), shown.shape)
-        shown, textured, plain = (mean + gain * (one - mean) for one in (shown + noise / gain, textured, plain))
-    pixels = np.clip(shown, 0, 255).astype(np.uint8)
-    structure, whole = (_ranks(pixels, one) for one in (plain, textured))
+        gain = rng.uniform(0.33, 1)
+        mean = image.mean()
+        noise = rng.normal(0, rng.uniform(0, 12), image.shape)
+        image, textured, plain = (mean + gain * (part - mean) for part in (image + noise / gain, textured, plain))
+    pixels = np.clip(image, 0, 255).astype(np.uint8)
+    structure, whole = (_ranks(pixels, lightness) for lightness in (plain, textured))
     return pixels, structure, whole - structure
 
 
@@ -130,7 +139,7 @@ def _lightness(pixels: Pixels) -> Tone:
 
 
 def _ranks(pixels: Pixels, lightness: Tone) -> Tone:
-    """What ranks a lightness has among a picture's pixels."""
+    """Return the ranks that a lightness has among an image's pixels."""
     counts = np.bincount(_lightness(pixels).astype(np.uint8).ravel(), minlength=256)
     known = np.flatnonzero(counts)
     middle = (counts.cumsum() - counts / 2) / counts.sum()

@@ -1,16 +1,14 @@
-"""A draft: the query's tones in the contexts' colours and under their texture, dark for dark and light for
-light. The U-Net begins from it.
+"""Drafts: the query's tones in the contexts' colours and texture. The U-Net starts from a draft.
 
-This is dynamic normalisation carried on: of the query its own statistics are removed, and the contexts' put
-in their place, as whole curves in place of mean and deviation. In two ways, since neither is always right: by
-rank (histogram matching, Gonzalez and Woods) and by distance from the mean in deviations (Reinhard et al.
-2001). The contexts' waves (models/native/plane_waves.py) are added to the tones, and of their relief
-(models/native/texture_separation.py) what doesn't repeat. The query's own relief stays, for its edges are
-asked for, but where the contexts have none or words ask for another: there it would be the only one, or stand
-beside theirs. Its waves are shown beside the contexts', for they may be its layout or a texture that is to
-go.
+A draft extends dynamic normalisation: the query's own statistics are replaced by the contexts', as whole
+curves instead of mean and std. There are two, since neither is always right: by rank (histogram matching,
+Gonzalez and Woods) and by distance from the mean in stds (Reinhard et al. 2001). The contexts' plane waves
+(models/native/plane_waves.py) are added to the tones, with the part of their texture
+(models/native/texture_separation.py) that does not repeat. The query's own texture stays, since its edges are
+wanted, unless the contexts have none or words ask for another one. Its waves are given beside the contexts',
+since they may be layout or a texture to remove.
 
-Every function treats its pictures one by one. B rows  M contexts of a row  N pictures  H W pixels
+Every function treats its images one by one. B rows  M contexts of a row  N images  H W pixels
 """
 
 from __future__ import annotations
@@ -26,23 +24,23 @@ from torch.nn import functional as F
 from context_diffusion.models.native.plane_waves import draw_waves, waves_of
 from context_diffusion.models.normalization import LEVEL, lightness_of
 
-WAYS, STEPS = 2, 64  # by rank and by deviations; steps of a curve
-CHANNELS = 3 * WAYS + 3 + 2  # plain in both ways, textured, the contexts' waves and the query's
+WAYS, STEPS = 2, 64  # by rank and by stds; steps of a curve
+CHANNELS = 3 * WAYS + 3 + 2  # plain in both ways, textured, the contexts' waves and the query's waves
 TEXTURED = slice(3 * WAYS, 3 * WAYS + 3)
-REACH = 2.5  # deviations from the mean that a curve covers
-FALL = 0.7  # steps: how fast a colour's say falls off; where a context has none, the next one speaks
+REACH = 2.5  # stds from the mean that a curve covers
+FALL = 0.7  # steps: how fast a colour's weight falls off; a step without colours takes the nearest one
 PICTURE_KINDS = ("gray", "none")  # control maps that show tones; those of edges do not
-VIVID = 1.15  # times as strong as it is told is a context's texture drawn: what is unsure is told too faintly
-LOUD = 4.0  # waves are some .1 to .25 of all tones
-# Deviation, in ranks, of the contexts' texture: up to it they have none, and from twice it on the query keeps
-# its own.
+VIVID = 1.15  # factor of a context's separated texture: uncertain textures are estimated too faint
+WAVE_SCALE = 4.0  # waves are about .1 to .25 of the range of tones
+# Std, in ranks, of the contexts' texture: up to it they have none; from twice it on the query keeps its
+# texture.
 PLAIN = 0.02
-# What a difference of ranks is in deviations, of evenly spread tones.
+# A difference of ranks in units of each way, for evenly spread tones.
 RATE = (1.0, math.sqrt(12) / (2 * REACH))
 
 
 class Layout(NamedTuple):
-    """Of queries, what drafts need of them. tones: (N, WAYS, H, W), 0 where the control map is no picture."""
+    """What drafts need of queries. tones: (N, WAYS, H, W), 0 for control maps that show no tones."""
 
     tones: Tensor
     waves: Tensor  # (N, K, 4)
@@ -50,31 +48,33 @@ class Layout(NamedTuple):
 
 
 class Look(NamedTuple):
-    """Of contexts. colours: (N, WAYS, STEPS, 4), at each step of tone the sum of the colours in [0, 1] and
-    their number, as shares of the picture."""
+    """What drafts need of contexts. colours: (N, WAYS, STEPS, 4), at each step of tone the sum of the colours
+    in [0, 1] and their number, as shares of the image."""
 
     colours: Tensor
     waves: Tensor  # (N, K, 4)
-    rest: Tensor  # (N, S, S), of their texture, in ranks; mirrored where a picture is larger
+    rest: Tensor  # (N, S, S), the rest of their texture, in ranks; mirrored for larger images
 
 
 def shows_tones(kinds: list[str], device: torch.device) -> Tensor:
-    """(N,) bool."""
+    """Return whether control maps of these kinds show tones, (N,) bool."""
     return torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=device)
 
 
 def layout_of(control_maps: Tensor, kinds: list[str], texture_of: Callable[[Tensor], Tensor] | None = None) -> Layout:
-    """uint8 (N, 3, H, W); texture_of: ReliefModel.texture, without which none is told."""
+    """Measure queries, uint8 (N, 3, H, W). texture_of: ReliefModel.texture; None: no texture is measured."""
     tones = tones_of(control_maps)
-    waves, told = waves_of(tones[:, 0]), shows_tones(kinds, tones.device)
+    waves = waves_of(tones[:, 0])
+    has_tones = shows_tones(kinds, tones.device)
     texture = torch.zeros_like(tones[:, 0]) if texture_of is None else texture_of(tones)
-    return Layout(tones * told[:, None, None, None], waves * told[:, None, None], texture * told[:, None, None])
+    return Layout(tones * has_tones[:, None, None, None], waves * has_tones[:, None, None], texture * has_tones[:, None, None])
 
 
 def look_of(images: Tensor, side: int, texture_of: Callable[[Tensor], Tensor] | None = None) -> Look:
-    """uint8 (N, 3, S, S); side: pixels of the pictures that are made, in which textures are measured;
-    texture_of: ReliefModel.texture. Without it waves are looked for in the tones, where a layout hides some,
-    and there is no rest."""
+    """Measure contexts, uint8 (N, 3, S, S).
+
+    side: pixels a side of generated images, at which textures are measured. texture_of: ReliefModel.texture;
+    None: waves are searched in the tones, where a layout hides some, and there is no rest."""
     tones = tones_of(images)
     small = F.adaptive_avg_pool2d(tones, side)
     texture = small[:, 0] if texture_of is None else VIVID * texture_of(small)
@@ -84,28 +84,28 @@ def look_of(images: Tensor, side: int, texture_of: Callable[[Tensor], Tensor] | 
 
 
 def _lightness(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> int (N, H·W), 0 to 255."""
+    """Return the lightness of uint8 (N, 3, H, W), int (N, H·W) of 0 to 255."""
     return lightness_of(images.float()).round().long().flatten(1)
 
 
 def tones_of(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W), its lightness counts -> (N, WAYS, H, W) in [0, 1]: each pixel's rank among all,
-    equal ones in the middle of theirs, and its distance from the mean."""
+    """Return the tones (N, WAYS, H, W) in [0, 1] of uint8 (N, 3, H, W): each pixel's rank in lightness, equal
+    ones at the middle of their ranks, and its distance from the mean in stds."""
     lightness = _lightness(images)
     counts = torch.zeros(len(images), 256, dtype=torch.long, device=images.device)
     counts.scatter_add_(1, lightness, torch.ones_like(lightness))
     rank = ((counts.cumsum(1) - counts / 2) / lightness.shape[1]).gather(1, lightness)
     light = lightness.float() / 255
-    deviation = torch.std(light, 1, correction=0, keepdim=True).clamp(min=LEVEL)
-    distance = ((light - light.mean(1, keepdim=True)) / deviation).clamp(-REACH, REACH)
+    std = torch.std(light, 1, correction=0, keepdim=True).clamp(min=LEVEL)
+    distance = ((light - light.mean(1, keepdim=True)) / std).clamp(-REACH, REACH)
     return torch.stack([rank, distance / (2 * REACH) + 0.5], 1).unflatten(2, images.shape[2:])
 
 
 def colours_of(images: Tensor, tones: Tensor) -> Tensor:
-    """uint8 (N, 3, S, S) and its tones -> Look.colours."""
+    """Measure Look.colours of uint8 (N, 3, S, S) and its tones."""
     tones = tones.flatten(2)
     steps = (tones * STEPS).long().clamp(max=STEPS - 1)
-    # Whole numbers: a GPU adds them up in any order, and fractions would be other bits each time.
+    # Integers: a GPU adds in any order, so the bits of sums of fractions would differ each time.
     pixels = torch.cat([images, torch.full_like(images[:, :1], 255)], 1).flatten(2).long()
     sums = torch.zeros(len(images), WAYS, 4, STEPS, dtype=torch.long, device=images.device)
     for way in range(WAYS):
@@ -114,41 +114,50 @@ def colours_of(images: Tensor, tones: Tensor) -> Tensor:
 
 
 def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None = None) -> Tensor:
-    """layouts: of B; looks: (B, M, ...) each part, with the weights (B, M) >= 0; relief: (B, H, W), a texture
-    in ranks that words ask for, where the looks have none -> (B, CHANNELS, H, W), about -1 to 1; 0 for a row
-    without contexts or tones."""
-    tones, (height, width) = layouts.tones.float(), layouts.tones.shape[2:]
+    """Return drafts (B, CHANNELS, H, W) of about -1 to 1; 0 for a row without contexts or tones.
+
+    layouts: of B rows. looks: each part (B, M, ...), with weights (B, M) >= 0. relief: (B, H, W), a texture
+    in ranks that words ask for, if the looks have none."""
+    tones = layouts.tones.float()
+    height, width = tones.shape[2:]
     rate = tones.new_tensor(RATE)[:, None, None]
     curves = curves_of((looks.colours.float() * weights[..., None, None, None]).sum(1))
     shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
     waves = looks.waves.float() * torch.stack([torch.ones_like(shares)] * 2 + [shares] * 2, 2)[:, :, None]
-    theirs, own = draw_waves(waves.flatten(1, 2), height, width)[:, None], draw_waves(layouts.waves, height, width)[:, None]
+    theirs = draw_waves(waves.flatten(1, 2), height, width)[:, None]
+    query_waves = draw_waves(layouts.waves, height, width)[:, None]
     theirs = theirs + mirrored(_rest(looks.rest.float(), shares), height, width)[:, None]
     goes = plainness(theirs)
     theirs = theirs if relief is None else theirs + relief[:, None]
-    theirs = theirs - theirs.mean((2, 3), keepdim=True)  # a curve of colours has its texture's mean in it
+    theirs = theirs - theirs.mean((2, 3), keepdim=True)  # the curve of colours contains the texture's mean
     tones = (tones - goes * layouts.texture.float()[:, None] * rate).clamp(0, 1)
     textured = (tones + theirs * rate).clamp(0, 1)
-    parts = [*_dressed(tones, curves), torch.stack(_dressed(textured, curves)).mean(0), LOUD * theirs, LOUD * own]
-    told = (weights > 0).any(1) & tones.flatten(1).any(1)
-    return torch.cat(parts, 1) * told[:, None, None, None]
+    parts = [
+        *_coloured(tones, curves),
+        torch.stack(_coloured(textured, curves)).mean(0),
+        WAVE_SCALE * theirs,
+        WAVE_SCALE * query_waves,
+    ]
+    has_draft = (weights > 0).any(1) & tones.flatten(1).any(1)
+    return torch.cat(parts, 1) * has_draft[:, None, None, None]
 
 
 def plainness(textures: Tensor) -> Tensor:
-    """(B, 1, H, W), in ranks -> (B, 1, 1, 1): 1 where there is hardly any, 0 where there surely is one."""
+    """Return how plain textures (B, 1, H, W), in ranks, are, (B, 1, 1, 1): 1 for almost none, 0 for a clear
+    one."""
     return (2 - textures.std((2, 3), correction=0, keepdim=True) / PLAIN).clamp(0, 1)
 
 
 def _rest(rests: Tensor, shares: Tensor) -> Tensor:
-    """(B, M, S, S) of several contexts -> (B, S, S), as strong as one's: what lies elsewhere in each would
-    cancel out."""
+    """Average the rests (B, M, S, S) of several contexts to (B, S, S), scaled to the strength of one:
+    averaging cancels them."""
     mean = (rests * shares[..., None, None]).sum(1)
     wanted = (rests.square().mean((2, 3)) * shares).sum(1)
     return mean * (wanted / mean.square().mean((1, 2)).clamp(min=1e-12)).sqrt().clamp(max=2)[:, None, None]
 
 
 def mirrored(fields: Tensor, height: int, width: int) -> Tensor:
-    """(N, S, S) -> (N, H, W), mirrored where a picture is larger."""
+    """Extend (N, S, S) to (N, H, W) by mirroring."""
     for dim, size in ((1, height), (2, width)):
         at = torch.arange(size, device=fields.device) % (2 * fields.shape[dim])
         fields = fields.index_select(dim, torch.where(at < fields.shape[dim], at, 2 * fields.shape[dim] - 1 - at))
@@ -156,15 +165,16 @@ def mirrored(fields: Tensor, height: int, width: int) -> Tensor:
 
 
 def curves_of(colours: Tensor) -> Tensor:
-    """(B, WAYS, STEPS, 4) -> (B, WAYS, STEPS, 3) in [-1, 1]: the colour of each step of tone."""
+    """Turn Look.colours (B, WAYS, STEPS, 4) into curves (B, WAYS, STEPS, 3) in [-1, 1]: the colour of each
+    step of tone."""
     places = torch.arange(STEPS, device=colours.device, dtype=torch.float32)
     near = torch.exp(-(places[:, None] - places).abs() / FALL)
     sums = torch.einsum("ij,bwjc->bwic", near, colours)
     return 2 * sums[..., :3] / sums[..., 3:].clamp(min=1e-30) - 1
 
 
-def _dressed(tones: Tensor, curves: Tensor) -> list[Tensor]:
-    """(B, WAYS, H, W) -> by each way, (B, 3, H, W)."""
+def _coloured(tones: Tensor, curves: Tensor) -> list[Tensor]:
+    """Colour tones (B, WAYS, H, W) by the curves of each way, (B, 3, H, W) each."""
     at = (tones * STEPS - 0.5).clamp(0, STEPS - 1).flatten(2)
     low = at.floor().clamp(max=STEPS - 2)
     share, low = (at - low)[..., None], low.long()[..., None].expand(-1, -1, -1, 3)

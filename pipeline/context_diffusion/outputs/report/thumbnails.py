@@ -1,8 +1,7 @@
-"""The pictures that the report and the viewer show: made ones, queries, contexts; whole or as thumbnails.
+"""The images that the report and the viewer show: outputs, queries and contexts; whole or as thumbnails.
 
-What a row names is untrusted here too: sources are read under the rules of OUTPUT's job, and a file_name leads to
-images/ and webdataset/ of OUTPUT alone.
-"""
+The URIs of rows are untrusted here too: sources are read under the rules of OUTPUT's job, and a file_name can
+only name a file in images/ or webdataset/ of OUTPUT."""
 
 from __future__ import annotations
 
@@ -23,20 +22,20 @@ from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
 MADE_SIDE, SOURCE_SIDE = 256, 128  # pixels of a thumbnail's longer side
-THREADS = 4  # each may decode a picture of limits.max_pixels
-PATIENCE_S, PATIENCE = 5.0, 3  # that a source is waited for, and how many may be in vain before none is looked for
-Frame = tuple[int, int]  # width and height at which a picture is shown, cut or padded to them as the job's `fit` says
+THREADS = 4  # each may decode an image of limits.max_pixels
+PATIENCE_S, PATIENCE = 5.0, 3  # timeout of a source; failures after which no source is read any more
+Frame = tuple[int, int]  # width and height at which an image is shown, cropped or padded by the job's `fit`
 OURS = re.compile(r"(images/part-\d{5,}|webdataset/part-\d{5,}\.tar)/[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 class Pictures:
-    """Of one OUTPUT. Threads may share it."""
+    """The images of one OUTPUT. Threads may share it."""
 
     def __init__(self, output: Output) -> None:
         plan = output.read_json(output.plan)
         job = GenerateJob.model_validate(plan["job"])
         self._output, self._limits = output, job.limits
-        # Columns without which a row's picture is not found; a part's pictures are held by one thread at a time.
+        # Columns needed to read a row's image; only one thread at a time holds a part's images.
         self.columns = ["image"] if job.images_in == "parquet" else []
         self.threads = 1 if self.columns else THREADS
         self._fit, self._base = job.fit, output.base()
@@ -45,8 +44,9 @@ class Pictures:
         self._in_vain, self._tars = 0, threading.Lock()
 
     def made(self, row: dict[str, Any]) -> tuple[bytes, str]:
-        """-> a finished row's picture file and its media type. Raises RowError, StorageError."""
-        data, name = self._made(row), row["file_name"] or row["id"]
+        """Return a finished row's image file and its media type. Raises RowError, StorageError."""
+        data = self._made(row)
+        name = row["file_name"] or row["id"]
         return data, Image.MIME[open_image(data, Limits(), name).format or "PNG"]
 
     def _made(self, row: dict[str, Any]) -> bytes:
@@ -58,22 +58,23 @@ class Pictures:
         try:
             if ".tar/" not in name:
                 return self._output.picture(row)
-            with self._tars:  # one at a time is kept
+            with self._tars:  # only one tar is held open
                 return self._output.picture(row)
         except (FileNotFoundError, KeyError):
             raise RowError(ErrorCode.MISSING_FILE, f"{name} is gone from {self._output.root}") from None
 
     def made_thumbnail(self, row: dict[str, Any]) -> bytes | None:
-        """WebP; None where the picture is gone or damaged."""
+        """Return a WebP thumbnail of an output; None: the image is missing or damaged."""
         try:
             return thumbnail(self._made(row), MADE_SIDE, Limits())
         except RowError:
             return None
 
     def source_thumbnail(self, uri: str | None, frame: Frame | None = None) -> bytes | None:
-        """WebP of a query or context; None where it was inline in the manifest, is gone, or may not be read.
+        """Return a WebP thumbnail of a query or context; None: it was inline in the manifest, is missing or
+        not allowed.
 
-        frame: of a query, `frame_of` its row; left out: the whole picture."""
+        frame: for a query, `frame_of` its row; default: the whole image."""
         if uri is None or uri == INLINE or self._in_vain >= PATIENCE:
             return None
         try:
@@ -87,15 +88,15 @@ class Pictures:
 
 
 def frame_of(row: dict[str, Any]) -> Frame | None:
-    """How a row's query is shown beside its picture: in its shape, as the engine had it. None where none was made."""
+    """Return the size at which a row's query is shown: its output's shape. None: the row has no output."""
     if row["status"] != "ok" or not row["width"] or not row["height"]:
         return None
     return _within(SOURCE_SIDE, row["width"], row["height"])
 
 
 def thumbnail(data: bytes, side: int, limits: Limits, frame: Frame | None = None, fit: Fit = "stretch") -> bytes:
-    """WebP, its longer side `side` pixels, or as many as the picture has; with a frame, brought to that by `fit`. Raises
-    RowError."""
+    """Return a WebP thumbnail whose longer side has `side` pixels, or as many as the image has; with a frame,
+    resized to it by `fit`. Raises RowError."""
 
     def size(width: int, height: int) -> Size:
         return frame or _within(side, width, height)

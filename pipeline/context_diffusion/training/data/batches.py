@@ -1,4 +1,4 @@
-"""What a step of the diffusion stage takes, whoever made it: the generator's pools or one's own pictures.
+"""A batch of the diffusion stage, from generated pools or a user's images.
 
 Several workers draw the same batch; each takes its own rows of it.
 
@@ -23,22 +23,24 @@ CONTEXTS = 3  # that a sample may have
 
 SAMPLE_SETTINGS = Settings(num_inference_steps=12, guidance_scale=1.5)
 
-Summaries = tuple[Tensor, ...]  # float16, (M, ...) each: what a frozen context encoder says of pictures, for fusion.encode
+# float16, (M, ...) each: a frozen context encoder's summaries of images, for fusion.encode
+Summaries = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What the auxiliary heads should say of the first m contexts of a batch."""
+    """The targets of the auxiliary heads for the first m contexts of a batch."""
 
-    palettes: Tensor  # (m, 24), about unit deviation
+    palettes: Tensor  # (m, 24), about unit std
     textures: Tensor  # (m,)
 
 
 @dataclass(frozen=True)
 class Samples:
     latents: Tensor  # float16 (B, C, h, w), of the targets
-    contexts: Tensor | Summaries  # uint8 (M, 3, H, W), the first sample's first; a frozen encoder saw them before
-    counts: NDArray[np.int64]  # (B,) how many each sample shows, 0 to CONTEXTS
+    # uint8 (M, 3, H, W), the first sample's first; or a frozen encoder's summaries
+    contexts: Tensor | Summaries
+    counts: NDArray[np.int64]  # (B,) contexts of each sample, 0 to CONTEXTS
     controls: Tensor  # float16 (B, C, h, w), of the control maps
     prompts: list[str]
     drafts: Tensor  # (B, CHANNELS, H, W): models/native/draft.py
@@ -46,37 +48,39 @@ class Samples:
 
 
 class BatchSource(Protocol):
-    """Something that batches are drawn from."""
+    """A source of batches."""
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
-        """Draws a batch of `size` samples by rng alone; -> those that `rows` numbers."""
+        """Draw a batch of `size` samples by rng alone; return the samples numbered by `rows`."""
 
 
 class Data(Protocol):
-    """What train_diffusion learns from."""
+    """The training data of train_diffusion."""
 
     @property
     def origin(self) -> dict[str, str]:
-        """Name -> digest of what a checkpoint began with: a run on something else cannot go on from it."""
+        """Digests, by name, of what a checkpoint began with: only a run on the same can resume it."""
 
     def at(self, step: int) -> BatchSource: ...
 
     def validations(self) -> dict[str, BatchSource]:
-        """What is never trained on, by its name in the metrics; the first one is the summary's."""
+        """Return held-out data by their names in the metrics; the first is the summary's."""
 
     def examples(self, count: int) -> tuple[list[Request], list[Pixels]]:
-        """Rows for the picture of samples, and what each should become."""
+        """Return rows for the image of samples, and the target of each."""
 
 
 def cropped(samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator) -> Samples:
-    """A quarter of each latent picture and of its control map, at the same place. Convolutions learn from it what they
-    learn from the whole, at a quarter of the cost; light that falls over the picture they learn at the end."""
+    """Crop a quarter of each sample's latents, control map and draft, at the same place.
+
+    Convolutions learn the same as from the whole, at a quarter of the cost; light across a whole image is
+    learned at the end, without crops."""
     side = samples.latents.shape[-1] // 2
     places = torch.randint(0, side + 1, (size, 2), generator=generator)[rows].tolist()
 
-    def cut(pictures: Tensor) -> Tensor:
-        f = pictures.shape[-1] // (2 * side)  # of these pictures' points a side of a latent
-        parts = zip(pictures, places, strict=True)
-        return torch.stack([one[:, f * y : f * (y + side), f * x : f * (x + side)] for one, (y, x) in parts])
+    def cut(fields: Tensor) -> Tensor:
+        f = fields.shape[-1] // (2 * side)  # pixels of these fields per latent
+        parts = zip(fields, places, strict=True)
+        return torch.stack([field[:, f * y : f * (y + side), f * x : f * (x + side)] for field, (y, x) in parts])
 
     return replace(samples, latents=cut(samples.latents), controls=cut(samples.controls), drafts=cut(samples.drafts))

@@ -1,6 +1,6 @@
-"""Pictures as the diffusion stage reads them, made but once: latents of targets and control maps, summaries of contexts.
+"""Pools encoded once for the diffusion stage: latents of targets and control maps, summaries of contexts.
 
-N pictures  C h w latents  H W pixels; a pool's S styles, P pictures each
+N images  C h w latents  H W pixels; a pool's S styles, P images each
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Seen = TypeVar("Seen", Layout, Look)
 
 @dataclass(frozen=True)
 class EncodedPool:
-    """A pool with its latents and what the auxiliary heads should say of its styles: a source of batches."""
+    """A pool with its latents and the auxiliary heads' targets: a source of batches."""
 
     pool: Pool
     latents: Tensor  # float16 (S·P, C, h, w)
     controls: Tensor  # float16 (layouts · 2, C, h, w)
-    palettes: Tensor  # (S, 24), about unit deviation
+    palettes: Tensor  # (S, 24), about unit std
     textures: Tensor  # (S,)
-    shown: Tensor | Summaries  # of each target, what a batch shows of it as a context
+    as_contexts: Tensor | Summaries  # each target as a batch shows it as a context
     layouts: Layout  # float16, of the control maps
     looks: Look  # float16, of the targets
 
@@ -49,9 +49,13 @@ class EncodedPool:
         batch = draw_batch(pool, rng, size, context_dropout, prompt_dropout).at(rows)
         contexts = batch.contexts[np.arange(CONTEXTS) < batch.counts[:, None]]
         styles = contexts // (len(pool.targets) // len(pool.styles))
+        if isinstance(self.as_contexts, tuple):
+            picked_contexts: Tensor | Summaries = tuple(part[contexts] for part in self.as_contexts)
+        else:
+            picked_contexts = self.as_contexts[contexts]
         return Samples(
             self.latents[batch.targets],
-            tuple(part[contexts] for part in self.shown) if isinstance(self.shown, tuple) else self.shown[contexts],
+            picked_contexts,
             batch.counts,
             self.controls[batch.controls],
             batch.prompts,
@@ -61,7 +65,7 @@ class EncodedPool:
 
 
 def encode_pool(model: NativeModel, pool: Pool) -> EncodedPool:
-    """Each worker encodes its share."""
+    """Encode a pool; each worker encodes its share."""
     palettes = np.stack([style.lut[16::32].reshape(-1) for style in pool.styles]) * 4 - 2
     textures = torch.tensor([TEXTURES.index(style.texture) for style in pool.styles])
 
@@ -83,13 +87,14 @@ def encode_pool(model: NativeModel, pool: Pool) -> EncodedPool:
 
 
 def encode(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
-    """uint8 (H, W, 3) each -> float16 latents (N, C, h, w); each worker does its share."""
+    """Encode images, uint8 (H, W, 3) each, to float16 latents (N, C, h, w); each worker encodes its share."""
     return _in_parts(model, len(pictures), lambda part: [model.encode_pixels(as_images(model, [pictures[i] for i in part]))])[0]
 
 
 @torch.no_grad()
 def encode_controls(model: NativeModel, maps: Sequence[Pixels] | Pixels, kinds: Sequence[str]) -> tuple[Tensor, Layout]:
-    """uint8 (H, W, 3) each -> float16 latents (N, C, h, w) and layouts of this worker's own maps."""
+    """Encode control maps, uint8 (H, W, 3) each, to float16 latents (N, C, h, w) and layouts; this worker
+    encodes all."""
     images = as_images(model, maps)
     with torch.autocast(model.device.type, enabled=False):
         layouts = model.layout(images, list(kinds))
@@ -98,8 +103,10 @@ def encode_controls(model: NativeModel, maps: Sequence[Pixels] | Pixels, kinds: 
 
 
 def summarise(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Summaries | None:
-    """uint8 (H, W, 3) each -> float16, what NativeModel.summarise_images makes of them at the encoder's own size; None
-    where the context encoder is trained: then it sees the pixels at every step."""
+    """Summarise images, uint8 (H, W, 3) each, by NativeModel.summarise_images at the encoder's own size, as
+    float16.
+
+    None: the context encoder is trained, so it needs the pixels at every step."""
     if model.context_encoder == SMALL:
         return None
     side = model.context_size
@@ -111,7 +118,8 @@ def summarise(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Summar
 
 
 def looks(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Look:
-    """uint8 (H, W, 3) each -> float16, for the drafts; each worker does its share."""
+    """Measure the looks of images, uint8 (H, W, 3) each, for drafts, as float16; each worker measures its
+    share."""
 
     def see(part: NDArray[np.int64]) -> Look:
         with torch.autocast(model.device.type, enabled=False):
@@ -121,38 +129,41 @@ def looks(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Look:
 
 
 def picked(parts: Seen, rows: NDArray[np.int64] | list[int]) -> Seen:
-    """Those of these rows."""
+    """Return the parts' given rows."""
     return type(parts)(*(part[rows] for part in parts))
 
 
 @torch.no_grad()
 def drafts(layouts: Layout, looks: Look, counts: NDArray[np.int64]) -> Tensor:
-    """Of B samples, each with so many of the looks, the first sample's first -> (B, CHANNELS, H, W)."""
-    shown = torch.arange(CONTEXTS) < torch.from_numpy(counts)[:, None]
-    slots = [part.new_zeros(*shown.shape, *part.shape[1:], dtype=torch.float32) for part in looks]
+    """Return the drafts (B, CHANNELS, H, W) of B samples, each with `counts` of the looks, the first sample's
+    first."""
+    filled = torch.arange(CONTEXTS) < torch.from_numpy(counts)[:, None]
+    slots = [part.new_zeros(*filled.shape, *part.shape[1:], dtype=torch.float32) for part in looks]
     for slot, part in zip(slots, looks, strict=True):
-        slot[shown] = part.float()  # by a mask on the CPU: one on a GPU would have to be waited for
-    return draft(layouts, Look(*slots), shown.float().to(layouts.tones.device))
+        slot[filled] = part.float()  # by a mask on the CPU: one on a GPU would synchronise
+    return draft(layouts, Look(*slots), filled.float().to(layouts.tones.device))
 
 
 def as_images(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
-    """uint8 (H, W, 3) each -> uint8 (N, 3, H, W), where the model is."""
+    """Turn images, uint8 (H, W, 3) each, into uint8 (N, 3, H, W) on the model's device."""
     return channels_first(pictures).contiguous().to(model.device)
 
 
 @torch.no_grad()
 def _in_parts(model: NativeModel, rows: int, see: Callable[[NDArray[np.int64]], Iterable[Tensor]]) -> list[Tensor]:
-    """What `see` makes of so many rows, given by index, as float16, some at a time; each worker does its share."""
-    workers, some = Workers.here(), 32 if model.device.type == "cpu" else 256
+    """Call `see` for rows 0 to `rows`, given by index, some at a time, each worker for its share; gather the
+    results as float16."""
+    workers = Workers.here()
+    size = 32 if model.device.type == "cpu" else 256
     mine = workers.share(np.arange(rows))
-    shown = mine if len(mine) else np.arange(1)  # fewer rows than workers: the first one tells the shapes
+    seen_rows = mine if len(mine) else np.arange(1)  # fewer rows than workers: the first row gives the shapes
     with mixed_precision(model.device):
-        parts = [[seen.half() for seen in see(shown[i : i + some])] for i in range(0, len(shown), some)]
+        parts = [[seen.half() for seen in see(seen_rows[i : i + size])] for i in range(0, len(seen_rows), size)]
     return [workers.gather(torch.cat(column)[: len(mine)], rows) for column in zip(*parts, strict=True)]
 
 
 def pool_requests(pool: Pool, count: int, settings: Settings, prompts: bool = True) -> tuple[list[Request], NDArray[np.int64]]:
-    """Rows of a pool, and the index of the picture that each should become."""
+    """Draw rows of a pool; return them and the index of each one's target."""
     batch = draw_batch(pool, np.random.default_rng(11), count, 0.0, 0.5 if prompts else 1.0)
     requests = [
         Request(
@@ -171,9 +182,14 @@ def pool_requests(pool: Pool, count: int, settings: Settings, prompts: bool = Tr
 
 
 class Generated:
+    """Generated pools as training data of the loop (training/data/batches.py: Data)."""
+
     def __init__(self, model: NativeModel, pools: Pools, pool_steps: int) -> None:
-        self.model, self.pools, self.pool_steps = model, pools, pool_steps
-        # The weights of a frozen encoder are in no checkpoint: another one of the same shape would not be noticed.
+        self.model = model
+        self.pools = pools
+        self.pool_steps = pool_steps
+        # A frozen encoder's weights are in no checkpoint: without this, another one of the same shape would
+        # go unnoticed.
         self.origin = {} if model.context_encoder == SMALL else {"context_encoder": model.context_encoder}
         self._encoded: tuple[int, EncodedPool] | None = None
 

@@ -1,9 +1,9 @@
-"""Layouts: what is where, as a tone map. Regions, figures, leaves, lines, grids, landscapes and fractal fields.
+"""Layouts as tone maps: regions, figures, leaves, lines, grids, landscapes and fractal fields.
 
-A layout is float32 (S, S) in [0, 1]: its tone, of mean .5 and deviation TONE_SPREAD before it is cut off. A style turns tone into
-colour (training/data/styles.py), so the tone is what a query and its picture share; and as dynamic normalisation removes a
-query's own mean and deviation, it can be read off a query whatever its exposure. Deterministic by the generator that is handed
-in. numpy and OpenCV only."""
+A layout is float32 (S, S) in [0, 1]: its tone, of mean .5 and std TONE_SPREAD before it is clipped. A style
+turns tone into colour (training/data/styles.py), so a query and its target share their tones. Dynamic
+normalisation removes a query's own mean and std, so that its exposure does not matter. Deterministic by the
+given generator. Knows numpy and OpenCV only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rng = np.random.Generator
 
 
 def smooth_noise(rng: Rng, size: int, cells: int) -> Tone:
-    """Noise of about `cells` bumps a side, mean 0, deviation 1."""
+    """Draw noise of about `cells` bumps a side, mean 0, std 1."""
     coarse = rng.standard_normal((cells + 3, cells + 3)).astype(np.float32)
     zoom = int(np.ceil(size * (cells + 3) / cells))
     field = cv2.resize(coarse, (zoom, zoom), interpolation=cv2.INTER_CUBIC)
@@ -29,7 +29,7 @@ def smooth_noise(rng: Rng, size: int, cells: int) -> Tone:
 
 
 def fractal(rng: Rng, size: int, roughness: float) -> Tone:
-    """A sum of octaves, each `roughness` as strong as the one before; rescaled to [0, 1]."""
+    """Sum octaves of noise, each `roughness` as strong as the one before; rescaled to [0, 1]."""
     field = np.zeros((size, size), np.float32)
     for octave, cells in enumerate((2, 4, 8, 16, 32)):
         field += roughness**octave * smooth_noise(rng, size, cells)
@@ -42,13 +42,13 @@ def _unit(field: Tone) -> Tone:
 
 
 def random_tones(rng: Rng, count: int) -> Tone:
-    """`count` tones, spread over [0, 1] and shuffled, so that neighbours differ."""
+    """Draw `count` tones, spread over [0, 1] and shuffled, so that neighbours differ."""
     spread = (np.arange(count) + rng.uniform(0.15, 0.85, count)) / count
     return rng.permutation(spread).astype(np.float32)
 
 
 def _figure(rng: Rng, centre: NDArray[np.float64], radius: float) -> NDArray[np.int32]:
-    """A polygon's corners: from triangle to nearly round, star or blob, turned at random."""
+    """Draw a polygon's corners: from triangle to nearly round, star or blob, turned at random."""
     corners = int(rng.choice([3, 4, 4, 5, 6, 8, 24]))
     angles = np.sort(rng.uniform(0, 2 * np.pi, corners)) if rng.random() < 0.3 else np.arange(corners) * 2 * np.pi / corners
     radii = radius * np.where(np.arange(corners) % 2 == 0, 1.0, rng.uniform(0.4, 1.0) if rng.random() < 0.4 else 1.0)
@@ -62,7 +62,7 @@ def _fill(canvas: Tone, points: NDArray[np.int32], tone: float) -> None:
 
 
 def regions(rng: Rng, size: int) -> Tone:
-    """Smooth noise cut into 2 to 6 levels."""
+    """Cut smooth noise into 2 to 6 levels."""
     field = smooth_noise(rng, size, int(rng.integers(2, 9)))
     levels = int(rng.integers(2, 7))
     cuts = np.quantile(field, np.sort(rng.uniform(0.1, 0.9, levels - 1)))
@@ -70,7 +70,7 @@ def regions(rng: Rng, size: int) -> Tone:
 
 
 def figures(rng: Rng, size: int) -> Tone:
-    """1 to 10 figures before a ground."""
+    """Draw 1 to 10 figures on a background."""
     count = int(rng.integers(1, 11))
     tones = random_tones(rng, count + 1)
     canvas = np.full((size, size), tones[0], np.float32)
@@ -80,7 +80,8 @@ def figures(rng: Rng, size: int) -> Tone:
 
 
 def dead_leaves(rng: Rng, size: int) -> Tone:
-    """Overlapping figures with power-law radii: the statistics of natural pictures (Lee, Mumford and Huang 2001)."""
+    """Draw overlapping figures with power-law radii: the statistics of natural images (Lee, Mumford and Huang
+    2001)."""
     canvas = np.full((size, size), rng.random(), np.float32)
     for _ in range(int(rng.integers(30, 140))):
         radius = size * min(0.4, 0.035 * rng.pareto(1.6) + 0.02)
@@ -89,7 +90,7 @@ def dead_leaves(rng: Rng, size: int) -> Tone:
 
 
 def lines(rng: Rng, size: int) -> Tone:
-    """Thin and thick curves over a ground of one or two tones."""
+    """Draw thin and thick curves on a background of one or two tones."""
     tones = random_tones(rng, 4)
     canvas = np.where(smooth_noise(rng, size, 2) > rng.uniform(-1, 3), tones[0], tones[1]).astype(np.float32)
     for _ in range(int(rng.integers(2, 14))):
@@ -100,7 +101,7 @@ def lines(rng: Rng, size: int) -> Tone:
 
 
 def grid(rng: Rng, size: int) -> Tone:
-    """One figure again and again, in rows, with jitter: coins, windows, bricks."""
+    """Repeat one figure in rows, with jitter: coins, windows, bricks."""
     tones = random_tones(rng, 3)
     canvas = np.full((size, size), tones[0], np.float32)
     pitch = size / int(rng.integers(2, 8))
@@ -114,7 +115,7 @@ def grid(rng: Rng, size: int) -> Tone:
 
 
 def landscape(rng: Rng, size: int) -> Tone:
-    """Sky, sun, ridges one before the other, trees or houses on the nearest."""
+    """Draw sky, sun, overlapping ridges, and trees or houses on the nearest."""
     ridges = int(rng.integers(1, 5))
     tones: Tone = np.sort(random_tones(rng, ridges + 2)).astype(np.float32)
     if rng.random() < 0.5:
@@ -142,7 +143,7 @@ def landscape(rng: Rng, size: int) -> Tone:
 
 
 def _reflect(rng: Rng, canvas: Tone, shore: int) -> None:
-    """Water below the shore: what stands above it, upside down, rippled and dulled. In place."""
+    """Draw water below the shore, in place: a rippled, dimmed reflection of what is above it."""
     size = len(canvas)
     depth = np.arange(size - shore)
     ripple = rng.uniform(0, 0.02) * size * np.sin(2 * np.pi * depth / rng.uniform(3, 9)) * rng.uniform(0.2, 1)
@@ -151,7 +152,7 @@ def _reflect(rng: Rng, canvas: Tone, shore: int) -> None:
 
 
 def solids(rng: Rng, size: int) -> Tone:
-    """Ellipsoids lit from one side, before a ground that is shaded too: faces, fruit, pebbles."""
+    """Draw ellipsoids lit from one side on a shaded background: faces, fruit, pebbles."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
     light = rng.normal(0, 1, 3) + np.array([0.0, 0.0, 1.0])
     light /= np.linalg.norm(light)
@@ -170,7 +171,7 @@ def solids(rng: Rng, size: int) -> Tone:
 
 
 def fields(rng: Rng, size: int) -> Tone:
-    """A fractal field, as it is or cut into a few tones."""
+    """Draw a fractal field, unchanged or cut into a few tones."""
     field = fractal(rng, size, rng.uniform(0.35, 0.75))
     if rng.random() < 0.5:
         levels = int(rng.integers(3, 7))
@@ -179,14 +180,14 @@ def fields(rng: Rng, size: int) -> Tone:
 
 
 def composite(rng: Rng, size: int) -> Tone:
-    """One layout seen through the silhouette of a blob, before another."""
+    """Join two layouts along the outline of a blob."""
     first, second = (FAMILIES[name](rng, size) for name in rng.choice(["regions", "figures", "fields", "lines", "solids"], 2))
     mask = smooth_noise(rng, size, int(rng.integers(2, 4))) > rng.uniform(-0.3, 0.6)
     return np.where(mask, 0.5 * first, 0.5 + 0.5 * second).astype(np.float32)
 
 
 def maze(rng: Rng, size: int) -> Tone:
-    """A diagonal wall in each cell of a grid, one way or the other."""
+    """Draw a diagonal wall in each cell of a grid, one way or the other."""
     tones = random_tones(rng, 3)
     canvas = np.where(smooth_noise(rng, size, 2) > 0, tones[0], tones[1]).astype(np.float32)
     cells = int(rng.integers(4, 11))
@@ -199,7 +200,7 @@ def maze(rng: Rng, size: int) -> Tone:
 
 
 def rings(rng: Rng, size: int) -> Tone:
-    """Rings and spirals around a few centres."""
+    """Draw rings and spirals around a few centres."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     canvas, nearest = np.zeros((size, size), np.float32), np.full((size, size), np.inf, np.float32)
     for _ in range(int(rng.integers(1, 4))):
@@ -207,8 +208,9 @@ def rings(rng: Rng, size: int) -> Tone:
         radius = np.hypot(dx, dy)
         turns = radius * rng.uniform(2, 7) / size + rng.integers(-2, 3) * np.arctan2(dy, dx) / (2 * np.pi)
         tones = random_tones(rng, int(rng.integers(2, 5)))
-        drawn = tones[(np.floor(turns * len(tones)).astype(int)) % len(tones)]
-        canvas, nearest = np.where(radius < nearest, drawn, canvas), np.minimum(radius, nearest)
+        turned = tones[(np.floor(turns * len(tones)).astype(int)) % len(tones)]
+        canvas = np.where(radius < nearest, turned, canvas)
+        nearest = np.minimum(radius, nearest)
     return canvas.astype(np.float32)
 
 
@@ -229,16 +231,18 @@ HELD_OUT_FAMILIES: dict[str, Callable[[Rng, int], Tone]] = {"maze": maze, "rings
 
 
 def make_layout(rng: Rng, size: int = 128, held_out: bool = False) -> tuple[str, Tone]:
-    """A layout of a random family, some with soft borders, shading or fine detail. -> (family, tone (size, size)).
+    """Draw a layout of a random family, some with soft borders, shading or fine detail; return (family, tone
+    (size, size)).
 
-    held_out: every second one of a family that training never sees."""
+    held_out: every second one is of a family that training never sees."""
     families = HELD_OUT_FAMILIES if held_out and rng.random() < 0.5 else FAMILIES
     family = str(rng.choice(list(families)))
     return family, finished(rng, families[family](rng, 2 * size), size)
 
 
 def finished(rng: Rng, tone: Tone, size: int) -> Tone:
-    """A layout drawn at twice the size: the area filter is the anti-aliasing. Some get soft borders, shading, fine detail."""
+    """Finish a layout drawn at twice the size: the area filter is the anti-aliasing. Some get soft borders,
+    shading, detail."""
     tone = np.asarray(cv2.resize(tone, (size, size), interpolation=cv2.INTER_AREA), np.float32)
     if rng.random() < 0.3:
         tone = np.asarray(cv2.GaussianBlur(tone, (0, 0), rng.uniform(0.5, 2.5)))

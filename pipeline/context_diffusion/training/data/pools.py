@@ -1,6 +1,7 @@
-"""Pools of training data: layouts x styles, endless and deterministic by (seed, index). numpy and OpenCV only.
+"""Pools of training data: layouts x styles, endless and deterministic by (seed, index). numpy and OpenCV
+only.
 
-A pool is drawn once and read many times: what is drawn from it at a step depends on the step alone.
+A pool is drawn once and read many times: the batch of a step depends on the step alone.
 """
 
 from __future__ import annotations
@@ -22,29 +23,32 @@ from context_diffusion.training.data.layouts import Rng, Tone, make_layout
 from context_diffusion.training.data.prompts import describe
 from context_diffusion.training.data.styles import Style, dress, make_style, vary
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
-class Ahead(Generic[Made]):
-    """`at(number)` gives make(number), which pickles, while the next numbers are being made, one by each process.
-    processes: 0 makes each here, when it is asked for."""
+class Ahead(Generic[Value]):
+    """Compute make(number) ahead, in several processes: `at(number)` returns it while the next numbers are
+    computed.
 
-    def __init__(self, make: Callable[[int], Made], processes: int) -> None:
-        self._make, self._processes = make, processes
-        self._made: dict[int, Future[Made]] = {}
+    make must pickle. processes: 0 computes each number here, when it is asked for."""
+
+    def __init__(self, make: Callable[[int], Value], processes: int) -> None:
+        self._make = make
+        self._processes = processes
+        self._futures: dict[int, Future[Value]] = {}
         # spawn: a fork of a process that has threads, torch's among them, may hang
         self._executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) if processes else None
 
-    def at(self, number: int) -> Made:
+    def at(self, number: int) -> Value:
         if self._executor is None:
             return self._make(number)
         wanted = range(number, number + 1 + self._processes)
-        for passed in self._made.keys() - set(wanted):
-            self._made.pop(passed).cancel()
-        for one in wanted:
-            if one not in self._made:
-                self._made[one] = self._executor.submit(self._make, one)
-        return self._made.pop(number).result()
+        for passed in self._futures.keys() - set(wanted):
+            self._futures.pop(passed).cancel()
+        for ahead in wanted:
+            if ahead not in self._futures:
+                self._futures[ahead] = self._executor.submit(self._make, ahead)
+        return self._futures.pop(number).result()
 
     def close(self) -> None:
         if self._executor:
@@ -55,9 +59,9 @@ KINDS = ("gray", "none", "canny", "soft_edges")
 
 KIND_SHARES = (0.55, 0.25, 0.1, 0.1)
 
-NEUTRAL_SHARE = 0.3  # of queries: the layout in grey; the others wear a random style
+NEUTRAL_SHARE = 0.3  # of queries: the layout in grey; the others have a random style
 
-BURNT = 0.25  # of a picture's values: a query that is whiter shows no layout
+BURNT = 0.25  # share of an image's values: a query with more of them white shows no layout
 
 GAMMA = 2.2  # of the display: a stop more light is a factor of 2 ** (1 / GAMMA) in pixel values
 
@@ -66,11 +70,11 @@ VALIDATION_SEED = 2**40  # pools from here on are never trained on
 
 @dataclass(frozen=True)
 class Pool:
-    """S styles, each with P pictures, over shared layouts; Q = 2 queries a layout, each in a style of its own.
+    """S styles, each with P images, over shared layouts; Q = 2 queries a layout, each in a style of its own.
 
     targets: uint8 (S·P, H, W, 3), style s has rows s·P to s·P + P. layout_of: (S·P,) its layout.
     controls: uint8 (layouts · 2, H, W, 3), control_kinds their kinds: layout l has 2l and 2l + 1.
-    queries: the pictures that the controls were made of.
+    queries: the images that the controls were computed from.
     parents: the style that style s varies, else itself. held_out: of kinds that training never sees.
     """
 
@@ -87,8 +91,10 @@ class Pool:
 
 
 def _styles(rng: Rng, count: int, held_out: bool) -> tuple[list[Style], NDArray[np.int64], list[str]]:
-    """Styles, a fifth of them one-attribute variants of the one before. held_out: no variants, every second style a
-    pair of palette and texture that training never shows together."""
+    """Draw styles, a fifth of them variants of the one before in one attribute.
+
+    held_out: no variants; every second style is a pair of palette and texture that training never shows
+    together."""
     styles: list[Style] = []
     parents, varied = np.arange(count), [""] * count
     for s in range(count):
@@ -102,7 +108,7 @@ def _styles(rng: Rng, count: int, held_out: bool) -> tuple[list[Style], NDArray[
 
 
 def shift_exposure(rng: Rng, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A query as a camera might have taken it: other exposure, contrast, noise, blur."""
+    """Change a query as a camera would: exposure, contrast, noise, blur."""
     values = image.astype(np.float32) / 255
     stops = rng.uniform(-1.5, 1.5) if rng.random() < 0.5 else 0.0
     exposed = values * 2 ** (stops / GAMMA)
@@ -116,14 +122,14 @@ def shift_exposure(rng: Rng, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def make_query(rng: Rng, tone: Tone) -> NDArray[np.uint8]:
-    """A layout as a query shows it: in grey or in any style, as a camera might have taken it. uint8 (S, S, 3)."""
+    """Draw a layout as a query, uint8 (S, S, 3): in grey or in any style, changed as by a camera."""
     grey = rng.random() < NEUTRAL_SHARE
-    shown = np.repeat((tone * 255).astype(np.uint8)[..., None], 3, 2) if grey else dress(tone, make_style(rng), rng)
-    return shift_exposure(rng, shown)
+    image = np.repeat((tone * 255).astype(np.uint8)[..., None], 3, 2) if grey else dress(tone, make_style(rng), rng)
+    return shift_exposure(rng, image)
 
 
 def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: bool = False) -> Pool:
-    """A pool by its seed alone."""
+    """Draw a pool, by its seed alone."""
     cv2.setNumThreads(1)
     rng = np.random.default_rng(seed)
     chosen, parents, varied = _styles(rng, styles, held_out)
@@ -153,25 +159,29 @@ class Batch:
     prompts: list[str]
 
     def at(self, rows: NDArray[np.int64]) -> Batch:
-        """Some rows of it."""
+        """Return some rows of the batch."""
         prompts = [self.prompts[row] for row in rows]
         return Batch(self.targets[rows], self.contexts[rows], self.counts[rows], self.controls[rows], prompts)
 
 
 def draw_batch(pool: Pool, rng: Rng, size: int, context_dropout: float, prompt_dropout: float) -> Batch:
-    """Samples of a pool: contexts are other layouts in the target's style; where the target's style varies another
-    one, half of the time the contexts show that other one and the prompt names what differs."""
+    """Draw samples of a pool; contexts are other layouts in the target's style.
+
+    If the target's style is a variant, half of the time the contexts have the original style and the prompt
+    names the difference."""
     pictures = len(pool.targets) // len(pool.styles)
     targets = rng.integers(0, len(pool.targets), size)
     contexts, counts, prompts = np.zeros((size, 3), np.int64), np.zeros(size, np.int64), []
     for i, target in enumerate(targets):
         style = target // pictures
-        shown, must = style, None
+        context_style = style
+        must = None
         if pool.parents[style] != style and rng.random() < 0.5:
-            shown, must = pool.parents[style], pool.varied[style]
+            context_style = pool.parents[style]
+            must = pool.varied[style]
         others = rng.permutation(pictures)
         others = others[others != target % pictures][:3]
-        contexts[i] = shown * pictures + others
+        contexts[i] = context_style * pictures + others
         counts[i] = 0 if must is None and rng.random() < context_dropout else rng.integers(1, 4)
         prompt = describe(rng, pool.styles[style], pool.families[pool.layout_of[target]], must, pool.held_out)
         prompts.append(prompt if must or rng.random() >= prompt_dropout else "")
@@ -180,10 +190,11 @@ def draw_batch(pool: Pool, rng: Rng, size: int, context_dropout: float, prompt_d
 
 
 class Pools:
-    """`at(number)` gives the pool of that number, held until another is asked for."""
+    """The pools of a job: `at(number)` returns a pool, held until another is asked for."""
 
     def __init__(self, job: TrainingJob, image_size: int) -> None:
-        self.job, self.image_size = job, image_size
+        self.job = job
+        self.image_size = image_size
         self._ahead = Ahead(partial(make_pool, styles=job.styles, pictures=job.pictures, size=image_size), job.processes)
         self._current: tuple[int, Pool] | None = None
         self._validation: Pool | None = None
@@ -194,7 +205,7 @@ class Pools:
         return self._current[1]
 
     def validation(self) -> Pool:
-        """Held-out styles on layouts that training never sees."""
+        """Return the pool of held-out styles on layouts that training never sees."""
         if self._validation is None:
             seed = VALIDATION_SEED + self.job.seed
             self._validation = make_pool(seed, 32, self.job.pictures, self.image_size, held_out=True)

@@ -1,11 +1,11 @@
-"""Prompts: a style and a layout in ordinary words, in several wordings."""
+"""Prompts that describe a style and a layout in ordinary words, in several wordings."""
 
 from __future__ import annotations
 
 from context_diffusion.training.data.layouts import FAMILIES, Rng
 from context_diffusion.training.data.styles import PALETTES, TEXTURES, Style
 
-# Other names that people have for the same; the first word of each is the generator's own.
+# Synonyms; the first word of each list is the generator's own name.
 PALETTE_WORDS = {
     "autumn": ["autumn", "fall"],
     "ocean": ["ocean", "sea", "blue"],
@@ -76,9 +76,9 @@ assert set(THING_WORDS) == set(FAMILIES)
 
 
 def describe(rng: Rng, style: Style, family: str, must: str | None = None, held_out: bool = False) -> str:
-    """A prompt that names some of palette, texture and things. must: `palette` or `texture`, always named.
+    """Return a prompt that names some of palette, texture and things.
 
-    held_out: in a wording that training never uses."""
+    must: `palette` or `texture`, which is always named. held_out: use a wording that training never uses."""
     palette = style.palette in PALETTE_WORDS and (must == "palette" or rng.random() < 0.6)
     texture = must == "texture" or rng.random() < 0.6
     thing = str(rng.choice(THING_WORDS[family])) if family in THING_WORDS and rng.random() < 0.4 else ""

@@ -1,8 +1,8 @@
-"""Styles: a palette from dark to light, a texture, an outline, light and grain. A style turns tone into colour.
+"""Styles: a palette from dark to light, a texture, an outline, light and grain. A style turns tones into
+colours.
 
-Palettes rise in lightness, so a layout's tones decide where each colour goes, in generated pictures and in photographs
-alike. numpy and OpenCV only.
-"""
+Palettes rise in lightness, so a layout's tones decide where each colour goes, in generated images and in
+photographs. Knows numpy and OpenCV only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from context_diffusion.training.data.layouts import Rng, Tone, smooth_noise
 
-# Stops from dark to light, as the eye would name the whole.
+# Stops from dark to light, named by their overall look.
 PALETTES: dict[str, tuple[str, ...]] = {
     "autumn": ("2b1208", "7a2c0f", "c2541b", "e09a3a", "f4dba0"),
     "ocean": ("041a33", "0b3f73", "1f7fb0", "63bcd6", "d9f2f5"),
@@ -32,7 +32,7 @@ PALETTES: dict[str, tuple[str, ...]] = {
     "lagoon": ("05231f", "0f554c", "23948a", "6fcfae", "e4f8d0"),
 }
 TEXTURES = ("flat", "stripes", "dots", "checks", "grain", "hatching", "waves", "gradient", "brush", "glass")
-# Seen in training never together: validation asks for them.
+# Pairs that training never shows together: validation uses them.
 HELD_OUT = {
     ("autumn", "dots"),
     ("ocean", "checks"),
@@ -47,7 +47,8 @@ HELD_OUT = {
 
 @dataclass(frozen=True)
 class Style:
-    """lut: float32 (256, 3) RGB in [0, 1] by tone. band: which tones carry the texture: all, dark or light."""
+    """A style. lut: float32 (256, 3) RGB in [0, 1] by tone. band: which tones carry the texture: all, dark or
+    light."""
 
     palette: str
     texture: str
@@ -62,7 +63,7 @@ class Style:
 
 
 def make_lut(rng: Rng, palette: str) -> NDArray[np.float32]:
-    """A named palette with some of its own character, or a `random` one; float32 (256, 3)."""
+    """Draw a variation of a named palette, or a `random` one; float32 (256, 3)."""
     if palette == "random":
         lightness = np.sort(rng.uniform(8, 250, 5)).astype(np.float32)
         lab = np.stack([lightness, *(128 + rng.normal(0, 32, (2, 5)).astype(np.float32))], 1)
@@ -71,7 +72,8 @@ def make_lut(rng: Rng, palette: str) -> NDArray[np.float32]:
         stops = np.array([[int(stop[i : i + 2], 16) for i in (0, 2, 4)] for stop in PALETTES[palette]], np.uint8)
         lab = cv2.cvtColor(stops[None], cv2.COLOR_RGB2LAB)[0].astype(np.float32)
         lab += rng.normal(0, (6, 4, 4), (5, 3)).astype(np.float32)
-    # Mostly the palette's own contrast, now and then a third of it; over- and under-exposed by up to two stops.
+    # Mostly the palette's own contrast, sometimes a third of it; over- and under-exposed by up to two
+    # stops.
     span = rng.uniform(0.3, 0.65) if rng.random() < 0.25 else rng.uniform(0.65, 1.05)
     shift = rng.normal(0, 18)
     lab[:, 0] = np.sort((lab[:, 0] - 128) * span + 128 + shift)
@@ -82,12 +84,12 @@ def make_lut(rng: Rng, palette: str) -> NDArray[np.float32]:
 
 
 def _texture(rng: Rng) -> str:
-    """Flat about half of the time: most of a photograph is."""
+    """Draw a texture, flat about half of the time, as most of a photograph is."""
     return "flat" if rng.random() < 0.4 else str(rng.choice(TEXTURES))
 
 
 def make_style(rng: Rng, held_out: bool = False) -> Style:
-    """A random style; its palette and texture are one of the held-out pairs or never one."""
+    """Draw a random style; its palette and texture are one of the held-out pairs or never one."""
     if held_out:
         palette, texture = sorted(HELD_OUT)[int(rng.integers(len(HELD_OUT)))]
     else:
@@ -111,7 +113,8 @@ def make_style(rng: Rng, held_out: bool = False) -> Style:
 
 
 def vary(rng: Rng, style: Style) -> tuple[str, Style]:
-    """The same style with another palette or another texture. -> (which, the variant): it teaches the override."""
+    """Return (`palette` or `texture`, the style with another one of it); from it the model learns to follow
+    the prompt."""
     if rng.random() < 0.5:
         palette = str(rng.choice([p for p in PALETTES if p != style.palette and (p, style.texture) not in HELD_OUT]))
         return "palette", replace(style, palette=palette, lut=make_lut(rng, palette))
@@ -120,7 +123,7 @@ def vary(rng: Rng, style: Style) -> tuple[str, Style]:
 
 
 def _strokes(rng: Rng, size: int, period: float, angle: float) -> Tone:
-    """Noise drawn out along the angle: brush strokes."""
+    """Draw noise stretched along the angle: brush strokes."""
     length = 2 * int(period) + 1
     places = np.linspace(-length / 2, length / 2, length)
     kernel = np.zeros((length, length), np.float32)
@@ -133,7 +136,7 @@ def _strokes(rng: Rng, size: int, period: float, angle: float) -> Tone:
 
 
 def _facets(rng: Rng, size: int, period: float) -> Tone:
-    """Cells around random points, each of one tone: a mosaic, stained glass."""
+    """Draw cells around random points, each of one tone: a mosaic, stained glass."""
     points = np.ones((size, size), np.uint8)
     count = max(4, int((size / period) ** 2))
     points[rng.integers(0, size, count), rng.integers(0, size, count)] = 0
@@ -142,7 +145,7 @@ def _facets(rng: Rng, size: int, period: float) -> Tone:
 
 
 def texture_field(style: Style, size: int, rng: Rng) -> Tone:
-    """The texture alone, float32 (size, size) in [-1, 1]."""
+    """Return the texture alone, float32 (size, size) in [-1, 1]."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     along = (x * np.cos(style.angle) + y * np.sin(style.angle)) * np.float32(2 * np.pi / style.period)
     across = (y * np.cos(style.angle) - x * np.sin(style.angle)) * np.float32(2 * np.pi / style.period)
@@ -169,15 +172,16 @@ def texture_field(style: Style, size: int, rng: Rng) -> Tone:
 
 
 def dress(tone: Tone, style: Style, rng: Rng) -> NDArray[np.uint8]:
-    """A layout in a style: uint8 (S, S, 3). rng: only for grain, so texture's phase belongs to the style."""
+    """Draw a layout in a style, uint8 (S, S, 3). rng: for grain and random textures; the others depend on the
+    style alone."""
     size = tone.shape[0]
     weight = {"all": np.ones_like(tone), "dark": 1 - tone, "light": tone}[style.band]
     shaded = tone + style.strength * weight * texture_field(style, size, rng)
     image = style.lut[(np.clip(shaded, 0, 1) * 255).astype(np.uint8)]
     if style.outline:
         border = np.hypot(cv2.Sobel(tone, cv2.CV_32F, 1, 0), cv2.Sobel(tone, cv2.CV_32F, 0, 1))
-        drawn = np.clip(border * 1.5 - 0.25, 0, 1)[..., None] * abs(style.outline)
-        image = image * (1 - drawn) + style.lut[0 if style.outline > 0 else 255] * drawn
+        outlined = np.clip(border * 1.5 - 0.25, 0, 1)[..., None] * abs(style.outline)
+        image = image * (1 - outlined) + style.lut[0 if style.outline > 0 else 255] * outlined
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
     image = image * (1 + style.light[0] * ramp[None, :, None] + style.light[1] * ramp[:, None, None])
     if style.grain:

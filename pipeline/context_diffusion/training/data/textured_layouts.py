@@ -1,6 +1,6 @@
-"""Layouts of many more kinds, by which is learned what is no texture: crowded, repeating, orderly ones.
+"""More kinds of layouts, for texture separation: crowded, repeating and regular ones, which are no textures.
 
-numpy and OpenCV only. Every function gives tones, float32 (size, size).
+Knows numpy and OpenCV only. Every function returns tones, float32 (size, size).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from context_diffusion.training.data.layouts import FAMILIES, Rng, Tone, finishe
 
 
 def bands(rng: Rng, size: int) -> Tone:
-    """Level bands of a smooth field, as on a map."""
+    """Draw level bands of a smooth field, as on a map."""
     field, tones = smooth_noise(rng, size, int(rng.integers(1, 6))), random_tones(rng, int(rng.integers(2, 6)))
     return tones[np.floor(field * rng.uniform(1, 5) + rng.random()).astype(int) % len(tones)]
 
 
 def zebra(rng: Rng, size: int) -> Tone:
-    """Noise of one wavelength, cut in two or three: coats of animals."""
+    """Cut noise of one wavelength into two or three tones, as on coats of animals."""
     noise, wave, squeeze = (
         rng.standard_normal((size, size), dtype=np.float32),
         rng.uniform(0.012, 0.06) * size,
@@ -33,12 +33,12 @@ def zebra(rng: Rng, size: int) -> Tone:
 
 
 def _ground(rng: Rng, size: int, tones: Tone) -> Tone:
-    """Of one or two tones."""
+    """Draw a background of one or two tones."""
     return np.where(smooth_noise(rng, size, 2) > rng.uniform(-1, 2), tones[0], tones[1]).astype(np.float32)
 
 
 def streets(rng: Rng, size: int) -> Tone:
-    """Straight roads in two or three directions, crossing or ending."""
+    """Draw straight roads in two or three directions, crossing or ending."""
     tones = random_tones(rng, 4)
     canvas, length = _ground(rng, size, tones), rng.uniform(0.05, 0.6) * size
     turns = (rng.uniform(0, np.pi) + np.array([0, np.pi / 2, rng.uniform(0.3, 1.2)]))[: int(rng.integers(2, 4))]
@@ -51,7 +51,7 @@ def streets(rng: Rng, size: int) -> Tone:
 
 
 def blocks(rng: Rng, size: int) -> Tone:
-    """A rectangle cut in two again and again, with or without joints."""
+    """Divide a rectangle in two repeatedly, with or without joints."""
     parts, joint = [(0, 0, size, size)], int(rng.integers(0, 7))
     for _ in range(int(rng.integers(3, 60))):
         largest = max(range(len(parts)), key=lambda i: parts[i][2] * parts[i][3] * (0.4 + 0.6 * rng.random()))
@@ -69,7 +69,7 @@ def blocks(rng: Rng, size: int) -> Tone:
 
 
 def letters(rng: Rng, size: int) -> Tone:
-    """Text of all sizes."""
+    """Draw text of all sizes."""
     tones = random_tones(rng, 4)
     canvas = _ground(rng, size, tones)
     for _ in range(int(rng.integers(2, 25))):
@@ -82,7 +82,7 @@ def letters(rng: Rng, size: int) -> Tone:
 
 
 def rays(rng: Rng, size: int) -> Tone:
-    """Sectors around a centre or two: fans, wheels, leaves of palms."""
+    """Draw sectors around one or two centres: fans, wheels, palm leaves."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     first = smooth_noise(rng, size, 2) > rng.uniform(-1.5, 1.5)
     sides = []
@@ -94,7 +94,7 @@ def rays(rng: Rng, size: int) -> Tone:
 
 
 def cells(rng: Rng, size: int) -> Tone:
-    """Cells around random or orderly points, with or without walls."""
+    """Draw cells around random or regular points, with or without walls."""
     points = rng.uniform(0, 1, (int(rng.integers(10, 160)), 2))
     if rng.random() < 0.4:
         side = int(np.sqrt(len(points))) + 1
@@ -113,7 +113,7 @@ def cells(rng: Rng, size: int) -> Tone:
 
 
 def nets(rng: Rng, size: int) -> Tone:
-    """Many curves of one width and a tone or two: threads, branches, rivers."""
+    """Draw many curves of one width and one or two tones: threads, branches, rivers."""
     tones = random_tones(rng, 4)
     canvas, width, bend = _ground(rng, size, tones), int(rng.integers(2, 12)), rng.uniform(0.05, 0.6)
     for _ in range(int(rng.integers(8, 60))):
@@ -124,7 +124,7 @@ def nets(rng: Rng, size: int) -> Tone:
 
 
 VARIED: dict[str, Callable[[Rng, int], Tone]] = {
-    one.__name__: one for one in (bands, zebra, streets, blocks, letters, rays, cells, nets)
+    family.__name__: family for family in (bands, zebra, streets, blocks, letters, rays, cells, nets)
 }
 
 
@@ -134,7 +134,8 @@ def _any(rng: Rng, size: int) -> Tone:
 
 
 def varied_layout(rng: Rng, size: int) -> Tone:
-    """Of these families and of layouts.FAMILIES, never of the held-out ones: two side by side now and then, turned, warped."""
+    """Draw a layout of these families or of layouts.FAMILIES, never of the held-out ones; some are joined,
+    turned or warped."""
     double = 2 * size  # the area filter of `finished` is the anti-aliasing
     tone = _any(rng, double)
     if rng.random() < 0.25:

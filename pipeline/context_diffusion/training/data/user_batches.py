@@ -1,4 +1,4 @@
-"""One's own pictures as a source of batches, and batches mixed of two sources."""
+"""A user's images as a source of batches, and batches mixed from two sources."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from context_diffusion.training.data.user_images import Example
 
 @dataclass(frozen=True)
 class Gallery:
-    """Examples of one's own pictures, as a source of batches. N pictures, E examples.
+    """Examples of a user's images, as a source of batches. N images, E examples.
 
-    pixels: uint8 (H, W, 3) each. latents: float16 (E, C, h, w) of the targets. summaries: of the pictures, where the
-    context encoder is frozen. looks: of the pictures. encode_controls: control maps and their kinds -> float16 latents and
-    layouts."""
+    pixels: uint8 (H, W, 3) each. latents: float16 (E, C, h, w) of the targets. summaries: of the images;
+    None: the context encoder is trained. looks: of the images. encode_controls: encodes control maps of given
+    kinds to float16 latents and layouts."""
 
     pixels: Sequence[Pixels]
     examples: Sequence[Example]
@@ -39,41 +39,45 @@ class Gallery:
     encode_controls: Callable[[Sequence[Pixels], Sequence[str]], tuple[Tensor, Layout]]
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
-        drawn, seeds = rng.integers(0, len(self.examples), size)[rows], rng.integers(0, 2**63, size)[rows]
+        numbers = rng.integers(0, len(self.examples), size)[rows]
+        seeds = rng.integers(0, 2**63, size)[rows]
         contexts: list[int] = []
         counts, maps, kinds, prompts = [], [], [], []
-        for number, seed in zip(drawn, seeds, strict=True):
-            own = np.random.default_rng(seed)
+        for number, seed in zip(numbers, seeds, strict=True):
+            sample_rng = np.random.default_rng(seed)
             example = self.examples[number]
-            shown = [] if own.random() < context_dropout else self.contexts(example, own)
-            contexts += shown
-            counts.append(len(shown))
-            prompts.append(example.prompt if own.random() >= prompt_dropout else "")
-            kinds.append(self.draw_kind(own))
-            maps.append(control_map(self.query(example, own), kinds[-1]))  # another one each time: not worth keeping
+            sample_contexts = [] if sample_rng.random() < context_dropout else self.contexts(example, sample_rng)
+            contexts += sample_contexts
+            counts.append(len(sample_contexts))
+            prompts.append(example.prompt if sample_rng.random() >= prompt_dropout else "")
+            kinds.append(self.draw_kind(sample_rng))
+            # a new one each time, so not cached
+            maps.append(control_map(self.query(example, sample_rng), kinds[-1]))
         controls, layouts = self.encode_controls(maps, kinds)
         seen = self._seen(contexts)
-        drawn_over = drafts(layouts, picked(self.looks, contexts), np.array(counts))
-        return Samples(self.latents[drawn], seen, np.array(counts), controls, prompts, drawn_over)
+        sample_drafts = drafts(layouts, picked(self.looks, contexts), np.array(counts))
+        return Samples(self.latents[numbers], seen, np.array(counts), controls, prompts, sample_drafts)
 
     def _seen(self, contexts: list[int]) -> Tensor | Summaries:
         if self.summaries is not None:
             return tuple(part[contexts] for part in self.summaries)
-        shown = np.stack([self.pixels[k] for k in contexts]) if contexts else np.zeros((0, *self.pixels[0].shape), np.uint8)
-        return channels_first(shown).contiguous().to(self.latents.device)
+        empty = np.zeros((0, *self.pixels[0].shape), np.uint8)
+        images = np.stack([self.pixels[index] for index in contexts]) if contexts else empty
+        return channels_first(images).contiguous().to(self.latents.device)
 
     def contexts(self, example: Example, rng: Rng) -> list[int]:
-        """1 to CONTEXTS of those that the example may be shown."""
+        """Draw 1 to CONTEXTS of the example's contexts."""
         count = int(rng.integers(1, CONTEXTS + 1))
         return [int(k) for k in rng.permutation(example.contexts)[:count]]
 
     def draw_kind(self, rng: Rng) -> str:
-        """As often as in training, among those that are asked for."""
+        """Draw a kind of control map among the job's, as often as in training from scratch."""
         shares = np.array([share * (kind in self.kinds) for kind, share in zip(KINDS, KIND_SHARES, strict=True)])
         return str(rng.choice(KINDS, p=shares / shares.sum()))
 
     def query(self, example: Example, rng: Rng) -> Pixels:
-        """The example's own query, or the target with its colours gone: grey, or its tones in another style's."""
+        """Return the example's query, or one made from the target: in grey, or its tones in a random
+        style."""
         if example.query is not None:
             return shift_exposure(rng, self.pixels[example.query])
         grey = control_map(self.pixels[example.target], "gray")
@@ -83,28 +87,29 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Mixed:
-    """Batches of which `keep` come from one source, first, and the others from another."""
+    """Batches whose first share `keep` comes from generated data, and the rest from the user's."""
 
-    kept: BatchSource
-    own: BatchSource
+    generated: BatchSource
+    user: BatchSource
     keep: float
 
     def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
         first = round(self.keep * size)
         parts = []
-        # A generator each: what one source draws must not depend on which worker's rows the other makes.
-        ours, theirs = rng.spawn(2)
-        for source, own, count, wanted in (
-            (self.kept, ours, first, rows[rows < first]),
-            (self.own, theirs, size - first, rows[rows >= first] - first),
+        # A generator each: the draws of one source must not depend on which rows of the other this worker
+        # has.
+        generated_rng, user_rng = rng.spawn(2)
+        for source, source_rng, count, wanted in (
+            (self.generated, generated_rng, first, rows[rows < first]),
+            (self.user, user_rng, size - first, rows[rows >= first] - first),
         ):
             if len(wanted):
-                parts.append(source.samples(own, count, context_dropout, prompt_dropout, wanted))
+                parts.append(source.samples(source_rng, count, context_dropout, prompt_dropout, wanted))
         return join(*parts)
 
 
 def join(first: Samples, *others: Samples) -> Samples:
-    """One after the other; the hints are the first one's."""
+    """Join batches, one after the other; the hints are those of the first."""
     for other in others:
         if isinstance(first.contexts, tuple):
             contexts: Tensor | Summaries = tuple(map(torch.cat, zip(first.contexts, other.contexts, strict=True)))

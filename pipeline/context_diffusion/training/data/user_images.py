@@ -1,7 +1,7 @@
-"""One's own pictures for fine-tuning: a folder with a sub-folder for each style, or a manifest. No torch.
+"""A user's images for fine-tuning: a folder with a sub-folder for each style, or a manifest.
 
-Which pictures may be shown with which is settled here; pictures that cannot be read are left out and told.
-"""
+Decides which images may be contexts of which; images that cannot be read are skipped and reported. Knows no
+torch."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ from context_diffusion.core.training_job import FinetuneJob
 from context_diffusion.core.uris import normal, parent
 from context_diffusion.inputs.decode import decode_resized
 from context_diffusion.inputs.image_sources import ImageSource, as_source, as_sources, read_bytes
-from context_diffusion.inputs.manifest_files import FORMATS, Row, expand, open_file, raw_rows
+from context_diffusion.inputs.manifest_files import FORMATS, expand, open_file, raw_rows
+from context_diffusion.inputs.text_rows import Row
 from context_diffusion.storage.filesystem import Storage
 
 
 @dataclass(frozen=True)
 class Example:
-    """What may be asked of the model: indices of pictures. contexts: those that it may be shown, never the target."""
+    """A training example, by indices of images. contexts: those that may be shown with the target, never
+    itself."""
 
     target: int
     contexts: NDArray[np.int64]
-    query: int | None = None  # left out: made from the target
+    query: int | None = None  # None: made from the target
     prompt: str = ""
 
 
 @dataclass
 class Pictures:
-    """pixels: uint8 (size, size, 3) each. skipped: what could not be read -> why."""
+    """A user's images and examples. pixels: uint8 (size, size, 3) each. skipped: why an image was not read,
+    by its name."""
 
     pixels: list[Pixels] = field(default_factory=list)
     training: list[Example] = field(default_factory=list)
@@ -46,27 +49,33 @@ class Pictures:
 
     @property
     def digest(self) -> str:
-        """Of the pictures and of what may be asked of them."""
+        """A digest of the images and examples."""
         digest = hashlib.sha256()
         for pixels in self.pixels:
             digest.update(pixels.tobytes())
-        for one in (*self.training, *self.validation):
-            digest.update(f"{one.target} {one.contexts.tolist()} {one.query} {one.prompt}\n".encode())
+        for example in (*self.training, *self.validation):
+            fields = f"{example.target} {example.contexts.tolist()} {example.query} {example.prompt}\n"
+            digest.update(fields.encode())
         return digest.hexdigest()[:16]
 
 
 class _Reader:
-    """Sources -> indices into `found.pixels`, a picture only once: copies of a file under two names are one picture, so
-    that a target is never shown beside its copy."""
+    """Read sources into `pictures.pixels`, equal images once, so that a target is never shown with its
+    copy."""
 
-    def __init__(self, job: FinetuneJob, size: int, found: Pictures) -> None:
-        self.storage, self.allow, self.size, self.found = Storage(job.storage_options), job.allow, size, found
+    def __init__(self, job: FinetuneJob, size: int, pictures: Pictures) -> None:
+        self.storage = Storage(job.storage_options)
+        self.allow = job.allow
+        self.size = size
+        self.pictures = pictures
         self._by_path: dict[str, int | None] = {}
         self._by_digest: dict[bytes, int] = {}
 
     def __call__(self, source: ImageSource, name: str, allow: list[str]) -> int | None:
-        """None where it cannot be read. name: what a picture without a path is called. Raises StorageError."""
-        path, by_path = source["path"], source["bytes"] is None
+        """Return the index of an image; None: it cannot be read. name: of an image without a path. Raises
+        StorageError."""
+        path = source["path"]
+        by_path = source["bytes"] is None
         if by_path and path in self._by_path:
             return self._by_path[path]
         index = None
@@ -74,29 +83,33 @@ class _Reader:
             data = read_bytes(source, allow, Limits(), self.storage)
             pixels = decode_resized(data, Limits(), path or name, lambda *_: (self.size, self.size), "crop")
             digest = hashlib.sha256(pixels.tobytes()).digest()
-            index = self._by_digest.setdefault(digest, len(self.found.pixels))
-            if index == len(self.found.pixels):
-                self.found.pixels.append(pixels)
+            index = self._by_digest.setdefault(digest, len(self.pictures.pixels))
+            if index == len(self.pictures.pixels):
+                self.pictures.pixels.append(pixels)
         except RowError as error:
-            self.found.skipped[path or name] = str(error)
+            self.pictures.skipped[path or name] = str(error)
         if by_path:
             self._by_path[path] = index
         return index
 
 
 def read_pictures(job: FinetuneJob, size: int) -> Pictures:
-    """Reads job.data, cropped to squares of `size` pixels. Raises ManifestError where there is too little."""
-    found = Pictures()
-    reader = _Reader(job, size, found)
+    """Read job.data, cropped to squares of `size` pixels. Raises ManifestError if there are too few
+    images."""
+    pictures = Pictures()
+    reader = _Reader(job, size, pictures)
     if reader.storage.is_folder(job.data):
         _read_folder(job, reader)
     else:
         _read_manifest(job, reader)
-    return found
+    return pictures
 
 
 def _read_folder(job: FinetuneJob, read: _Reader) -> None:
-    root, storage, found, few = normal(job.data), read.storage, read.found, []
+    root = normal(job.data)
+    storage = read.storage
+    pictures = read.pictures
+    few = []
     names = [name for name in sorted(storage.list(root)) if not name.startswith(".")]
     styles = [name for name in names if storage.is_folder(f"{root}/{name}")]
     if not styles:
@@ -104,18 +117,19 @@ def _read_folder(job: FinetuneJob, read: _Reader) -> None:
         raise ManifestError(f"data: {root} has no sub-folders; each style's pictures stand in one of their own{hint}")
     for style in styles:
         files = [uri for uri in storage.files(f"{root}/{style}") if not uri.rsplit("/", 1)[-1].startswith(".")]
-        read_ones = {index: None for uri in files if (index := read({"bytes": None, "path": uri}, uri, [root])) is not None}
-        if len(read_ones) < 2:
-            few.append(f"{style} ({len(read_ones)} of {len(files)} files)")
+        indices = [read({"bytes": None, "path": uri}, uri, [root]) for uri in files]
+        readable = list(dict.fromkeys(index for index in indices if index is not None))
+        if len(readable) < 2:
+            few.append(f"{style} ({len(readable)} of {len(files)} files)")
             continue
-        members = np.random.default_rng(job.seed).permutation(list(read_ones))
+        members = np.random.default_rng(job.seed).permutation(readable)
         held = min(int(len(members) * job.held_out), len(members) - 2)
-        shown = members[held:]
-        found.validation += [Example(int(target), shown) for target in members[:held]]
-        found.training += [Example(int(target), shown[shown != target]) for target in shown]
-    found.styles = len(styles)
+        trained = members[held:]
+        pictures.validation += [Example(int(target), trained) for target in members[:held]]
+        pictures.training += [Example(int(target), trained[trained != target]) for target in trained]
+    pictures.styles = len(styles)
     if few:
-        reasons = "".join(f"\n  {reason}" for reason in list(found.skipped.values())[:10])
+        reasons = "".join(f"\n  {reason}" for reason in list(pictures.skipped.values())[:10])
         raise ManifestError(
             f"data: a style needs two different pictures that can be read, for one shows the other's style: {root} has fewer "
             f"in {', '.join(few)}. Add pictures or remove the folder{reasons}"
@@ -123,24 +137,26 @@ def _read_folder(job: FinetuneJob, read: _Reader) -> None:
 
 
 def _read_manifest(job: FinetuneJob, read: _Reader) -> None:
-    found, examples, count = read.found, [], 0
+    pictures = read.pictures
+    examples = []
+    count = 0
     for name, base, row in _rows(job, read.storage):
         count += 1
         try:
             examples.append(_example(row, name, base, job, read))
         except RowError as error:
-            found.skipped[name] = str(error)
+            pictures.skipped[name] = str(error)
     if not examples:
-        reasons = "".join(f"\n  {reason}" for reason in list(found.skipped.values())[:10])
+        reasons = "".join(f"\n  {reason}" for reason in list(pictures.skipped.values())[:10])
         raise ManifestError(f"data: none of the {count} rows of {job.data} can be trained on{reasons}")
     order = np.random.default_rng(job.seed).permutation(len(examples))
     held = min(int(len(examples) * job.held_out), len(examples) - 1)
-    found.validation = [examples[i] for i in order[:held]]
-    found.training = [examples[i] for i in order[held:]]
+    pictures.validation = [examples[i] for i in order[:held]]
+    pictures.training = [examples[i] for i in order[held:]]
 
 
 def _rows(job: FinetuneJob, storage: Storage) -> Iterator[tuple[str, str, Row]]:
-    """(the row's name, its manifest's folder, the row)"""
+    """Yield each row as (its name, its manifest's folder, the row)."""
     needed = [job.columns.get(name, name) for name in (TARGET, CONTEXT)]
     for uri in expand([job.data], storage):
         file = open_file(uri, storage)
@@ -153,7 +169,7 @@ def _rows(job: FinetuneJob, storage: Storage) -> Iterator[tuple[str, str, Row]]:
 
 
 def _example(row: Row, name: str, base: str, job: FinetuneJob, read: _Reader) -> Example:
-    """Raises RowError for a row that cannot be trained on."""
+    """Read a row. Raises RowError if it cannot be trained on."""
     cells = {column: row.get(job.columns.get(column, column)) for column in (TARGET, CONTEXT, QUERY, PROMPT)}
     allow = job.allow or [base]
 
@@ -164,8 +180,9 @@ def _example(row: Row, name: str, base: str, job: FinetuneJob, read: _Reader) ->
     target = index(TARGET)
     if target is None:
         raise RowError(ErrorCode.MISSING_FILE, f"{name}: no readable {TARGET}")
-    shown = [read(source, f"{name}: {CONTEXT} {k}", allow) for k, source in enumerate(as_sources(cells[CONTEXT], base), 1)]
-    contexts = [one for one in dict.fromkeys(shown) if one is not None and one != target]
+    sources = as_sources(cells[CONTEXT], base)
+    indices = [read(source, f"{name}: {CONTEXT} {number}", allow) for number, source in enumerate(sources, 1)]
+    contexts = [image for image in dict.fromkeys(indices) if image is not None and image != target]
     if not contexts:
         raise RowError(ErrorCode.NO_CONTEXT, f"{name}: no readable {CONTEXT} beside the {TARGET} itself")
     query = index(QUERY)

@@ -1,4 +1,5 @@
-"""Checkpoints that resume exactly: one file, replaced in one step, so a crash or a full disk leaves the last one."""
+"""Checkpoints that resume exactly; metrics; and the schedule of a stage. A checkpoint is one file, replaced
+atomically."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ SAVE_SECONDS = 300  # that a killed run loses at most
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What cannot be written, on a full disk say, becomes a StorageError: torch and safetensors have their own."""
+    """Raise StorageError for a failed write, such as on a full disk: torch and safetensors have errors of
+    their own."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -34,7 +36,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes beside `path`, then renames: `path` is always a whole checkpoint. Raises StorageError."""
+    """Write beside `path`, then rename, so that `path` is always a whole checkpoint. Raises StorageError."""
     beside = path.with_suffix(".writing")
     try:
         with writing(path):
@@ -45,7 +47,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def save_model(model: NativeModel, folder: Path) -> None:
-    """Writes beside `folder`, then renames, so that a half-written model never stands there. Raises StorageError."""
+    """Write beside `folder`, then rename, so that it never holds a half-written model. Raises
+    StorageError."""
     beside = folder.with_name(folder.name + ".writing")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -58,22 +61,25 @@ def save_model(model: NativeModel, folder: Path) -> None:
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Loads a checkpoint's weights. Raises ModelError naming what differs where they are another architecture's."""
-    own = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    """Load a checkpoint's weights. Raises ModelError naming what differs if they are of another
+    architecture."""
+    current = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     saved = {name: tuple(value.shape) for name, value in weights.items()}
-    differing = [name for name in sorted(own.keys() | saved.keys()) if own.get(name) != saved.get(name)]
+    differing = [name for name in sorted(current.keys() | saved.keys()) if current.get(name) != saved.get(name)]
     if differing:
-        told = [f"{name} is {saved.get(name, 'absent')} there and {own.get(name, 'absent')} here" for name in differing[:3]]
+        examples = [
+            f"{name} is {saved.get(name, 'absent')} there and {current.get(name, 'absent')} here" for name in differing[:3]
+        ]
         more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ModelError(
-            f"{path}: a checkpoint of another architecture: {'; '.join(told)}{more}. Name the model or architecture that it "
+            f"{path}: a checkpoint of another architecture: {'; '.join(examples)}{more}. Name the model or architecture that it "
             "began with, or another `output:`, or remove that file to begin anew"
         )
     module.load_state_dict(weights)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The state that was saved, None where there is none yet. Tensors and plain values only."""
+    """Load the saved state, tensors and plain values only; None: there is none yet."""
     if not path.exists():
         return None
     try:
@@ -83,14 +89,14 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
 
 
 def check_origin(path: Path, then: dict[str, str], now: dict[str, str]) -> None:
-    """Raises ModelError where a checkpoint began with something else than this run."""
+    """Raise ModelError if a checkpoint began with something else than this run."""
     if changed := [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]:
-        told = ", ".join(f"{name} (digest {then.get(name)} then, {now.get(name)} now)" for name in changed)
-        raise ModelError(f"{path} began with another {told}: name another `output:`, or remove that file to begin anew")
+        changes = ", ".join(f"{name} (digest {then.get(name)} then, {now.get(name)} now)" for name in changed)
+        raise ModelError(f"{path} began with another {changes}: name another `output:`, or remove that file to begin anew")
 
 
 class Metrics:
-    """Appends a JSON line a report to metrics.jsonl, from the first worker."""
+    """Append JSON lines to metrics.jsonl, on the first worker."""
 
     def __init__(self, folder: Path, first: bool = True) -> None:
         self.path, self.first = folder / "metrics.jsonl", first
@@ -103,11 +109,10 @@ class Metrics:
 
 
 class StageSchedule:
-    """How far a stage is, 0 to 1: by steps where they are limited, else by the minutes that its threads computed.
+    """The progress of a stage, 0 to 1: by steps if they are limited, else by minutes of computing.
 
-    Processor time, not the clock: a run that shares its machine, or is paused, is not cut short by it. Of a GPU's time
-    only the clock is known.
-    """
+    On a CPU these are processor time, so that a run that is paused or shares its machine is not cut short; on
+    a GPU they are wall-clock time."""
 
     def __init__(self, minutes: float, max_steps: int | None, threads: int, device: torch.device, spent: float = 0.0) -> None:
         self.seconds, self.max_steps, self.spent = minutes * 60, max_steps, spent
@@ -118,12 +123,13 @@ class StageSchedule:
 
     @property
     def measured(self) -> float:
-        """Seconds that this process computed, earlier runs included."""
+        """Seconds that this process has computed, earlier runs included."""
         return self.spent + (self.now() - self.started) / self.threads
 
     def due(self) -> bool:
-        """Once every SAVE_SECONDS: time to save, whatever the steps; all workers agree."""
-        saves, self.saves = self.saves, int(self.elapsed // SAVE_SECONDS)
+        """Return whether a save is due, once every SAVE_SECONDS; all workers agree."""
+        saves = self.saves
+        self.saves = int(self.elapsed // SAVE_SECONDS)
         return self.saves > saves
 
     def at(self, step: int) -> float:
@@ -131,5 +137,6 @@ class StageSchedule:
         return min(share, 1.0)
 
     def learning_rate(self, step: int) -> float:
-        """A factor: a short warm-up, flat for the first half, then linear to a fiftieth."""
+        """Return a factor of the learning rate: a short warm-up, flat for the first half, then linear to a
+        fiftieth."""
         return min(1.0, (step + 1) / 50) * max(0.02, min(1.0, 2 * (1 - self.at(step))))

@@ -1,7 +1,7 @@
-"""Several processes train one model: each takes its share of every batch, and their gradients are averaged.
+"""Data-parallel training: each process takes its share of every batch, and gradients are averaged.
 
-Equal global batches give equal steps, whatever the number of workers. Knows torch.distributed, not who started it.
-"""
+Equal global batches give equal steps, whatever the number of workers. Knows torch.distributed, not who
+started it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Workers:
 
     @classmethod
     def here(cls) -> Workers:
-        """As the process group says; one worker where there is none."""
+        """Return this process of the process group; the only worker if there is none."""
         if distributed.is_available() and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())
         return cls()
@@ -37,11 +37,12 @@ class Workers:
         return self.rank == 0
 
     def share(self, rows: Rows) -> Rows:
-        """This worker's rows of a batch: an array, tensor or list."""
+        """Return this worker's rows of a batch: an array, tensor or list."""
         return rows[self.rank :: self.count]  # type: ignore[index]
 
     def average(self, parameters: Iterable[torch.nn.Parameter], elapsed: float) -> float:
-        """Averages the gradients over the workers, in place; -> the average of `elapsed`, so that all agree on it."""
+        """Average the gradients over the workers, in place; return the average of `elapsed`, so that all
+        agree on it."""
         if self.count == 1:
             return elapsed
         owners = [p for p in parameters if p.requires_grad]
@@ -54,18 +55,19 @@ class Workers:
         return float(flat[-1])
 
     def exchange(self, tensors: Sequence[Tensor]) -> None:
-        """Gives all workers each tensor as it is with the worker that owns it: `share(tensors)` are one's own. In place."""
+        """Copy each tensor from the worker that owns it, which has it in `share(tensors)`, to all others, in
+        place."""
         if self.count == 1 or not tensors:
             return
         flat = _flatten_dense_tensors(
-            [one if i % self.count == self.rank else torch.zeros_like(one) for i, one in enumerate(tensors)]
+            [tensor if i % self.count == self.rank else torch.zeros_like(tensor) for i, tensor in enumerate(tensors)]
         )
         _add_up(flat)
         for tensor, whole in zip(tensors, _unflatten_dense_tensors(flat, tensors), strict=True):
             tensor.copy_(whole)
 
     def gather(self, share: Tensor, rows: int) -> Tensor:
-        """The whole batch of so many rows from each worker's share of it."""
+        """Return the whole batch of so many rows from all workers' shares."""
         if self.count == 1:
             return share
         whole = share.new_zeros(rows, *share.shape[1:])
@@ -75,7 +77,7 @@ class Workers:
 
 
 def _add_up(values: Tensor) -> None:
-    """Over all workers, in place. Raises ClusterError where one of them is gone."""
+    """Sum values over all workers, in place. Raises ClusterError if one of them is gone."""
     try:
         distributed.all_reduce(values)
     except RuntimeError as error:  # gloo's and NCCL's

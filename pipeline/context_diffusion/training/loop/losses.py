@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def picture_loss(made: Tensor, true: Tensor) -> Tensor:
-    """Of the autoencoder, both (B, 3, H, W) in [-1, 1]: L1, L1 of the gradients, squares, and squares of the mean
-    colours of 8 x 8 blocks: without them hues were given up for the sake of edges. L1 and gradients once more by the
-    contrast around a pixel: what the eye sees of an error (contrast masking, Foley 1994), or faint textures are lost."""
-    error, weight = made - true, local_weight(true)
+def image_loss(decoded: Tensor, true: Tensor) -> Tensor:
+    """Return the autoencoder's loss, both images (B, 3, H, W) in [-1, 1].
+
+    It sums L1, L1 of the gradients, squares, and squares of the mean colours of 8 x 8 blocks, without which
+    hues were lost for the sake of edges. L1 and gradients count once more, weighted by the contrast around a
+    pixel, which decides how visible an error is (contrast masking, Foley 1994): otherwise faint textures are
+    lost."""
+    error = decoded - true
+    weight = local_weight(true)
     loss = error.abs().mean() + error.square().mean() + F.avg_pool2d(error, 8).square().mean() + (error.abs() * weight).mean()
     for axis in (2, 3):
         steps = error.diff(dim=axis).abs()
@@ -22,7 +26,7 @@ def picture_loss(made: Tensor, true: Tensor) -> Tensor:
 
 
 def local_weight(true: Tensor, window: int = 11) -> Tensor:
-    """(B, 1, H, W): less where lightness varies much within the window, at most 3."""
+    """Return weights (B, 1, H, W), at most 3, smaller where lightness varies much within the window."""
     lightness = true.mean(1, keepdim=True)
     mean, square = (
         F.avg_pool2d(part, window, 1, window // 2, count_include_pad=False) for part in (lightness, lightness.square())
@@ -31,46 +35,53 @@ def local_weight(true: Tensor, window: int = 11) -> Tensor:
 
 
 def spread_timesteps(count: int, timesteps: int, generator: torch.Generator) -> Tensor:
-    """One timestep out of each of `count` parts of them all: (count,), in random order. More of them where there is
-    much noise: there contexts and query decide the picture."""
+    """Draw one timestep from each of `count` parts of the range: (count,), in random order.
+
+    More of them have much noise, where contexts and query decide the image."""
     parts = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     return (parts**0.7 * timesteps).long().clamp(max=timesteps - 1)
 
 
 def rest_timesteps(count: int, alphas: Tensor, rest: float, generator: torch.Generator) -> Tensor:
-    """Timesteps at which there is something to learn of a rest of that variance, (count,): the logarithm of noise over
-    signal is normal about half an e below the rest's deviation (Karras et al. 2022, whose figures, a little wider)."""
+    """Draw timesteps (count,) at which a residual of variance `rest` can be learned.
+
+    The logarithm of noise over signal is normal around half an e below the residual's std (Karras et al.
+    2022; with their figures, a little wider)."""
     parts = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     wanted = torch.special.ndtri(parts.clamp(1e-4, 1 - 1e-4)) * 1.4 - 0.5 + 0.5 * math.log(rest)
     return torch.searchsorted(((1 - alphas) / alphas).log() / 2, wanted).clamp(max=len(alphas) - 1)
 
 
 def noised(latents: Tensor, noise: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
-    """-> (x_t, v) of v-prediction (Salimans and Ho 2022): x = a·x0 + s·noise, v = a·noise - s·x0. alphas: (B,)."""
+    """Return (x_t, v) of v-prediction (Salimans and Ho 2022): x = a·x0 + s·noise, v = a·noise - s·x0. alphas:
+    (B,)."""
     signal, sigma = (value.view(-1, 1, 1, 1) for value in (alphas.sqrt(), (1 - alphas).sqrt()))
     return signal * latents + sigma * noise, signal * noise - sigma * latents
 
 
 def v_loss(output: Tensor, target: Tensor, alphas: Tensor, min_snr: float, has_draft: Tensor, rest: float) -> Tensor:
-    """Squared error of v, weighted by min(1, gamma / (SNR + 1)): min-SNR's (Hang et al. 2023) where there is little
-    noise, but 1 where there is much: there v is the picture itself, and the contexts decide it. Rows with a draft
-    (`has_draft`, bool (B,)) by what makes the U-Net's own output count alike at each noise, the inverse of its gain squared
-    (models/native/preconditioning.py): else it learns where there is nothing to learn, and blurs."""
+    """Return the squared error of v, weighted by min(1, gamma / (SNR + 1)).
+
+    This is min-SNR's weight (Hang et al. 2023) for little noise, but 1 for much noise, where v is the image
+    itself and the contexts decide it. Rows with a draft (`has_draft`, bool (B,)) are weighted by the inverse
+    of the squared gain of models/native/preconditioning.py, so that the U-Net's output has the same weight at
+    each noise: otherwise it learns where there is nothing to learn, and blurs."""
     snr = alphas / (1 - alphas)
     weight = torch.where(has_draft, alphas + (1 - alphas) / rest, (min_snr / (snr + 1)).clamp(max=1))
     return (weight * (output.float() - target).square().mean((1, 2, 3))).mean()
 
 
 class AuxiliaryHeads(nn.Module):
-    """Thrown away after training: which colours and which texture, told from the contexts' tokens. They give the context
-    encoder a signal long before the U-Net listens."""
+    """Predict palette and texture from the contexts' tokens. Used in training alone: they give the context
+    encoder a signal long before the U-Net attends to contexts."""
 
     def __init__(self, width: int, textures: int) -> None:
         super().__init__()
         self.palette, self.texture = nn.Linear(width, 8 * 3), nn.Linear(width, textures)
 
     def forward(self, tokens: Tensor, palettes: Tensor, textures: Tensor, weights: Tensor) -> Tensor:
-        """tokens (M, K, D) with palettes (M, 24), textures (M,) and the weight of each context (M,)."""
+        """Return the loss of tokens (M, K, D) for palettes (M, 24) and textures (M,), with each context's
+        weight (M,)."""
         pooled = tokens.float().mean(1)
         return (weights * (self.palette(pooled) - palettes).square().mean(1)).sum() + 0.1 * (
             weights * F.cross_entropy(self.texture(pooled), textures, reduction="none")
