@@ -41,7 +41,7 @@ def test_exactly_the_deadly_rows_fail_after_a_bounded_number_of_deaths(count: in
     deadly = {f"row-{number}" for number in bad if number < count}
     for _death in range(1 + DEATHS * len(deadly) + 1):
         try:  # a new process each time, the ledger stays
-            outcomes = GuardedEngine(Deadly(deadly), ledger, JOB).generate_shard(7, rows)
+            outcomes = GuardedEngine(Deadly(deadly), ledger).generate_shard(7, rows)
             break
         except ProcessEnded:
             continue
@@ -58,7 +58,7 @@ def test_an_innocent_neighbour_is_run_alone_but_never_charged() -> None:
     ledger.hold(2)  # both in the engine that died
     assert ledger.ask(1) == (True, [])
     assert ledger.ask(2) == (True, [])
-    guarded = GuardedEngine(Deadly(set()), ledger, JOB)
+    guarded = GuardedEngine(Deadly(set()), ledger)
     assert all(isinstance(o, Result) for o in guarded.generate_shard(2, [[request(1)], [request(2)]]))
     assert ledger.ask(3) == (False, [])
 

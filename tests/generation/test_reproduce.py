@@ -51,7 +51,7 @@ def run(folder: Path, model: str, count: int = 2, **more: Any) -> list[Path]:
     plan = open_plan(job, output, STORAGE)
     job = plan.job
     service = EngineService(ContextDiffusion.from_pretrained(model, "cpu").engine())
-    engine = GuardedEngine(service, Ledger(), job)
+    engine = GuardedEngine(service, Ledger())
     load = LoadImages.for_job(job, plan.model, plan.allow, STORAGE)
     write = WriteShard(job, output, f"{plan.model.name}@{plan.model.revision}", str(folder / "in"))
     for shard in read_shards(output, 0):

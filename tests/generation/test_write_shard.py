@@ -218,7 +218,7 @@ def test_of_rows_made_anew_the_driver_hears_them_alone_beside_the_whole_part(tmp
     )
     [shard] = read_shards(output, 0)
     [table] = ReadShard(RowRules.of_job(job), plan.files[0], shard, plan.passed, STORAGE, output)()
-    [told] = write(generate(load(table), GuardedEngine(FakeEngine(), Ledger(), job), job)).to_pylist()
+    [told] = write(generate(load(table), GuardedEngine(FakeEngine(), Ledger()), job)).to_pylist()
     assert [told[name] for name in ("rows", "failed", "images")] == [4, 1, 6]
     assert [told[name] for name in ("rows_made", "images_made")] == [2, 2]
     assert [one["id"] for one in told["failures"]] == ["row-003"]

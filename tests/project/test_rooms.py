@@ -36,7 +36,7 @@ ROOMS = [
     "__main__",
 ]
 WITHOUT_TORCH = {"ray_jobs", "nightly", "core", "storage", "inputs", "outputs", "outputs.report", "generation", "cluster", "cli"}
-MOST_FILES, MOST_LINES = 13, 340
+MOST_FILES, MOST_LINES = 13, 300
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -45,7 +45,7 @@ def flow(
     plan = open_plan(job, output, STORAGE)
     job = plan.job
     load = LoadImages(job.fit, job.control_kinds, job.limits, [str(folder / "in")], 64, SquareCrop(64), STORAGE)
-    guarded = GuardedEngine(engine or FakeEngine(), Ledger(), job)
+    guarded = GuardedEngine(engine or FakeEngine(), Ledger())
     write = WriteShard(job, output, "fake@1", str(folder / "in"))
     for shard in read_shards(output, 0):
         [table] = ReadShard(RowRules.of_job(job), plan.files[0], shard, plan.passed, STORAGE)()

@@ -140,7 +140,7 @@ class Generate:
         told.engine_loads(own)
         engine = make_engine(job, _end_process)
         told.engine_ready(own)
-        self.guarded = GuardedEngine(engine, told, job)
+        self.guarded = GuardedEngine(engine, told)
         if ray.get_gpu_ids() and isinstance(engine, Watched) and engine.stats().gpu_bytes is None:
             ray.get(ledger.lacks_gpu.remote())
         self.metrics = EngineMetrics(engine.stats, normal(job.output), own) if isinstance(engine, Watched) else None

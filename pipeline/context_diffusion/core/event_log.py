@@ -144,7 +144,5 @@ class Waiting:
             now = time.monotonic()
             if reason != told or now - told_at > AGAIN_S:
                 seconds = round(now - began)
-                LOG.tell(
-                    "waiting", f"waiting, {seconds} s: {reason}", self._level, message=reason, seconds=seconds
-                )
+                LOG.tell("waiting", f"waiting, {seconds} s: {reason}", self._level, message=reason, seconds=seconds)
                 told, told_at = reason, now

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from context_diffusion.core.errors import ErrorCode
-from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Request, Result
 from context_diffusion.generation.stages import Engine
 
@@ -169,8 +168,8 @@ class SharedOrAlone:
 class GuardedEngine:
     """An engine whose shards are recorded in the ledger. One per process, shared by its threads."""
 
-    def __init__(self, engine: Engine, ledger: LedgerClient, job: GenerateJob) -> None:
-        self.engine, self.ledger, self.job = engine, ledger, job
+    def __init__(self, engine: Engine, ledger: LedgerClient) -> None:
+        self.engine, self.ledger = engine, ledger
         self._lock = SharedOrAlone()
 
     def generate_shard(self, shard: int, rows: list[list[Request]]) -> list[Result | Failure]:

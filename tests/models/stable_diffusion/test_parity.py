@@ -97,7 +97,7 @@ def test_images_of_any_size_through_a_job(model: Model, tmp_path: Path) -> None:
     output = Output(job.output, Storage())
     plan = open_plan(job, output, Storage())
     reads, load, write = build_stages(plan, output, set(), frozenset())
-    engine = GuardedEngine(make_engine(plan.job, pytest.fail), Ledger(), plan.job)
+    engine = GuardedEngine(make_engine(plan.job, pytest.fail), Ledger())
     for read in reads:
         [table] = read()
         loaded = load(table)

@@ -19,7 +19,7 @@ SCRIPTS = ("source.js", "gallery.js", "zoom.js", "main.js")
 def render(summary: dict[str, Any], data: dict[str, Any], sheets: Markup | None = None, connect: str = "'none'") -> bytes:
     """data: what source.js reads. sheets: outputs/report/sweep_grid.py's. connect: where the script may ask for rows, by the
     Content Security Policy."""
-    environment = templates("context_diffusion.outputs.report")
+    environment = templates()
     assert environment.loader
     script = "\n".join(["'use strict';", *(environment.loader.get_source(environment, name)[0] for name in SCRIPTS)])
     style = environment.loader.get_source(environment, "report.css")[0]

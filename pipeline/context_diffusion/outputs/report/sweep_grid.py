@@ -66,7 +66,7 @@ def contact_sheets(output: Output, made: Callable[[Row], str | None], source: So
         }
         for images in _first_rows(output)
     ]
-    template = templates("context_diffusion.outputs.report").get_template("contact_sheet.html.j2")
+    template = templates().get_template("contact_sheet.html.j2")
     return Markup(template.render(sheets=sheets, grid=grid, seeds="seed" not in matrix))
 
 
