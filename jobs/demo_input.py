@@ -19,15 +19,24 @@ from context_diffusion.training.data.styles import PALETTES, TEXTURES, Style, dr
 
 # Those that lie in the package itself; skimage.data's others would be downloaded.
 PHOTOGRAPHS = [
-    "astronaut", "coffee", "chelsea", "rocket", "camera", "retina", "coins", "horse", "immunohistochemistry", "brick", "grass",
+    "astronaut", "coffee", "chelsea", "rocket", "camera", "retina", "coins", "horse",
+    "immunohistochemistry", "brick", "grass",
 ]  # fmt: skip
 QUERIES = [
-    "astronaut", "coffee", "chelsea", "rocket", "camera", "retina", "coins", "camera", "horse", "immunohistochemistry", "brick",
+    "astronaut", "coffee", "chelsea", "rocket", "camera", "retina", "coins", "camera", "horse",
+    "immunohistochemistry", "brick",
     "coffee", "grass", "astronaut",
 ]  # fmt: skip
 # Every other of those is dressed in another photograph: pairs that show something at 128 pixels.
 WORN = ["retina", "coffee", "immunohistochemistry", "chelsea", "astronaut", "chelsea", "camera"]
-PROMPTS = ["autumn colours", "ocean colours", "dots", "a forest picture of hills", "violet tones and wavy texture", "striped"]
+PROMPTS = [
+    "autumn colours",
+    "ocean colours",
+    "dots",
+    "a forest picture of hills",
+    "violet tones and wavy texture",
+    "striped",
+]
 
 
 def write_photographs(folder: Path) -> list[str]:
@@ -38,9 +47,9 @@ def write_photographs(folder: Path) -> list[str]:
         except Exception as error:  # another release of scikit-image may ship fewer
             print(f"scikit-image has no {name} here: {error}", file=sys.stderr)
             continue
-        Image.fromarray(pixels if pixels.dtype == np.uint8 else (pixels * 255).astype(np.uint8)).convert("RGB").save(
-            folder / f"{name}.jpg", quality=92
-        )
+        Image.fromarray(pixels if pixels.dtype == np.uint8 else (pixels * 255).astype(np.uint8)).convert(
+            "RGB"
+        ).save(folder / f"{name}.jpg", quality=92)
         names.append(f"{name}.jpg")
     return names
 
@@ -48,7 +57,16 @@ def write_photographs(folder: Path) -> list[str]:
 def write_drawn(folder: Path, rng: np.random.Generator) -> tuple[list[str], list[list[str]]]:
     """Drawn layouts in grey, and for each named palette three pictures in one style."""
     grey = Style(
-        "mono", "flat", np.repeat(np.linspace(0.05, 0.95, 256, dtype=np.float32)[:, None], 3, 1), 9, 0, 0, "all", 0, (0, 0), 0
+        "mono",
+        "flat",
+        np.repeat(np.linspace(0.05, 0.95, 256, dtype=np.float32)[:, None], 3, 1),
+        9,
+        0,
+        0,
+        "all",
+        0,
+        (0, 0),
+        0,
     )
     layouts, styles = [], []
     for number in range(10):
@@ -77,7 +95,11 @@ def main(target: str) -> None:
 
     rows = []
     for number in range(28):
-        query = photograph(QUERIES[number // 2], number) if number % 2 == 0 else layouts[number // 2 % len(layouts)]
+        query = (
+            photograph(QUERIES[number // 2], number)
+            if number % 2 == 0
+            else layouts[number // 2 % len(layouts)]
+        )
         contexts = styles[number % len(styles)][: 1 + number % 3]
         if number % 4 == 2:  # a photograph dressed in another one
             contexts = [photograph(WORN[number // 4], number)]

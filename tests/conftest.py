@@ -10,10 +10,15 @@ import hypothesis
 import pytest
 
 STARTED = time.monotonic()
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub; without a network each try would wait half a minute
-hypothesis.settings.register_profile("here", deadline=None)  # how long an example takes on a busy machine proves nothing
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # no test asks the hub; without a network each try would wait half a minute
+)
+hypothesis.settings.register_profile(
+    "here", deadline=None
+)  # how long an example takes on a busy machine proves nothing
 hypothesis.settings.load_profile("here")
-# The order of `make test-full`: what no other test covers comes first, always. (pytest sorts overlapping paths its own way.)
+# The order of `make test-full`: what no other test covers comes first, always. (pytest sorts overlapping
+# paths its own way.)
 FIRST = (
     "tests/storage/test_object_store.py",
     "tests/flow/test_cli.py",
@@ -24,15 +29,19 @@ KILLS = "test_twenty_kills_lose_and_double_nothing"  # a minute or two each: eac
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In `make test-full` the groups behind FIRST begin at another one with each commit, so that the time left reaches all of
-    them in turn."""
+    """In `make test-full` the groups behind FIRST begin at another one with each commit, so that the time
+    left reaches all of them in turn."""
     if "TEST_SECONDS" not in os.environ:
         return
     groups = list(dict.fromkeys(map(_group, items)))
     others = [group for group in groups if group[0] == len(FIRST)]
-    # Coprime to most numbers of groups, and as many as the time reaches: the next commit goes on where this one ends.
+    # Coprime to most numbers of groups, and as many as the time reaches: the next commit goes on where this
+    # one ends.
     start = 7 * int(os.environ.get("TEST_TURN", "0")) % max(len(others), 1)
-    places = {group: place for place, group in enumerate([*sorted(set(groups) - set(others)), *others[start:], *others[:start]])}
+    places = {
+        group: place
+        for place, group in enumerate([*sorted(set(groups) - set(others)), *others[start:], *others[:start]])
+    }
     items.sort(key=lambda item: places[_group(item)])
 
 

@@ -1,10 +1,10 @@
-"""Airflow 3: waits for the night's manifest, runs the job on a Ray cluster, checks failed rows, publishes the path.
+"""Airflow 3: waits for the night's manifest, runs the job on a Ray cluster, checks failed rows, publishes the
+path.
 
     cp jobs/airflow/context_diffusion_nightly.py DAGS        # the dags folder
 
-Variables of the environment: RAY_API_SERVER_ADDRESS, RAY_AUTH_TOKEN, and
-CONTEXT_DIFFUSION_JOB, a job file with {day} in it (default: ../nightly.yaml). A retry resumes; clearing the task too.
-"""
+Variables of the environment: RAY_API_SERVER_ADDRESS, RAY_AUTH_TOKEN, and CONTEXT_DIFFUSION_JOB, a job file
+with {day} in it (default: ../nightly.yaml). A retry resumes; clearing the task too."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def context_diffusion_nightly() -> None:
     @task.sensor(poke_interval=300, timeout=6 * 3600, mode="reschedule")
     def manifest(ds: str) -> PokeReturnValue:
         try:
-            return PokeReturnValue(is_done=True, xcom_value=nightly.check_ready(RayJobs.known(), nightly.job_of(ds, JOB)))
+            return PokeReturnValue(
+                is_done=True, xcom_value=nightly.check_ready(RayJobs.known(), nightly.job_of(ds, JOB))
+            )
         except nightly.NotReadyError:
             return PokeReturnValue(is_done=False)
         except nightly.WrongJobError as error:

@@ -1,10 +1,10 @@
-"""Argo Workflows: writes the CronWorkflow that waits for the night's manifest, runs the job on a Ray cluster and checks it.
+"""Argo Workflows: writes the CronWorkflow that waits for the night's manifest, runs the job on a Ray cluster
+and checks it.
 
     python jobs/argo/nightly.py > nightly.yaml && kubectl apply -f nightly.yaml     # needs `pip install hera`
 
-The job file lies in the ConfigMap of infra/kuberay/common, {day} in it is the day of the workflow. 75, 143 and 1 are tried
-again and resume, 2 is not; a workflow that is stopped stops the Ray job.
-"""
+The job file lies in the ConfigMap of infra/kuberay/common, {day} in it is the day of the workflow. 75, 143
+and 1 are tried again and resume, 2 is not; a workflow that is stopped stops the Ray job."""
 
 from __future__ import annotations
 
@@ -27,12 +27,16 @@ def step(name: str, words: list[str], retry: models.RetryStrategy) -> Container:
             models.EnvVar(
                 name="RAY_AUTH_TOKEN",
                 value_from=models.EnvVarSource(
-                    secret_key_ref=models.SecretKeySelector(name="context-diffusion-ray-token", key="auth_token")
+                    secret_key_ref=models.SecretKeySelector(
+                        name="context-diffusion-ray-token", key="auth_token"
+                    )
                 ),
             ),
         ],
         volume_mounts=[models.VolumeMount(name="job", mount_path="/etc/context-diffusion", read_only=True)],
-        resources=models.ResourceRequirements(requests={"cpu": "500m", "memory": "1Gi"}, limits={"memory": "2Gi"}),
+        resources=models.ResourceRequirements(
+            requests={"cpu": "500m", "memory": "1Gi"}, limits={"memory": "2Gi"}
+        ),
         retry_strategy=retry,
     )
 
@@ -48,7 +52,9 @@ def workflow() -> CronWorkflow:
         timezone="Etc/UTC",
         concurrency_policy="Forbid",
         entrypoint="night",
-        volumes=[models.Volume(name="job", config_map=models.ConfigMapVolumeSource(name="context-diffusion-job"))],
+        volumes=[
+            models.Volume(name="job", config_map=models.ConfigMapVolumeSource(name="context-diffusion-job"))
+        ],
     ) as made:
         ready = step("manifest", ["ready", JOB], waiting)
         images = step("images", ["run", JOB, "--max-failed-share", "0.01"], resuming)

@@ -1,10 +1,10 @@
-"""Prefect 3: waits for the night's manifest, runs the job on a Ray cluster, checks failed rows, publishes the path.
+"""Prefect 3: waits for the night's manifest, runs the job on a Ray cluster, checks failed rows, publishes the
+path.
 
     python jobs/prefect/nightly.py            # serves it, every night at two
 
-RAY_API_SERVER_ADDRESS and RAY_AUTH_TOKEN name the cluster, CONTEXT_DIFFUSION_JOB a job file with {day} in it (default:
-../nightly.yaml). A retry resumes; a cancelled flow stops the Ray job.
-"""
+RAY_API_SERVER_ADDRESS and RAY_AUTH_TOKEN name the cluster, CONTEXT_DIFFUSION_JOB a job file with {day} in it
+(default: ../nightly.yaml). A retry resumes; a cancelled flow stops the Ray job."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def images(job: nightly.Job) -> dict[str, Any]:
 @task
 def publish(summary: dict[str, Any]) -> str:
     output = nightly.check(summary, MAX_FAILED_SHARE)
-    create_link_artifact(f"{output}/report.html", key="context-diffusion-images", description=f"{summary['rows']} rows")
+    create_link_artifact(
+        f"{output}/report.html", key="context-diffusion-images", description=f"{summary['rows']} rows"
+    )
     return output
 
 

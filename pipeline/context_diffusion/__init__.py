@@ -1,4 +1,5 @@
-"""Context-aware image generation at scale: layout from a query, style from contexts, meaning from a prompt."""
+"""Context-aware image generation at scale: layout from a query, style from contexts, meaning from a
+prompt."""
 
 from __future__ import annotations
 

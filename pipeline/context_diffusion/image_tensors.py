@@ -23,7 +23,8 @@ from context_diffusion.storage.filesystem import Storage
 Normalization = Literal["dynamic", "clip", "none"]
 LEVEL = 1 / 255
 # Methods that change neither an image's values nor its channels.
-REMEMBERING = {"to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "pin_memory", "clone", "detach",
+REMEMBERING = {"to", "type", "float", "double", "half", "bfloat16", "cpu", "cuda", "pin_memory", "clone",
+               "detach",
                "contiguous", "unsqueeze", "squeeze", "requires_grad_"}  # fmt: skip
 
 
@@ -41,7 +42,11 @@ class ImageTensor(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in REMEMBERING and type(result) is torch.Tensor and _remembers(args[0]):
+        if (
+            getattr(func, "__name__", "") in REMEMBERING
+            and type(result) is torch.Tensor
+            and _remembers(args[0])
+        ):
             return _remember(result, args[0].removed_mean, args[0].removed_std)
         return result
 
@@ -70,7 +75,9 @@ def load_image_as_tensor(
     constant image becomes 0), `clip` CLIP's constants, `none` leaves values in [0, 1]. Raises
     FileNotFoundError, RowError if it is no image, ValueError for a wrong size or normalization."""
     if normalization not in get_args(Normalization):
-        raise ValueError(f"normalization is one of {', '.join(get_args(Normalization))}, not {normalization!r}")
+        raise ValueError(
+            f"normalization must be one of {', '.join(get_args(Normalization))}, not {normalization!r}"
+        )
     wanted = None if size is None else _size(size)
     pixels = to_pixels(source)
     if wanted is not None:
@@ -96,8 +103,12 @@ def channels_first(pixels: Pixels | Sequence[Pixels]) -> torch.Tensor:
 
 def _size(size: Any) -> tuple[int, int]:
     sides = (size, size) if isinstance(size, int) else size
-    if not isinstance(sides, tuple | list) or len(sides) != 2 or not all(type(s) is int and s >= 1 for s in sides):
-        raise ValueError(f"size is a whole number of pixels from 1 on or a pair (width, height) of them, not {size!r}")
+    if (
+        not isinstance(sides, tuple | list)
+        or len(sides) != 2
+        or not all(type(s) is int and s >= 1 for s in sides)
+    ):
+        raise ValueError(f"size must be a positive number of pixels or a pair (width, height), not {size!r}")
     return sides[0], sides[1]
 
 
@@ -121,9 +132,11 @@ def to_pixels(source: Any) -> Pixels:
         return rgb_pixels(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
-            raise ValueError(f"an array of a picture is uint8 (H, W, 3), not {source.dtype} {source.shape}")
+            raise ValueError(f"an image array must be uint8 (H, W, 3), not {source.dtype} {source.shape}")
         return np.ascontiguousarray(source)
-    raise TypeError(f"a picture is a path, URI, bytes, PIL image, array or tensor, not a {type(source).__name__}")
+    raise TypeError(
+        f"an image must be a path, URI, bytes, PIL image, array or tensor, not a {type(source).__name__}"
+    )
 
 
 def to_resized(source: Any, size_of: Callable[[int, int], Size], fit: Fit) -> Pixels:
@@ -162,12 +175,14 @@ def _tensor_pixels(tensor: torch.Tensor) -> Pixels:
     if values.ndim == 4 and values.shape[0] == 1:
         values = values[0]  # a batch of one
     if values.ndim != 3 or values.shape[0] != 3 or not values.numel() or not values.is_floating_point():
-        raise ValueError(f"a tensor of a picture is float (3, H, W), not {values.dtype} {tuple(tensor.shape)}")
+        raise ValueError(f"an image tensor must be float (3, H, W), not {values.dtype} {tuple(tensor.shape)}")
     values = values.float().cpu()
     if isinstance(tensor, ImageTensor) and _remembers(tensor):
         mean, std = torch.tensor(tensor.removed_mean), torch.tensor(tensor.removed_std)
         values = values * std[:, None, None] + mean[:, None, None]
     elif not (values.min() >= -LEVEL / 2 and values.max() <= 1 + LEVEL / 2):  # NaN is not either
         extremes = f"{values.min():.3g} to {values.max():.3g}"
-        raise ValueError(f"a plain tensor of a picture is in [0, 1], not {extremes}: clamp it, or undo its normalisation")
+        raise ValueError(
+            f"a plain image tensor must be in [0, 1], not {extremes}: clamp it, or undo its normalisation"
+        )
     return (values * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()

@@ -109,7 +109,9 @@ class ContextDiffusion:
     ) -> Any: ...  # an image, or a list of them
 
     @overload
-    def __call__(self, query: Any, context: list[Any], prompt: str | None = None, **settings: Any) -> Image.Image: ...
+    def __call__(
+        self, query: Any, context: list[Any], prompt: str | None = None, **settings: Any
+    ) -> Image.Image: ...
 
     def __call__(
         self,
@@ -192,7 +194,7 @@ class ContextDiffusion:
             raise ValueError(str(error)) from None
         for kind in kinds:
             if kind not in CONTROLS:
-                raise ValueError(f"control is one of {', '.join(CONTROLS)} or disabled, not {kind!r}")
+                raise ValueError(f"control must be one of {', '.join(CONTROLS)} or disabled, not {kind!r}")
         return kinds
 
     def _checked_settings(self, settings: dict[str, Any]) -> Settings:

@@ -34,7 +34,9 @@ def test_dynamic_normalisation_is_the_models_own() -> None:
     assert tensor.shape == (3, 24, 40)
     plain = tensor.as_subclass(torch.Tensor)
     torch.testing.assert_close(plain, expected[0])
-    torch.testing.assert_close(torch.tensor([tensor.removed_mean, tensor.removed_std]), torch.stack([mean[0], std[0]]))
+    torch.testing.assert_close(
+        torch.tensor([tensor.removed_mean, tensor.removed_std]), torch.stack([mean[0], std[0]])
+    )
     torch.testing.assert_close(plain.mean((1, 2)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(plain.flatten(1).std(1, correction=0), torch.ones(3))
 
@@ -91,7 +93,14 @@ def test_any_fsspec_uri() -> None:
 def test_pixels_of_tensors_normalised_or_not() -> None:
     plain = torch.from_numpy(PIXELS).permute(2, 0, 1) / 255
     tensor = load_image_as_tensor(PIXELS)
-    for source in (plain, plain[None], tensor, tensor.unsqueeze(0), tensor.double(), plain.clone().requires_grad_()):
+    for source in (
+        plain,
+        plain[None],
+        tensor,
+        tensor.unsqueeze(0),
+        tensor.double(),
+        plain.clone().requires_grad_(),
+    ):
         pixels = to_pixels(source)
         assert pixels.dtype == np.uint8
         assert (pixels == PIXELS).all()
@@ -99,7 +108,13 @@ def test_pixels_of_tensors_normalised_or_not() -> None:
 
 def test_copies_remember_and_results_of_arithmetic_are_plain() -> None:
     tensor = load_image_as_tensor(PIXELS)
-    same = [tensor.to(torch.float64), tensor.to("cpu"), tensor.clone(), tensor.detach(), tensor.half().float()]
+    same = [
+        tensor.to(torch.float64),
+        tensor.to("cpu"),
+        tensor.clone(),
+        tensor.detach(),
+        tensor.half().float(),
+    ]
     same += [tensor.contiguous(), tensor.unsqueeze(0), tensor.unsqueeze(0).squeeze(0)]
     same += [copy.copy(tensor), copy.deepcopy(tensor), pickle.loads(pickle.dumps(tensor))]
     for other in same:
@@ -118,7 +133,9 @@ def test_copies_remember_and_results_of_arithmetic_are_plain() -> None:
         assert type(changed) is torch.Tensor
 
 
-@pytest.mark.parametrize(("size", "shape"), [(16, (3, 16, 16)), ((20, 12), (3, 12, 20)), ([20, 12], (3, 12, 20))])
+@pytest.mark.parametrize(
+    ("size", "shape"), [(16, (3, 16, 16)), ((20, 12), (3, 12, 20)), ([20, 12], (3, 12, 20))]
+)
 def test_size_is_a_side_or_width_and_height(size: Any, shape: tuple[int, ...]) -> None:
     assert load_image_as_tensor(PIXELS, size).shape == shape
 

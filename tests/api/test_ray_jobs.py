@@ -1,4 +1,5 @@
-"""Clusters that are not there, or are something else: what `submit`, `status` and `stop` say, and when they give up."""
+"""Clusters that are not there, or are something else: what `submit`, `status` and `stop` say, and when they
+give up."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from support.processes import COMMAND, ENVIRONMENT
 
 @contextmanager
 def dashboard(*answers: tuple[int, str]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """An HTTP server that gives these answers in turn, the last one ever after. -> its address, and what it was asked."""
+    """An HTTP server that gives these answers in turn, the last one ever after. -> its address, and what it
+    was asked."""
     asked: list[tuple[str, str]] = []
 
     def answer(method: str, path: str) -> Answer:
@@ -85,7 +87,9 @@ def words_of(command: str, folder: Path) -> list[str]:
         pytest.param("submit", False, marks=pytest.mark.slow),
     ],
 )
-def test_an_address_where_nobody_answers_is_told_soon_and_given_up(command: str, silent: bool, tmp_path: Path) -> None:
+def test_an_address_where_nobody_answers_is_told_soon_and_given_up(
+    command: str, silent: bool, tmp_path: Path
+) -> None:
     with listener() as never:
         address = never if silent else f"http://127.0.0.1:{free_port()}"
         begun = time.monotonic()
@@ -101,12 +105,12 @@ def test_an_address_where_nobody_answers_is_told_soon_and_given_up(command: str,
 def test_what_is_no_dashboard_is_refused_at_once(tmp_path: Path) -> None:
     with listener(b"\0\0\x06\x04\0\0\0\0\0\0\x05\0\0@\0") as grpc:  # as Ray's other ports begin
         code, error, told = call("status", "nothing-1", "--address", grpc)
-        assert (code, "no Ray dashboard" in error, "8265" in error) == (75, True, True)
+        assert (code, "not a Ray dashboard" in error, "8265" in error) == (75, True, True)
         assert len(told) == 1, "no line about waiting"
     with dashboard((404, "<h1>Not Found</h1>")) as (web, _):
         for words in (["status", "nothing-1"], ["stop", "nothing-1"], words_of("submit", tmp_path)):
             code, error, _ = call(*words, "--address", web)
-            assert (code, f"what answers at {web} is no Ray dashboard" in error) == (75, True)
+            assert (code, f"{web} is not a Ray dashboard" in error) == (75, True)
     for address in ("ray://127.0.0.1:10001", "127.0.0.1:8265", "auto"):
         code, error, _ = call("stop", "nothing-1", "--address", address)
         assert (code, address in error, "http://HOST:8265" in error) == (2, True, True)
@@ -114,7 +118,9 @@ def test_what_is_no_dashboard_is_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["", "token"])
 @pytest.mark.parametrize("token", ["", "another"])
-def test_a_cluster_that_asks_for_a_token_says_what_is_not_set_here(mode: str, token: str, tmp_path: Path) -> None:
+def test_a_cluster_that_asks_for_a_token_says_what_is_not_set_here(
+    mode: str, token: str, tmp_path: Path
+) -> None:
     settings = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": token, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
     with dashboard((401, "Unauthorized")) as (address, _):
         code, error, _ = call("status", "nothing-1", "--address", address, **settings)
@@ -126,7 +132,7 @@ def test_a_cluster_that_asks_for_a_token_says_what_is_not_set_here(mode: str, to
 
 def test_a_head_that_has_just_started_is_asked_again_and_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = (500, "No available agent to submit job, please try again later.")
-    monkeypatch.setattr("context_diffusion.ray_jobs.TELL_S", 0.5)
+    monkeypatch.setattr("context_diffusion.ray_jobs.NOTICE_S", 0.5)
     lines: list[str] = []
     with dashboard(busy, busy, (200, "{}")) as (address, asked):
         assert RayJobs(address, tell=lines.append).submit("a-1", "true")
@@ -151,4 +157,6 @@ def test_a_python_that_lacks_the_package_is_named_by_the_job_itself(tmp_path: Pa
         f"error: {tmp_path}/python, the Python of this cluster, lacks context_diffusion: install it there"
     )
     brought = {"pip": ["context-diffusion"]}
-    assert "python_worker_command" not in entrypoint_of(["run", "/dev/stdin"], {}, brought), "its own `python` comes first"
+    assert "python_worker_command" not in entrypoint_of(["run", "/dev/stdin"], {}, brought), (
+        "its own `python` comes first"
+    )

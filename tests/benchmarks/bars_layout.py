@@ -1,11 +1,12 @@
-"""Layout and style measures on held-out rows, with negative controls and the autoencoder's copy of the true image as upper bound.
+"""Layout and style measures on held-out rows, with negative controls and the autoencoder's copy of the true
+image as upper bound.
 
     python tests/benchmarks/bars_layout.py [MODEL] [--rows 256] [--steps 20]
 
-Of 8: the query whose edges the output has, the contexts whose colours it has; its boundaries against the true picture's
-(F1 at 2 px), its regions' colours against the truth's (dE2000). Then: one context against three, their order, and what
-changes with only the query or only the contexts exchanged. Every row has a seed of its own and 1 to 3 contexts.
-"""
+Of 8: the query whose edges the output has, the contexts whose colours it has; its boundaries against the true
+picture's (F1 at 2 px), its regions' colours against the truth's (dE2000). Then: one context against three,
+their order, and what changes with only the query or only the contexts exchanged. Every row has a seed of its
+own and 1 to 3 contexts."""
 
 from __future__ import annotations
 
@@ -41,7 +42,10 @@ def table(model: NativeModel, rows: list[Row], settings: Settings) -> None:
     truth = [row.truth for row in rows]
     # A shuffled row is held against what the next one of its group should be.
     turned = [rows[i - i % GROUP + (i + 1) % GROUP] for i in range(len(rows))]
-    print(f"{'':18s}{'layout':>9s}{'boundary F1':>13s}{'palette':>9s}{'dE2000':>8s}{'texture':>9s}{'its name':>10s}")
+    print(
+        f"{'':18s}{'layout':>9s}{'boundary F1':>13s}{'palette':>9s}{'dE2000':>8s}"
+        f"{'texture':>9s}{'its name':>10s}"
+    )
     for name, made, of_query, of_style in (
         ("model", images, rows, rows),
         ("autoencoder", copies(model, truth), rows, rows),
@@ -61,21 +65,32 @@ def line(images: list[Pixels], of_query: list[Row], of_style: list[Row]) -> str:
         a.truth if a is b else dress(a.tone, b.style, np.random.default_rng(i))
         for i, (a, b) in enumerate(zip(of_query, of_style, strict=True))
     ]
-    texture, colour = names(images, [replace(a, style=b.style) for a, b in zip(of_query, of_style, strict=True)])
+    texture, colour = names(
+        images, [replace(a, style=b.style) for a, b in zip(of_query, of_style, strict=True)]
+    )
     layout = named(lambda i, j: layout_score(images[i], of_query[j].query), count)
     style = named(lambda i, j: -chamfer(colours[i], shown[j]), count)
     boundary = np.mean([boundary_f1(image, true) for image, true in zip(images, wanted, strict=True)])
-    far = np.mean([region_distance(image, true, row.tone) for image, true, row in zip(images, wanted, of_query, strict=True)])
+    far = np.mean(
+        [
+            region_distance(image, true, row.tone)
+            for image, true, row in zip(images, wanted, of_query, strict=True)
+        ]
+    )
     return f"{layout:9.3f}{boundary:13.3f}{style:9.3f}{far:8.1f}{texture:9.3f}{colour:10.3f}"
 
 
 def contexts(model: NativeModel, rows: list[Row], settings: Settings) -> None:
     one, three, turned = (
-        make(model, [request_of(row, i, settings, contexts=tuple(pick(row.contexts))) for i, row in enumerate(rows)])
+        make(
+            model,
+            [request_of(row, i, settings, contexts=tuple(pick(row.contexts))) for i, row in enumerate(rows)],
+        )
         for pick in (lambda c: c[:1], lambda c: c, lambda c: c[::-1])
     )
     first, second = (
-        [region_distance(image, row.truth, row.tone) for image, row in zip(images, rows, strict=True)] for images in (one, three)
+        [region_distance(image, row.truth, row.tone) for image, row in zip(images, rows, strict=True)]
+        for images in (one, three)
     )
     better = sum(b < a for a, b in zip(first, second, strict=True))
     told = f"better in {better} of {len(rows)}, p {sign_test(better, len(rows) - better):.1e}"
@@ -85,9 +100,11 @@ def contexts(model: NativeModel, rows: list[Row], settings: Settings) -> None:
 
 
 def swap(model: NativeModel, rows: list[Row], settings: Settings) -> None:
-    """Of pairs of rows: the output with only the contexts, only the query exchanged for the other row's. Same seed.
+    """Of pairs of rows: the output with only the contexts, only the query exchanged for the other row's. Same
+    seed.
 
-    A texture is edges too, so the true pictures' own ratio stands beside the model's, and a third change, of palette alone."""
+    A texture is edges too, so the true pictures' own ratio stands beside the model's, and a third change, of
+    palette alone."""
     pairs = [(rows[i], rows[i + 1], i) for i in range(0, len(rows) - 1, 2)]
     repainted = [replace(a.style, palette=b.style.palette, lut=b.style.lut) for a, b, _ in pairs]
     changes = (
@@ -100,7 +117,8 @@ def swap(model: NativeModel, rows: list[Row], settings: Settings) -> None:
         [{"query": b.query} for _, b, _ in pairs],
     )
     made = [
-        make(model, [request_of(a, i, settings, **more) for (a, _, i), more in zip(pairs, each, strict=True)]) for each in changes
+        make(model, [request_of(a, i, settings, **more) for (a, _, i), more in zip(pairs, each, strict=True)])
+        for each in changes
     ]
     true = [
         [dressed(tone, style) for tone, style in each]
@@ -115,9 +133,17 @@ def swap(model: NativeModel, rows: list[Row], settings: Settings) -> None:
         for what, change, small, large in (
             ("edges, by contexts and by query", edge_change, restyled, moved),
             ("edges, by their palette alone and by query", edge_change, repainted_ones, moved),
-            ("palette, by query and by contexts", lambda a, b: chamfer(palette([a]), palette([b])), moved, restyled),
+            (
+                "palette, by query and by contexts",
+                lambda a, b: chamfer(palette([a]), palette([b])),
+                moved,
+                restyled,
+            ),
         ):
-            little, much = (np.mean([change(a, b) for a, b in zip(base, images, strict=True)]) for images in (small, large))
+            little, much = (
+                np.mean([change(a, b) for a, b in zip(base, images, strict=True)])
+                for images in (small, large)
+            )
             print(f"{whose}: change of the {what}: {little:.3f}, {much:.3f}: {little / much:.3f}", flush=True)
 
 

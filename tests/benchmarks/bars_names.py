@@ -1,10 +1,11 @@
 """Names an image's texture and palette: renders its layout in each of them and takes the most similar one.
 
-    python tests/benchmarks/bars_names.py [MODEL] [--rows 128]     how often it is right on true pictures, the ceiling
+    python tests/benchmarks/bars_names.py [MODEL] [--rows 128]     how often it is right on true pictures, the
+    ceiling
 
-Nothing is learned, so nothing is shared with the model and its scores but the generator. Lightness is taken without what
-the layout's tone explains, so that colours don't matter to the texture; the texture's phase is never the same twice.
-"""
+Nothing is learned, so nothing is shared with the model and its scores but the generator. Lightness is taken
+without what the layout's tone explains, so that colours don't matter to the texture; the texture's phase is
+never the same twice."""
 
 from __future__ import annotations
 
@@ -68,7 +69,10 @@ def features(image: Pixels, tone: Tone) -> Features:
     weight = (cv2.dilate(border, np.ones((3, 3))) < 0.3) + 0.02
     weight /= weight.sum()
     rest = residual(image, tone)
-    energies = [(np.hypot(cv2.filter2D(rest, -1, even), cv2.filter2D(rest, -1, odd)) * weight).sum() for even, odd in filters()]
+    energies = [
+        (np.hypot(cv2.filter2D(rest, -1, even), cv2.filter2D(rest, -1, odd)) * weight).sum()
+        for even, odd in filters()
+    ]
     centred = rest - (rest * weight).sum()
     variance, third = ((centred**power * weight).sum() for power in (2, 3))
     return np.array([*np.log(np.array(energies) + 0.5), third / (variance**1.5 + 1)])
@@ -84,7 +88,8 @@ def moved(tone: Tone, style: Style, rng: Rng) -> Pixels:
 
 
 def texture_of(image: Pixels, tone: Tone, styles: Iterable[Style], turned: bool = False) -> str:
-    """The texture of that one of these styles in which the layout looks most like the picture. turned: at any angle."""
+    """The texture of that one of these styles in which the layout looks most like the picture. turned: at any
+    angle."""
     seen, best = features(image, tone), (np.inf, "")
     for number, style in enumerate(styles):
         candidate = features(moved(tone, style, np.random.default_rng((5, number))), tone)
@@ -102,7 +107,9 @@ def textures_like(style: Style, draws: int = 3) -> list[Style]:
 
 def any_texture(style: Style) -> list[Style]:
     """The same with periods and strengths of all kinds: what a prompt could mean that names a texture."""
-    shapes = [{"period": p, "strength": s, "band": "all"} for p in (9, 11, 13, 16, 19, 22) for s in (0.16, 0.25)]
+    shapes = [
+        {"period": p, "strength": s, "band": "all"} for p in (9, 11, 13, 16, 19, 22) for s in (0.16, 0.25)
+    ]
     return [replace(style, texture=texture, **shape) for texture in TEXTURES for shape in shapes]  # type: ignore[arg-type]
 
 
@@ -115,7 +122,9 @@ def lab(colours: NDArray[np.float32]) -> NDArray[np.float32]:
 def palettes() -> NDArray[np.float32]:
     """(palettes, DRAWS, TONES, 3): Lab by tone of many draws of each palette, lightness at its weight."""
     rng, centres = np.random.default_rng(7), ((np.arange(TONES) + 0.5) * 256 / TONES).astype(int)
-    return np.stack([[lab(make_lut(rng, name)[centres]) * WEIGHTS for _ in range(DRAWS)] for name in PALETTES])
+    return np.stack(
+        [[lab(make_lut(rng, name)[centres]) * WEIGHTS for _ in range(DRAWS)] for name in PALETTES]
+    )
 
 
 def palette_of(image: Pixels, tone: Tone) -> str:
@@ -124,7 +133,9 @@ def palette_of(image: Pixels, tone: Tone) -> str:
     counts = np.bincount(steps, minlength=TONES)
     colours = lab(image.reshape(-1, 3) / np.float32(255)) * WEIGHTS
     known = counts > FEW
-    seen = np.stack([np.bincount(steps, colours[:, c], TONES) for c in range(3)], 1)[known] / counts[known, None]
+    seen = (
+        np.stack([np.bincount(steps, colours[:, c], TONES) for c in range(3)], 1)[known] / counts[known, None]
+    )
     distances = np.square(seen - palettes()[:, :, known]).sum(3) @ counts[known]
     return list(PALETTES)[distances.min(1).argmin()]
 
@@ -132,8 +143,14 @@ def palette_of(image: Pixels, tone: Tone) -> str:
 def names(images: list[Pixels], rows: list[Row]) -> tuple[float, float]:
     """The shares of pictures whose texture is their row's, and whose palette, where that has a name."""
     pairs = list(zip(images, rows, strict=True))
-    texture = [texture_of(image, row.tone, textures_like(row.style)) == row.style.texture for image, row in pairs]
-    palette = [palette_of(image, row.tone) == row.style.palette for image, row in pairs if row.style.palette != "random"]
+    texture = [
+        texture_of(image, row.tone, textures_like(row.style)) == row.style.texture for image, row in pairs
+    ]
+    palette = [
+        palette_of(image, row.tone) == row.style.palette
+        for image, row in pairs
+        if row.style.palette != "random"
+    ]
     return float(np.mean(texture)), float(np.mean(palette))
 
 
@@ -144,7 +161,10 @@ if __name__ == "__main__":
     cv2.setNumThreads(1)
     rows = held_out_rows(given.rows, model.image_size, seed=77)
     truth = [moved(row.tone, row.style, np.random.default_rng((99, i))) for i, row in enumerate(rows)]
-    for what, images in (("true pictures, another phase", truth), ("the autoencoder's copies of them", copies(model, truth))):
+    for what, images in (
+        ("true pictures, another phase", truth),
+        ("the autoencoder's copies of them", copies(model, truth)),
+    ):
         print("{}: texture {:.3f}, palette {:.3f}".format(what, *names(images, rows)), flush=True)
     loose = [
         texture_of(image, row.tone, any_texture(row.style), turned=True) == row.style.texture

@@ -2,10 +2,9 @@
 
     python tests/benchmarks/bars_photographs.py [MODEL] [--steps 20] [--page PNG]
 
-Figures: thresholded noise and polygons in two colours, 16 queries in turn with 16 palettes, some of them close.
-Photographs: 8 of scikit-image's as queries, dressed in 8 as contexts, 64 pairs: the edges should name the query, the
-colours the context.
-"""
+Figures: thresholded noise and polygons in two colours, 16 queries in turn with 16 palettes, some of them
+close. Photographs: 8 of scikit-image's as queries, dressed in 8 as contexts, 64 pairs: the edges should name
+the query, the colours the context."""
 
 from __future__ import annotations
 
@@ -28,7 +27,16 @@ from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training.samples import make
 
 QUERIES = ["horse", "coffee", "chelsea", "rocket", "camera", "coins", "astronaut", "moon"]
-CONTEXTS = ["retina", "hubble_deep_field", "chelsea", "coffee", "immunohistochemistry", "astronaut", "rocket", "grass"]
+CONTEXTS = [
+    "retina",
+    "hubble_deep_field",
+    "chelsea",
+    "coffee",
+    "immunohistochemistry",
+    "astronaut",
+    "rocket",
+    "grass",
+]
 
 
 def photograph(name: str, size: int) -> Pixels:
@@ -50,7 +58,8 @@ def figure(rng: np.random.Generator, size: int, number: int) -> np.ndarray:
 
 
 def two_colours(rng: np.random.Generator, count: int) -> list[np.ndarray]:
-    """(2, 3) RGB in [0, 1] each: a dark and a light colour; every fourth palette is close to the one before."""
+    """(2, 3) RGB in [0, 1] each: a dark and a light colour; every fourth palette is close to the one
+    before."""
     palettes: list[np.ndarray] = []
     for number in range(count):
         lab = np.stack([rng.uniform([15, -45, -45], [45, 45, 45]), rng.uniform([60, -45, -45], [90, 45, 45])])
@@ -72,28 +81,52 @@ def figures(model: NativeModel, settings: Settings, groups: int = 4) -> None:
         rng, size = np.random.default_rng((23, group)), model.image_size
         palettes = two_colours(rng, 16)
         queries = [paint(figure(rng, size, k), np.array([[0.25] * 3, [0.75] * 3])) for k in range(16)]
-        contexts = [[paint(figure(rng, size, k + j), one) for j in range(2)] for k, one in enumerate(palettes)]
-        requests = [gray_request(f"{group}-{k}", queries[k], contexts[k], settings, 16 * group + k) for k in range(16)]
+        contexts = [
+            [paint(figure(rng, size, k + j), one) for j in range(2)] for k, one in enumerate(palettes)
+        ]
+        requests = [
+            gray_request(f"{group}-{k}", queries[k], contexts[k], settings, 16 * group + k) for k in range(16)
+        ]
         images = make(model, requests)
-        layouts.append(named_first(np.array([[layout_score(image, query) for query in queries] for image in images])))
+        layouts.append(
+            named_first(np.array([[layout_score(image, query) for query in queries] for image in images]))
+        )
         shown, made = [palette(one) for one in contexts], [palette([image]) for image in images]
         styles.append(named_first(np.array([[-chamfer(colours, one) for one in shown] for colours in made])))
-    told = f"edges name the query of 16 in {np.mean(layouts):.3f}, colours the palette in {np.mean(styles):.3f}"
+    told = (
+        f"edges name the query of 16 in {np.mean(layouts):.3f}, colours the palette in {np.mean(styles):.3f}"
+    )
     print(f"figures, {16 * groups} rows: {told}", flush=True)
 
 
 def photographs(model: NativeModel, settings: Settings, page: Path) -> None:
     size = model.image_size
     queries, contexts = ([photograph(name, size) for name in names] for names in (QUERIES, CONTEXTS))
-    requests = [gray_request(f"{q}-{c}", queries[q], [contexts[c]], settings, 8 * q + c) for q in range(8) for c in range(8)]
+    requests = [
+        gray_request(f"{q}-{c}", queries[q], [contexts[c]], settings, 8 * q + c)
+        for q in range(8)
+        for c in range(8)
+    ]
     images = make(model, requests)
     shown, made = [palette([one]) for one in contexts], [palette([image]) for image in images]
-    layout = np.mean([np.argmax([layout_score(image, query) for query in queries]) == n // 8 for n, image in enumerate(images)])
-    style = np.mean([np.argmin([chamfer(colours, one) for one in shown]) == n % 8 for n, colours in enumerate(made)])
-    print(f"photographs, 64 pairs: edges name the query of 8 in {layout:.3f}, colours the context of 8 in {style:.3f}")
+    layout = np.mean(
+        [
+            np.argmax([layout_score(image, query) for query in queries]) == n // 8
+            for n, image in enumerate(images)
+        ]
+    )
+    style = np.mean(
+        [np.argmin([chamfer(colours, one) for one in shown]) == n % 8 for n, colours in enumerate(made)]
+    )
+    print(
+        f"photographs, 64 pairs: edges name the query of 8 in {layout:.3f}, colours the context of 8 in "
+        f"{style:.3f}"
+    )
     gap = 6
     sheet = np.full((9 * (size + gap) - gap, 9 * (size + gap) - gap, 3), 255, np.uint8)
-    cells = {(0, c + 1): one for c, one in enumerate(contexts)} | {(q + 1, 0): one for q, one in enumerate(queries)}
+    cells = {(0, c + 1): one for c, one in enumerate(contexts)} | {
+        (q + 1, 0): one for q, one in enumerate(queries)
+    }
     cells |= {(n // 8 + 1, n % 8 + 1): image for n, image in enumerate(images)}
     for (row, column), pixels in cells.items():
         sheet[row * (size + gap) :, column * (size + gap) :][:size, :size] = pixels

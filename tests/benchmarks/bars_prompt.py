@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bars_prompt.py [MODEL] [--rows 256] [--steps 20]
 
-Alone: palette and texture in a wording that training never uses, no context. Overridden: the contexts show one palette or
-texture, the prompt names another; the truth is the variant of the style. Then with more guidance for either side.
-"""
+Alone: palette and texture in a wording that training never uses, no context. Overridden: the contexts show
+one palette or texture, the prompt names another; the truth is the variant of the style. Then with more
+guidance for either side."""
 
 from __future__ import annotations
 
@@ -26,11 +26,17 @@ def alone(model: NativeModel, rows: list[Row], settings: Settings) -> None:
     asked, unstyled = [], settings.model_copy(update={"context_scale": 0.0})  # as if there were none
     for number, row in enumerate(rows):
         rng = np.random.default_rng((13, number))
-        prompt = f"{rng.choice(TEXTURE_WORDS[row.style.texture])} texture in {rng.choice(PALETTE_WORDS[row.style.palette])}"
+        prompt = (
+            f"{rng.choice(TEXTURE_WORDS[row.style.texture])} texture in "
+            f"{rng.choice(PALETTE_WORDS[row.style.palette])}"
+        )
         asked.append(request_of(row, number, unstyled, prompt=prompt))
     made = list(zip(make(model, asked), rows, strict=True))
     texture = np.mean(
-        [texture_of(image, row.tone, any_texture(row.style), turned=True) == row.style.texture for image, row in made]
+        [
+            texture_of(image, row.tone, any_texture(row.style), turned=True) == row.style.texture
+            for image, row in made
+        ]
     )
     colour = np.mean([palette_of(image, row.tone) == row.style.palette for image, row in made])
     print(f"prompt alone, {len(rows)} rows: texture {texture:.3f}, palette {colour:.3f}", flush=True)
@@ -41,18 +47,29 @@ def overridden(model: NativeModel, rows: list[Row], settings: Settings) -> None:
     prompts = []
     for number, (what, style) in enumerate(wanted):
         rng = np.random.default_rng((18, number))
-        texture, colour = rng.choice(TEXTURE_WORDS[style.texture]), rng.choice(PALETTE_WORDS.get(style.palette, [""]))
+        texture, colour = (
+            rng.choice(TEXTURE_WORDS[style.texture]),
+            rng.choice(PALETTE_WORDS.get(style.palette, [""])),
+        )
         prompts.append(f"{colour} tones" if what == "palette" else f"{texture} texture")
     for side, shares in SIDES.items():
         more = settings.guidance_scale - 1
-        scales = dict(zip(("guidance_scale", "context_guidance_scale"), (1 + more * share for share in shares), strict=True))
+        scales = dict(
+            zip(
+                ("guidance_scale", "context_guidance_scale"),
+                (1 + more * share for share in shares),
+                strict=True,
+            )
+        )
         changed = settings.model_copy(update=scales)
         images = make(model, [request_of(row, i, changed, prompt=prompts[i]) for i, row in enumerate(rows)])
         won: dict[str, list[bool]] = {"texture": [], "palette": []}
         far = []
         for row, image, (what, style) in zip(rows, images, wanted, strict=True):
             if what == "texture":
-                won[what].append(texture_of(image, row.tone, any_texture(style), turned=True) == style.texture)
+                won[what].append(
+                    texture_of(image, row.tone, any_texture(style), turned=True) == style.texture
+                )
             else:
                 won[what].append(palette_of(image, row.tone) == style.palette)
             far.append(region_distance(image, dress(row.tone, style, np.random.default_rng(1)), row.tone))

@@ -1,8 +1,8 @@
-"""Held-out rows with their true images, for bars_*.py: layouts, palette and texture pairs that training never sees. And what
-those scripts have in common.
+"""Held-out rows with their true images, for bars_*.py: layouts, palette and texture pairs that training never
+sees. And what those scripts have in common.
 
-In a group of GROUP rows the layouts differ, and so do the named palettes: an output has one right answer of GROUP.
-"""
+In a group of GROUP rows the layouts differ, and so do the named palettes: an output has one right answer of
+GROUP."""
 
 from __future__ import annotations
 
@@ -63,16 +63,29 @@ def _row(rng: Rng, size: int, number: int, group: list[Row]) -> Row:
     for _ in range(3):
         tones.append(make_layout(rng, size, held_out=True)[1])
         others.append(dress(tones[-1], style, rng))
-    return Row(tone, style, make_query(rng, tone), dress(tone, style, rng), others, tones, int(rng.integers(1, 4)), family)
+    return Row(
+        tone,
+        style,
+        make_query(rng, tone),
+        dress(tone, style, rng),
+        others,
+        tones,
+        int(rng.integers(1, 4)),
+        family,
+    )
 
 
-def gray_request(name: str, query: Pixels, contexts: Sequence[Pixels], settings: Settings, seed: int) -> Request:
+def gray_request(
+    name: str, query: Pixels, contexts: Sequence[Pixels], settings: Settings, seed: int
+) -> Request:
     """As the engine takes it: the query's grey as its control map, no prompt."""
     seeded = settings.model_copy(update={"seed": seed})
     return Request(name, 0, query, controls_of(query, ["gray"]), tuple(contexts), None, None, seeded)
 
 
-def request_of(row: Row, number: int, settings: Settings, query: Pixels | None = None, **changes: object) -> Request:
+def request_of(
+    row: Row, number: int, settings: Settings, query: Pixels | None = None, **changes: object
+) -> Request:
     """The row as the engine takes it: its own query or another one, its shown contexts, a seed of its own."""
     asked = row.query if query is None else query
     plain = gray_request(f"row-{number}", asked, row.contexts[: row.shown], settings, number)
@@ -90,7 +103,9 @@ def region_distance(image: Pixels, truth: Pixels, tone: Tone) -> float:
     areas, total = regions(tone), 0.0
     for area in np.unique(areas):
         inside = areas == area
-        total += inside.mean() * float(skimage.color.deltaE_ciede2000(made[inside].mean(0), true[inside].mean(0)))
+        total += inside.mean() * float(
+            skimage.color.deltaE_ciede2000(made[inside].mean(0), true[inside].mean(0))
+        )
     return total
 
 
@@ -111,16 +126,24 @@ def sign_test(better: int, worse: int) -> float:
 
 def given_model(description: str | None) -> tuple[argparse.Namespace, NativeModel, Settings]:
     """The command line that the bars have in common."""
-    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("model", nargs="?", default="bundled")
     arguments.add_argument("--rows", type=int, default=256)
     arguments.add_argument("--steps", type=int, default=20)
     arguments.add_argument("--guidance", type=float, default=1.5)
     arguments.add_argument("--noise-scale", type=float, help="of sampling; left out: the model's own")
-    arguments.add_argument("--rest-scale", type=float, help="of what the U-Net adds to a draft; left out: the model's own")
-    arguments.add_argument("--detail-scale", type=float, help="of a draft's detail; left out: the model's own")
+    arguments.add_argument(
+        "--rest-scale", type=float, help="of what the U-Net adds to a draft; left out: the model's own"
+    )
+    arguments.add_argument(
+        "--detail-scale", type=float, help="of a draft's detail; left out: the model's own"
+    )
     arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--page", type=Path, default=Path("build/photographs.png"), help="of bars_photographs.py")
+    arguments.add_argument(
+        "--page", type=Path, default=Path("build/photographs.png"), help="of bars_photographs.py"
+    )
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
     model = NativeModel.from_pretrained(model_folder(given.model))

@@ -1,13 +1,15 @@
-"""The engine on a GPU against diffusers' own pipelines, random weights in the true shapes. Torch and diffusers alone, no Ray.
+"""The engine on a GPU against diffusers' own pipelines, random weights in the true shapes. Torch and
+diffusers alone, no Ray.
 
-    python tests/benchmarks/bench_gpu.py [--model sd15 --model sdxl] [--rows 96] [--batches 1 2 4 8 16] [--device cuda]
+    python tests/benchmarks/bench_gpu.py [--model sd15 --model sdxl] [--rows 96] [--batches 1 2 4 8 16]
+    [--device cuda]
         [--tiny] [--no-compile]
 
-bf16, channels last, fused projections, torch.compile with CUDA graphs on both sides. For each model: the card's own rate of
-matrix products in this run; the engine on uniform and on mixed rows, as a share of that rate by the FLOPs of flops.py;
-whether rows in another order are equal to the bit; a diffusers loop, compiled, at the best batch size that fits; peak
-memory. --tiny: small shapes, to see that it runs where there is no GPU.
-"""
+bf16, channels last, fused projections, torch.compile with CUDA graphs on both sides. For each model: the
+card's own rate of matrix products in this run; the engine on uniform and on mixed rows, as a share of that
+rate by the FLOPs of flops.py; whether rows in another order are equal to the bit; a diffusers loop, compiled,
+at the best batch size that fits; peak memory. --tiny: small shapes, to see that it runs where there is no
+GPU."""
 
 from __future__ import annotations
 
@@ -47,14 +49,25 @@ TINY: dict[str, Any] = {
 }
 TINY_UP = {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
 MODELS = {"sd15": (SD15, {}, 20, Shape(16, 32, 8)), "sdxl": (SDXL, UP, 30, Shape(8, 16, 4))}
-CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon"}
+CONFIG = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "prediction_type": "epsilon",
+}
 TEXT, SLOTS = 77, 16  # tokens of a prompt and of the contexts
 
 
-def modules(config: dict[str, Any], up: dict[str, Any], device: torch.device, dtype: torch.dtype, tiny: bool) -> Any:
+def modules(
+    config: dict[str, Any], up: dict[str, Any], device: torch.device, dtype: torch.dtype, tiny: bool
+) -> Any:
     torch.manual_seed(0)
     small = {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1}
-    vae = VAE | {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2} | small
+    vae = (
+        VAE
+        | {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        | small
+    )
     own = {k: v for k, v in config.items() if k != "sample_size"}
     # The map's embedding shrinks by 8, as the autoencoder does, whatever the sizes.
     with device:  # billions of random numbers
@@ -63,17 +76,24 @@ def modules(config: dict[str, Any], up: dict[str, Any], device: torch.device, dt
             ControlNetModel(**own),
             AutoencoderKL(**(vae if tiny else VAE), latent_channels=4),
         )
-    return [one.eval().requires_grad_(False).to(device, dtype).to(memory_format=torch.channels_last) for one in made]
+    return [
+        one.eval().requires_grad_(False).to(device, dtype).to(memory_format=torch.channels_last)
+        for one in made
+    ]
 
 
 class Shapes:
-    """Stable Diffusion's U-Net, ControlNet and decoder at the engine's seam; what encoders would give is random."""
+    """Stable Diffusion's U-Net, ControlNet and decoder at the engine's seam; what encoders would give is
+    random."""
 
     def __init__(self, name: str, config: dict[str, Any], up: dict[str, Any], given: SimpleNamespace) -> None:
         self.unet, self.net, self.vae = modules(config, up, given.device, given.dtype, given.tiny)
         self.device, self.dtype, self.xl = given.device, given.dtype, "addition_embed_type" in config
         self.layers, self.net_layers = attend_by_lanes(self.unet, "unet."), attend_by_lanes(self.net, "net.")
-        self.embedding, self.net.controlnet_cond_embedding = self.net.controlnet_cond_embedding, torch.nn.Identity()
+        self.embedding, self.net.controlnet_cond_embedding = (
+            self.net.controlnet_cond_embedding,
+            torch.nn.Identity(),
+        )
         self.width, self.scheduler_config = config["cross_attention_dim"], dict(CONFIG)
         self.image_size = config["sample_size"] * 8
         self.latent_side = config["sample_size"]
@@ -81,7 +101,9 @@ class Shapes:
         self.contexts: ContextPreprocessing = ImageProcessor(224, 224)
         self.tiles, self.context_slots, self.noise_scale, self.latent_channels = False, 8, 1.0, 4
         if given.compile:
-            self.predict, self.control = (torch.compile(f, mode="reduce-overhead") for f in (self.predict, self.control))  # type: ignore[method-assign]
+            self.predict, self.control = (
+                torch.compile(f, mode="reduce-overhead") for f in (self.predict, self.control)
+            )  # type: ignore[method-assign]
 
     def branches(self, request: Request) -> list[Branch]:
         return guidance_branches(request.settings, has_prompt=True)
@@ -92,7 +114,9 @@ class Shapes:
             key = f"text:{branch.prompt}"
             lane = cache.get(f"{key}:{branch.contexts}", self._lane)
             lanes.append({name: value for name, value in lane.items() if not name.startswith("net")})
-            control_lanes.append({name: value for name, value in lane.items() if not name.startswith(("unet.", "context_"))})
+            control_lanes.append(
+                {name: value for name, value in lane.items() if not name.startswith(("unet.", "context_"))}
+            )
             keys.append(key)
         return Encoded(lanes, cache.get("control:", self._map), keys, control_lanes)
 
@@ -111,20 +135,34 @@ class Shapes:
         return lanes
 
     def _map(self) -> Conditions:
-        image = torch.rand(1, 3, 8 * self.latent_side, 8 * self.latent_side, device=self.device, dtype=self.dtype)
+        image = torch.rand(
+            1, 3, 8 * self.latent_side, 8 * self.latent_side, device=self.device, dtype=self.dtype
+        )
         return {"map": self.embedding(image)}
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
 
-    def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
-        told = {"added_cond_kwargs": _added(lanes), "cross_attention_kwargs": {"lanes": lanes}, "return_dict": False}
+    def control(
+        self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions
+    ) -> list[Tensor]:
+        told = {
+            "added_cond_kwargs": _added(lanes),
+            "cross_attention_kwargs": {"lanes": lanes},
+            "return_dict": False,
+        }
         down, mid = self.net(latents.to(self.dtype), timesteps, None, control["map"], **told)
         return [*down, mid]
 
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: Any) -> Tensor:
-        told: dict[str, Any] = {"added_cond_kwargs": _added(lanes), "cross_attention_kwargs": {"lanes": lanes}}
-        told |= {"down_block_additional_residuals": tuple(residuals[:-1]), "mid_block_additional_residual": residuals[-1]}
+        told: dict[str, Any] = {
+            "added_cond_kwargs": _added(lanes),
+            "cross_attention_kwargs": {"lanes": lanes},
+        }
+        told |= {
+            "down_block_additional_residuals": tuple(residuals[:-1]),
+            "mid_block_additional_residual": residuals[-1],
+        }
         return self.unet(latents.to(self.dtype), timesteps, None, **told, return_dict=False)[0].clone()
 
     def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
@@ -137,8 +175,8 @@ def _added(lanes: Conditions) -> dict[str, Tensor]:
 
 
 class Loop:
-    """A batch as diffusers' pipelines run it: both branches of all rows through ControlNet and U-Net at each step, one
-    number of steps; compiled."""
+    """A batch as diffusers' pipelines run it: both branches of all rows through ControlNet and U-Net at each
+    step, one number of steps; compiled."""
 
     def __init__(self, config: dict[str, Any], up: dict[str, Any], given: SimpleNamespace) -> None:
         self.unet, self.net, self.vae = modules(config, up, given.device, given.dtype, given.tiny)
@@ -153,7 +191,11 @@ class Loop:
     def _step(self, latents: Tensor, time: Tensor, text: Tensor, image: Tensor, added: Any) -> Tensor:
         both = latents.repeat(2, 1, 1, 1)
         down, mid = self.net(both, time, text, image, added_cond_kwargs=added, return_dict=False)
-        told = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid, "return_dict": False}
+        told = {
+            "down_block_additional_residuals": down,
+            "mid_block_additional_residual": mid,
+            "return_dict": False,
+        }
         return self.unet(both, time, text, added_cond_kwargs=added, **told)[0]
 
     @torch.inference_mode()
@@ -164,10 +206,15 @@ class Loop:
         image = torch.rand(2 * count, 3, 8 * self.side, 8 * self.side, **kind)
         added = {}
         if self.xl:
-            added = {"text_embeds": torch.randn(2 * count, 1280, **kind), "time_ids": torch.ones(2 * count, 6, **kind)}
+            added = {
+                "text_embeds": torch.randn(2 * count, 1280, **kind),
+                "time_ids": torch.ones(2 * count, 6, **kind),
+            }
         latents = torch.randn(count, 4, self.side, self.side, **kind)
         for timestep in scheduler.timesteps:
-            without, shown = self.step(latents, timestep.to(self.given.device), text, image, added).clone().chunk(2)
+            without, shown = (
+                self.step(latents, timestep.to(self.given.device), text, image, added).clone().chunk(2)
+            )
             latents = scheduler.step(without + 5 * (shown - without), timestep, latents).prev_sample
         for one in latents.split(1):
             self.vae.decode(one, return_dict=False)
@@ -180,7 +227,9 @@ def rows(count: int, side: int, steps: int, mixed: bool) -> list[Request]:
         own = int(rng.integers(steps * 2 // 3, steps * 5 // 3)) if mixed else steps
         guidance = float(rng.choice([1.0, 5.0])) if mixed else 5.0
         settings = Settings(seed=number, num_inference_steps=own, guidance_scale=guidance)
-        made.append(Request(str(number), 0, pixels, controls_of(pixels, ["gray"]), (pixels,), "words", None, settings))
+        made.append(
+            Request(str(number), 0, pixels, controls_of(pixels, ["gray"]), (pixels,), "words", None, settings)
+        )
     return made
 
 
@@ -232,15 +281,19 @@ def by_engine(
         spent[what] = timed(given.device, partial(run_all, engine, asked))
         told = f"{given.rows / spent[what]:.3f} pictures/s, occupancy {engine.occupancy.share:.3f}"
         print(f"  engine, {what}: {told}", flush=True)
-    print(f"  rows in another order, equal to the bit: {equal_rows(Engine(backbone, given.device, shape), side)}", flush=True)
+    print(
+        "  rows in another order, equal to the bit: "
+        f"{equal_rows(Engine(backbone, given.device, shape), side)}",
+        flush=True,
+    )
     if given.device.type == "cuda":
         print(f"  peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
     return spent
 
 
 def equal_rows(engine: Engine, side: int) -> str:
-    """Of rows that fill several chunks, how many are the same pictures when the last comes first. One engine, whose cache
-    keeps what stands for the encoders' random values."""
+    """Of rows that fill several chunks, how many are the same pictures when the last comes first. One engine,
+    whose cache keeps what stands for the encoders' random values."""
     asked = rows(2 * engine.shape.lanes, side, 3, True)
     made = [
         {row.id: outcome.image for row, outcome in engine.run(some) if isinstance(outcome, Result)}
@@ -266,10 +319,14 @@ def by_diffusers(config: dict[str, Any], up: dict[str, Any], steps: int, given: 
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--model", action="append", choices=MODELS)
     arguments.add_argument("--rows", type=int, default=96)
-    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sizes of diffusers' batches")
+    arguments.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sizes of diffusers' batches"
+    )
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--tiny", action="store_true")
     arguments.add_argument("--no-compile", action="store_true")
@@ -281,7 +338,9 @@ def main() -> None:
     torch.set_grad_enabled(False)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     compiled = not asked.no_compile and device.type == "cuda"
-    given = SimpleNamespace(device=device, dtype=dtype, tiny=asked.tiny, rows=asked.rows, batches=asked.batches, compile=compiled)
+    given = SimpleNamespace(
+        device=device, dtype=dtype, tiny=asked.tiny, rows=asked.rows, batches=asked.batches, compile=compiled
+    )
     for name in asked.model or MODELS:
         measure(name, given)
 

@@ -21,11 +21,17 @@ def panel(row: dict[str, object]) -> Image.Image:
     """query, up to two contexts, output, side by side."""
     named = [str(row["query"]), *list(row["context"])[:2]]  # type: ignore[call-overload]
     sources = [str(Path("build/demo-input") / name) for name in named]
-    shown = [Image.fromarray(resize(decode_image(Path(p).read_bytes(), Limits(), p), SIDE, SIDE, "crop")) for p in sources]
+    shown = [
+        Image.fromarray(resize(decode_image(Path(p).read_bytes(), Limits(), p), SIDE, SIDE, "crop"))
+        for p in sources
+    ]
     page = Image.new("RGB", (4 * SIDE + 5 * GAP, SIDE), "white")
     for place, picture in zip((0, 1, 2), shown, strict=False):
         page.paste(picture, (place * (SIDE + GAP), 0))
-    page.paste(Image.open(Path("build/demo") / str(row["file_name"])).resize((SIDE, SIDE)), (3 * (SIDE + GAP) + 2 * GAP, 0))
+    page.paste(
+        Image.open(Path("build/demo") / str(row["file_name"])).resize((SIDE, SIDE)),
+        (3 * (SIDE + GAP) + 2 * GAP, 0),
+    )
     return page
 
 

@@ -1,11 +1,11 @@
-"""Context encoders for normalization.py --encoder, without a download: a CLIP vision model and a DINOv2 of equal size, both
-trained in the same way to distinguish styles.
+"""Context encoders for normalization.py --encoder, without a download: a CLIP vision model and a DINOv2 of
+equal size, both trained in the same way to distinguish styles.
 
     python tests/benchmarks/encoders.py [--kinds clip dinov2] [--steps 600] [--folder build/encoders]
 
-By contrast (InfoNCE, van den Oord et al. 2018): of a batch's styles, two pictures of one, each with a layout of its own, are to
-be nearest to each other. Styles and layouts of training only. Prints how often that is so among 32 held-out styles.
-"""
+By contrast (InfoNCE, van den Oord et al. 2018): of a batch's styles, two pictures of one, each with a layout
+of its own, are to be nearest to each other. Styles and layouts of training only. Prints how often that is so
+among 32 held-out styles."""
 
 from __future__ import annotations
 
@@ -74,13 +74,21 @@ def train(kind: str, steps: int) -> Any:
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        right = [(contrast(model, head, pictures(k, True)).argmax(1) == own).float().mean().item() for k in range(4)]
-    print(f"{kind}: of {STYLES} held-out styles the right one in {np.mean(right):.3f}, {steps} steps", flush=True)
+        right = [
+            (contrast(model, head, pictures(k, True)).argmax(1) == own).float().mean().item()
+            for k in range(4)
+        ]
+    print(
+        f"{kind}: of {STYLES} held-out styles the right one in {np.mean(right):.3f}, {steps} steps",
+        flush=True,
+    )
     return model
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     arguments.add_argument("--steps", type=int, default=600)
     arguments.add_argument("--folder", type=Path, default=Path("build/encoders"))

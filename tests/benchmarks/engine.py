@@ -2,11 +2,11 @@
 
     python tests/benchmarks/engine.py [MODEL] [--rows 48] [--repeats 5] [--threads 2] [--trace PNG]
 
-Uniform rows: 20 steps, guidance 1.5; the other side runs full batches of 8. Mixed rows: 20 to 50 steps, guidance 1 and 5,
-one to three contexts; the other side as batches in the manifest's order, padded to their longest row and guided where any
-row is; and as the best static batching: rows of equal steps and guidance together, in the batch size that is quickest.
-Medians of turns side by side. --trace draws the lanes of both sides over time.
-"""
+Uniform rows: 20 steps, guidance 1.5; the other side runs full batches of 8. Mixed rows: 20 to 50 steps,
+guidance 1 and 5, one to three contexts; the other side as batches in the manifest's order, padded to their
+longest row and guided where any row is; and as the best static batching: rows of equal steps and guidance
+together, in the batch size that is quickest. Medians of turns side by side. --trace draws the lanes of both
+sides over time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def rows(count: int, mixed: bool) -> list[Request]:
 
 @torch.inference_mode()
 def batch(model: NativeModel, requests: list[Request]) -> None:
-    """A batch as diffusers' pipelines run it: one number of steps, guidance for all or for none, both branches in one."""
+    """A batch as diffusers' pipelines run it: one number of steps, guidance for all or for none, both
+    branches in one."""
     steps = max(one.settings.num_inference_steps for one in requests)
     guided = any(one.settings.guidance_scale > 1 for one in requests)
     scheduler = DDIMScheduler.from_config(model.scheduler_config)
@@ -70,12 +71,16 @@ def batch(model: NativeModel, requests: list[Request]) -> None:
     shown = torch.cat([weights * 0, weights]) if guided else weights
     text, mask = model.encode_text([""] * (branches * count))
     hidden, bias = model.fuse(text, mask, contexts.repeat(branches, 1, 1, 1), shown)
-    layouts = model.encode_control(torch.cat([to_tensor(one.controls[0].pixels) for one in requests]), ["gray"] * count)
+    layouts = model.encode_control(
+        torch.cat([to_tensor(one.controls[0].pixels) for one in requests]), ["gray"] * count
+    )
     layouts = layouts.repeat(branches, 1, 1, 1)
     made = drafts(model, requests)
     drawn = model.encode_draft(torch.cat([made * 0, made]) if guided else made)
     detail = model.detail(made, EncodedDraft(drawn.pixels[-count:], drawn.latents[-count:]))
-    noise = [torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(n)) for n in range(count)]
+    noise = [
+        torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(n)) for n in range(count)
+    ]
     latents = torch.cat(noise) * model.noise_scale
     scales = torch.tensor([one.settings.guidance_scale for one in requests])[:, None, None, None]
     for timestep in scheduler.timesteps:
@@ -93,7 +98,9 @@ def drafts(model: NativeModel, requests: list[Request]) -> Tensor:
     shown = [torch.cat([to_tensor(c) for c in one.contexts]) for one in requests]
     looks = model.look(torch.cat(shown))
     controls = [one.controls[0] for one in requests]
-    layouts = model.layout(torch.cat([to_tensor(one.pixels) for one in controls]), [one.kind for one in controls])
+    layouts = model.layout(
+        torch.cat([to_tensor(one.pixels) for one in controls]), [one.kind for one in controls]
+    )
     return drafts_of(layouts, looks, np.array([len(contexts) for contexts in shown]))
 
 
@@ -121,7 +128,9 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def compare(model: NativeModel, name: str, requests: list[Request], repeats: int) -> None:
-    engine = Engine(NativeBackbone(model), torch.device("cpu"), SHAPES["native", "cpu"], threads=torch.get_num_threads())
+    engine = Engine(
+        NativeBackbone(model), torch.device("cpu"), SHAPES["native", "cpu"], threads=torch.get_num_threads()
+    )
     sides: dict[str, Callable[[], object]] = {
         "engine": lambda: list(engine.run(requests)),
         "in order": lambda: [batch(model, some) for some in batched(requests, BATCH)],
@@ -134,13 +143,18 @@ def compare(model: NativeModel, name: str, requests: list[Request], repeats: int
             spent[side].append(timed(call))
     medians = {side: statistics.median(seconds) for side, seconds in spent.items()}
     for side, seconds in medians.items():
-        told = f"{len(requests) / seconds:.2f} pictures/s, {seconds / medians['engine']:.2f} times the engine's time"
+        told = (
+            f"{len(requests) / seconds:.2f} pictures/s, {seconds / medians['engine']:.2f} times the "
+            "engine's time"
+        )
         print(f"{name}, {side}: {told}", flush=True)
     print(f"{name}: occupancy {engine.occupancy.share:.3f}", flush=True)
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("model", nargs="?", default="bundled")
     arguments.add_argument("--rows", type=int, default=48)
     arguments.add_argument("--repeats", type=int, default=5)

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/flops.py
 
-Nothing is computed: the modules stand on torch's meta device, in their published configurations, and torch's FLOP counter adds up
-what a call would cost. The engine's side is models/stable_diffusion/backbone.py itself, lanes full; the reference is what one
-must run with diffusers for rows of mixed guidance in one batch: both guidance branches of every row through U-Net and ControlNet
-at each step, keys, values and the control map's embedding with them. Encoders and decoding count on both sides."""
+Nothing is computed: the modules stand on torch's meta device, in their published configurations, and torch's
+FLOP counter adds up what a call would cost. The engine's side is models/stable_diffusion/backbone.py itself,
+lanes full; the reference is what one must run with diffusers for rows of mixed guidance in one batch: both
+guidance branches of every row through U-Net and ControlNet at each step, keys, values and the control map's
+embedding with them. Encoders and decoding count on both sides."""
 
 from __future__ import annotations
 
@@ -77,13 +78,18 @@ def costs(config: dict[str, Any], xl: bool) -> SimpleNamespace:
         lanes |= {f"{name}.context_k": keys, f"{name}.context_v": keys}
     lanes |= {"context_scale": empty(1, 1, 1), "context_bias": empty(1, 1, 1, CONTEXT)} | added
     given = {"lanes": stack([lanes])}
-    attend = cost(lambda: unet(latents, time, None, added_cond_kwargs=added, cross_attention_kwargs=given)) - (
-        full - cost(lambda: keys_and_values(layers, text))
-    )  # to the contexts alone
+    attend = cost(
+        lambda: unet(latents, time, None, added_cond_kwargs=added, cross_attention_kwargs=given)
+    ) - (full - cost(lambda: keys_and_values(layers, text)))  # to the contexts alone
     hint = empty(1, config.get("block_out_channels", (320,))[0], side, side)
-    found.unet = cost(lambda: unet(latents, time, None, added_cond_kwargs=added, cross_attention_kwargs=given))
-    found.net = cost(lambda: net(latents, time, None, hint, added_cond_kwargs=added, cross_attention_kwargs=given))
-    # diffusers projects the contexts' keys and values at every step too: as many numbers as a prompt's, by tokens.
+    found.unet = cost(
+        lambda: unet(latents, time, None, added_cond_kwargs=added, cross_attention_kwargs=given)
+    )
+    found.net = cost(
+        lambda: net(latents, time, None, hint, added_cond_kwargs=added, cross_attention_kwargs=given)
+    )
+    # diffusers projects the contexts' keys and values at every step too: as many numbers as a prompt's, by
+    # tokens.
     unet_text = cost(lambda: keys_and_values(layers, text))
     found.context = unet_text * CONTEXT / TEXT
     found.unet_full = full + found.context + attend
@@ -101,7 +107,10 @@ def report(name: str, c: SimpleNamespace, steps: int) -> None:
     for what, (lanes, texts) in kinds.items():
         once = texts * c.text + lanes * c.context + c.map + c.decode
         ours = steps * (lanes * c.unet + texts * c.net) + once
-        print(f"{name}, {steps} steps, {what}: {ours / 1e12:.1f} of {reference / 1e12:.1f} TFLOP: {ours / reference:.3f}")
+        print(
+            f"{name}, {steps} steps, {what}: {ours / 1e12:.1f} of {reference / 1e12:.1f} TFLOP: "
+            f"{ours / reference:.3f}"
+        )
 
 
 def main() -> None:

@@ -59,13 +59,19 @@ def flow(folder: Path, rows: int) -> None:
     job = GenerateJob.model_validate(job_values(write_input(folder / "in", rows), folder / "out"))
     summary = run_generate(job, Options(), fakes.quick)
     logged = json.loads(Path(folder / "out" / "summary.json").read_text())
-    print(f"flow: {rows} rows in {summary['seconds']} s with Ray's start, {rows / logged['seconds']:.1f} rows/s")
+    print(
+        f"flow: {rows} rows in {summary['seconds']} s with Ray's start, {rows / logged['seconds']:.1f} rows/s"
+    )
 
 
 def plan(folder: Path, shards: int) -> None:
     folder.mkdir()
     table = pa.table(
-        {"id": [str(n) for n in range(shards * 64)], "query": ["q.png"] * (shards * 64), "context": [["c.png"]] * (shards * 64)}
+        {
+            "id": [str(n) for n in range(shards * 64)],
+            "query": ["q.png"] * (shards * 64),
+            "context": [["c.png"]] * (shards * 64),
+        }
     )
     pq.write_table(table, folder / "manifest.parquet", row_group_size=64_000)
     job = GenerateJob.model_validate(job_values(str(folder / "manifest.parquet"), folder / "out"))
@@ -74,7 +80,8 @@ def plan(folder: Path, shards: int) -> None:
     planned = open_plan(job, output, storage)
     made = time.perf_counter()
     reads = [
-        ReadShard(RowRules.of_job(job), planned.files[0], shard, planned.passed, storage) for shard in read_shards(output, 0)
+        ReadShard(RowRules.of_job(job), planned.files[0], shard, planned.passed, storage)
+        for shard in read_shards(output, 0)
     ]
     done = time.perf_counter()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024

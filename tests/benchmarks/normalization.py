@@ -3,13 +3,14 @@
 python tests/benchmarks/normalization.py --autoencoder build/train/autoencoder.pt [--only NAME] [--steps 600]
     [--encoder small|FOLDER] [--rows 64] [--folder build/normalization]
 
-In slices: each NAME is a run of its own, which goes on from its last checkpoint; the table shows all that are finished.
-One thread. The autoencoder is that of a finished first stage of `kind: train`, of the default architecture.
+In slices: each NAME is a run of its own, which goes on from its last checkpoint; the table shows all that are
+finished. One thread. The autoencoder is that of a finished first stage of `kind: train`, of the default
+architecture.
 
-Rows are held out (styles, layouts); `bright`, `dark` and `flat` are the same rows with query and contexts at +1.5 and
--1.5 stops (in linear light) and at a third of the contrast (about mid-grey). Of 8: the query whose edges the output
-has, the contexts whose colours it has, as shown; and dE2000 of its regions to those of the truth, changed alike.
-"""
+Rows are held out (styles, layouts); `bright`, `dark` and `flat` are the same rows with query and contexts at
++1.5 and -1.5 stops (in linear light) and at a third of the contrast (about mid-grey). Of 8: the query whose
+edges the output has, the contexts whose colours it has, as shown; and dE2000 of its regions to those of the
+truth, changed alike."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ CHOICES: dict[str, tuple[str, str, str]] = {
 
 
 def exposed(stops: float) -> Callable[[Pixels], Pixels]:
-    return lambda image: np.clip(((image / 255) ** 2.2 * 2**stops) ** (1 / 2.2) * 255, 0, 255).astype(np.uint8)
+    return lambda image: np.clip(((image / 255) ** 2.2 * 2**stops) ** (1 / 2.2) * 255, 0, 255).astype(
+        np.uint8
+    )
 
 
 def flat(image: Pixels) -> Pixels:
@@ -92,7 +95,9 @@ def trained(job: TrainJob, autoencoder: Path, pools: Pools) -> NativeModel:
     model, folder = build(job.architecture, vocabulary()), Path(job.output)
     state = load_checkpoint(autoencoder)
     if state is None or not state["done"]:
-        raise ConfigError(f"--autoencoder {autoencoder}: not the checkpoint of a finished first stage (autoencoder.pt)")
+        raise ConfigError(
+            f"--autoencoder {autoencoder}: not the checkpoint of a finished first stage (autoencoder.pt)"
+        )
     load_weights(model.vae, state["vae"], autoencoder)
     model.vae.register_to_config(scaling_factor=state["scale"])
     model.vae.eval().requires_grad_(False)
@@ -103,22 +108,35 @@ def trained(job: TrainJob, autoencoder: Path, pools: Pools) -> NativeModel:
 
 def measure(model: NativeModel, count: int) -> dict[str, list[float]]:
     """By inputs: layout named, palette named, distance."""
-    rows, settings = held_out_rows(count, model.image_size), Settings(num_inference_steps=20, guidance_scale=1.5)
+    rows, settings = (
+        held_out_rows(count, model.image_size),
+        Settings(num_inference_steps=20, guidance_scale=1.5),
+    )
     return {name: changed(model, rows, settings, change) for name, change in INPUTS.items()}
 
 
-def changed(model: NativeModel, rows: list[Row], settings: Settings, change: Callable[[Pixels], Pixels]) -> list[float]:
+def changed(
+    model: NativeModel, rows: list[Row], settings: Settings, change: Callable[[Pixels], Pixels]
+) -> list[float]:
     shown = [tuple(change(context) for context in row.contexts[: row.shown]) for row in rows]
-    images = make(model, [request_of(row, i, settings, change(row.query), contexts=shown[i]) for i, row in enumerate(rows)])
+    images = make(
+        model,
+        [request_of(row, i, settings, change(row.query), contexts=shown[i]) for i, row in enumerate(rows)],
+    )
     made, asked = [palette([image]) for image in images], [palette(list(contexts)) for contexts in shown]
     layouts = named(lambda i, j: layout_score(images[i], rows[j].query), len(rows))
     palettes = named(lambda i, j: -chamfer(made[i], asked[j]), len(rows))
-    far = [region_distance(image, change(row.truth), row.tone) for image, row in zip(images, rows, strict=True)]
+    far = [
+        region_distance(image, change(row.truth), row.tone) for image, row in zip(images, rows, strict=True)
+    ]
     return [layouts, palettes, float(np.mean(far))]
 
 
 def table(folder: Path) -> str:
-    lines = ["run".ljust(40) + "".join(f"{name:>22s}" for name in INPUTS), " " * 40 + "  layout palette    dE" * len(INPUTS)]
+    lines = [
+        "run".ljust(40) + "".join(f"{name:>22s}" for name in INPUTS),
+        " " * 40 + "  layout palette    dE" * len(INPUTS),
+    ]
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
         cells = "".join(f"{a:8.3f}{b:8.3f}{c:6.1f}" for a, b, c in found.values())
@@ -127,9 +145,13 @@ def table(folder: Path) -> str:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--autoencoder", type=Path, required=True)
-    arguments.add_argument("--only", choices=CHOICES, action="append", help="one or more of them; left out: all")
+    arguments.add_argument(
+        "--only", choices=CHOICES, action="append", help="one or more of them; left out: all"
+    )
     arguments.add_argument("--encoder", default=SMALL)
     arguments.add_argument("--steps", type=int, default=600)
     arguments.add_argument("--rows", type=int, default=64)
@@ -139,7 +161,10 @@ def main() -> None:
     encoder = "" if given.encoder == SMALL else f"-{Path(given.encoder).name}"
     for name in given.only or CHOICES:
         contexts, statistics, query = CHOICES[name]
-        weights = given.folder / f"{contexts}-{'token' if statistics == 'token' else 'dropped'}-{query}{encoder}-{given.steps}"
+        weights = (
+            given.folder
+            / f"{contexts}-{'token' if statistics == 'token' else 'dropped'}-{query}{encoder}-{given.steps}"
+        )
         job = job_of(CHOICES[name], given.encoder, given.steps, weights)
         pools = Pools(job, job.architecture.image_size)
         model = trained(job, given.autoencoder, pools)

@@ -1,8 +1,9 @@
-"""CPU time to load and write a row: this flow against a plain Ray Data pipeline of the same rows. No model in either.
+"""CPU time to load and write a row: this flow against a plain Ray Data pipeline of the same rows. No model in
+either.
 
-A row: a 1024 px JPEG as query, three contexts of 512 px out of 40, a 512 px PNG out, contexts at 224 px for the engine,
-which gives the query back. CPU seconds are those of every process (Ray's too), and a row's are the slope between a short
-and a long run, so that starts cost nothing.
+A row: a 1024 px JPEG as query, three contexts of 512 px out of 40, a 512 px PNG out, contexts at 224 px for
+the engine, which gives the query back. CPU seconds are those of every process (Ray's too), and a row's are
+the slope between a short and a long run, so that starts cost nothing.
 
 python tests/benchmarks/plane.py [--rows 100 400]
 """
@@ -45,7 +46,11 @@ def write_input(folder: Path, rows: int) -> Path:
     from skimage import data
 
     folder.mkdir(parents=True, exist_ok=True)
-    photographs = [Image.fromarray(data.astronaut()), Image.fromarray(data.coffee()), Image.fromarray(data.rocket())]
+    photographs = [
+        Image.fromarray(data.astronaut()),
+        Image.fromarray(data.coffee()),
+        Image.fromarray(data.rocket()),
+    ]
     for number in range(FILES):
         image = photographs[number % 3].rotate(number)
         image.resize((1024, 1024), Image.Resampling.BICUBIC).save(folder / f"q{number}.jpg", quality=90)
@@ -87,14 +92,17 @@ def ours(manifest: Path, out: Path) -> None:
 
 
 def plain(manifest: Path, out: Path) -> None:
-    """As a good user of Ray Data writes it: a task a row for the pictures, an actor with batches, Parquet at the end."""
+    """As a good user of Ray Data writes it: a task a row for the pictures, an actor with batches, Parquet at
+    the end."""
     import ray
 
     folder, images = manifest.parent, out / "images"
     images.mkdir(parents=True)
 
     def pixels(name: str, side: int) -> Any:
-        return np.asarray(Image.open(folder / name).convert("RGB").resize((side, side), Image.Resampling.LANCZOS))
+        return np.asarray(
+            Image.open(folder / name).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+        )
 
     def load(row: dict[str, Any]) -> dict[str, Any]:
         contexts = np.stack([pixels(name, CONTEXT) for name in row["context"]])
@@ -164,5 +172,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_input(folder / "in", 1)
-        slow, quick = (measure(run, folder, name, given.rows) for run, name in ((plain, "plain"), (ours, "ours")))
+        slow, quick = (
+            measure(run, folder, name, given.rows) for run, name in ((plain, "plain"), (ours, "ours"))
+        )
         print(f"ours / plain: {quick / slow:.2f}")

@@ -1,11 +1,10 @@
-"""The Ray Data flow with a fake engine at scale: rows per second, lost rows, the driver's memory and its cost per shard, Ray's
-object store, and the time to find finished parts.
+"""The Ray Data flow with a fake engine at scale: rows per second, lost rows, the driver's memory and its cost
+per shard, Ray's object store, and the time to find finished parts.
 
 python tests/benchmarks/scale.py [--rows 100000] [--rows-per-part 128] [--cpus 2] [--done 0]
 
---done: so many parts are made before, by the same stages without Ray: what a driver costs that goes on with a large OUTPUT
-is then seen in minutes.
-"""
+--done: so many parts are made before, by the same stages without Ray: what a driver costs that goes on with a
+large OUTPUT is then seen in minutes."""
 
 from __future__ import annotations
 
@@ -56,7 +55,8 @@ def write_input(folder: Path, rows: int) -> str:
 
 
 class Watch:
-    """Of a driver, twice a second: its memory as its parts come, its CPU seconds, the pages of Ray's object store."""
+    """Of a driver, twice a second: its memory as its parts come, its CPU seconds, the pages of Ray's object
+    store."""
 
     def __init__(self, pid: int, data: Path) -> None:
         self.driver, self.data = psutil.Process(pid), data
@@ -67,11 +67,18 @@ class Watch:
     def _watch(self) -> None:
         while True:
             try:
-                self.memory.append((len(os.listdir(self.data)) if self.data.exists() else 0, self.driver.memory_info().rss >> 20))
+                self.memory.append(
+                    (
+                        len(os.listdir(self.data)) if self.data.exists() else 0,
+                        self.driver.memory_info().rss >> 20,
+                    )
+                )
                 times = self.driver.cpu_times()
                 self.cpu = times.user + times.system
                 for child in self.driver.children(recursive=True):
-                    status = Path(f"/proc/{child.pid}/status").read_text()  # pages of shared memory are the object store's
+                    status = Path(
+                        f"/proc/{child.pid}/status"
+                    ).read_text()  # pages of shared memory are the object store's
                     self.store = max(self.store, int(status.split("RssShmem:")[1].split()[0]) >> 10)
             except (psutil.Error, OSError, IndexError):
                 if not self.driver.is_running():
@@ -115,7 +122,9 @@ def make_first(values: dict[str, Any], count: int, cpus: int) -> None:
 
 def main(folder: Path, rows: int, rows_per_part: int, cpus: int, done: int) -> None:
     out = folder / "out"
-    values = job_values(write_input(folder / "in", rows), out, rows_per_part=rows_per_part, cluster={"num_cpus": cpus})
+    values = job_values(
+        write_input(folder / "in", rows), out, rows_per_part=rows_per_part, cluster={"num_cpus": cpus}
+    )
     if done:
         started = time.perf_counter()
         make_first(values, done, cpus)
@@ -130,7 +139,8 @@ def main(folder: Path, rows: int, rows_per_part: int, cpus: int, done: int) -> N
     print(
         f"{rows} rows in {len(parts)} parts, {done} of them made before, on {cpus} CPUs: {seconds:.0f} s, "
         f"{(rows - done * rows_per_part) / seconds:.1f} rows/s with Ray's start; "
-        f"lost {rows - len(set(ids))}, doubled {len(ids) - len(set(ids))}; driver {watch.cpu / new * 1e3:.1f} ms of CPU a part, "
+        f"lost {rows - len(set(ids))}, doubled {len(ids) - len(set(ids))}; driver "
+        f"{watch.cpu / new * 1e3:.1f} ms of CPU a part, "
         f"{watch.at(done + new // 10)} MiB at a tenth of the parts, {watch.at(len(parts))} MiB at the end; "
         f"object store {watch.store} MiB at most",
         flush=True,
@@ -145,7 +155,10 @@ def main(folder: Path, rows: int, rows_per_part: int, cpus: int, done: int) -> N
     started = time.perf_counter()
     told, _ = drive(values)
     assert told["exit"] == 0, told
-    print(f"resumed: {rows} done rows found in {found:.1f} s, closed again in {time.perf_counter() - started:.1f} s")
+    print(
+        f"resumed: {rows} done rows found in {found:.1f} s, closed again in "
+        f"{time.perf_counter() - started:.1f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def of_row(pictures: int, steps: int) -> float:
     model = ContextDiffusion.from_pretrained(device="cpu", cpu_threads=1)
     settings = {"num_inference_steps": steps}
     rows = [
-        model.requests(row.query, [Image.fromarray(one) for one in row.contexts], "ocean", None, "gray", "crop", settings)[0]
+        model.requests(
+            row.query, [Image.fromarray(one) for one in row.contexts], "ocean", None, "gray", "crop", settings
+        )[0]
         for row in held_out_rows()[:pictures]
     ]
     list(model.generate(rows[:1]))  # warm
@@ -61,7 +63,9 @@ def main() -> None:
     row = of_row(told.pictures, told.steps)
     print(f"a row: {row * 1e3:.0f} ms of CPU, {told.steps} steps at 128 px", flush=True)
     rows = held_out_rows()
-    shown = [[rows[(n + k) % 8].contexts[0] for k in range(told.contexts)] for n in range(told.pictures)]  # they repeat
+    shown = [
+        [rows[(n + k) % 8].contexts[0] for k in range(told.contexts)] for n in range(told.pictures)
+    ]  # they repeat
     costs: dict[int, dict[str, float]] = {}
     for side in (128, 512):
         pictures = [(large(row.truth, side), large(row.query, side)) for row in rows[: told.pictures]]
@@ -74,7 +78,8 @@ def main() -> None:
 
         costs[side] = {}
         for name, columns in COLUMNS_BY_SCORE.items():
-            # Warm, by other pictures: contexts repeat over a job's rows, and what is found in them is kept; pictures do not.
+            # Warm, by other pictures: contexts repeat over a job's rows, and what is found in them is kept;
+            # pictures do not.
             score(columns, [(query, image) for image, query in pictures])
             costs[side][name] = cpu_seconds(lambda c=columns: score(c)) / told.pictures  # type: ignore[misc]
     for side, by_score in costs.items():

@@ -2,9 +2,9 @@
 
 python tests/benchmarks/engine.py --rows 24 --repeats 1 --trace jobs/slots.png
 
-The engine's side is a trace of a real run: after each step it is asked which rows went on. The other side is what
-batches in the manifest's order take: every row of a batch for as long as its longest, guided where one is.
-"""
+The engine's side is a trace of a real run: after each step it is asked which rows went on. The other side is
+what batches in the manifest's order take: every row of a batch for as long as its longest, guided where one
+is."""
 
 from __future__ import annotations
 
@@ -44,8 +44,18 @@ def draw(model: NativeModel, requests: list[Request], path: Path) -> None:
     for axis, (what, grid) in zip(axes, (("engine", ours), ("static batches", theirs)), strict=True):
         full = (grid >= 0).sum() / (grid >= EMPTY).sum()
         shown = np.ma.masked_less(grid, EMPTY + 0.5)
-        axis.imshow(shown, aspect="auto", interpolation="nearest", cmap="tab20", extent=(0, grid.shape[1], 0, grid.shape[0]))
-        axis.set_title(f"{what}: {grid.shape[1]} steps, {full:.0%} of the lanes that they pay for used", fontsize=9, loc="left")
+        axis.imshow(
+            shown,
+            aspect="auto",
+            interpolation="nearest",
+            cmap="tab20",
+            extent=(0, grid.shape[1], 0, grid.shape[0]),
+        )
+        axis.set_title(
+            f"{what}: {grid.shape[1]} steps, {full:.0%} of the lanes that they pay for used",
+            fontsize=9,
+            loc="left",
+        )
         axis.set_yticks([])
         axis.set_xlim(0, max(ours.shape[1], theirs.shape[1]))
     axes[1].set_xlabel("steps; a colour each row of the manifest, white: lanes that do nothing", fontsize=8)
@@ -55,7 +65,8 @@ def draw(model: NativeModel, requests: list[Request], path: Path) -> None:
 
 
 def _columns(steps: list[list[str]], lanes: int, chunk: int) -> np.ndarray:
-    """A column of lanes for each step: the row, EMPTY where a lane is paid for and unused, below where it isn't paid."""
+    """A column of lanes for each step: the row, EMPTY where a lane is paid for and unused, below where it
+    isn't paid."""
     grid = np.full((lanes, len(steps)), EMPTY - 1)
     for number, step in enumerate(steps):
         paid = -(-len(step) // chunk) * chunk

@@ -1,4 +1,5 @@
-"""Messages never end a command: whatever stderr and stdout are, and whatever is said on them. Real processes, real streams."""
+"""Messages never end a command: whatever stderr and stdout are, and whatever is said on them. Real processes,
+real streams."""
 
 from __future__ import annotations
 
@@ -45,9 +46,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def call(*command: str, stderr: int = subprocess.PIPE, **environment: str) -> tuple[int, dict[str, Any], bytes]:
+def call(
+    *command: str, stderr: int = subprocess.PIPE, **environment: str
+) -> tuple[int, dict[str, Any], bytes]:
     """-> the code, stdout's last line, stderr."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT | environment, timeout=280)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT | environment, timeout=280
+    )
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr or b""
 
 
@@ -66,7 +71,9 @@ def test_a_process_without_stderr_has_its_result_and_writes_into_no_other_file(j
 @pytest.mark.parametrize("kind", ["full", "broken"])
 def test_stdout_that_takes_nothing_leaves_the_code(job: str, kind: str) -> None:
     with stream(kind) as stdout:
-        done = subprocess.run([*COMMAND, "validate", job], stdout=stdout, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        done = subprocess.run(
+            [*COMMAND, "validate", job], stdout=stdout, stderr=subprocess.PIPE, env=ENVIRONMENT
+        )
     assert (done.returncode, b"6 rows in 2 shards" in done.stderr) == (3, True)
 
 
@@ -83,7 +90,8 @@ def test_signs_that_the_encoding_lacks_are_escaped(job: str, tmp_path: Path) -> 
 @pytest.mark.ray
 @pytest.mark.parametrize("form", ["text", pytest.param("json", marks=pytest.mark.slow)])
 def test_a_run_whose_messages_nobody_can_take_is_made(job: str, tmp_path: Path, form: str) -> None:
-    """Its driver is another process, with a stream of its own: one run without stderr at all, one whose reader is gone."""
+    """Its driver is another process, with a stream of its own: one run without stderr at all, one whose
+    reader is gone."""
     output = str(tmp_path / SIGNS)
     told = ["run", job, "--set", f"output={output}", "--log-format", form]
     if form == "text":
@@ -106,7 +114,13 @@ def test_a_run_in_a_notebook_tells_plain_lines(job: str, tmp_path: Path) -> None
     assert b"\x1b" not in err
     own, terminal = pty.openpty()
     told[-1] = f"output={tmp_path / 'again'}"
-    subprocess.run([*COMMAND, *told], stdout=subprocess.PIPE, stderr=terminal, env=ENVIRONMENT | {"TERM": "xterm"}, timeout=280)
+    subprocess.run(
+        [*COMMAND, *told],
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        env=ENVIRONMENT | {"TERM": "xterm"},
+        timeout=280,
+    )
     os.close(terminal)
     assert b"\x1b[" in os.read(own, 65536)
     os.close(own)

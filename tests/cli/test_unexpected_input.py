@@ -1,4 +1,5 @@
-"""Values that nobody expected: each is what it means, or its own row's failure, and never ends the rest of a job."""
+"""Values that nobody expected: each is what it means, or its own row's failure, and never ends the rest of a
+job."""
 
 from __future__ import annotations
 
@@ -210,7 +211,9 @@ def test_a_duplicate_id_names_both_rows_and_files(tmp_path: Path) -> None:
 
 
 def test_nan_is_null(tmp_path: Path) -> None:
-    line = '{"query": "a.png", "context": "a.png", "prompt": NaN, "id": NaN, "seed": NaN, "score": NaN, "n": %d}'
+    line = (
+        '{"query": "a.png", "context": "a.png", "prompt": NaN, "id": NaN, "seed": NaN, "score": NaN, "n": %d}'
+    )
     (tmp_path / "m.jsonl").write_text("\n".join(line % n for n in range(2)))
     _, rows = planned(tmp_path, "m.jsonl")
     assert [row["prompt"] for row in rows] == [None, None]
@@ -218,7 +221,9 @@ def test_nan_is_null(tmp_path: Path) -> None:
     assert [row["error_code"] for row in rows] == [None, None]
     nan = float("nan")
     assert row_id({"id": nan, "n": 1}, {"id": "id"}) == row_id({"id": None, "n": 1}, {"id": "id"})
-    table = pa.table({"query": ["a.png"], "context": [["a.png"]], "seed": [nan], "guidance_scale": [nan], "steps": [nan]})
+    table = pa.table(
+        {"query": ["a.png"], "context": [["a.png"]], "seed": [nan], "guidance_scale": [nan], "steps": [nan]}
+    )
     pq.write_table(table, tmp_path / "m.parquet")
     plan, [row] = planned(tmp_path, "m.parquet")
     assert row["error_code"] is None
@@ -227,7 +232,10 @@ def test_nan_is_null(tmp_path: Path) -> None:
 
 
 def test_a_nullable_key_may_be_missing_in_the_first_row(tmp_path: Path) -> None:
-    lines = [{"query": "a.png", "context": "a.png"}, {"query": "a.png", "context": "a.png", "words": "a cat", "name": "x"}]
+    lines = [
+        {"query": "a.png", "context": "a.png"},
+        {"query": "a.png", "context": "a.png", "words": "a cat", "name": "x"},
+    ]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
     _, rows = planned(tmp_path, "m.jsonl", columns={"prompt": "words", "id": "name"})
     assert [row["prompt"] for row in rows] == [None, "a cat"]
@@ -235,10 +243,18 @@ def test_a_nullable_key_may_be_missing_in_the_first_row(tmp_path: Path) -> None:
 
 
 def test_settings_in_the_output_are_the_numbers_given(tmp_path: Path) -> None:
-    make(tmp_path, 1, settings={"context_scale": 0.7, "guidance_scale": 1.1, "controlnet_conditioning_scale": 0.3})
+    make(
+        tmp_path,
+        1,
+        settings={"context_scale": 0.7, "guidance_scale": 1.1, "controlnet_conditioning_scale": 0.3},
+    )
     [part] = [pq.read_table(path) for path in (tmp_path / "out" / "data").iterdir()]
     [row] = part.to_pylist()
-    assert (row["context_scale"], row["guidance_scale"], row["controlnet_conditioning_scale"]) == (0.7, 1.1, [0.3])
+    assert (row["context_scale"], row["guidance_scale"], row["controlnet_conditioning_scale"]) == (
+        0.7,
+        1.1,
+        [0.3],
+    )
 
 
 def test_a_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
@@ -254,9 +270,13 @@ def test_a_path_that_exists_is_that_path(tmp_path: Path) -> None:
     for name in ("set [1]", "set 1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows.jsonl").write_text("{}")
-    assert expand([str(tmp_path / "set [1]" / "rows.jsonl")], STORAGE) == [str(tmp_path / "set [1]" / "rows.jsonl")]
+    assert expand([str(tmp_path / "set [1]" / "rows.jsonl")], STORAGE) == [
+        str(tmp_path / "set [1]" / "rows.jsonl")
+    ]
     assert expand([str(tmp_path / "set [1]")], STORAGE) == [str(tmp_path / "set [1]" / "rows.jsonl")]
-    assert expand([str(tmp_path / "set*" / "*.jsonl")], STORAGE) == sorted(str(p) for p in tmp_path.glob("*/rows.jsonl"))
+    assert expand([str(tmp_path / "set*" / "*.jsonl")], STORAGE) == sorted(
+        str(p) for p in tmp_path.glob("*/rows.jsonl")
+    )
 
 
 def test_what_programs_leave_in_a_folder_is_no_manifest(tmp_path: Path) -> None:
@@ -273,7 +293,9 @@ def test_what_programs_leave_in_a_folder_is_no_manifest(tmp_path: Path) -> None:
     for name in [*kept, *left, "out/plan.json"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
-    assert {Path(uri).relative_to(tmp_path).as_posix() for uri in expand([str(tmp_path)], STORAGE)} == set(kept)
+    assert {Path(uri).relative_to(tmp_path).as_posix() for uri in expand([str(tmp_path)], STORAGE)} == set(
+        kept
+    )
     queries = tmp_path / "queries"
     for name in ("a.png", "._a.png", ".ipynb_checkpoints/a.png"):
         (queries / name).parent.mkdir(parents=True, exist_ok=True)
@@ -286,7 +308,8 @@ def test_what_programs_leave_in_a_folder_is_no_manifest(tmp_path: Path) -> None:
 
 
 def adobe_rgb() -> bytes:
-    """A matrix profile with Adobe RGB's primaries and gamma (its specification of 1998, adapted to D50), written by hand."""
+    """A matrix profile with Adobe RGB's primaries and gamma (its specification of 1998, adapted to D50),
+    written by hand."""
 
     def number(value: float) -> bytes:
         return struct.pack(">i", round(value * 65536))
@@ -297,7 +320,10 @@ def adobe_rgb() -> bytes:
     gamma = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.19921875 * 256)) + b"\0\0"
     text = b"A wide space"
     tags = {
-        b"desc": b"desc\0\0\0\0" + struct.pack(">I", len(text) + 1) + text + b"\0" * (1 + 4 + 4 + 2 + 1 + 67 + 3),
+        b"desc": b"desc\0\0\0\0"
+        + struct.pack(">I", len(text) + 1)
+        + text
+        + b"\0" * (1 + 4 + 4 + 2 + 1 + 67 + 3),
         b"wtpt": xyz(0.9642, 1.0, 0.8249),
         b"rXYZ": xyz(0.60974, 0.31111, 0.01947),
         b"gXYZ": xyz(0.20528, 0.62567, 0.06087),
@@ -312,16 +338,30 @@ def adobe_rgb() -> bytes:
         table += name + struct.pack(">II", offset + len(body), len(data))
         body += data
     size = 128 + len(table) + len(body)
-    head = struct.pack(">I4sI4s4s4s", size, b"\0\0\0\0", 0x02400000, b"mntr", b"RGB ", b"XYZ ") + b"\0" * 12 + b"acsp"
+    head = (
+        struct.pack(">I4sI4s4s4s", size, b"\0\0\0\0", 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+        + b"\0" * 12
+        + b"acsp"
+    )
     head += b"\0" * 28 + number(0.9642) + number(1.0) + number(0.8249)
     return head + b"\0" * (128 - len(head)) + table + body
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_a_colour_profile_is_turned_into_srgb(form: str) -> None:
-    for profile, expected in ((adobe_rgb(), (233, 35, 35)), (b"broken", (200, 40, 40)), (None, (200, 40, 40))):
+    for profile, expected in (
+        (adobe_rgb(), (233, 35, 35)),
+        (b"broken", (200, 40, 40)),
+        (None, (200, 40, 40)),
+    ):
         file = io.BytesIO()
-        options = {"quality": 100, "subsampling": 0} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {}
+        options = (
+            {"quality": 100, "subsampling": 0}
+            if form == "JPEG"
+            else {"lossless": True}
+            if form == "WEBP"
+            else {}
+        )
         Image.new("RGB", (16, 16), (200, 40, 40)).save(file, form, icc_profile=profile, **options)
         pixels = decode_image(file.getvalue(), Limits())
         assert np.abs(pixels.astype(int) - expected).max() <= 3, (form, profile and profile[:6])

@@ -48,18 +48,25 @@ def test_a_job_that_is_stopped_finishes_the_shards_it_has_begun(head: Cluster, t
     assert jobs.follow(submitted["submission_id"], print) == 143
     log, stopped = jobs.logs(submitted["submission_id"]), parts_of(out)
     stopping = datetime.fromisoformat(events_of(log)["stopping"]["time"]).timestamp()
-    assert max(part.stat().st_mtime for part in stopped) > stopping + 1, "the shards in progress are in OUTPUT"
+    assert max(part.stat().st_mtime for part in stopped) > stopping + 1, (
+        "the shards in progress are in OUTPUT"
+    )
     assert len(stopped) < 8, "no others were begun"
     summary = last_line(log)
     assert (summary["exit"], summary["rows"] > 100) == (143, True), log
     code, _, log = call(head, "submit", job, "--wait")
     assert code == 0, log
     assert len(read_output(out)) == 800
-    assert json.loads((out / "summary.json").read_text())["skipped"] == summary["rows"], "none of those is made again"
+    assert json.loads((out / "summary.json").read_text())["skipped"] == summary["rows"], (
+        "none of those is made again"
+    )
 
 
-def test_a_head_whose_python_on_path_is_another_one_runs_the_job_on_rays_own_and_is_waited_for(tmp_path: Path) -> None:
-    """The head has just begun to start, and neither its PATH nor its folder leads to the Python that Ray runs on."""
+def test_a_head_whose_python_on_path_is_another_one_runs_the_job_on_rays_own_and_is_waited_for(
+    tmp_path: Path,
+) -> None:
+    """The head has just begun to start, and neither its PATH nor its folder leads to the Python that Ray runs
+    on."""
     job = write_job(tmp_path, 4)
     with start_head(path=f"{bare_python(tmp_path)}:{BARE}") as head:
         wait_for(lambda: listens(head.dashboard), 60)
@@ -67,7 +74,9 @@ def test_a_head_whose_python_on_path_is_another_one_runs_the_job_on_rays_own_and
         assert code == told["exit"] == 0, log
         assert len(read_output(tmp_path / "out")) == 4
         code, told, log = call(head, "status", "out", address=f"http://{head.address}")
-        assert (code, "no Ray dashboard" in told["error"], "8265" in told["error"]) == (75, True, True), log
+        assert (code, "not a Ray dashboard" in told["error"], "8265" in told["error"]) == (75, True, True), (
+            log
+        )
         assert asks_for_a_token(head)
 
 

@@ -1,4 +1,5 @@
-"""A real job on a real cluster, as Prometheus sees it: every name that dashboard and alerts ask for, values that add up."""
+"""A real job on a real cluster, as Prometheus sees it: every name that dashboard and alerts ask for, values
+that add up."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ def watched() -> Iterator[Cluster]:
 
 
 class Scrapes(threading.Thread):
-    """Reads the nodes' metrics while a job runs, and finds them, as infra/prometheus/prometheus.yaml has Prometheus do it: the
-    last value of each of ours, by name and labels."""
+    """Reads the nodes' metrics while a job runs, and finds them, as infra/prometheus/prometheus.yaml has
+    Prometheus do it: the last value of each of ours, by name and labels."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)
@@ -110,8 +111,14 @@ def read(url: str, **headers: str) -> str:
         return str(answer.read().decode())
 
 
-def test_every_name_that_is_asked_for_is_there_and_the_counts_are_the_jobs(watched: Cluster, tmp_path: Path) -> None:
-    changes: dict[int, dict[str, Any]] = {2: {"scheduler": "magic"}, 5: {"query": "gone.png"}, 14: {"query": "gone.png"}}
+def test_every_name_that_is_asked_for_is_there_and_the_counts_are_the_jobs(
+    watched: Cluster, tmp_path: Path
+) -> None:
+    changes: dict[int, dict[str, Any]] = {
+        2: {"scheduler": "magic"},
+        5: {"query": "gone.png"},
+        14: {"query": "gone.png"},
+    }
     job, out = write_job(tmp_path, 16, changes, settings={"num_images": 2}), tmp_path / "out"
     with Scrapes(watched) as seen:
         code, _, log = call(watched, "submit", job, "--wait", "--log-format", "json")

@@ -35,7 +35,9 @@ def cluster() -> Iterator[Cluster]:
 
 def engines(cluster: Cluster) -> list[dict[str, Any]]:
     """The engines that live now, as Ray's state API lists them."""
-    asked = urllib.request.Request(f"{cluster.dashboard}/api/v0/actors?limit=1000", headers={"Authorization": f"Bearer {TOKEN}"})
+    asked = urllib.request.Request(
+        f"{cluster.dashboard}/api/v0/actors?limit=1000", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
     with urllib.request.urlopen(asked, timeout=30) as answer:
         found = json.load(answer)["data"]["result"]["result"]
     return [one for one in found if one["state"] == "ALIVE" and "Generate" in one["class_name"]]
@@ -45,7 +47,8 @@ def test_engines_wait_for_gpus_of_their_kind_grow_with_them_and_leave_a_node_tha
     cluster: Cluster, tmp_path: Path
 ) -> None:
     pool = {"actors": [1, 2], "gpus_per_actor": 1, "accelerator_type": "L4"}
-    # A node takes half a minute to start, a shard of two rows a quarter of a second at most: enough of them to see it come.
+    # A node takes half a minute to start, a shard of two rows a quarter of a second at most: enough of them
+    # to see it come.
     job = write_job(tmp_path, 1000, rows_per_part=2, cluster=pool)
     parts = tmp_path / "out" / "data"
     code, told, log = call(cluster, "submit", job)
@@ -77,13 +80,15 @@ def test_engines_whose_number_is_left_open_grow_with_the_gpus(cluster: Cluster, 
     wait_for(lambda: sorted(one["node_id"] for one in engines(cluster)) == sorted([first, second]))
     assert jobs.follow(submitted["submission_id"], print) == 0
     assert len(read_output(tmp_path / "out")) == 1000
-    assert "on which their torch finds none" in jobs.logs(submitted["submission_id"]), "the GPUs are logical"
+    assert "but their torch finds none" in jobs.logs(submitted["submission_id"]), "the GPUs are logical"
 
 
 def test_a_cluster_that_is_lost_ends_the_wait_with_75_and_its_name(cluster: Cluster, tmp_path: Path) -> None:
     job = write_job(tmp_path, 60, rows_per_part=2)
     command = [*COMMAND, "submit", job, "--wait", "--address", cluster.dashboard]
-    waiting = subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    waiting = subprocess.Popen(
+        command, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for(lambda: list((tmp_path / "out").glob("data/*")))
     cluster.die()
     out, log = waiting.communicate(timeout=300)
@@ -93,7 +98,9 @@ def test_a_cluster_that_is_lost_ends_the_wait_with_75_and_its_name(cluster: Clus
     assert json.loads(again.stdout.splitlines()[-1])["rows"] > 0, "OUTPUT tells it without the cluster"
 
 
-def test_weights_are_fetched_once_for_two_nodes_and_then_by_no_engine(cluster: Cluster, tmp_path: Path) -> None:
+def test_weights_are_fetched_once_for_two_nodes_and_then_by_no_engine(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     cluster.add()
     for name, made in (("base", make_base(tmp_path / "made")), ("net", make_controlnet(tmp_path / "made"))):
         shutil.copytree(made, tmp_path / "hub" / "someone" / name)
@@ -113,7 +120,9 @@ def test_weights_are_fetched_once_for_two_nodes_and_then_by_no_engine(cluster: C
             "HF_HUB_OFFLINE": "0",
         }
         jobs, lines = RayJobs(cluster.dashboard, TOKEN), list[str]()
-        jobs.submit("warm-1", f"python -m context_diffusion warm {job} --address auto", {"env_vars": variables})
+        jobs.submit(
+            "warm-1", f"python -m context_diffusion warm {job} --address auto", {"env_vars": variables}
+        )
         assert jobs.follow("warm-1", lines.append) == 0, lines
         assert len(json.loads(lines[-1])["nodes"]) == 2
         assert len(fetched) > 8

@@ -20,13 +20,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """All that the package needs, and not the package: a folder on sys.path has its .pth files ignored, an editable
-    install's among them."""
+    """All that the package needs, and not the package: a folder on sys.path has its .pth files ignored, an
+    editable install's among them."""
     folder = tmp_path_factory.mktemp("bare")
     venv.create(folder, symlinks=True)
     python = str(folder / "bin" / "python")
     found = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     Path(found.stdout.strip(), "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     assert subprocess.run([python, "-c", "import ray, torch"], check=True)
@@ -40,7 +43,16 @@ def test_a_wheel_that_is_sent_along_is_what_the_job_runs(bare: Cluster, tmp_path
     assert code == told["exit"] == 2
     assert "bin/python, the Python of this cluster, lacks context_diffusion" in log
     assert "--wheel FILE" in log
-    build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--wheel",
+        "--outdir",
+        str(tmp_path / "dist"),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, capture_output=True)
     [wheel] = (tmp_path / "dist").glob("*.whl")
     code, told, log = call(bare, "submit", job, "--wait", "--wheel", str(wheel))

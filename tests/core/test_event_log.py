@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from context_diffusion.cluster import progress
-from context_diffusion.cluster.progress import Progress
+from context_diffusion.cluster.progress import RunProgress
 from context_diffusion.core.event_log import LOG, LogFormat
 from context_diffusion.core.records import Counts
 from support.finished_output import make
@@ -29,11 +29,11 @@ def told(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     return sink
 
 
-def watched(folder: Path) -> Progress:
+def watched(folder: Path) -> RunProgress:
     """Progress over two real shards, one row of them failed."""
     heard: list[dict[str, Any]] = []
     make(folder, 8, {5: {"scheduler": PROMPT}}, written=heard, rows_per_part=4)
-    with Progress(10, Counts(rows=2, ok=2, images=2), "/logs/of/ray") as shown:
+    with RunProgress(10, Counts(rows=2, ok=2, images=2), "/logs/of/ray") as shown:
         for one in heard:
             shown.add(one)
     return shown
@@ -48,7 +48,9 @@ def test_people_read_lines(tmp_path: Path, told: io.StringIO) -> None:
     assert (shown.counts.failed, shown.counts.codes) == (1, {"unknown_scheduler": 1})
 
 
-def test_machines_read_an_object_a_line(tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_read_an_object_a_line(
+    tmp_path: Path, told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LOG, "format", LogFormat.JSON)
     watched(tmp_path)
     lines = [json.loads(line) for line in told.getvalue().splitlines()]
@@ -60,7 +62,12 @@ def test_machines_read_an_object_a_line(tmp_path: Path, told: io.StringIO, monke
     assert (shard["shard"], shard["rows"], shard["failed"], shard["images"]) == (0, 4, 0, 4)
     assert set(shard["seconds"]) == {"load", "generate", "write"}
     assert (going["rows"], going["of"]) == (6, 10)
-    assert (failed["level"], failed["shard"], failed["id"], failed["code"]) == ("warning", 1, "row-005", "unknown_scheduler")
+    assert (failed["level"], failed["shard"], failed["id"], failed["code"]) == (
+        "warning",
+        1,
+        "row-005",
+        "unknown_scheduler",
+    )
     assert PROMPT[:40] in failed["message"]
 
 

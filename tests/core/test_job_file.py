@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from context_diffusion.cluster.supervisor import handed_over
+from context_diffusion.cluster.supervisor import driver_input
 from context_diffusion.core.errors import ConfigError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_file import absolute, check_job, load_job, load_jobs, parse
@@ -45,7 +45,7 @@ def test_yaml_scalars_are_what_one_reads(text: str, value: Any) -> None:
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("kind: generate\nmanifest: a\nmanifest: b\noutput: c\n")
-    with pytest.raises(ConfigError, match="'manifest' stands twice"):
+    with pytest.raises(ConfigError, match="duplicate key 'manifest'"):
         load_job(str(path))
 
 
@@ -112,10 +112,12 @@ def test_what_is_no_mapping_is_said(tmp_path: Path, text: str) -> None:
 def test_what_the_drivers_process_is_given_leaves_a_presets_parts_to_the_preset() -> None:
     job = check_job(GOOD | {"model": {"base": "sd15", "vae": "mine/vae", "safety_checker": None}})
     assert isinstance(job, GenerateJob)
-    given = GenerateJob.model_validate(json.loads(handed_over(job, {}))["job"])
+    given = GenerateJob.model_validate(json.loads(driver_input(job, {}))["job"])
     assert given == job
     assert isinstance(given.model, Parts)
-    assert parts_of(given.model) == PRESETS["sd15"].model_copy(update={"vae": "mine/vae", "safety_checker": None})
+    assert parts_of(given.model) == PRESETS["sd15"].model_copy(
+        update={"vae": "mine/vae", "safety_checker": None}
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,10 +159,16 @@ def test_a_file_holds_several_jobs_as_yaml_documents_or_a_list(tmp_path: Path) -
     generate, evaluate = (job.model_dump(exclude_unset=True) for job in jobs)
     manifests = ["a.csv", "b.parquet"]  # of both kinds, the other keys of one
     assert generate == {**GOOD, "manifest": manifests, "seed": 7, "settings": {"seed": 3}}
-    assert evaluate == {"kind": "evaluate", "images": "out", "output": "scores", "judge": "mine", "manifest": manifests}
+    assert evaluate == {
+        "kind": "evaluate",
+        "images": "out",
+        "output": "scores",
+        "judge": "mine",
+        "manifest": manifests,
+    }
     path.write_text(json.dumps([generate, evaluate]))
     assert load_jobs(str(path)) == jobs
-    with pytest.raises(ConfigError, match="holds 2 jobs, one is wanted"):
+    with pytest.raises(ConfigError, match="has 2 jobs, expected one"):
         load_job(str(path))
     path.write_text("---\n" + TWO.split("---")[0])
     assert load_jobs(str(path)) == [load_job(str(path))]
@@ -170,11 +178,15 @@ def test_a_file_holds_several_jobs_as_yaml_documents_or_a_list(tmp_path: Path) -
     ("change", "sets", "words"),
     [
         (("out\n---", "out\ncontrol: cany\n---"), [], ["job.yaml: job 1: ", "control: should be"]),
-        (("images: out", "image: out"), ["modle=x"], ["did you mean 'model'", "job 2: ", "did you mean 'images'"]),
-        (("output: scores", "output: ./out/"), [], ["job 2: output: ./out/ is job 1's too"]),
+        (
+            ("images: out", "image: out"),
+            ["modle=x"],
+            ["did you mean 'model'", "job 2: ", "did you mean 'images'"],
+        ),
+        (("output: scores", "output: ./out/"), [], ["job 2: output: ./out/ is also job 1's"]),
         (("kind: evaluate", "kind: evaluat"), [], ["job 2: kind: 'evaluat'", "did you mean 'evaluate'"]),
         (("scores\n", "scores\n---\n"), [], ["job 3: a job is a mapping", "got NoneType"]),
-        (("", ""), ["output=here"], ["job 2: output: here is job 1's too"]),
+        (("", ""), ["output=here"], ["job 2: output: here is also job 1's"]),
         (("", ""), ["seed"], ["key=value"]),
     ],
 )
@@ -195,14 +207,23 @@ def test_a_job_for_another_working_directory_has_absolute_paths_and_the_names_it
     monkeypatch.chdir(tmp_path)
     for folder in ("mine", "bundled"):
         (tmp_path / folder).mkdir()
-    values = GOOD | {"manifest": ["m.csv", "s3://b/m.csv"], "model": {"base": "sd15", "vae": "mine", "controlnet": "o/name"}}
+    values = GOOD | {
+        "manifest": ["m.csv", "s3://b/m.csv"],
+        "model": {"base": "sd15", "vae": "mine", "controlnet": "o/name"},
+    }
     told = absolute(check_job(values))
     assert told["manifest"] == [f"{tmp_path}/m.csv", "s3://b/m.csv"]
     assert told["model"] == {"base": "sd15", "vae": f"{tmp_path}/mine", "controlnet": "o/name"}
     assert told["output"] == f"{tmp_path}/out"
     assert told.keys() == values.keys()
-    tuned = absolute(check_job({"kind": "finetune", "data": "pictures", "output": "tuned", "model": "bundled"}))
-    assert (tuned["data"], tuned["output"], tuned["model"]) == (f"{tmp_path}/pictures", f"{tmp_path}/tuned", "bundled")
+    tuned = absolute(
+        check_job({"kind": "finetune", "data": "pictures", "output": "tuned", "model": "bundled"})
+    )
+    assert (tuned["data"], tuned["output"], tuned["model"]) == (
+        f"{tmp_path}/pictures",
+        f"{tmp_path}/tuned",
+        "bundled",
+    )
 
 
 @given(st.integers(1, 10_000), st.integers(0, 100))

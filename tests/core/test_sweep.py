@@ -1,4 +1,5 @@
-"""A job's matrix: which image stands at which index, with whose settings; what is refused; a row's way through the flow."""
+"""A job's matrix: which image stands at which index, with whose settings; what is refused; a row's way
+through the flow."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ AXES: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**40),
 }
 matrices = st.lists(st.sampled_from(list(AXES)), unique=True, max_size=4).flatmap(
-    lambda names: st.tuples(*(st.tuples(st.just(n), st.lists(AXES[n], min_size=1, max_size=3, unique=True)) for n in names))
+    lambda names: st.tuples(
+        *(st.tuples(st.just(n), st.lists(AXES[n], min_size=1, max_size=3, unique=True)) for n in names)
+    )
 )
 GRID = {"guidance_scale": [1, 3, 5], "context_scale": [0.4, 0.7, 1, 1.3]}
 
@@ -65,7 +68,9 @@ def test_a_row_s_images_are_a_grid_of_settings_each_written_with_its_own(tmp_pat
         ("row-002", 0, "unknown_scheduler"),
         ("row-004", 0, "missing_file"),
     ]
-    assert [(r["id"], r["index"]) for r in made] == [(f"row-{n:03d}", k) for n in (0, 1, 3, 5) for k in range(24)]
+    assert [(r["id"], r["index"]) for r in made] == [
+        (f"row-{n:03d}", k) for n in (0, 1, 3, 5) for k in range(24)
+    ]
     seeds = {row["id"]: row["seed"] for row in made if row["index"] == 0}
     for row in made:
         combination = [(g, c) for g in (1, 3, 5) for c in (0.4, 0.7, 1, 1.3)][row["index"] // 2]
@@ -89,7 +94,9 @@ def test_a_row_that_does_not_go_with_the_matrix_fails_and_no_other(tmp_path: Pat
     write_pictures(tmp_path / "in", 2)
     plain = {"query": "picture-0.png", "context": ["picture-1.png"]}
     own = [{}, {"control_guidance_end": 0.4}, {"num_images": 64}, {"num_images": 8}]
-    manifest.write_text("".join(json.dumps({"id": str(n), **plain, **more}) + "\n" for n, more in enumerate(own)))
+    manifest.write_text(
+        "".join(json.dumps({"id": str(n), **plain, **more}) + "\n" for n, more in enumerate(own))
+    )
     flow(tmp_path, manifest, matrix={"control_guidance_start": [0, 0.5], "guidance_scale": [1, 2, 3]})
     rows = read_output(tmp_path / "out")
     failed = {row["id"]: row["error_message"] for row in rows if row["status"] == "failed"}
@@ -109,7 +116,9 @@ def test_what_an_engine_cannot_make_is_one_failed_row_with_the_settings_that_fai
 
     make(tmp_path, 3, engine=Limited(), matrix={"guidance_scale": [1, 3, 5]})
     rows = read_output(tmp_path / "out")
-    assert [(r["id"], r["index"], r["status"]) for r in rows if r["id"] == "row-001"] == [("row-001", 0, "failed")]
+    assert [(r["id"], r["index"], r["status"]) for r in rows if r["id"] == "row-001"] == [
+        ("row-001", 0, "failed")
+    ]
     assert next(row["guidance_scale"] for row in rows if row["id"] == "row-001") == 3
     assert len(rows) == 3 + 1 + 3
 
@@ -134,8 +143,14 @@ def test_a_matrix_is_of_the_job_that_output_belongs_to_its_order_too(tmp_path: P
         ({"guidance_scale": [1, 500]}, "should be less than or equal to 100, got 500"),
         ({"scheduler": ["magic"]}, "scheduler: should be 'ddim'"),
         ({"seed": [1, None]}, "seed: null"),
-        ({"seed": list(range(MAX_IMAGES + 1))}, "257 combinations of 1 image(s) are 257 images of one row, at most 256"),
-        ({"control_guidance_start": [0.1, 0.6], "control_guidance_end": [0.5, 1]}, "at control_guidance_start 0.6, "),
+        (
+            {"seed": list(range(MAX_IMAGES + 1))},
+            "257 combinations of 1 image(s) are 257 images of one row, at most 256",
+        ),
+        (
+            {"control_guidance_start": [0.1, 0.6], "control_guidance_end": [0.5, 1]},
+            "at control_guidance_start 0.6, ",
+        ),
         ({"guidance_scale": 3}, "should be a valid list"),
     ],
 )

@@ -61,7 +61,9 @@ rows = st.builds(
 
 @settings(max_examples=8, deadline=None)
 @given(st.lists(rows, min_size=2, max_size=6), st.integers(3, 9), st.integers(1, 3), st.integers(1, 3))
-def test_a_row_is_the_same_alone_and_among_any_neighbours(batch: list[Request], lanes: int, calls: int, threads: int) -> None:
+def test_a_row_is_the_same_alone_and_among_any_neighbours(
+    batch: list[Request], lanes: int, calls: int, threads: int
+) -> None:
     """However many calls run at once, and whatever torch's own number of threads."""
     batch = [dataclasses.replace(one, id=str(number)) for number, one in enumerate(batch)]
     torch.set_num_threads(threads)
@@ -75,7 +77,13 @@ def test_a_row_is_the_same_alone_and_among_any_neighbours(batch: list[Request], 
         assert np.array_equal(outcome.image, alone(one, speaking_model))
 
 
-BASE: dict[str, Any] = {"seed": 3, "contexts": 2, "prompt": "ocean", "num_inference_steps": 4, "guidance_scale": 2.0}
+BASE: dict[str, Any] = {
+    "seed": 3,
+    "contexts": 2,
+    "prompt": "ocean",
+    "num_inference_steps": 4,
+    "guidance_scale": 2.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +127,9 @@ def test_the_order_of_contexts_changes_no_bit_and_a_weight_of_nothing_is_absence
     turned = dataclasses.replace(base, contexts=base.contexts[::-1])
     assert np.array_equal(alone(base), alone(turned))
     without = dataclasses.replace(base, contexts=base.contexts[:2])
-    weighted = dataclasses.replace(base, settings=base.settings.model_copy(update={"context_weights": [1.0, 1.0, 0.0]}))
+    weighted = dataclasses.replace(
+        base, settings=base.settings.model_copy(update={"context_weights": [1.0, 1.0, 0.0]})
+    )
     assert np.array_equal(alone(without), alone(weighted))
 
 
@@ -138,7 +148,9 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
     for prompt, shown in (("", 0.0), ("", 1.0), ("ocean", 1.0)):
         weights[0, 0] = shown
         conditions.append(model.fuse(*model.encode_text([prompt]), contexts, weights))
-    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3)) * model.noise_scale
+    latents = (
+        torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3)) * model.noise_scale
+    )
     layout = model.encode_control(pixels[1:], ["gray"])
     look = Look(*(part[:, None] for part in model.look(pixels[:1])))
     seen = draft(model.layout(pixels[1:], ["gray"]), look, torch.ones(1, 1))
@@ -147,7 +159,8 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
         time = timestep[None].float()
         down, mid = model.control(latents, time, layout)
         e0, e_context, e_both = (
-            model.predict(latents, time, h, b, down, mid, drawn) for (h, b), drawn in zip(conditions, drafts, strict=True)
+            model.predict(latents, time, h, b, down, mid, drawn)
+            for (h, b), drawn in zip(conditions, drafts, strict=True)
         )
         guided = e0 + 2.0 * (e_context - e0) + 3.0 * (e_both - e_context)
         latents = scheduler.step(guided, timestep, latents).prev_sample
@@ -179,7 +192,10 @@ def test_the_service_answers_each_caller_in_its_order_and_breaks_loudly() -> Non
     from concurrent.futures import ThreadPoolExecutor
 
     service = EngineService(engine())
-    batches = [[request(seed, num_inference_steps=1 + seed % 3) for seed in range(start, start + 4)] for start in (0, 10, 20)]
+    batches = [
+        [request(seed, num_inference_steps=1 + seed % 3) for seed in range(start, start + 4)]
+        for start in (0, 10, 20)
+    ]
     with ThreadPoolExecutor(3) as threads:
         answers = list(threads.map(service.generate, batches))
     for batch, outcomes in zip(batches, answers, strict=True):
@@ -261,11 +277,17 @@ def pictures(backbone: NativeBackbone, device: torch.device, asked: list[Request
 def test_the_bundled_model_makes_equal_bits_in_any_order_and_alone(kind: str) -> None:
     device, count = torch.device(kind), 24 if kind == "cuda" else 4
     backbone = NativeBackbone(NativeModel.from_pretrained(model_folder("bundled")).to(device))
-    steps = [{"num_inference_steps": 2 + number % 4, "guidance_scale": 1.0 if number % 3 else 3.0} for number in range(count)]
+    steps = [
+        {"num_inference_steps": 2 + number % 4, "guidance_scale": 1.0 if number % 3 else 3.0}
+        for number in range(count)
+    ]
     rows = [
-        dataclasses.replace(request(seed, **own), contexts=(picture(1000 + seed, 128, 128),)) for seed, own in enumerate(steps)
+        dataclasses.replace(request(seed, **own), contexts=(picture(1000 + seed, 128, 128),))
+        for seed, own in enumerate(steps)
     ]
     whole = pictures(backbone, device, rows)
     assert len(whole) == count
     for again in (rows, rows[::-1], rows[:1], rows[2:3]):
-        assert all(np.array_equal(image, whole[name]) for name, image in pictures(backbone, device, again).items())
+        assert all(
+            np.array_equal(image, whole[name]) for name, image in pictures(backbone, device, again).items()
+        )

@@ -14,9 +14,13 @@ scales = st.floats(0, 20).map(lambda value: round(value, 2))
 
 
 @given(scales, scales, st.tuples(*[st.floats(-5, 5)] * 3))
-def test_the_branches_add_up_to_the_formula(text: float, context: float, outputs: tuple[float, float, float]) -> None:
+def test_the_branches_add_up_to_the_formula(
+    text: float, context: float, outputs: tuple[float, float, float]
+) -> None:
     e0, e_context, e_both = outputs
-    wanted = e0 + max(context, 1) * (e_context - e0) + max(text, 1) * (e_both - e_context)  # 1 or less: no guidance
+    wanted = (
+        e0 + max(context, 1) * (e_context - e0) + max(text, 1) * (e_both - e_context)
+    )  # 1 or less: no guidance
     found = guidance_branches(Settings(guidance_scale=text, context_guidance_scale=context), has_prompt=True)
     values = {(False, False): e0, (True, False): e_context, (True, True): e_both}
     assert sum(b.weight * values[b.contexts, b.prompt] for b in found) == pytest.approx(wanted, abs=1e-6)
@@ -35,7 +39,9 @@ def test_the_branches_add_up_to_the_formula(text: float, context: float, outputs
         (3, 1, True, 2),
     ],
 )
-def test_a_row_pays_for_the_lanes_that_it_needs(text: float, context: float | None, prompt: bool, lanes: int) -> None:
+def test_a_row_pays_for_the_lanes_that_it_needs(
+    text: float, context: float | None, prompt: bool, lanes: int
+) -> None:
     settings = Settings(guidance_scale=text, context_guidance_scale=context)
     assert len(guidance_branches(settings, prompt)) == lanes
 

@@ -26,7 +26,9 @@ PIXELS = np.zeros((8, 8, 3), np.uint8)
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=24), st.sampled_from([1, 2, 4, 8]), st.integers(1, 6))
-def test_the_choice_is_the_best_there_is_and_the_first_is_in_it(lanes: list[int], chunk: int, chunks: int) -> None:
+def test_the_choice_is_the_best_there_is_and_the_first_is_in_it(
+    lanes: list[int], chunk: int, chunks: int
+) -> None:
     most = chunk * chunks
     chosen = choose(lanes, chunk, most)
     assert chosen[0] == 0
@@ -41,7 +43,8 @@ def test_the_choice_is_the_best_there_is_and_the_first_is_in_it(lanes: list[int]
 
 
 class Numbers:
-    """A backbone of almost no work at the real seam, so that thousands of rows can run; it counts what it is called with."""
+    """A backbone of almost no work at the real seam, so that thousands of rows can run; it counts what it is
+    called with."""
 
     scheduler_config = {"beta_schedule": "linear", "prediction_type": "epsilon", "num_train_timesteps": 1000}
     image_size, context_slots, noise_scale, latent_channels, latent_factor = 8, 1, 1.0, 1, 8
@@ -49,7 +52,9 @@ class Numbers:
 
     def __init__(self, room: int = 10**9) -> None:
         self.called, self.room = 0, room
-        self.fails: dict[str, Callable[[str], Exception | None]] = {}  # by what is called: an error for a row's id
+        self.fails: dict[
+            str, Callable[[str], Exception | None]
+        ] = {}  # by what is called: an error for a row's id
 
     def branches(self, request: Request) -> list[Branch]:
         return guidance_branches(request.settings, has_prompt=True)
@@ -65,7 +70,9 @@ class Numbers:
     def control(self, *_: object) -> list[torch.Tensor]:
         raise AssertionError("no row has a control map")
 
-    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, lanes: Conditions, residuals: None) -> torch.Tensor:
+    def predict(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, lanes: Conditions, residuals: None
+    ) -> torch.Tensor:
         if len(self.engine.slots) > self.room:
             raise torch.OutOfMemoryError("a device as small as this")
         self.called += len(latents)
@@ -94,7 +101,9 @@ def engine(shape: Shape = Shape(4, 12), room: int = 10**9) -> Engine:
 
 def numbered(number: int, steps: int, lanes: int) -> Request:
     scales = {1: (1.0, 1.0), 2: (5.0, 5.0), 3: (5.0, 3.0)}[lanes]
-    settings = Settings(seed=number, num_inference_steps=steps, guidance_scale=scales[0], context_guidance_scale=scales[1])
+    settings = Settings(
+        seed=number, num_inference_steps=steps, guidance_scale=scales[0], context_guidance_scale=scales[1]
+    )
     return Request(str(number), 0, PIXELS, (), (PIXELS,), "words", None, settings)
 
 
@@ -111,7 +120,9 @@ def test_the_chunks_are_full_from_the_first_step_to_the_last(mix: str, lanes: li
     """Drain included, 50 rows a lane; counted at the calls of the model."""
     rng, busy = np.random.default_rng(0), engine()
     asked = [(MIXES[mix](rng), int(rng.choice(lanes))) for _ in range(600)]
-    outcomes = [outcome for _, outcome in busy.run([numbered(number, *one) for number, one in enumerate(asked)])]
+    outcomes = [
+        outcome for _, outcome in busy.run([numbered(number, *one) for number, one in enumerate(asked)])
+    ]
     assert sum(isinstance(outcome, Result) for outcome in outcomes) == len(asked)
     used, paid = sum(steps * width for steps, width in asked), busy.backbone.called  # type: ignore[attr-defined]
     assert (busy.occupancy.used, busy.occupancy.paid) == (used, paid)
@@ -129,7 +140,9 @@ def test_no_row_starves() -> None:
 def test_what_rows_pay_adds_up_to_what_the_calls_had_room_for() -> None:
     busy = engine()
     results = [outcome for _, outcome in busy.run([numbered(n, 3 + n % 5, 1 + n % 3) for n in range(20)])]
-    assert sum(r.paid_lane_steps for r in results if isinstance(r, Result)) == pytest.approx(busy.occupancy.paid)
+    assert sum(r.paid_lane_steps for r in results if isinstance(r, Result)) == pytest.approx(
+        busy.occupancy.paid
+    )
     assert sum(r.used_lane_steps for r in results if isinstance(r, Result)) == busy.occupancy.used
 
 
@@ -185,7 +198,9 @@ def outcomes_of(busy: Engine, rows: list[Request]) -> dict[str, Result | Failure
     return {row.id: outcome for row, outcome in busy.run(rows)}
 
 
-@pytest.mark.parametrize("error", [KeyError("weights"), RuntimeError("shapes\ndiffer"), torch.OutOfMemoryError("small")])
+@pytest.mark.parametrize(
+    "error", [KeyError("weights"), RuntimeError("shapes\ndiffer"), torch.OutOfMemoryError("small")]
+)
 def test_whatever_goes_wrong_at_one_rows_admission_is_that_rows_failure(error: Exception) -> None:
     busy = engine()
     busy.backbone.fails["encode"] = lambda row: error if row == "2" else None  # type: ignore[attr-defined]
@@ -193,7 +208,9 @@ def test_whatever_goes_wrong_at_one_rows_admission_is_that_rows_failure(error: E
     failed = outcomes.pop("2")
     assert all(isinstance(outcome, Result) for outcome in outcomes.values())
     assert isinstance(failed, Failure)
-    expected = ErrorCode.OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ErrorCode.ENGINE_ERROR
+    expected = (
+        ErrorCode.OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ErrorCode.ENGINE_ERROR
+    )
     assert failed.code == expected
     assert "\n" not in failed.message
 
@@ -226,7 +243,7 @@ def test_an_image_that_cannot_be_decoded_whole_is_decoded_in_tiles_and_says_so()
     assert tiled == {"0": False, "1": True, "2": False}
 
 
-def test_an_image_that_fits_in_tiles_only_without_neighbours_waits_for_room_and_one_that_never_fits_fails_alone() -> None:
+def test_an_image_that_fits_only_alone_waits_for_room_and_one_that_never_fits_fails_alone() -> None:
     busy = engine()
 
     def short(row: str) -> Exception | None:

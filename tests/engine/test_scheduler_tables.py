@@ -22,10 +22,18 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps":
 
 
 def config(prediction: str, spacing: str, **more: Any) -> dict[str, Any]:
-    return {"num_train_timesteps": 1000, "clip_sample": False, "prediction_type": prediction, "timestep_spacing": spacing, **more}
+    return {
+        "num_train_timesteps": 1000,
+        "clip_sample": False,
+        "prediction_type": prediction,
+        "timestep_spacing": spacing,
+        **more,
+    }
 
 
-def config_for(scheduler: str, prediction: str = "epsilon", spacing: str = "leading", **more: Any) -> dict[str, Any]:
+def config_for(
+    scheduler: str, prediction: str = "epsilon", spacing: str = "leading", **more: Any
+) -> dict[str, Any]:
     return FLOW if scheduler == "flow_euler" else config(prediction, spacing, **more)
 
 
@@ -51,7 +59,9 @@ def comparable(scheduler: str, prediction: str, spacing: str, steps: int, more: 
         return True
     if prediction == "sample" and scheduler in ("euler", "euler_a"):  # they refuse it
         return False
-    if steps == 1 and (spacing != "trailing" or scheduler.startswith("dpmpp")):  # sigmas between two timesteps
+    if steps == 1 and (
+        spacing != "trailing" or scheduler.startswith("dpmpp")
+    ):  # sigmas between two timesteps
         return False
     # Sigma begins at 2e4 there: its own float32 step loses the digits that are compared.
     return more is not COSINE or (spacing == "leading" and scheduler != "dpmpp_2m_karras")
@@ -97,7 +107,9 @@ def test_a_table_steps_as_its_scheduler(
         assert table.timesteps[step] == pytest.approx(float(timestep))
         if hasattr(reference, "scale_model_input"):
             close(ours * scale_in, reference.scale_model_input(theirs, timestep))
-        theirs = reference.step(output, timestep, theirs, **({} if scheduler == "ddim" else {"generator": drawn})).prev_sample
+        theirs = reference.step(
+            output, timestep, theirs, **({} if scheduler == "ddim" else {"generator": drawn})
+        ).prev_sample
         noise = torch.randn(shape, generator=draws).double() if d else torch.zeros(shape)
         x0 = p * ours + q * output
         ours, before = a * ours + b * output + c * before + d * noise, x0
@@ -138,7 +150,12 @@ FOLLOWED: list[tuple[SchedulerName, dict[str, Any]]] = [
 @pytest.mark.parametrize(("scheduler", "own"), FOLLOWED)
 def test_the_models_scheduler_config_is_followed(scheduler: SchedulerName, own: dict[str, Any]) -> None:
     """Held against a diffusers user's `from_config` of the same configuration."""
-    settings = config("v_prediction" if "rescale_betas_zero_snr" in own else "epsilon", "linspace", **STABLE_DIFFUSION) | own
+    settings = (
+        config(
+            "v_prediction" if "rescale_betas_zero_snr" in own else "epsilon", "linspace", **STABLE_DIFFUSION
+        )
+        | own
+    )
     reference, table = reference_of(scheduler, settings, 12), make_table(scheduler, 12, settings)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double() * table.init_scale
     assert torch.equal(table.timesteps, reference.timesteps.float())

@@ -1,4 +1,5 @@
-"""Calls of the model that run at once don't change one another's rows: through the engine of a job, for every backbone."""
+"""Calls of the model that run at once don't change one another's rows: through the engine of a job, for every
+backbone."""
 
 from __future__ import annotations
 
@@ -21,14 +22,32 @@ THREADS = (2, 4)
 MIXED: list[dict[str, Any]] = [
     {"contexts": 1, "guidance_scale": 1.0, "scheduler": "euler", "num_inference_steps": 2},
     {"contexts": 2, "guidance_scale": 5.0, "prompt": "a red house", "num_inference_steps": 3},
-    {"contexts": 3, "guidance_scale": 3.0, "prompt": "a boat", "negative_prompt": "grey", "num_inference_steps": 2},
-    {"contexts": 1, "guidance_scale": 2.0, "scheduler": "dpmpp_2m", "control_guidance_end": 0.6, "num_inference_steps": 3},
+    {
+        "contexts": 3,
+        "guidance_scale": 3.0,
+        "prompt": "a boat",
+        "negative_prompt": "grey",
+        "num_inference_steps": 2,
+    },
+    {
+        "contexts": 1,
+        "guidance_scale": 2.0,
+        "scheduler": "dpmpp_2m",
+        "control_guidance_end": 0.6,
+        "num_inference_steps": 3,
+    },
 ]
 
 
 def generate(model: Any, rows: list[Request], threads: int, runs: int) -> list[list[Pixels]]:
     job = GenerateJob.model_validate(
-        {"kind": "generate", "manifest": "m", "output": "o", "model": model, "cluster": {"cpu_threads": threads}}
+        {
+            "kind": "generate",
+            "manifest": "m",
+            "output": "o",
+            "model": model,
+            "cluster": {"cpu_threads": threads},
+        }
     )
     engine = make_engine(job, pytest.fail)
     images = []
@@ -51,7 +70,9 @@ def assert_equal_bits(model: Any, rows: list[Request]) -> list[Pixels]:
 
 
 @pytest.mark.parametrize("xl", [False, True], ids=["sd15", "sdxl"])
-def test_threads_change_no_row_of_stable_diffusion_and_each_is_what_diffusers_makes(tmp_path: Path, xl: bool) -> None:
+def test_threads_change_no_row_of_stable_diffusion_and_each_is_what_diffusers_makes(
+    tmp_path: Path, xl: bool
+) -> None:
     base = make_base(tmp_path, xl)
     model = {
         "base": base,
@@ -71,6 +92,8 @@ def test_threads_change_no_row_of_the_native_model(tmp_path: Path) -> None:
         request(1, contexts=1, prompt="ocean", guidance_scale=1.0),
         request(2, contexts=2, guidance_scale=5.0, num_inference_steps=4),
         request(3, contexts=3, prompt="dots", guidance_scale=3.0, context_guidance_scale=2.0),
-        request(4, contexts=1, prompt="forest", guidance_scale=2.0, scheduler="dpmpp_2m", control_guidance_end=0.6),
+        request(
+            4, contexts=1, prompt="forest", guidance_scale=2.0, scheduler="dpmpp_2m", control_guidance_end=0.6
+        ),
     ]
     assert_equal_bits(str(tmp_path / "model"), rows)

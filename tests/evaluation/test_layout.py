@@ -13,10 +13,17 @@ from support.held_out import held_out_rows
 def test_the_layout_score_tells_the_query_of_a_picture_from_another_one() -> None:
     rows = held_out_rows()
     true = [layout_score(row.truth, row.query) for row in rows]
-    false = [layout_score(a.truth, b.query) for a, b in zip(rows, rows[5:] + rows[:5], strict=True) if a.layout != b.layout]
+    false = [
+        layout_score(a.truth, b.query)
+        for a, b in zip(rows, rows[5:] + rows[:5], strict=True)
+        if a.layout != b.layout
+    ]
     assert auc(true, false) >= 0.95
     groups = [rows[i : i + 8] for i in range(0, len(rows), 8)]
-    named = [named_first(np.array([[layout_score(a.truth, b.query) for b in group] for a in group])) for group in groups]
+    named = [
+        named_first(np.array([[layout_score(a.truth, b.query) for b in group] for a in group]))
+        for group in groups
+    ]
     assert np.mean(named) >= 0.8
 
 

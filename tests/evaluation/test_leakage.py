@@ -38,11 +38,18 @@ def test_a_texture_that_the_context_has_too_is_no_leak() -> None:
     for _ in range(8):
         tones = [make_layout(rng, 128)[1] for _ in range(2)]
         picture, context = (dress(tone, striped, rng) for tone in tones)
-        assert layout_leakage(picture, dress(tones[0], Style(**{**vars(striped), "texture": "flat"}), rng), [context]) < 0.2
+        assert (
+            layout_leakage(
+                picture, dress(tones[0], Style(**{**vars(striped), "texture": "flat"}), rng), [context]
+            )
+            < 0.2
+        )
 
 
 def colour_leaks(rows: list[HeldOut], pictures: list[np.ndarray]) -> list[float]:
-    leaks = [colour_leakage(image, row.query, row.contexts) for row, image in zip(rows, pictures, strict=True)]
+    leaks = [
+        colour_leakage(image, row.query, row.contexts) for row, image in zip(rows, pictures, strict=True)
+    ]
     return [leak for leak in leaks if leak is not None]
 
 
@@ -73,7 +80,13 @@ def test_a_large_picture_leaks_what_it_leaks_at_its_small_size() -> None:
     rows = held_out_rows()
     for row, other in zip(rows[:6], rows[6:12], strict=True):
         shown = [one.repeat(4, 0).repeat(4, 1) for one in (row.truth, row.query, other.truth)]
-        small = layout_leakage(row.truth, row.query, [other.truth]), layout_leakage(other.truth, row.query, [other.truth])
-        large = layout_leakage(shown[0], shown[1], [shown[2]]), layout_leakage(shown[2], shown[1], [other.truth])
+        small = (
+            layout_leakage(row.truth, row.query, [other.truth]),
+            layout_leakage(other.truth, row.query, [other.truth]),
+        )
+        large = (
+            layout_leakage(shown[0], shown[1], [shown[2]]),
+            layout_leakage(shown[2], shown[1], [other.truth]),
+        )
         assert large == pytest.approx(small, abs=0.1)
         assert large[1] > 0.5

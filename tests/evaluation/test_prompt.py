@@ -36,10 +36,19 @@ def test_the_prompt_score_tells_the_prompt_of_a_picture_from_another_ones() -> N
 
 
 def test_the_word_for_the_colours_counts_in_any_place_of_the_prompt() -> None:
-    """transformers takes a text's features at the highest id where the end token's id is 2: words behind it were lost."""
+    """transformers takes a text's features at the highest id where the end token's id is 2: words behind it
+    were lost."""
     row = next(row for row in named_rows() if row.style.palette == "ocean")
-    for wording in ("{} colours", "a picture in {}", "wavy violin and the {}", "{} tones with a texture of waves"):
-        assert prompt_score(row.truth, wording.format("ocean")) > prompt_score(row.truth, wording.format("ember")) + 0.2
+    for wording in (
+        "{} colours",
+        "a picture in {}",
+        "wavy violin and the {}",
+        "{} tones with a texture of waves",
+    ):
+        assert (
+            prompt_score(row.truth, wording.format("ocean"))
+            > prompt_score(row.truth, wording.format("ember")) + 0.2
+        )
 
 
 def test_the_judge_is_small_safe_and_knows_the_words_it_compares_with() -> None:
@@ -64,5 +73,5 @@ def test_another_clip_model_from_a_folder_is_a_judge_and_what_is_none_is_refused
     assert prompt_score(image, "ocean", str(tmp_path / "other")) != prompt_score(image, "ocean")
     (tmp_path / "other" / "model.safetensors").unlink()
     for wrong in (tmp_path / "other", tmp_path / "nothing"):
-        with pytest.raises(ModelError, match=r"is no CLIP model"):
+        with pytest.raises(ModelError, match=r"is not a CLIP model"):
             PromptJudge(str(wrong))

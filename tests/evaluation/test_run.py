@@ -14,7 +14,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from context_diffusion.cli.main import app
-from context_diffusion.core.errors import ConfigError, JobError, ManifestError, ModelError, OutputConflictError
+from context_diffusion.core.errors import (
+    ConfigError,
+    JobError,
+    ManifestError,
+    ModelError,
+    OutputConflictError,
+)
 from context_diffusion.core.schema import SCORE_COLUMNS
 from context_diffusion.outputs.finalize import close
 from support.evaluate_job import CHEAP, evaluate
@@ -25,13 +31,21 @@ from support.tiny import picture
 
 
 def test_an_output_of_ours_is_scored_row_by_row_failed_rows_and_lost_pictures_told(tmp_path: Path) -> None:
-    _, output = make(tmp_path, 8, {2: {"scheduler": "magic"}}, settings={"num_images": 2}, score=["layout", "leakage"])
+    _, output = make(
+        tmp_path, 8, {2: {"scheduler": "magic"}}, settings={"num_images": 2}, score=["layout", "leakage"]
+    )
     close(output)
     lost, broken = sorted((tmp_path / "out" / "images").rglob("*.png"))[:2]
     lost.unlink()
     broken.write_bytes(b"not a picture")
     summary, rows = evaluate(tmp_path, images=str(tmp_path / "out"), score=CHEAP)
-    assert (summary["rows"], summary["ok"], summary["failed"], summary["images"], summary["exit"]) == (8, 6, 2, 12, 3)
+    assert (summary["rows"], summary["ok"], summary["failed"], summary["images"], summary["exit"]) == (
+        8,
+        6,
+        2,
+        12,
+        3,
+    )
     assert [(row["id"], row["index"]) for row in rows[:3]] == [("row-000", 0), ("row-000", 1), ("row-001", 0)]
     assert summary["codes"] == {"missing_file": 1, "not_an_image": 1, "unknown_scheduler": 1}
     assert "'magic'" in next(row["error_message"] for row in rows if row["error_code"] == "unknown_scheduler")
@@ -40,7 +54,9 @@ def test_an_output_of_ours_is_scored_row_by_row_failed_rows_and_lost_pictures_to
         if row["error_code"] is None:
             assert row["prompt_score"] is None
             assert all(0 <= row[name] <= 1 for name in ("layout_score", "style_score", "layout_leakage"))
-            assert row["layout_score"] == pytest.approx(written[row["id"], row["index"]]["layout_score"], abs=0.05)
+            assert row["layout_score"] == pytest.approx(
+                written[row["id"], row["index"]]["layout_score"], abs=0.05
+            )
     told = summary["scores"]["layout_score"]
     assert (told["count"], told["auc"]) == (12, 1)
     assert told["mean"] > 0.5 > told["shuffled"]
@@ -72,14 +88,24 @@ def folder(tmp_path: Path) -> Path:
         Image.fromarray(row.truth).save(tmp_path / "pictures" / f"r{number}.jpg", quality=95)
         Image.fromarray(row.query).save(tmp_path / f"q{number}.png")
         Image.fromarray(row.contexts[0]).save(tmp_path / f"c{number}.png")
-        told = {"name": f"r{number}", "query": f"q{number}.png", "context": f"c{number}.png", "scheduler": "their own"}
+        told = {
+            "name": f"r{number}",
+            "query": f"q{number}.png",
+            "context": f"c{number}.png",
+            "scheduler": "their own",
+        }
         lines.append(told | {"prompt": prompt_of(rng, row.style)})
     (tmp_path / "theirs.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     return tmp_path
 
 
 def values(folder: Path, **more: Any) -> dict[str, Any]:
-    return {"images": str(folder / "pictures"), "manifest": str(folder / "theirs.jsonl"), "columns": {"id": "name"}, **more}
+    return {
+        "images": str(folder / "pictures"),
+        "manifest": str(folder / "theirs.jsonl"),
+        "columns": {"id": "name"},
+        **more,
+    }
 
 
 def test_another_systems_folder_is_scored_by_its_manifest(folder: Path) -> None:
@@ -119,12 +145,12 @@ def test_a_column_may_name_the_pictures_and_missing_ones_are_rows(folder: Path) 
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"images": "/nowhere"}, JobError, "/nowhere is no folder"),
+        ({"images": "/nowhere"}, JobError, "folder not found: /nowhere"),
         ({"manifest": None}, JobError, "no plan.json"),
         ({"manifest": "/nowhere.csv"}, ManifestError, "nowhere.csv"),
-        ({"columns": {"query": "frage"}}, ManifestError, "frage are missing; there are name, query"),
-        ({"columns": {"id": "prompt"}, "twice": True}, ManifestError, "stands more than once"),
-        ({"columns": {"qeury": "x"}}, ConfigError, "'qeury' is none of ours"),
+        ({"columns": {"query": "frage"}}, ManifestError, "missing columns: frage; it has name, query"),
+        ({"columns": {"id": "prompt"}, "twice": True}, ManifestError, "duplicate id"),
+        ({"columns": {"qeury": "x"}}, ConfigError, "unknown name 'qeury'"),
         ({"score": []}, ConfigError, "score"),
         ({"score": ["beauty"]}, ConfigError, "layout"),
         ({"jugde": "x"}, ConfigError, "did you mean 'judge'"),
@@ -160,4 +186,14 @@ def test_the_command_prints_the_summary_and_ends_with_its_code(folder: Path) -> 
     done = CliRunner().invoke(app, ["run", str(folder / "job.json")])
     summary = json.loads(done.stdout.splitlines()[-1])
     assert done.exit_code == summary["exit"] == 3
-    assert {"output", "rows", "ok", "failed", "images", "skipped", "seconds", "images_per_second", "exit"} <= set(summary)
+    assert {
+        "output",
+        "rows",
+        "ok",
+        "failed",
+        "images",
+        "skipped",
+        "seconds",
+        "images_per_second",
+        "exit",
+    } <= set(summary)

@@ -20,14 +20,23 @@ def test_similarity_tells_the_contexts_of_a_picture_from_others() -> None:
     embed = load_embedding()
     made = embed([row.truth for row in rows])
     shown = [embed(row.contexts).mean(0) for row in rows]
-    scores = np.array([[float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)) for b in shown] for a in made])
+    scores = np.array(
+        [[float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b)) for b in shown] for a in made]
+    )
     assert auc(scores.diagonal(), np.roll(scores, 5, 1).diagonal()) >= 0.95
-    assert style_similarity(rows[3].truth, rows[3].contexts) == pytest.approx(np.clip(scores[3, 3], 0, 1), abs=1e-4)
+    assert style_similarity(rows[3].truth, rows[3].contexts) == pytest.approx(
+        np.clip(scores[3, 3], 0, 1), abs=1e-4
+    )
 
 
 def test_another_encoder_by_folder(tmp_path: Path) -> None:
     config = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
     )
     CLIPVisionModel(config).save_pretrained(tmp_path)
     image = picture(1)

@@ -18,7 +18,10 @@ def test_the_style_score_tells_the_contexts_of_a_picture_from_others() -> None:
     false = [style_score(a.truth, b.contexts) for a, b in zip(rows, rows[5:] + rows[:5], strict=True)]
     assert auc(true, false) >= 0.95
     groups = [rows[i : i + 8] for i in range(0, 16, 8)]
-    named = [named_first(np.array([[style_score(a.truth, b.contexts) for b in group] for a in group])) for group in groups]
+    named = [
+        named_first(np.array([[style_score(a.truth, b.contexts) for b in group] for a in group]))
+        for group in groups
+    ]
     assert np.mean(named) >= 0.9
 
 
@@ -28,11 +31,18 @@ def test_textures_tell_what_colours_cannot() -> None:
     lut = make_lut(rng, "ocean")
     wins = []
     for _ in range(12):
-        flat, striped = (Style("ocean", name, lut, 8, 0.7, 0.17, "all", 0, (0, 0), 0) for name in ("flat", "stripes"))
+        flat, striped = (
+            Style("ocean", name, lut, 8, 0.7, 0.17, "all", 0, (0, 0), 0) for name in ("flat", "stripes")
+        )
         tones = [make_layout(rng, 128)[1] for _ in range(3)]
         image = dress(tones[0], striped, rng)
-        wins.append(style_score(image, [dress(tones[1], striped, rng)]) > style_score(image, [dress(tones[1], flat, rng)]))
-        near, far = (chamfer(textures([image]), textures([dress(tones[2], style, rng)])) for style in (striped, flat))
+        wins.append(
+            style_score(image, [dress(tones[1], striped, rng)])
+            > style_score(image, [dress(tones[1], flat, rng)])
+        )
+        near, far = (
+            chamfer(textures([image]), textures([dress(tones[2], style, rng)])) for style in (striped, flat)
+        )
         wins.append(near < far)
     assert np.mean(wins) >= 0.9
 

@@ -1,5 +1,5 @@
-"""The longer tests of what survives: random kills, a run that sleeps while another finishes, two runs at once, a node that
-dies, faults of Ray's own calls."""
+"""The longer tests of what survives: random kills, a run that sleeps while another finishes, two runs at
+once, a node that dies, faults of Ray's own calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_a_run_that_slept_while_another_finished_changes_nothing(tmp_path: Path) -> None:
-    """Every process of it is stopped by SIGSTOP in the middle, its writers too, and woken when all is done."""
+    """Every process of it is stopped by SIGSTOP in the middle, its writers too, and woken when all is
+    done."""
     out = tmp_path / "out"
     job = job_values(write_manifest(tmp_path / "in", 120), out, rows_per_part=6)
     sleeper = start(job, "slow")
@@ -56,7 +57,8 @@ def test_two_runs_at_once_make_one_output(tmp_path: Path) -> None:
 
 
 def test_a_hundredth_of_rays_own_calls_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the way there or back, of every kind of call. What Ray does not survive ends with 75, and goes on."""
+    """On the way there or back, of every kind of call. What Ray does not survive ends with 75, and goes
+    on."""
     faults = {"*": {"num_failures": -1, "req_failure_prob": 1, "resp_failure_prob": 1}}
     monkeypatch.setenv("RAY_testing_rpc_failure", json.dumps(faults))
     out = tmp_path / "out"
@@ -81,7 +83,9 @@ def test_a_node_that_dies_loses_nothing(tmp_path: Path, cluster: Cluster) -> Non
     job = job_values(write_manifest(tmp_path / "in", 120), out, rows_per_part=6)
     process = start(job, "slow")
     wait_for_parts(out, 3, seconds=90)
-    cluster.remove_node(next(node for node in cluster.list_all_nodes() if not node.head), allow_graceful=False)
+    cluster.remove_node(
+        next(node for node in cluster.list_all_nodes() if not node.head), allow_graceful=False
+    )
     told = ended(process)
     if told["exit"]:
         assert told["exit"] == 75, told

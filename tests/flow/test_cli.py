@@ -1,4 +1,5 @@
-"""The command line as a scheduler sees it: exit codes, the JSON line, signals, and no Ray before a wrong job ends."""
+"""The command line as a scheduler sees it: exit codes, the JSON line, signals, and no Ray before a wrong job
+ends."""
 
 from __future__ import annotations
 
@@ -22,14 +23,18 @@ from support.processes import COMMAND, ENVIRONMENT, children
 
 def call(*arguments: str) -> tuple[int, dict[str, Any], str]:
     """-> exit code, the JSON of stdout's last line, stderr."""
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=150)
+    done = subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=150
+    )
     lines = done.stdout.strip().splitlines()
     assert len(lines) <= 1, "stdout holds results only"
     return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
 
 
 def write_job(folder: Path, count: int = 8, **more: Any) -> str:
-    values = job_values(write_manifest(folder / "in", count, more.pop("changes", None)), folder / "out", **more)
+    values = job_values(
+        write_manifest(folder / "in", count, more.pop("changes", None)), folder / "out", **more
+    )
     path = folder / "job.json"
     path.write_text(json.dumps(values))
     return str(path)
@@ -44,7 +49,9 @@ def write_job(folder: Path, count: int = 8, **more: Any) -> str:
         ({"kind": "paint"}, "generate, train"),
     ],
 )
-def test_a_wrong_job_ends_with_2_before_ray_starts(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_a_wrong_job_ends_with_2_before_ray_starts(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
     job = write_job(tmp_path)
     Path(job).write_text(json.dumps(json.loads(Path(job).read_text()) | change))
     code, summary, told = call("run", job)
@@ -58,7 +65,12 @@ def test_as_json_an_error_is_an_event_too(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     code, _, told = call("run", job, "--log-format", "json", "--set", "manifest=nowhere.parquet")
     [event] = [json.loads(line) for line in told.splitlines()]
-    assert (code, event["event"], event["level"], event["job"]) == (2, "error", "error", str(tmp_path / "out"))
+    assert (code, event["event"], event["level"], event["job"]) == (
+        2,
+        "error",
+        "error",
+        str(tmp_path / "out"),
+    )
     assert "nowhere.parquet" in event["error"]
 
 
@@ -70,8 +82,10 @@ def test_the_help_and_a_wrong_option() -> None:
 
 def test_neither_torch_nor_ray_is_imported_for_what_needs_neither() -> None:
     code = (
-        "import sys, context_diffusion.cli.main, context_diffusion.core.job_file, context_diffusion.generation.plan, "
-        "context_diffusion.cluster.supervisor, context_diffusion.cluster.driver, context_diffusion.generation.validate\n"
+        "import sys, context_diffusion.cli.main, context_diffusion.core.job_file, "
+        "context_diffusion.generation.plan, "
+        "context_diffusion.cluster.supervisor, context_diffusion.cluster.driver, "
+        "context_diffusion.generation.validate\n"
         "assert not {'torch', 'ray', 'diffusers', 'transformers'} & set(sys.modules), 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -93,10 +107,24 @@ def test_a_run_from_validate_to_verify(tmp_path: Path) -> None:
     assert {one["job"] for one in events} == {str(tmp_path / "out")}
     assert [one["id"] for one in events if one["event"] == "row_failed"] == ["row-003"]
     assert sum(one["rows"] for one in events if one["event"] == "shard") == events[-1]["rows"] == 8
-    assert {"output", "rows", "ok", "failed", "images", "skipped", "seconds", "images_per_second", "exit"} <= set(summary)
+    assert {
+        "output",
+        "rows",
+        "ok",
+        "failed",
+        "images",
+        "skipped",
+        "seconds",
+        "images_per_second",
+        "exit",
+    } <= set(summary)
     assert (summary["rows"], summary["ok"], summary["failed"], summary["images"]) == (8, 7, 1, 7)
     rows = read_output(tmp_path / "out")
-    assert all(0 <= row["layout_score"] <= 1 and 0 <= row["style_score"] <= 1 for row in rows if row["status"] == "ok")
+    assert all(
+        0 <= row["layout_score"] <= 1 and 0 <= row["style_score"] <= 1
+        for row in rows
+        if row["status"] == "ok"
+    )
     assert {row["guidance_scale"] for row in rows if row["status"] == "ok"} == {1.0}
 
     code, summary, _ = call("run", job, "--set", "settings.guidance_scale=1.0")
@@ -123,7 +151,9 @@ def test_a_run_from_validate_to_verify(tmp_path: Path) -> None:
     ("number", "victim", "code"),
     [(signal.SIGTERM, "supervisor", 143), (signal.SIGINT, "supervisor", 130), (signal.SIGKILL, "driver", 75)],
 )
-def test_a_stopped_run_says_so_leaves_no_process_and_goes_on(tmp_path: Path, number: int, victim: str, code: int) -> None:
+def test_a_stopped_run_says_so_leaves_no_process_and_goes_on(
+    tmp_path: Path, number: int, victim: str, code: int
+) -> None:
     job = write_job(tmp_path, 60, settings={"num_inference_steps": 30}, rows_per_part=4)
     process = subprocess.Popen(
         [*COMMAND, "run", job],
@@ -131,7 +161,9 @@ def test_a_stopped_run_says_so_leaves_no_process_and_goes_on(tmp_path: Path, num
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs ignore it
     )
     deadline = time.monotonic() + 90
     while not list((tmp_path / "out").glob("data/*")):
@@ -156,7 +188,9 @@ def test_after_sigterm_the_shards_that_were_begun_are_finished_in_their_grace_an
 ) -> None:
     job = write_job(tmp_path, 80, settings={"num_inference_steps": 30}, rows_per_part=8)
     command = [*COMMAND, "run", job, "--grace", grace]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
     data, deadline = tmp_path / "out" / "data", time.monotonic() + 120
     while not data.exists() or not list(data.iterdir()):
         assert process.poll() is None
@@ -165,8 +199,10 @@ def test_after_sigterm_the_shards_that_were_begun_are_finished_in_their_grace_an
     before, told = len(list(data.iterdir())), time.monotonic()
     os.kill(process.pid, signal.SIGTERM)
     _, log = process.communicate(timeout=120)
-    print(f"grace {grace}: {time.monotonic() - told:.1f} s, {len(list(data.iterdir())) - before} shards")  # for the log
+    print(
+        f"grace {grace}: {time.monotonic() - told:.1f} s, {len(list(data.iterdir())) - before} shards"
+    )  # for the log
     assert process.returncode == 143
     assert least <= len(list(data.iterdir())) - before <= most
-    assert ("the shards that were begun are finished first" in log) is (grace != "0")
+    assert ("the shards in progress are finished first" in log) is (grace != "0")
     assert len(set(pq.read_table(data)["id"].to_pylist())) == 8 * len(list(data.iterdir())), "whole parts"

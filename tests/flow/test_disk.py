@@ -1,4 +1,5 @@
-"""A disk that is full or becomes read-only in the middle of a job; real ones, of memory: it takes root to mount them."""
+"""A disk that is full or becomes read-only in the middle of a job; real ones, of memory: it takes root to
+mount them."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", "--lazy", str(folder)], check=False)
 
 
-def test_a_full_disk_ends_with_75_and_its_reason_and_with_room_all_is_made(mount: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_full_disk_ends_with_75_and_its_reason_and_with_room_all_is_made(
+    mount: Callable[[str], Path], tmp_path: Path
+) -> None:
     out = mount("size=1200k") / "out"
     job = job_values(write_manifest(tmp_path / "in", ROWS), out, rows_per_part=6)
     told = drive(job)
@@ -52,7 +55,9 @@ def test_a_full_disk_ends_with_75_and_its_reason_and_with_room_all_is_made(mount
     assert len(read_output(out)) == ROWS
 
 
-def test_a_disk_that_becomes_read_only_ends_with_75_and_later_all_is_made(mount: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_disk_that_becomes_read_only_ends_with_75_and_later_all_is_made(
+    mount: Callable[[str], Path], tmp_path: Path
+) -> None:
     out = mount("size=100m") / "out"
     job = job_values(write_manifest(tmp_path / "in", ROWS), out, rows_per_part=6)
     process = start(job, "slow")

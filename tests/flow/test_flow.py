@@ -24,7 +24,9 @@ def check_whole(folder: Path, rows: int) -> list[dict[str, Any]]:
     assert (folder / "_SUCCESS").exists()
     planned = pq.read_table(folder / "plan" / "00000.parquet").to_pylist()
     parts = {f"part-{shard['number']:05d}.parquet": shard["rows"] for shard in planned}
-    assert {path.name: pq.read_metadata(path).num_rows for path in folder.glob("data/*")} == parts, "a part is a shard"
+    assert {path.name: pq.read_metadata(path).num_rows for path in folder.glob("data/*")} == parts, (
+        "a part is a shard"
+    )
     return found
 
 
@@ -36,12 +38,20 @@ def test_200_rows_complete_on_any_cluster(tmp_path: Path, cluster: dict[str, Any
     summary = drive(job)
     assert (summary["exit"], summary["rows"], summary["ok"], summary["images"]) == (0, 200, 200, 200)
     rows = check_whole(tmp_path / "out", 200)
-    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows), "parts hold their rows in input order"
+    assert [row["id"] for row in rows] == sorted(row["id"] for row in rows), (
+        "parts hold their rows in input order"
+    )
     assert {row["author"] for row in rows} == {f"person {number}" for number in range(4)}
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    before = {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
     again = drive(job)
     assert (again["exit"], again["skipped"]) == (0, 200)
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before, "a rerun touched what was done"
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before, (
+        "a rerun touched what was done"
+    )
 
 
 def test_engines_share_the_gpus_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +72,9 @@ def test_engines_share_the_gpus_that_there_are(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_cluster_too_small_is_told_at_the_start(tmp_path: Path) -> None:
-    job = job_values(write_manifest(tmp_path / "in", 8), tmp_path / "out", cluster={"num_cpus": 1, "actors": 20})
+    job = job_values(
+        write_manifest(tmp_path / "in", 8), tmp_path / "out", cluster={"num_cpus": 1, "actors": 20}
+    )
     summary = drive(job)
     assert summary["exit"] == 75
     assert "20 engine(s)" in summary["error"]

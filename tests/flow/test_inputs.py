@@ -1,4 +1,5 @@
-"""What a manifest may be, through the whole flow: an object store, inline bytes, renamed columns, fits, a second try."""
+"""What a manifest may be, through the whole flow: an object store, inline bytes, renamed columns, fits, a
+second try."""
 
 from __future__ import annotations
 
@@ -43,12 +44,17 @@ def test_a_jsonl_manifest_in_an_object_store_with_its_own_column_names(tmp_path:
     assert {row["author"] for row in found} == {f"person {number}" for number in range(4)}
 
 
-FITS = [pytest.param("keep", (96, 176), marks=pytest.mark.slow), ("pad", (128, 128))]  # of the others test_images.py
+FITS = [
+    pytest.param("keep", (96, 176), marks=pytest.mark.slow),
+    ("pad", (128, 128)),
+]  # of the others test_images.py
 
 
 @pytest.mark.parametrize(("fit", "size"), FITS)
 @pytest.mark.usefixtures("shared_ray")
-def test_pictures_as_bytes_in_the_manifest_meet_the_size_as_the_job_says(tmp_path: Path, fit: str, size: tuple[int, int]) -> None:
+def test_pictures_as_bytes_in_the_manifest_meet_the_size_as_the_job_says(
+    tmp_path: Path, fit: str, size: tuple[int, int]
+) -> None:
     Image.fromarray(picture(1, 64, 128)).save(tmp_path / "wide.png")
     data = (tmp_path / "wide.png").read_bytes()
     query, context = {"bytes": data, "path": None}, [{"bytes": data, "path": "wide.png"}]
@@ -106,12 +112,20 @@ def test_folders_that_datasets_wrote_are_manifests(tmp_path: Path) -> None:
     from datasets import Image as Picture
 
     pictures = [Image.open(tmp_path / "in" / name).copy() for name in write_pictures(tmp_path / "in")]
-    features = Features({"id": Value("string"), "image": Picture(), "context": List(Picture()), "prompt": Value("string")})
-    made = [{"id": f"{n}", "image": pictures[n], "context": pictures[n + 1 : n + 3], "prompt": "ocean"} for n in range(4)]
+    features = Features(
+        {"id": Value("string"), "image": Picture(), "context": List(Picture()), "prompt": Value("string")}
+    )
+    made = [
+        {"id": f"{n}", "image": pictures[n], "context": pictures[n + 1 : n + 3], "prompt": "ocean"}
+        for n in range(4)
+    ]
     written = Dataset.from_list(made, features=features)
     for shard in range(2):
         written.shard(2, shard).to_parquet(tmp_path / "hub" / "data" / f"train-0000{shard}-of-00002.parquet")
-    lines = [{"file_name": f"picture-{n}.png", "context": [f"picture-{n + 1}.png"], "text": "forest"} for n in range(4)]
+    lines = [
+        {"file_name": f"picture-{n}.png", "context": [f"picture-{n + 1}.png"], "text": "forest"}
+        for n in range(4)
+    ]
     (tmp_path / "in" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for manifest, columns, words in (
         (tmp_path / "hub", {"query": "image"}, "ocean"),

@@ -28,7 +28,8 @@ print(json.dumps(run_generate(GenerateJob.model_validate(json.load(sys.stdin)), 
 
 
 def test_a_pool_that_asks_for_more_engines_than_there_will_ever_be_still_ends(tmp_path: Path) -> None:
-    """Two GPUs of which .4 each are left: .8 in sum, so Ray Data asks for a third engine of .6, which no GPU holds."""
+    """Two GPUs of which .4 each are left: .8 in sum, so Ray Data asks for a third engine of .6, which no GPU
+    holds."""
     job = job_values(write_manifest(tmp_path / "in", 200), tmp_path / "out")
     job |= {"rows_per_part": 5, "cluster": {"gpus_per_actor": 0.6}}
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])

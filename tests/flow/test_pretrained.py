@@ -24,10 +24,31 @@ def test_a_manifest_by_stable_diffusion_with_two_controlnets_and_maps_of_its_own
     write_pictures(tmp_path, 3)
     rows = [
         {"id": "plain", "query": "picture-0.png", "context": ["picture-1.png"], "prompt": "a cat"},
-        {"id": "longer", "query": "picture-1.png", "context": ["picture-0.png", "picture-2.png"], "num_inference_steps": 4},
-        {"id": "cut", "query": "picture-2.png", "context": "picture-0.png", "prompt": "words " * 40, "scheduler": "euler_a"},
-        {"id": "maps", "query": "picture-0.png", "context": "picture-1.png", "control_image": ["picture-1.png", "picture-2.png"]},
-        {"id": "one map", "query": "picture-0.png", "context": "picture-1.png", "control_image": "picture-1.png"},
+        {
+            "id": "longer",
+            "query": "picture-1.png",
+            "context": ["picture-0.png", "picture-2.png"],
+            "num_inference_steps": 4,
+        },
+        {
+            "id": "cut",
+            "query": "picture-2.png",
+            "context": "picture-0.png",
+            "prompt": "words " * 40,
+            "scheduler": "euler_a",
+        },
+        {
+            "id": "maps",
+            "query": "picture-0.png",
+            "context": "picture-1.png",
+            "control_image": ["picture-1.png", "picture-2.png"],
+        },
+        {
+            "id": "one map",
+            "query": "picture-0.png",
+            "context": "picture-1.png",
+            "control_image": "picture-1.png",
+        },
     ]
     (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
     job = GenerateJob.model_validate(
@@ -37,7 +58,11 @@ def test_a_manifest_by_stable_diffusion_with_two_controlnets_and_maps_of_its_own
             "output": str(tmp_path / "out"),
             "model": model,
             "control": ["canny", "gray"],
-            "settings": {"num_inference_steps": 2, "guidance_scale": 3.0, "controlnet_conditioning_scale": [0.8, 0.4]},
+            "settings": {
+                "num_inference_steps": 2,
+                "guidance_scale": 3.0,
+                "controlnet_conditioning_scale": [0.8, 0.4],
+            },
             "cluster": {"cpu_threads": 1},
         }
     )

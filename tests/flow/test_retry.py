@@ -1,4 +1,5 @@
-"""`--retry-failed`: after a corrected manifest, after another `allow`, after a job that was given up. All other rows stay."""
+"""`--retry-failed`: after a corrected manifest, after another `allow`, after a job that was given up. All
+other rows stay."""
 
 from __future__ import annotations
 
@@ -28,18 +29,27 @@ def test_corrected_cells_and_another_allow_make_the_failed_rows_and_leave_the_ot
     manifest, elsewhere = tmp_path / "in" / "rows.jsonl", tmp_path / "elsewhere" / "far.png"
     elsewhere.parent.mkdir()
     Image.fromarray(picture(9)).save(elsewhere)
-    table = [{name: row[name] for name in ("query", "context", "prompt")} for row in rows(12, write_pictures(tmp_path / "in"))]
+    table = [
+        {name: row[name] for name in ("query", "context", "prompt")}
+        for row in rows(12, write_pictures(tmp_path / "in"))
+    ]
     table = [row | {"prompt": f"ocean {number}"} for number, row in enumerate(table)]
     right = table[3]["query"]
-    table[3]["query"], table[5]["scheduler"], table[9]["query"] = "a-long-name-that-is-not-there.png", "magic", str(elsewhere)
+    table[3]["query"], table[5]["scheduler"], table[9]["query"] = (
+        "a-long-name-that-is-not-there.png",
+        "magic",
+        str(elsewhere),
+    )
     table[11]["prompt"] = "x" * 50
     write(manifest, table)
-    job = job_values(str(manifest), tmp_path / "out", rows_per_part=4) | {"limits": {"max_prompt_characters": 40}}
+    job = job_values(str(manifest), tmp_path / "out", rows_per_part=4) | {
+        "limits": {"max_prompt_characters": 40}
+    }
     first = drive(job)
     assert (first["exit"], first.get("failed")) == (3, 4), first
     before = read_output(tmp_path / "out")
     assert next(row for row in before if row["error_code"] == "forbidden_uri")["error_message"].endswith(
-        f"`allow: [{tmp_path}/in, {tmp_path}/elsewhere]`, then run again with --retry-failed"
+        f"`allow: [{tmp_path}/in, {tmp_path}/elsewhere]`, and rerun with --retry-failed"
     )
     table[3]["query"], table[5]["scheduler"] = right, "euler"
     write(manifest, table)
@@ -66,10 +76,10 @@ def test_why_rows_failed_and_the_next_command_are_told(tmp_path: Path) -> None:
     done = subprocess.run([*COMMAND, "run", path], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 3
     first, *rows, report, following = done.stderr.splitlines()[-6:]
-    assert first == "4 of 8 rows failed, such as"
+    assert first == "4 of 8 rows failed, for example:"
     assert [row.split(":")[:2] for row in rows] == [[f"  row-00{n}", " missing_file"] for n in (1, 2, 4)]
-    assert report == f"all of them: {tmp_path}/out/report.html"
-    assert following == f"correct what they name, then: context-diffusion run {path} --retry-failed"
+    assert report == f"all failed rows: {tmp_path}/out/report.html"
+    assert following == f"fix the causes, then run: context-diffusion run {path} --retry-failed"
 
 
 def test_a_job_that_was_given_up_is_finished_by_retry_failed(tmp_path: Path) -> None:
@@ -91,8 +101,11 @@ def test_a_job_that_was_given_up_is_finished_by_retry_failed(tmp_path: Path) -> 
     assert len(found) == 40
 
 
-def test_a_shard_that_another_run_has_corrected_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two runs with --retry-failed, of which one has been faster: no failed row is left where this one means to find some."""
+def test_a_shard_that_another_run_has_corrected_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs with --retry-failed, of which one has been faster: no failed row is left where this one means
+    to find some."""
     from context_diffusion.cluster import driver
     from context_diffusion.core.generate_job import GenerateJob
 
@@ -102,5 +115,7 @@ def test_a_shard_that_another_run_has_corrected_is_left(tmp_path: Path, monkeypa
     write_pictures(tmp_path / "in")
     Image.fromarray(picture(9)).save(tmp_path / "in" / "no.png")
     monkeypatch.setattr(driver, "_shards_with_failures", lambda output: output.finished())
-    summary = driver.run_generate(GenerateJob.model_validate(job), driver.Options(retry_failed=True), fakes.quick)
+    summary = driver.run_generate(
+        GenerateJob.model_validate(job), driver.Options(retry_failed=True), fakes.quick
+    )
     assert (summary["exit"], summary["ok"]) == (0, 12)

@@ -26,8 +26,15 @@ def run(folder: Path, *words: str) -> tuple[int, dict[str, Any], str]:
     """The example on a small manifest: exit code, the JSON of stdout's last line, stderr."""
     generate, evaluate = yaml.safe_load_all(JOB.read_text())
     generate |= {"manifest": str(folder / "in" / "manifest.parquet"), "output": str(folder / "out")}
-    generate |= {"model": str(folder / "model"), "matrix": {"guidance_scale": [1, 4], "context_scale": [0.3, 1]}}
-    evaluate |= {"images": str(folder / "out"), "output": str(folder / "scores"), "score": ["layout", "style"]}
+    generate |= {
+        "model": str(folder / "model"),
+        "matrix": {"guidance_scale": [1, 4], "context_scale": [0.3, 1]},
+    }
+    evaluate |= {
+        "images": str(folder / "out"),
+        "output": str(folder / "scores"),
+        "score": ["layout", "style"],
+    }
     (folder / "job.yaml").write_text(yaml.safe_dump_all([generate, evaluate], sort_keys=False))
     options = ["--set", "cluster={num_cpus: 2, no_progress_timeout_s: 60}"]
     command = [*COMMAND, "run", str(folder / "job.yaml"), *options, *words]
@@ -44,7 +51,10 @@ def test_a_sweep_is_made_and_scored_and_a_mended_row_is_swept_too(tmp_path: Path
     tiny_model().save_pretrained(tmp_path / "model")
     code, told, log = run(tmp_path)
     assert code == told["exit"] == 3, log
-    assert [(job["exit"], job["rows"], job["failed"], job["images"]) for job in told["jobs"]] == [(3, 4, 1, 12), (3, 4, 1, 12)]
+    assert [(job["exit"], job["rows"], job["failed"], job["images"]) for job in told["jobs"]] == [
+        (3, 4, 1, 12),
+        (3, 4, 1, 12),
+    ]
     made = {(row["id"], row["index"]): row for row in read_output(tmp_path / "out")}
     assert plan_rows(tmp_path / "out") == 4
     assert {row["status"] for (name, _), row in made.items() if name == "row-001"} == {"failed"}
@@ -55,7 +65,9 @@ def test_a_sweep_is_made_and_scored_and_a_mended_row_is_swept_too(tmp_path: Path
     assert code == told["exit"] == 0, log
     assert [(job["exit"], job["rows"], job["images"]) for job in told["jobs"]] == [(0, 4, 16), (0, 4, 16)]
     rows = read_output(tmp_path / "out")
-    assert [(row["id"], row["index"]) for row in rows] == [(f"row-{n:03d}", k) for n in range(4) for k in range(4)]
+    assert [(row["id"], row["index"]) for row in rows] == [
+        (f"row-{n:03d}", k) for n in range(4) for k in range(4)
+    ]
     for row in rows:
         if row["id"] != "row-001":
             assert row["sha256"] == made[row["id"], row["index"]]["sha256"], "what was made stays"
@@ -76,4 +88,6 @@ def test_a_sweep_is_made_and_scored_and_a_mended_row_is_swept_too(tmp_path: Path
             context_scale=weight,
             **settings,
         )
-        assert np.array_equal(np.asarray(image), row["pixels"]), "the same picture as that row alone with those settings"
+        assert np.array_equal(np.asarray(image), row["pixels"]), (
+            "the same picture as that row alone with those settings"
+        )

@@ -28,7 +28,9 @@ def test_an_output_whose_name_is_not_ascii_is_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("shared_ray")
-def test_a_metric_that_ray_refuses_is_missed(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_that_ray_refuses_is_missed(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from context_diffusion.cluster.metrics import Metrics
 
     metrics = Metrics("images", output="/data/josé/日本")
@@ -45,12 +47,16 @@ def test_columns_of_any_type_go_through_a_run(tmp_path: Path) -> None:
 
     table = pq.read_table(write_manifest(tmp_path / "in", 8))
     late = pa.array([300_000_000_000_000] * 8, pa.timestamp("ms"))
-    table = table.append_column("late", late).append_column("day", pa.array(range(8), pa.int32()).cast(pa.date32()))
+    table = table.append_column("late", late).append_column(
+        "day", pa.array(range(8), pa.int32()).cast(pa.date32())
+    )
     table = table.append_column("tensor", ArrowTensorArray.from_numpy(np.arange(32).reshape(8, 2, 2)))
     fixed = pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(16, dtype=np.int32).reshape(8, 2))
     table = table.append_column("fixed", fixed)
     pq.write_table(table, tmp_path / "in" / "odd.parquet")
-    values = job_values(str(tmp_path / "in" / "odd.parquet"), tmp_path / "out", settings={"num_inference_steps": 1})
+    values = job_values(
+        str(tmp_path / "in" / "odd.parquet"), tmp_path / "out", settings={"num_inference_steps": 1}
+    )
     assert run_generate(GenerateJob.model_validate(values), Options())["exit"] == 0
     parts = pa.concat_tables([pq.read_table(path) for path in sorted((tmp_path / "out" / "data").iterdir())])
     assert len(parts) == 8

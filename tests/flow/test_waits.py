@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from context_diffusion.cluster import stall_guard
-from context_diffusion.cluster.stall_guard import Needs, Standstill
+from context_diffusion.cluster.stall_guard import EngineNeeds, StallGuard
 from context_diffusion.core.errors import ClusterError
 from context_diffusion.generation.fault_ledger import Ledger
 from support.manifests import job_values, write_manifest
@@ -51,13 +51,16 @@ def test_an_engine_that_hangs_ends_the_run(tmp_path: Path) -> None:
     job = job_values(write_manifest(tmp_path / "in", 6), tmp_path / "out", **STRICT)
     summary, _ = run(job, "hangs")
     assert summary["exit"] == 75
-    assert "shard(s), and none ends" in summary["error"]
+    assert "shard(s) and finish none" in summary["error"]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_ray")
 def test_a_cluster_that_others_hold_is_told(tmp_path: Path) -> None:
-    hold = "import ray, sys; ray.init(); ray.get(ray.remote(num_cpus=2)(lambda: __import__('time').sleep(600)).remote())"
+    hold = (
+        "import ray, sys; ray.init(); ray.get(ray.remote(num_cpus=2)(lambda: "
+        "__import__('time').sleep(600)).remote())"
+    )
     holding = subprocess.Popen([sys.executable, "-c", hold])
     try:
         ray.init()
@@ -65,13 +68,15 @@ def test_a_cluster_that_others_hold_is_told(tmp_path: Path) -> None:
         while ray.available_resources().get("CPU", 0) > 0.5:
             assert time.monotonic() < until
             time.sleep(0.2)
-        summary, log = run(job_values(write_manifest(tmp_path / "in", 6), tmp_path / "out", **STRICT), "quick")
+        summary, log = run(
+            job_values(write_manifest(tmp_path / "in", 6), tmp_path / "out", **STRICT), "quick"
+        )
     finally:
         ray.shutdown()
         holding.kill()
         holding.wait()
     assert summary["exit"] == 75
-    assert "engine(s) start or wait for room" in summary["error"]
+    assert "engine(s) start or wait for resources" in summary["error"]
     assert "CPUs, 0 of 2 are free" in log
 
 
@@ -80,7 +85,9 @@ def command(tmp_path: Path, address: str) -> tuple[int, dict[str, Any], str]:
     manifest = write_manifest(tmp_path / "in", 6)
     job = tmp_path / "job.json"
     job.write_text(json.dumps({"kind": "generate", "manifest": manifest, "output": str(tmp_path / "out")}))
-    done = subprocess.run([*COMMAND, "run", job, "--address", address], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [*COMMAND, "run", job, "--address", address], capture_output=True, text=True, env=ENVIRONMENT
+    )
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
@@ -104,7 +111,7 @@ def test_a_port_of_something_else_ends_with_the_reason(tmp_path: Path) -> None:
     assert "waiting, " in log
 
 
-NEEDS = Needs(1, 1.0, 0.0)
+NEEDS = EngineNeeds(1, 1.0, 0.0)
 
 
 @pytest.fixture
@@ -115,7 +122,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def pass_time(clock: list[float], judge: Standstill, seconds: float, each: Callable[[], object] = lambda: None) -> None:
+def pass_time(
+    clock: list[float], judge: StallGuard, seconds: float, each: Callable[[], object] = lambda: None
+) -> None:
     for _ in range(int(seconds / 10)):
         clock[0] += 10
         each()
@@ -124,7 +133,7 @@ def pass_time(clock: list[float], judge: Standstill, seconds: float, each: Calla
 
 def test_what_goes_on_is_no_standstill(clock: list[float]) -> None:
     ledger = Ledger()
-    judge = Standstill(ledger.state, 600, NEEDS)
+    judge = StallGuard(ledger.state, 600, NEEDS)
     ledger.engine_loads("a")
     pass_time(clock, judge, 3000)
     ledger.engine_ready("a")
@@ -136,13 +145,13 @@ def test_what_goes_on_is_no_standstill(clock: list[float]) -> None:
 
 def test_what_does_not_is_one(clock: list[float]) -> None:
     ledger = Ledger()
-    judge = Standstill(ledger.state, 600, NEEDS)
+    judge = StallGuard(ledger.state, 600, NEEDS)
     ledger.engine_ready("a")
     ledger.hold(0)
     pass_time(clock, judge, 600)
-    with pytest.raises(ClusterError, match=r"engines hold 1 shard\(s\), and none ends"):
+    with pytest.raises(ClusterError, match=r"engines hold 1 shard\(s\) and finish none"):
         pass_time(clock, judge, 60)
-    judge = Standstill((again := Ledger()).state, 600, NEEDS)
+    judge = StallGuard((again := Ledger()).state, 600, NEEDS)
     for _ in range(3):
         again.engine_loads("b")
         pass_time(clock, judge, 300)

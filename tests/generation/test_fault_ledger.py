@@ -1,4 +1,5 @@
-"""Poison rules without Ray: engines that die are told by an exception that a test takes for a process's end."""
+"""Poison rules without Ray: engines that die are told by an exception that a test takes for a process's
+end."""
 
 from __future__ import annotations
 

@@ -75,7 +75,9 @@ def test_a_score_below_its_least_and_a_leakage_above_its_greatest_are_flagged() 
 def test_the_best_image_alone_is_written_with_the_seed_that_makes_it_again(tmp_path: Path, form: str) -> None:
     changes = {2: {"query": "gone.png"}}
     make(tmp_path / "all", 6, changes, settings=FOUR, score=CHEAP)
-    _, output = make(tmp_path / "best", 6, changes, settings=FOUR, score=CHEAP, keep="best", output_format=form)
+    _, output = make(
+        tmp_path / "best", 6, changes, settings=FOUR, score=CHEAP, keep="best", output_format=form
+    )
     every = by_row(read_output(tmp_path / "all" / "out"))
     kept = [row for _, part in output.read_parts() for row in part.to_pylist()]
     assert [row["id"] for row in kept] == list(every)
@@ -84,7 +86,7 @@ def test_the_best_image_alone_is_written_with_the_seed_that_makes_it_again(tmp_p
         best = max(every[row["id"]], key=mean)
         same = ("index", "seed", "num_images", "author", "style_score", "layout_leakage")
         assert [row[name] for name in same] == [best[name] for name in same]
-        data = output.picture(row)
+        data = output.image(row)
         told = json.loads(read_metadata(data)["context_diffusion"])
         assert (told["index"], told["seed"]) == (best["index"], best["seed"])
     assert len({row["index"] for row in kept}) > 1, "not always the first"
@@ -129,7 +131,14 @@ def test_an_unsafe_image_is_marked_counted_and_kept_only_where_all_are(tmp_path:
     assert all(row["status"] == "ok" for row in rows)
     assert (output.count().images, output.count().unsafe) == (16, 10)
     for safe in (0, 3):  # one of them is not the best
-        make(tmp_path / f"best{safe}", 4, engine=Marking({0, 1, 2, 3} - {safe}), settings=FOUR, score=CHEAP, keep="best")
+        make(
+            tmp_path / f"best{safe}",
+            4,
+            engine=Marking({0, 1, 2, 3} - {safe}),
+            settings=FOUR,
+            score=CHEAP,
+            keep="best",
+        )
         kept = read_output(tmp_path / f"best{safe}" / "out")
         assert [(row["index"], row["unsafe"]) for row in kept[:3]] == [(safe, False)] * 3
         assert kept[3]["unsafe"] is True

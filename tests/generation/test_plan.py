@@ -69,10 +69,14 @@ def test_the_rule_of_small_manifests(count: int, asked: int, images: int) -> Non
     assert 1 <= size <= asked
     assert size == asked or size >= 4
     assert -(-count // size) <= max(8, -(-count // asked))
-    assert part_rows(count, asked, images) == max(1, size // images), "a matrix's shard holds as many pictures as another's"
+    assert part_rows(count, asked, images) == max(1, size // images), (
+        "a matrix's shard holds as many pictures as another's"
+    )
 
 
-def test_a_manifest_may_be_files_of_several_formats_in_the_order_that_the_job_names_them(tmp_path: Path) -> None:
+def test_a_manifest_may_be_files_of_several_formats_in_the_order_that_the_job_names_them(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "in"
     whole = rows(12, write_pictures(folder))
     with (folder / "a.csv").open("w", newline="") as file:
@@ -91,7 +95,9 @@ def test_a_manifest_may_be_files_of_several_formats_in_the_order_that_the_job_na
     for row in whole:
         read = by_id[row["id"]]
         assert read["error_code"] is None
-        assert [source["path"] for source in read["context"]] == [f"{folder}/{name}" for name in row["context"]]
+        assert [source["path"] for source in read["context"]] == [
+            f"{folder}/{name}" for name in row["context"]
+        ]
         assert json.loads(read["settings"])["num_inference_steps"] == row["num_inference_steps"]
         assert read["passed:author"] == row["author"]
     assert [by_id[f"row-{number:03d}"]["passed:likes"] for number in (0, 5, 9)] == [None, "7", "many"]
@@ -119,7 +125,9 @@ def test_several_files_are_one_manifest(tmp_path: Path) -> None:
         made = rows(5, write_pictures(tmp_path))
         lines = [json.dumps(row | {"id": f"{number}-{row['id']}"}) for row in made]
         (tmp_path / f"m{number}.jsonl").write_text("\n".join(lines))
-    found = read_all(job(str(tmp_path / "m*.jsonl"), tmp_path / "out"), Output(str(tmp_path / "out"), STORAGE))
+    found = read_all(
+        job(str(tmp_path / "m*.jsonl"), tmp_path / "out"), Output(str(tmp_path / "out"), STORAGE)
+    )
     assert [row["id"] for row in found] == [f"{n}-row-{k:03d}" for n in range(3) for k in range(5)]
 
 
@@ -135,7 +143,10 @@ def test_duplicate_ids_and_missing_columns_are_refused_by_name(tmp_path: Path) -
 
 def test_rows_without_ids_get_the_same_ones_again_and_equal_rows_are_refused(tmp_path: Path) -> None:
     names = write_pictures(tmp_path)
-    lines = [json.dumps({"query": name, "context": [names[0]], "seed": number}) for number, name in enumerate(names)]
+    lines = [
+        json.dumps({"query": name, "context": [names[0]], "seed": number})
+        for number, name in enumerate(names)
+    ]
     path = tmp_path / "m.jsonl"
     path.write_text("\n".join(lines))
     planned = job(str(path), tmp_path / "out")
@@ -150,7 +161,9 @@ def test_rows_without_ids_get_the_same_ones_again_and_equal_rows_are_refused(tmp
 def test_an_empty_manifest_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text("\n")
     with pytest.raises(ManifestError, match="no rows"):
-        open_plan(job(str(tmp_path / "m.jsonl"), tmp_path / "out"), Output(str(tmp_path / "out"), STORAGE), STORAGE)
+        open_plan(
+            job(str(tmp_path / "m.jsonl"), tmp_path / "out"), Output(str(tmp_path / "out"), STORAGE), STORAGE
+        )
 
 
 def test_an_output_belongs_to_its_job_and_its_manifest(tmp_path: Path) -> None:
@@ -178,7 +191,9 @@ def write_form(folder: Path, count: int, form: str) -> str:
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
 @pytest.mark.parametrize(("before", "after"), [(37, 60), (90, 100), (100, 200)])
-def test_a_manifest_that_grew_is_extended_and_old_shards_stay(tmp_path: Path, form: str, before: int, after: int) -> None:
+def test_a_manifest_that_grew_is_extended_and_old_shards_stay(
+    tmp_path: Path, form: str, before: int, after: int
+) -> None:
     manifest, output = write_form(tmp_path / "in", before, form), Output(str(tmp_path / "out"), STORAGE)
     planned = job(manifest, tmp_path / "out", rows_per_part=8)
     read_all(planned, output)
@@ -188,7 +203,9 @@ def test_a_manifest_that_grew_is_extended_and_old_shards_stay(tmp_path: Path, fo
     with pytest.raises(OutputConflictError, match=r"changed since.*--extend"):
         open_plan(planned, output, STORAGE)
     assert open_plan(planned, output, STORAGE, extend=True).rows == after
-    assert [row["id"] for row in read_all(planned, output)] == [f"row-{number:03d}" for number in range(after)]
+    assert [row["id"] for row in read_all(planned, output)] == [
+        f"row-{number:03d}" for number in range(after)
+    ]
     new = list(read_shards(output, 0))
     assert new[: len(old)] == old
     assert [shard.number for shard in new] == list(range(len(new)))
@@ -277,7 +294,9 @@ def test_corrected_cells_are_read_where_they_stand_now(tmp_path: Path, form: str
         open_plan(planned, output, STORAGE)
     open_plan(planned, output, STORAGE, retry_failed=True)
     after = read_all(planned, output)
-    assert [new["prompt"] for new, old in zip(after, before, strict=True) if new != old] == [table[40]["prompt"]]
+    assert [new["prompt"] for new, old in zip(after, before, strict=True) if new != old] == [
+        table[40]["prompt"]
+    ]
     assert [(s.number, s.rows) for s in read_shards(output, 0)] == [(s.number, s.rows) for s in shards]
     assert not output.storage.exists(output.success)
     if form == "parquet":
@@ -303,7 +322,12 @@ def test_rows_that_moved_are_not_retried_in_places_of_others(tmp_path: Path, for
 
     def retry(table: list[dict[str, Any]], **more: Any) -> None:
         write_rows(tmp_path, table, form)
-        open_plan(job(str(tmp_path / f"manifest.{form}"), tmp_path / "out", **more), output, STORAGE, retry_failed=True)
+        open_plan(
+            job(str(tmp_path / f"manifest.{form}"), tmp_path / "out", **more),
+            output,
+            STORAGE,
+            retry_failed=True,
+        )
 
     with pytest.raises(OutputConflictError, match=r"row 5 of .* has the id 'row-005', and had 'row-004'"):
         retry([*table[:4], table[5], table[4], *table[6:]])
@@ -313,9 +337,17 @@ def test_rows_that_moved_are_not_retried_in_places_of_others(tmp_path: Path, for
         retry([*table, table[0] | {"id": "another"}])
     with pytest.raises(OutputConflictError, match="seed: 0 planned, 1 now"):
         retry(table, seed=1)
-    with pytest.raises(OutputConflictError, match=r"limits\.max_contexts: \d+ planned, 3 now.*--retry-failed"):
-        open_plan(job(str(tmp_path / f"manifest.{form}"), tmp_path / "out", limits={"max_contexts": 3}), output, STORAGE)
-    renamed = [{("layout" if name == "query" else name): value for name, value in row.items()} for row in table]
+    with pytest.raises(
+        OutputConflictError, match=r"limits\.max_contexts: \d+ planned, 3 now.*--retry-failed"
+    ):
+        open_plan(
+            job(str(tmp_path / f"manifest.{form}"), tmp_path / "out", limits={"max_contexts": 3}),
+            output,
+            STORAGE,
+        )
+    renamed = [
+        {("layout" if name == "query" else name): value for name, value in row.items()} for row in table
+    ]
     retry(renamed, columns={"query": "layout"})
     assert json.loads(Path(output.plan).read_text())["job"]["columns"] == {"query": "layout"}
 
@@ -332,7 +364,9 @@ class Full(Storage):
 def test_rows_without_ids_that_moved_are_not_retried(tmp_path: Path) -> None:
     """The most natural correction, and a wrong one: the bad row is taken out, another put at the end."""
     table, output = rows(12, write_pictures(tmp_path)), Output(str(tmp_path / "out"), STORAGE)
-    table = [{"query": row["query"], "context": row["context"], "prompt": f"{n}"} for n, row in enumerate(table)]
+    table = [
+        {"query": row["query"], "context": row["context"], "prompt": f"{n}"} for n, row in enumerate(table)
+    ]
     planned = job(write_rows(tmp_path, table, "jsonl"), tmp_path / "out")
     finish(output, read_all(planned, output))
     write_rows(tmp_path, [*table[:3], *table[4:], table[3] | {"prompt": "new"}], "jsonl")
@@ -341,14 +375,14 @@ def test_rows_without_ids_that_moved_are_not_retried(tmp_path: Path) -> None:
     write_rows(tmp_path, [*table[:3], table[3] | {"prompt": "better"}, *table[4:]], "jsonl")
     open_plan(planned, output, STORAGE, retry_failed=True)
     write_rows(tmp_path, [*table[:3], table[3] | {"prompt": "better"}, *table[4:], table[3]], "jsonl")
-    with pytest.raises(
-        OutputConflictError, match="have the content of other rows"
-    ):  # the new row would have the corrected one's id
+    # The new row would have the id of the corrected one.
+    with pytest.raises(OutputConflictError, match="have the content of other rows"):
         open_plan(planned, output, STORAGE, extend=True)
 
 
 def test_pictures_of_what_rows_said_before_go(tmp_path: Path) -> None:
-    """Of shards without a part, and of failed rows: nothing else would tell the new attempt that they are old."""
+    """Of shards without a part, and of failed rows: nothing else would tell the new attempt that they are
+    old."""
     table, output = rows(12, write_pictures(tmp_path)), Output(str(tmp_path / "out"), STORAGE)
     planned = job(write_rows(tmp_path, table, "jsonl"), tmp_path / "out", rows_per_part=4)
     read_all(planned, output)
@@ -356,21 +390,30 @@ def test_pictures_of_what_rows_said_before_go(tmp_path: Path) -> None:
     named = [f"images/part-00000/{n}.png" if n != 1 else None for n in range(4)]
     (tmp_path / "out" / "data").mkdir()
     pq.write_table(pa.table(columns | {"file_name": named}), output.part(0))
-    for name in (*filter(None, named), "images/part-00000/1.png", "images/part-00001/4.png", "webdataset/part-00002.tar"):
+    for name in (
+        *filter(None, named),
+        "images/part-00000/1.png",
+        "images/part-00001/4.png",
+        "webdataset/part-00002.tar",
+    ):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).touch()
     table[5]["prompt"] = "another"
     write_rows(tmp_path, table, "jsonl")
     open_plan(planned, output, STORAGE, retry_failed=True)
     left = {
-        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*") if path.suffix in (".png", ".tar")
+        str(path.relative_to(tmp_path / "out"))
+        for path in (tmp_path / "out").rglob("*.*")
+        if path.suffix in (".png", ".tar")
     }
     assert left == set(filter(None, named))
 
 
 def test_a_correction_of_a_parquet_file_that_is_broken_off_is_done_by_the_next(tmp_path: Path) -> None:
     table, output = rows(120, write_pictures(tmp_path)), Output(str(tmp_path / "out"), STORAGE)
-    planned = job(write_rows(tmp_path, table, "parquet", row_group_size=30), tmp_path / "out", rows_per_part=15)
+    planned = job(
+        write_rows(tmp_path, table, "parquet", row_group_size=30), tmp_path / "out", rows_per_part=15
+    )
     read_all(planned, output)
     write_rows(tmp_path, table, "parquet", row_group_size=45)
     full = Full(deadline_s=1)
@@ -383,7 +426,8 @@ def test_a_correction_of_a_parquet_file_that_is_broken_off_is_done_by_the_next(t
 
 
 def test_a_correction_that_is_broken_off_is_done_by_the_next(tmp_path: Path) -> None:
-    """Between the offsets and plan.json: until then the plan fits neither version, or its bytes would be another row's."""
+    """Between the offsets and plan.json: until then the plan fits neither version, or its bytes would be
+    another row's."""
     table, output = rows(12, write_pictures(tmp_path)), Output(str(tmp_path / "out"), STORAGE)
     planned = job(write_rows(tmp_path, table, "jsonl"), tmp_path / "out")
     read_all(planned, output)

@@ -1,4 +1,5 @@
-"""Pictures before a run: a grid of one row's settings, a sample's sheet with what the job will take. A tiny real model."""
+"""Pictures before a run: a grid of one row's settings, a sample's sheet with what the job will take. A tiny
+real model."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_base(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def make_job(folder: Path, base: str, changes: dict[int, dict[str, Any]] | None = None, **more: Any) -> GenerateJob:
+def make_job(
+    folder: Path, base: str, changes: dict[int, dict[str, Any]] | None = None, **more: Any
+) -> GenerateJob:
     manifest = write_manifest(folder / "in", 6, changes)
     return GenerateJob.model_validate(job_values(manifest, folder / "out", model=base, **more))
 
@@ -73,16 +76,26 @@ def test_a_row_without_an_id_keeps_the_seed_that_follows_from_all_of_it(tmp_path
     model, inputs = ContextDiffusion.from_pretrained(base, "cpu"), tmp_path / "in"
     own = {"num_inference_steps": 1, "guidance_scale": 1, "seed": derive_seed(0, row)}
     assert row == derive_id(pq.read_table(manifest).to_pylist()[0])
-    assert np.array_equal(made, np.asarray(model(str(inputs / "picture-0.png"), [str(inputs / "picture-1.png")], None, **own)))
+    assert np.array_equal(
+        made, np.asarray(model(str(inputs / "picture-0.png"), [str(inputs / "picture-1.png")], None, **own))
+    )
 
 
 @pytest.mark.parametrize(
     ("grid", "row", "words"),
     [
-        (["guidance_scale=1,-2"], None, r"row 'row-000' with guidance_scale=-2: invalid_setting: guidance_scale: should be"),
+        (
+            ["guidance_scale=1,-2"],
+            None,
+            r"row 'row-000' with guidance_scale=-2: invalid_setting: guidance_scale: should be",
+        ),
         (["scheduler=ddim,magic"], None, "scheduler=magic: unknown_scheduler"),
         (["width=100"], None, "width: should be a multiple of 16"),
-        (["control_guidance_start=.9", "control_guidance_end=.5"], None, r"must be below control_guidance_end \(0.5\)"),
+        (
+            ["control_guidance_start=.9", "control_guidance_end=.5"],
+            None,
+            r"must be below control_guidance_end \(0.5\)",
+        ),
         (["context_weights=[1,2,3]"], None, "context_weights has 3 values for 1 contexts"),
         (["seed=1"], "row-999", "has no row 'row-999'"),
         (["seed=1"], "row-002", "row 'row-002' with seed=1: missing_file"),
@@ -91,7 +104,9 @@ def test_a_row_without_an_id_keeps_the_seed_that_follows_from_all_of_it(tmp_path
         (["seed="], None, "expected setting=value,value"),
     ],
 )
-def test_what_is_wrong_about_a_grid_is_said(tmp_path: Path, base: str, grid: list[str], row: str | None, words: str) -> None:
+def test_what_is_wrong_about_a_grid_is_said(
+    tmp_path: Path, base: str, grid: list[str], row: str | None, words: str
+) -> None:
     job = make_job(tmp_path, base, {2: {"query": "gone.png"}})
     with pytest.raises(ContextDiffusionError, match=words):
         setting_grid(job, axes_of(grid), row)
@@ -112,16 +127,22 @@ def test_a_sheet_has_a_square_and_a_caption_for_each_picture() -> None:
 def test_preview_on_the_command_line(tmp_path: Path, base: str, capfd: pytest.CaptureFixture[str]) -> None:
     job, out = tmp_path / "job.json", tmp_path / "new" / "grid.png"
     job.write_text(make_job(tmp_path, base).model_dump_json(exclude_unset=True))
-    code, told, err = call(capfd, "preview", str(job), "--grid", "seed=1,2", "num_inference_steps=1,2", "--out", str(out))
+    code, told, err = call(
+        capfd, "preview", str(job), "--grid", "seed=1,2", "num_inference_steps=1,2", "--out", str(out)
+    )
     assert (code, told["images"], told["row"], told["out"]) == (0, 4, "row-000", str(out))
     assert told["grid"] == {"seed": [1, 2], "num_inference_steps": [1, 2]}
     assert Image.open(io.BytesIO(out.read_bytes())).width == GAP + 2 * (SIDE + GAP)
     assert str(out) in err
 
 
-def test_a_sample_s_pictures_and_what_the_job_will_take(tmp_path: Path, base: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_s_pictures_and_what_the_job_will_take(
+    tmp_path: Path, base: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     job, sheet = tmp_path / "job.json", tmp_path / "sheet.png"
-    values = make_job(tmp_path, base, {3: {"scheduler": "magic"}}, settings={"num_images": 3}, cluster={"actors": [2, 4]})
+    values = make_job(
+        tmp_path, base, {3: {"scheduler": "magic"}}, settings={"num_images": 3}, cluster={"actors": [2, 4]}
+    )
     job.write_text(values.model_dump_json(exclude_unset=True))
     more = ["--sample", "6", "--pictures", str(sheet)]
     code, told, err = call(capfd, "validate", str(job), *more)
@@ -134,8 +155,11 @@ def test_a_sample_s_pictures_and_what_the_job_will_take(tmp_path: Path, base: st
     assert not (tmp_path / "out").exists()
 
 
-def test_the_warm_up_of_an_engine_is_no_part_of_the_estimate(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of its own: the first image with all its steps takes 600 s, as one whose kernels are built, each other 2 s."""
+def test_the_warm_up_of_an_engine_is_no_part_of_the_estimate(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of its own: the first image with all its steps takes 600 s, as one whose kernels are built,
+    each other 2 s."""
     clock, warm = [0.0], [False]
     generate = LocalModel.generate
 
@@ -177,15 +201,21 @@ def test_a_sample_of_all_pairs_shows_different_contexts(
     """Six contexts, four queries: of 24 rows every sixth has the same context."""
     pairs = [(query, context) for query in range(4) for context in range(6)]
     pairs = pairs if queries_first else sorted(pairs, key=lambda pair: pair[1])
-    changes = {n: {"query": f"picture-{q}.png", "context": [f"picture-{c}.png"]} for n, (q, c) in enumerate(pairs)}
-    job = GenerateJob.model_validate(job_values(write_manifest(tmp_path / "in", 24, changes), tmp_path / "out", model=base))
+    changes = {
+        n: {"query": f"picture-{q}.png", "context": [f"picture-{c}.png"]} for n, (q, c) in enumerate(pairs)
+    }
+    job = GenerateJob.model_validate(
+        job_values(write_manifest(tmp_path / "in", 24, changes), tmp_path / "out", model=base)
+    )
     seen = sampled_contexts(job, monkeypatch, 4)
     assert len(seen) == 4
     assert len({str(context) for context in seen}) == 4
 
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "csv", "structs"])
-def test_a_protocol_whose_package_is_missing_is_told_whatever_row_names_it(tmp_path: Path, base: str, form: str) -> None:
+def test_a_protocol_whose_package_is_missing_is_told_whatever_row_names_it(
+    tmp_path: Path, base: str, form: str
+) -> None:
     job = make_job(tmp_path, base)
     rows = [{"id": f"r{n}", "query": "picture-0.png", "context": ["picture-1.png"]} for n in range(1000)]
     rows[500] |= {"query": "gs://bucket/query.png", "context": ["picture-1.png", "GS://bucket/context.png"]}

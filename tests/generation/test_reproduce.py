@@ -1,4 +1,5 @@
-"""A picture made again: identical bit for bit, or what differs, or why it cannot be made. Real flow, tiny model."""
+"""A picture made again: identical bit for bit, or what differs, or why it cannot be made. Real flow, tiny
+model."""
 
 from __future__ import annotations
 
@@ -83,7 +84,9 @@ def pictures(made: Path) -> list[Path]:
     return sorted((made / "out" / "images").rglob("*.png"))
 
 
-def again(path: Path, allow: list[str] | None = None, model: str | None = None, base: Path | None = None) -> Reproduction:
+def again(
+    path: Path, allow: list[str] | None = None, model: str | None = None, base: Path | None = None
+) -> Reproduction:
     return reproduce(find_origin(str(path)), allow or [], model, base and str(base))
 
 
@@ -92,7 +95,9 @@ def retold(path: Path, **changes: Any) -> bytes:
     data = path.read_bytes()
     told = json.loads(read_metadata(data)["context_diffusion"]) | changes
     told = {key: value for key, value in told.items() if value is not None}
-    return encode_image(np.asarray(Image.open(io.BytesIO(data))), "png", {"context_diffusion": json.dumps(told)})
+    return encode_image(
+        np.asarray(Image.open(io.BytesIO(data))), "png", {"context_diffusion": json.dumps(told)}
+    )
 
 
 def test_each_picture_of_an_output_is_made_again_bit_for_bit(made: Path, tmp_path: Path) -> None:
@@ -106,7 +111,9 @@ def test_each_picture_of_an_output_is_made_again_bit_for_bit(made: Path, tmp_pat
     assert paths[0].read_bytes() != paths[1].read_bytes()
 
 
-def test_a_picture_alone_says_enough_where_the_user_lets_it_read(made: Path, tmp_path: Path, base: str) -> None:
+def test_a_picture_alone_says_enough_where_the_user_lets_it_read(
+    made: Path, tmp_path: Path, base: str
+) -> None:
     alone = tmp_path / "copy.png"
     alone.write_bytes(pictures(made)[2].read_bytes())
     with pytest.raises(JobError, match="--model"):
@@ -129,7 +136,9 @@ def sources(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("form", ["png", "webp", "jpeg"])
-def test_a_published_picture_names_no_folder_of_the_machine_that_made_it(tmp_path: Path, base: str, form: str) -> None:
+def test_a_published_picture_names_no_folder_of_the_machine_that_made_it(
+    tmp_path: Path, base: str, form: str
+) -> None:
     """Local sources are told relative to the manifest, also those that lie elsewhere; URIs stay."""
     (tmp_path / "elsewhere").mkdir()
     Image.fromarray(picture(7)).save(tmp_path / "elsewhere" / "inline", "PNG")

@@ -39,12 +39,18 @@ from support.output_reader import read_output
 def test_each_format_stores_the_picture_and_how_to_make_it_again(tmp_path: Path, form: str) -> None:
     make(tmp_path, image_format=form, settings={"num_images": 2})
     rows = read_output(tmp_path / "out")
-    assert [(row["id"], row["index"]) for row in rows] == [(f"row-{n:03d}", k) for n in range(6) for k in range(2)]
+    assert [(row["id"], row["index"]) for row in rows] == [
+        (f"row-{n:03d}", k) for n in range(6) for k in range(2)
+    ]
     for row in rows:
         data = (tmp_path / "out" / row["file_name"]).read_bytes()
         assert Image.open(io.BytesIO(data)).format == form.upper()
         told = json.loads(read_metadata(data)["context_diffusion"])
-        assert (told["id"], told["seed"], told["prompt"] if row["prompt"] else None) == (row["id"], row["seed"], row["prompt"])
+        assert (told["id"], told["seed"], told["prompt"] if row["prompt"] else None) == (
+            row["id"],
+            row["seed"],
+            row["prompt"],
+        )
         assert told["context"] == row["context"]
     assert rows[1]["seed"] == rows[0]["seed"] + 1
     assert not np.array_equal(rows[0]["pixels"], rows[1]["pixels"])
@@ -61,7 +67,9 @@ def test_pictures_in_the_parquet_alone_open_in_datasets_duckdb_and_pandas(tmp_pa
     loaded = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert isinstance(loaded[0]["image"], Image.Image)
     assert loaded[0]["image"].size == (64, 64)
-    assert duckdb.sql(f"select count(*), min(author) from '{files}' where status = 'ok'").fetchall() == [(6, "person 0")]
+    assert duckdb.sql(f"select count(*), min(author) from '{files}' where status = 'ok'").fetchall() == [
+        (6, "person 0")
+    ]
     frame = pd.read_parquet(tmp_path / "out" / "data")
     assert frame.loc[frame.status == "ok", "author"].value_counts()["person 0"] == 2
     assert Image.open(io.BytesIO(frame.image[0]["bytes"])).size == (64, 64)
@@ -74,7 +82,9 @@ def test_pictures_in_files_load_as_an_image_folder(tmp_path: Path) -> None:
 
     _, output = make(tmp_path, 10, {3: {"query": "gone.png"}}, rows_per_part=4)
     close(output)
-    loaded = load_dataset("imagefolder", data_dir=str(tmp_path / "out" / "images"), split="train", cache_dir=str(tmp_path / "c"))
+    loaded = load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "out" / "images"), split="train", cache_dir=str(tmp_path / "c")
+    )
     rows = {row["id"]: row for row in read_output(tmp_path / "out") if row["status"] == "ok"}
     assert len(loaded) == len(rows) == 9
     for row in loaded:
@@ -85,24 +95,32 @@ def test_pictures_in_files_load_as_an_image_folder(tmp_path: Path) -> None:
 def test_pictures_in_both_places_are_the_same_bytes(tmp_path: Path) -> None:
     make(tmp_path, output_format="both", image_format="webp")
     for row in read_output(tmp_path / "out"):
-        assert row["image"] == {"bytes": (tmp_path / "out" / row["file_name"]).read_bytes(), "path": row["file_name"]}
+        assert row["image"] == {
+            "bytes": (tmp_path / "out" / row["file_name"]).read_bytes(),
+            "path": row["file_name"],
+        }
 
 
 def test_a_tar_a_part_reads_with_the_webdataset_package(tmp_path: Path) -> None:
     import webdataset
 
     changes = {0: {"id": "a.b/c"}, 1: {"id": "a_b/c"}, 2: {"query": "gone.png"}}
-    _, output = make(tmp_path, 10, changes, output_format="webdataset", settings={"num_images": 2}, rows_per_part=4)
+    _, output = make(
+        tmp_path, 10, changes, output_format="webdataset", settings={"num_images": 2}, rows_per_part=4
+    )
     tars = sorted(str(path) for path in (tmp_path / "out" / "webdataset").glob("*.tar"))
     samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode("rgb8"))
     rows = {
-        (row["id"], row["index"]): row for _, part in output.read_parts() for row in part.to_pylist() if row["status"] == "ok"
+        (row["id"], row["index"]): row
+        for _, part in output.read_parts()
+        for row in part.to_pylist()
+        if row["status"] == "ok"
     }
     assert len(tars) == 3
     assert len(samples) == len(rows) == 18
     for sample in samples:
         row = rows[sample["json"]["id"], sample["json"]["index"]]
-        assert sample["json"]["sha256"] == row["sha256"] == hashlib.sha256(output.picture(row)).hexdigest()
+        assert sample["json"]["sha256"] == row["sha256"] == hashlib.sha256(output.image(row)).hexdigest()
         assert sample["png"].shape == (row["height"], row["width"], 3)
     assert not (tmp_path / "out" / "images").exists()
 
@@ -112,14 +130,16 @@ def test_who_comes_second_takes_the_earlier_tar_s_pictures_and_adds_what_it_lack
     tar = tmp_path / "out" / "webdataset" / "part-00000.tar"
     files = dict(members(tar.read_bytes()))
     names = [name for name in files if name.endswith(".png")]
-    earlier = {name: data for name, data in files.items() if not name.startswith(names[1].removesuffix("png"))}
+    earlier = {
+        name: data for name, data in files.items() if not name.startswith(names[1].removesuffix("png"))
+    }
     earlier[names[0]] = b"the picture of another device"
     tar.write_bytes(to_tar(earlier))
     (tmp_path / "out" / "data" / "part-00000.parquet").unlink()
     _, output = make(tmp_path, output_format="webdataset")
     assert dict(members(tar.read_bytes())) == files | {names[0]: b"the picture of another device"}
     for _, part in output.read_parts():
-        assert all(hashlib.sha256(output.picture(row)).hexdigest() == row["sha256"] for row in part.to_pylist())
+        assert all(hashlib.sha256(output.image(row)).hexdigest() == row["sha256"] for row in part.to_pylist())
 
 
 @pytest.mark.parametrize("form", ["files", "webdataset"])
@@ -137,18 +157,29 @@ def test_a_flipped_byte_in_any_file_is_found(tmp_path: Path, form: str) -> None:
         path.write_bytes(data)
     (tmp_path / "out" / "data" / "part-00009.parquet").write_bytes(b"")
     next((tmp_path / "out" / "plan").iterdir()).unlink()
-    assert [line.split(": ")[-1] for line in verify(output)] == ["missing", "not of this job"]
+    assert [line.split(": ")[-1] for line in verify(output)] == ["missing", "does not belong to this job"]
 
 
 def test_every_part_has_the_same_schema_failed_rows_or_not(tmp_path: Path) -> None:
-    make(tmp_path, 9, {0: {"query": "gone.png"}, 1: {"scheduler": "magic"}, 2: {"context": []}, 3: {"num_inference_steps": 0}})
+    make(
+        tmp_path,
+        9,
+        {
+            0: {"query": "gone.png"},
+            1: {"scheduler": "magic"},
+            2: {"context": []},
+            3: {"num_inference_steps": 0},
+        },
+    )
     schemas = [pq.read_schema(path) for path in sorted((tmp_path / "out" / "data").glob("*"))]
     assert len(schemas) > 1
     assert all(schema.equals(schemas[0]) for schema in schemas)
     assert [f.name for f in schemas[0]] == [f.name for f in OUTPUT if f.name != "image"] + ["author"]
 
 
-def test_who_comes_second_changes_nothing_and_a_picture_that_is_there_gives_its_checksum(tmp_path: Path) -> None:
+def test_who_comes_second_changes_nothing_and_a_picture_that_is_there_gives_its_checksum(
+    tmp_path: Path,
+) -> None:
     make(tmp_path)
     out = tmp_path / "out"
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -188,11 +219,18 @@ def test_columns_named_like_ours_are_kept_under_another_name(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("form", ["files", "parquet", "both"])
 def test_the_driver_hears_what_a_shard_was(tmp_path: Path, form: str) -> None:
-    changes: dict[int, dict[str, Any]] = {1: {"scheduler": "magic"}, 2: {"query": "gone.png"}, 7: {"context": []}}
+    changes: dict[int, dict[str, Any]] = {
+        1: {"scheduler": "magic"},
+        2: {"query": "gone.png"},
+        7: {"context": []},
+    }
     heard: list[dict[str, Any]] = []
     make(tmp_path, 8, changes, written=heard, rows_per_part=4, settings={"num_images": 2}, output_format=form)
     first, second = heard
-    assert [(one["shard"], one["rows"], one["failed"], one["images"]) for one in heard] == [(0, 4, 2, 4), (1, 4, 1, 6)]
+    assert [(one["shard"], one["rows"], one["failed"], one["images"]) for one in heard] == [
+        (0, 4, 2, 4),
+        (1, 4, 1, 6),
+    ]
     assert [(one["rows_made"], one["images_made"]) for one in heard] == [(4, 4), (4, 6)]
     assert dict(first["codes"]) == {"unknown_scheduler": 1, "missing_file": 1}
     assert [(one["id"], one["code"]) for one in first["failures"]] == [
@@ -208,12 +246,16 @@ def test_the_driver_hears_what_a_shard_was(tmp_path: Path, form: str) -> None:
 
 
 def test_of_rows_made_anew_the_driver_hears_them_alone_beside_the_whole_part(tmp_path: Path) -> None:
-    job, output = make(tmp_path, 4, {1: {"query": "later.png"}, 3: {"context": []}}, settings={"num_images": 2})
+    job, output = make(
+        tmp_path, 4, {1: {"query": "later.png"}, 3: {"context": []}}, settings={"num_images": 2}
+    )
     (tmp_path / "in" / "later.png").write_bytes((tmp_path / "in" / "picture-0.png").read_bytes())
     plan = open_plan(job, output, STORAGE)
     job = plan.job
     load, write = (
-        LoadImages(job.fit, job.control_kinds, job.limits, [str(tmp_path / "in")], 64, SquareCrop(64), STORAGE),
+        LoadImages(
+            job.fit, job.control_kinds, job.limits, [str(tmp_path / "in")], 64, SquareCrop(64), STORAGE
+        ),
         WriteShard(job, output, "fake@1", str(tmp_path / "in"), redo=frozenset({0})),
     )
     [shard] = read_shards(output, 0)
@@ -228,4 +270,8 @@ def test_not_every_failed_row_of_a_rotten_shard_is_told(tmp_path: Path) -> None:
     heard: list[dict[str, Any]] = []
     make(tmp_path, 176, {number: {"context": []} for number in range(176)}, written=heard)
     told = heard[0]
-    assert (told["failed"], dict(told["codes"]), len(told["failures"])) == (22, {"no_context": 22}, FAILURES_TOLD)
+    assert (told["failed"], dict(told["codes"]), len(told["failures"])) == (
+        22,
+        {"no_context": 22},
+        FAILURES_TOLD,
+    )

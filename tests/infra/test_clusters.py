@@ -1,4 +1,5 @@
-"""infra/ray-cluster by Ray's own checks, infra/slurm by shellcheck and by a Slurm made of three small commands."""
+"""infra/ray-cluster by Ray's own checks, infra/slurm by shellcheck and by a Slurm made of three small
+commands."""
 
 from __future__ import annotations
 
@@ -42,10 +43,15 @@ def test_ray_up_takes_the_file(tmp_path: Path, cloud: str) -> None:
     assert types["gpu"]["resources"]["GPU"] == 1
     assert types["gpu"]["min_workers"] >= 1, "a job looks for GPUs when it starts"
     assert re.search("spot", str(types["gpu"]["node_config"]), re.IGNORECASE)
-    assert all("RAY_AUTH_MODE=token" in config[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
+    assert all(
+        "RAY_AUTH_MODE=token" in config[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker")
+    )
     for kind in ("head", "worker"):
         told = subprocess.run(
-            ["sh", "-c", started(config[f"{kind}_start_ray_commands"][-1])], env=home(tmp_path), text=True, capture_output=True
+            ["sh", "-c", started(config[f"{kind}_start_ray_commands"][-1])],
+            env=home(tmp_path),
+            text=True,
+            capture_output=True,
         )
         assert told.stdout == "secret\n", told.stderr
     with pytest.raises(Exception, match="max_wrokers"):
@@ -54,12 +60,15 @@ def test_ray_up_takes_the_file(tmp_path: Path, cloud: str) -> None:
 
 @pytest.mark.slow
 def test_shellcheck_has_nothing_to_say() -> None:
-    done = subprocess.run([str(Path(sys.executable).with_name("shellcheck")), str(SBATCH)], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("shellcheck")), str(SBATCH)], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, "")
 
 
 def allocation(folder: Path, command: str) -> dict[str, str]:
-    """The environment of a batch script on one node, whose srun runs what follows `--` with `command` for the package's."""
+    """The environment of a batch script on one node, whose srun runs what follows `--` with `command` for the
+    package's."""
     tools = {
         "scontrol": "echo node-1\necho node-2\n",
         "srun": 'while [ "$1" != -- ]; do echo "srun: $1" >> calls; shift; done\nshift\nexec "$@"\n',
@@ -72,16 +81,24 @@ def allocation(folder: Path, command: str) -> dict[str, str]:
         path.write_text(f"#!/bin/sh\n{text}")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     slurm = {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "16"}
-    return os.environ | slurm | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "VENV": str(folder / "venv")}
+    return (
+        os.environ
+        | slurm
+        | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "VENV": str(folder / "venv")}
+    )
 
 
 @pytest.mark.parametrize(("ended", "told"), [(0, 0), (3, 0), (4, 4), (75, 75)])
-def test_the_script_runs_the_job_on_all_nodes_and_tells_its_end(tmp_path: Path, ended: int, told: int) -> None:
+def test_the_script_runs_the_job_on_all_nodes_and_tells_its_end(
+    tmp_path: Path, ended: int, told: int
+) -> None:
     environment = allocation(
         tmp_path, f'echo "$@" > words; test -n "$RAY_AUTH_TOKEN" && test "$HF_TOKEN" = mine && exit {ended}\n'
     )
     environment |= {"HF_TOKEN": "mine"}
-    done = subprocess.run([str(SBATCH), "job.yaml", "--extend"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(SBATCH), "job.yaml", "--extend"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == told, done.stderr
     assert (tmp_path / "words").read_text().split() == [
         "run",

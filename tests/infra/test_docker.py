@@ -43,7 +43,9 @@ def test_the_end_image_is_not_root_keeps_models_in_a_volume_and_has_no_compiler(
         assert ("USER", "1000") in steps
         assert ("VOLUME", "/models") in steps
         assert any(word == "HEALTHCHECK" for word, _ in steps)
-        assert not re.search(r"gcc|g\+\+|build-essential|clang|cmake|nvidia/cuda", " ".join(rest for _, rest in steps))
+        assert not re.search(
+            r"gcc|g\+\+|build-essential|clang|cmake|nvidia/cuda", " ".join(rest for _, rest in steps)
+        )
         assert ("COPY", f"--from=build-{target} /opt/venv /opt/venv") in steps
 
 
@@ -51,7 +53,9 @@ def test_the_lock_holds_the_projects_own_requirements_and_names_no_cuda_build() 
     lock = (ROOT / "requirements.lock").read_text()
     pinned = dict(re.findall(r"^([a-z0-9_.-]+)==(\S+)$", lock, flags=re.M))
     wanted = re.findall(
-        r'^    "([a-z0-9-]+)', (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[0], re.M
+        r'^    "([a-z0-9-]+)',
+        (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[0],
+        re.M,
     )
     assert len(wanted) > 15
     assert set(wanted) <= pinned.keys()
@@ -62,7 +66,9 @@ def test_the_lock_holds_the_projects_own_requirements_and_names_no_cuda_build() 
 
 @pytest.mark.slow
 def test_hadolint_has_nothing_to_say() -> None:
-    done = subprocess.run([str(Path(sys.executable).with_name("hadolint")), str(DOCKERFILE)], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("hadolint")), str(DOCKERFILE)], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -72,8 +78,13 @@ def test_the_build_steps_make_an_environment_that_runs(tmp_path: Path) -> None:
     """RUN as it stands, /opt/venv and /src in a folder here; python is the one of this test."""
     source, venv = tmp_path / "src", tmp_path / "venv"
     source.mkdir()
-    environment = {"PATH": f"{Path(sys.executable).resolve().parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
-    environment |= {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "REQUESTS_"))}
+    environment = {
+        "PATH": f"{Path(sys.executable).resolve().parent}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+    }
+    environment |= {
+        name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_", "REQUESTS_"))
+    }
 
     def here(text: str) -> str:
         return text.replace("/opt/venv", str(venv))
@@ -86,13 +97,26 @@ def test_the_build_steps_make_an_environment_that_runs(tmp_path: Path) -> None:
                 copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
                 copy(ROOT / name, target)
         elif word == "RUN":
-            done = subprocess.run(["/bin/sh", "-ec", here(rest)], cwd=source, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                ["/bin/sh", "-ec", here(rest)], cwd=source, env=environment, capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stderr[-2000:]
     [command] = [rest for word, rest in steps_to("cpu") if word == "HEALTHCHECK"]
     healthy = [here(one) for one in re.findall(r'"([^"]*)"', command.partition("CMD")[2])]
     inside = {"PATH": str(venv / "bin"), "HOME": str(tmp_path)}
     for words in (healthy, ["context-diffusion", "--help"], ["ray", "--version"]):
-        subprocess.run([str(venv / "bin" / words[0]), *words[1:]], check=True, cwd=tmp_path, env=inside, capture_output=True)
-    code = "from context_diffusion import ContextDiffusion; print(ContextDiffusion.from_pretrained().backbone.image_size)"
-    made = subprocess.run([str(venv / "bin" / "python"), "-c", code], cwd=tmp_path, env=inside, capture_output=True, text=True)
+        subprocess.run(
+            [str(venv / "bin" / words[0]), *words[1:]],
+            check=True,
+            cwd=tmp_path,
+            env=inside,
+            capture_output=True,
+        )
+    code = (
+        "from context_diffusion import ContextDiffusion; "
+        "print(ContextDiffusion.from_pretrained().backbone.image_size)"
+    )
+    made = subprocess.run(
+        [str(venv / "bin" / "python"), "-c", code], cwd=tmp_path, env=inside, capture_output=True, text=True
+    )
     assert made.stdout.strip() == "128", made.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""infra/kuberay against the schemas that the API server would hold it to, unknown fields refused; and the rules beyond them."""
+"""infra/kuberay against the schemas that the API server would hold it to, unknown fields refused; and the
+rules beyond them."""
 
 from __future__ import annotations
 
@@ -22,7 +23,11 @@ ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "infra" / "kuberay"
 PAGE = (ROOT / "infra" / "README.md").read_text()
 SCHEMAS = Path(os.environ.get("KUBERAY_CRDS", ROOT.parent / "shared" / "data" / "kuberay-crds"))
-KINDS = {"RayJob": "batch/rayjob.yaml", "RayCronJob": "nightly/raycronjob.yaml", "RayCluster": "shared/raycluster.yaml"}
+KINDS = {
+    "RayJob": "batch/rayjob.yaml",
+    "RayCronJob": "nightly/raycronjob.yaml",
+    "RayCluster": "shared/raycluster.yaml",
+}
 
 
 def load(kind: str) -> dict[str, Any]:
@@ -51,7 +56,8 @@ def pods(kind: str) -> Iterator[dict[str, Any]]:
 
 
 def strict(schema: Any) -> Any:
-    """A CRD's schema as JSON Schema that refuses unknown fields, as the API server's strict validation does."""
+    """A CRD's schema as JSON Schema that refuses unknown fields, as the API server's strict validation
+    does."""
     if isinstance(schema, list):
         return [strict(one) for one in schema]
     if not isinstance(schema, dict):
@@ -68,7 +74,8 @@ def validator(kind: str) -> jsonschema.Draft7Validator:
     path = SCHEMAS / f"ray.io_{kind.lower()}s.json"
     if not path.exists():
         pytest.skip(
-            f"no {path}: KUBERAY_CRDS names a folder with the CRDs of ray-project/kuberay (helm-chart/kuberay-operator/crds)"
+            f"no {path}: KUBERAY_CRDS names a folder with the CRDs of ray-project/kuberay "
+            "(helm-chart/kuberay-operator/crds)"
         )
     versions = json.loads(path.read_text())["spec"]["versions"]
     schema = next(one["schema"]["openAPIV3Schema"] for one in versions if one["name"] == "v1")
@@ -82,7 +89,9 @@ def test_the_manifests_are_valid_and_a_typo_would_not_be(kind: str) -> None:
     checked, document = validator(kind), load(kind)
     assert [f"{list(error.path)}: {error.message}" for error in checked.iter_errors(document)] == []
     cluster = (
-        document["spec"] if kind == "RayCluster" else document["spec"].get("jobTemplate", document["spec"])["rayClusterSpec"]
+        document["spec"]
+        if kind == "RayCluster"
+        else document["spec"].get("jobTemplate", document["spec"])["rayClusterSpec"]
     )
     cluster["workerGroupSpecs"][0]["maxReplica"] = 3
     assert "maxReplica" in next(checked.iter_errors(document)).message
@@ -116,10 +125,15 @@ def test_pods_are_locked_down_and_say_what_they_need(kind: str) -> None:
             assert (context["allowPrivilegeEscalation"], context["readOnlyRootFilesystem"]) == (False, True)
             assert context["capabilities"] == {"drop": ["ALL"]}
             assert {"cpu", "memory"} <= resources["requests"].keys()
-            assert resources["limits"]["memory"] == resources["requests"]["memory"] or "submitter" in container["name"]
+            assert (
+                resources["limits"]["memory"] == resources["requests"]["memory"]
+                or "submitter" in container["name"]
+            )
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
             assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}, "Ray writes there"
-            assert not [one for one in container.get("env", []) if re.search("TOKEN|SECRET|KEY", one["name"])], "by reference"
+            assert not [
+                one for one in container.get("env", []) if re.search("TOKEN|SECRET|KEY", one["name"])
+            ], "by reference"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,7 +145,10 @@ def test_the_cluster_is_of_this_ray_with_tokens_and_scales(kind: str) -> None:
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     gpu, cpu = cluster["workerGroupSpecs"]
     [container] = gpu["template"]["spec"]["containers"]
-    assert container["resources"]["requests"]["nvidia.com/gpu"] == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert (
+        container["resources"]["requests"]["nvidia.com/gpu"]
+        == container["resources"]["limits"]["nvidia.com/gpu"]
+    )
     for group in (gpu, cpu):
         assert 1 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
@@ -160,7 +177,9 @@ def secrets_used(kind: str) -> set[str]:
     used = {cluster_of(kind)["authOptions"]["secretName"]}
     for pod in pods(kind):
         account = accounts().get(pod.get("serviceAccountName", ""), {})
-        used |= {one["name"] for one in (*pod.get("imagePullSecrets", []), *account.get("imagePullSecrets", []))}
+        used |= {
+            one["name"] for one in (*pod.get("imagePullSecrets", []), *account.get("imagePullSecrets", []))
+        }
         used |= {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
         for container in pod["containers"]:
             used |= {source["secretRef"]["name"] for source in container.get("envFrom", [])}
@@ -191,7 +210,11 @@ def test_every_pod_that_reads_or_makes_has_the_secrets_and_starts_without_them(k
         assert sources == dict.fromkeys(
             ("context-diffusion-storage", "context-diffusion-azure", "context-diffusion-hugging-face"), True
         )
-        [told] = [one["valueFrom"]["secretKeyRef"] for one in container["env"] if one["name"] == "GOOGLE_APPLICATION_CREDENTIALS"]
+        [told] = [
+            one["valueFrom"]["secretKeyRef"]
+            for one in container["env"]
+            if one["name"] == "GOOGLE_APPLICATION_CREDENTIALS"
+        ]
         assert (told["key"], told["optional"]) == ("path", True)
         [volume] = [one["secret"] for one in pod["volumes"] if "secret" in one]
         assert volume["optional"]
@@ -207,7 +230,8 @@ def test_the_memory_that_the_page_names_is_what_its_rule_gives_and_the_pods_ask_
     assert table.keys() == {"bundled", *PRESETS}
 
     def rule(millions: int, width: int, cpus: int) -> int:
-        """In GiB: Ray, the engine's process, weights, loading workers, beside an object store of 30 %; in steps of 4."""
+        """In GiB: Ray, the engine's process, weights, loading workers, beside an object store of 30 %; in
+        steps of 4."""
         weights = millions * 1e6 * width / 2**30
         return math.ceil((1 + 3 + weights + 0.7 * cpus) / 0.7 / 4) * 4
 

@@ -16,7 +16,15 @@ from PIL import Image
 
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.job_base import Limits
-from context_diffusion.inputs.decode import FORMATS, decode_image, decode_resized, output_size, resize, rgb_pixels, statistics
+from context_diffusion.inputs.decode import (
+    FORMATS,
+    decode_image,
+    decode_resized,
+    output_size,
+    resize,
+    rgb_pixels,
+    statistics,
+)
 from context_diffusion.outputs.encode import encode_image, read_metadata
 from context_diffusion.storage.content_cache import ContentCache
 from support.encoded_images import encoded, noise
@@ -132,7 +140,9 @@ def test_an_adobe_jpeg_of_inverted_cmyk_is_not_shown_as_a_negative() -> None:
 
 
 def test_a_phones_jpeg_of_several_pictures_shows_the_first() -> None:
-    data = encoded(Image.new("RGB", (16, 16), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))])
+    data = encoded(
+        Image.new("RGB", (16, 16), "red"), "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))]
+    )
     assert decode(data)[0, 0, 0] > 250
 
 
@@ -199,12 +209,23 @@ def read_header_of_bomb() -> tuple[int, int]:
     [
         (MemoryError(), ErrorCode.OUT_OF_MEMORY),
         (Image.DecompressionBombError("x"), ErrorCode.TOO_MANY_PIXELS),
-        *((kind("x"), ErrorCode.TRUNCATED_IMAGE) for kind in (OSError, ValueError, SyntaxError, NotImplementedError)),
-        *((kind("x"), ErrorCode.TRUNCATED_IMAGE) for kind in (struct.error, EOFError, RuntimeError, TypeError)),
-        *((kind("x"), ErrorCode.TRUNCATED_IMAGE) for kind in (IndexError, OverflowError, zlib.error, KeyError)),
+        *(
+            (kind("x"), ErrorCode.TRUNCATED_IMAGE)
+            for kind in (OSError, ValueError, SyntaxError, NotImplementedError)
+        ),
+        *(
+            (kind("x"), ErrorCode.TRUNCATED_IMAGE)
+            for kind in (struct.error, EOFError, RuntimeError, TypeError)
+        ),
+        *(
+            (kind("x"), ErrorCode.TRUNCATED_IMAGE)
+            for kind in (IndexError, OverflowError, zlib.error, KeyError)
+        ),
     ],
 )
-def test_any_exception_of_a_decoder_is_one_row(raised: Any, code: ErrorCode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_exception_of_a_decoder_is_one_row(
+    raised: Any, code: ErrorCode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def load(image: Image.Image) -> None:
         raise raised
 
@@ -232,7 +253,10 @@ def test_output_size() -> None:
     assert output_size("crop", 300, 100, None, None, 128) == (128, 128)
     assert output_size("keep", 300, 100, 256, 64, 128) == (256, 64)
     assert output_size("keep", 400, 100, None, None, 128) == (256, 64)
-    assert output_size("keep", 400, 100, None, 256, 128) == (128, 256)  # the side that is not given is the model's
+    assert output_size("keep", 400, 100, None, 256, 128) == (
+        128,
+        256,
+    )  # the side that is not given is the model's
     assert output_size("stretch", 400, 100, 256, None, 128) == (256, 128)
 
 
@@ -242,7 +266,9 @@ FITS = ["crop", "pad", "stretch", "keep"]
 
 
 @given(SIDES, SIDES, st.sampled_from([128, 256, 512, 1024]), st.sampled_from([8, 16, 32, 64]))
-def test_keep_has_the_querys_aspect_ratio_at_the_models_pixels(w: int, h: int, model: int, multiple: int) -> None:
+def test_keep_has_the_querys_aspect_ratio_at_the_models_pixels(
+    w: int, h: int, model: int, multiple: int
+) -> None:
     width, height = output_size("keep", w, h, None, None, model, multiple)
     assert width % multiple == height % multiple == 0
     assert min(width, height) >= 64
@@ -264,7 +290,9 @@ def test_a_size_that_is_given_wins(fit: Any, w: int, h: int, width: int, height:
 
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (1, 300), (300, 1), (17, 31)])
-def test_any_picture_takes_any_size_and_a_constant_one_stays_constant(fit: Any, width: int, height: int) -> None:
+def test_any_picture_takes_any_size_and_a_constant_one_stays_constant(
+    fit: Any, width: int, height: int
+) -> None:
     resized = resize(np.full((height, width, 3), 93, np.uint8), 96, 64, fit)
     assert resized.shape == (64, 96, 3)
     assert (resized == 93).all()
@@ -289,13 +317,18 @@ def digital_source_type(data: bytes) -> str:
     """As the IPTC's own standard names it in XMP: https://iptc.org/std/photometadata/specification/."""
     found = Image.open(io.BytesIO(data)).info
     packet = found.get("xmp") or found["XML:com.adobe.xmp"].encode()
-    [description] = ElementTree.fromstring(packet).iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
+    [description] = ElementTree.fromstring(packet).iter(
+        "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description"
+    )
     return description.attrib["{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"]
 
 
 @pytest.mark.parametrize("form", ["png", "webp", "jpeg"])
 def test_encoding_is_deterministic_and_holds_the_pixels_and_the_metadata(form: Any) -> None:
-    pixels, metadata = np.asarray(noise()), {"parameters": "ein Häuschen, 霧 🌫\nseed: 7", "seed": "7", "plain": "ä"}
+    pixels, metadata = (
+        np.asarray(noise()),
+        {"parameters": "ein Häuschen, 霧 🌫\nseed: 7", "seed": "7", "plain": "ä"},
+    )
     data = encode_image(pixels, form, metadata)
     assert data == encode_image(pixels, form, metadata)
     assert data != encode_image(pixels, form, {**metadata, "seed": "8"})

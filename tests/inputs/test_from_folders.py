@@ -26,7 +26,8 @@ STORAGE = Storage(deadline_s=1)
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """3 queries, one in a sub-folder; 6 contexts; 2 styles of 3 and 2 pictures; 2 prompts and an empty line."""
+    """3 queries, one in a sub-folder; 6 contexts; 2 styles of 3 and 2 pictures; 2 prompts and an empty
+    line."""
     write_pictures(tmp_path / "queries", 2)
     write_pictures(tmp_path / "queries" / "a", 1)
     write_pictures(tmp_path / "contexts", 6)
@@ -37,12 +38,18 @@ def folders(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def made(folder: Path, pair: Any, contexts: str = "contexts", out: str = "rows.jsonl", **more: Any) -> list[dict[str, Any]]:
+def made(
+    folder: Path, pair: Any, contexts: str = "contexts", out: str = "rows.jsonl", **more: Any
+) -> list[dict[str, Any]]:
     if "prompts" in more:
         more["prompts"] = str(folder / more["prompts"])
     pairing = Pairing(str(folder / "queries"), str(folder / contexts), pair, **more)
     told = write_manifest(pairing, str(folder / out))
-    rows = [json.loads(line) for line in (folder / out).read_text().splitlines()] if out.endswith("jsonl") else []
+    rows = (
+        [json.loads(line) for line in (folder / out).read_text().splitlines()]
+        if out.endswith("jsonl")
+        else []
+    )
     assert told == {"manifest": str(folder / out), "rows": len(rows) or told["rows"], "allow": []}
     return rows
 
@@ -54,7 +61,8 @@ def read(folder: Path, out: str) -> list[dict[str, Any]]:
     plan = open_plan(job, output, STORAGE)
     job = plan.job
     tables = [
-        ReadShard(RowRules.of_job(job), plan.files[0], shard, plan.passed, STORAGE)()[0] for shard in read_shards(output, 0)
+        ReadShard(RowRules.of_job(job), plan.files[0], shard, plan.passed, STORAGE)()[0]
+        for shard in read_shards(output, 0)
     ]
     return LoadImages(job.fit, job.control_kinds, job.limits, [str(folder)], 64, SquareCrop(64), STORAGE)(
         pa.concat_tables(tables)
@@ -92,7 +100,10 @@ def test_random_draws_without_repetition_and_the_same_again(folders: Path) -> No
 
 def test_a_sub_folder_is_a_style(folders: Path) -> None:
     rows = made(folders, "all", "styles")
-    assert [[Path(name).parent.name for name in row["context"]] for row in rows] == [["ink"] * 3, ["oil"] * 2] * 3
+    assert [[Path(name).parent.name for name in row["context"]] for row in rows] == [
+        ["ink"] * 3,
+        ["oil"] * 2,
+    ] * 3
     for row in made(folders, "random", "styles", contexts_per_row=2, out="drawn.jsonl"):
         assert len({Path(name).parent for name in row["context"]}) == 1
         assert len(set(row["context"])) == 2
@@ -109,7 +120,9 @@ def test_each_format_is_read_by_the_flow(folders: Path, ending: str) -> None:
 
 def test_pictures_elsewhere_are_named_whole_and_must_be_allowed(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "lists").mkdir()
-    told = write_manifest(Pairing(str(folders / "queries"), str(folders / "styles"), "all"), str(tmp_path / "lists" / "r.csv"))
+    told = write_manifest(
+        Pairing(str(folders / "queries"), str(folders / "styles"), "all"), str(tmp_path / "lists" / "r.csv")
+    )
     assert told["allow"] == [str(folders / "queries"), str(folders / "styles")]
     assert str(folders / "queries" / "a" / "picture-0.png") in (tmp_path / "lists" / "r.csv").read_text()
 
@@ -122,7 +135,10 @@ def test_pictures_elsewhere_are_named_whole_and_must_be_allowed(folders: Path, t
         ({"contexts": "prompts.txt"}, "the folder does not exist"),
         ({"contexts": "mixed"}, r"mixed has images \(.*\) and sub-folders \(ink\)"),
         ({"pair": "zip"}, "there are 3 queries, 6 contexts$"),
-        ({"pair": "zip", "contexts_per_row": 3, "prompts": "prompts.txt"}, "3 queries, 2 contexts, 3 prompts"),
+        (
+            {"pair": "zip", "contexts_per_row": 3, "prompts": "prompts.txt"},
+            "3 queries, 2 contexts, 3 prompts",
+        ),
         ({"contexts_per_row": 4}, "the 6 images .* cannot be divided into groups of 4"),
         ({"contexts_per_row": 7}, "has only 6"),
         ({"contexts": "styles", "contexts_per_row": 3, "pair": "random"}, "styles/oil has only 2"),
@@ -132,7 +148,9 @@ def test_pictures_elsewhere_are_named_whole_and_must_be_allowed(folders: Path, t
         ({"out": "prompts.jsonl"}, "exists already"),
     ],
 )
-def test_what_is_wrong_is_said_and_nothing_is_written(folders: Path, more: dict[str, Any], words: str) -> None:
+def test_what_is_wrong_is_said_and_nothing_is_written(
+    folders: Path, more: dict[str, Any], words: str
+) -> None:
     (folders / "empty").mkdir()
     (folders / "none.txt").touch()
     (folders / "prompts.jsonl").touch()

@@ -1,4 +1,5 @@
-"""Pictures made to break what reads them: each is one row's error, soon, and within the memory that inputs/decode.py promises."""
+"""Pictures made to break what reads them: each is one row's error, soon, and within the memory that
+inputs/decode.py promises."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from context_diffusion.inputs.decode import FORMATS, decode_image, decode_resize
 from context_diffusion.outputs.encode import read_metadata
 from support.encoded_images import encoded, noise
 
-MEMORY = 700 * 2**20  # of a load worker for the largest picture that the default limits take, Python's 60 MB and all
+MEMORY = (
+    700 * 2**20
+)  # of a load worker for the largest picture that the default limits take, Python's 60 MB and all
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -81,23 +84,37 @@ KINDS: dict[str, tuple[Callable[[], bytes], ErrorCode | None]] = {
     "empty": (lambda: b"", ErrorCode.NOT_AN_IMAGE),
     "text": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", ErrorCode.NOT_AN_IMAGE),
     "a format that is not allowed": (lambda: encoded(noise(), "PPM"), ErrorCode.NOT_AN_IMAGE),
-    "EPS, which runs a program": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", ErrorCode.NOT_AN_IMAGE),
+    "EPS, which runs a program": (
+        lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        ErrorCode.NOT_AN_IMAGE,
+    ),
     "only a header": (lambda: png(64, 64), ErrorCode.TRUNCATED_IMAGE),
     "no pixels": (lambda: png(0, 64, chunk(b"IDAT", b""), chunk(b"IEND", b"")), ErrorCode.TRUNCATED_IMAGE),
     "a wrong checksum": (wrong_checksum, ErrorCode.TRUNCATED_IMAGE),
-    "a depth that does not exist": (lambda: png(8, 8, chunk(b"IDAT", b"x"), depth=7), ErrorCode.TRUNCATED_IMAGE),
+    "a depth that does not exist": (
+        lambda: png(8, 8, chunk(b"IDAT", b"x"), depth=7),
+        ErrorCode.TRUNCATED_IMAGE,
+    ),
     "four billion pixels": (lambda: png(2**16, 2**16, chunk(b"IDAT", b"x")), ErrorCode.TOO_MANY_PIXELS),
     "the largest sides": (lambda: png(2**31 - 1, 2**31 - 1, chunk(b"IDAT", b"x")), ErrorCode.TOO_MANY_PIXELS),
     "a bomb of compression": (lambda: flat_png(12_000, 12_000, 0, 1), ErrorCode.TOO_MANY_PIXELS),
-    "a bomb of text": (lambda: with_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 2**28, 9)), FINE),  # left aside, not unpacked
-    "a bomb of a profile": (lambda: with_chunk(b"iCCP", b"k\0\0" + zlib.compress(b"a" * 2**28, 9)), ErrorCode.TRUNCATED_IMAGE),
+    "a bomb of text": (
+        lambda: with_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 2**28, 9)),
+        FINE,
+    ),  # left aside, not unpacked
+    "a bomb of a profile": (
+        lambda: with_chunk(b"iCCP", b"k\0\0" + zlib.compress(b"a" * 2**28, 9)),
+        ErrorCode.TRUNCATED_IMAGE,
+    ),
     "an absurd profile": (lambda: encoded(noise(), "JPEG", icc_profile=b"\xff" * 10_000), FINE),
     "EXIF of nothing": (lambda: jpeg_exif(b""), FINE),
     "EXIF that points beyond": (lambda: jpeg_exif(b"II*\0\xff\xff\xff\x7f"), FINE),
     "EXIF of 65,535 entries": (lambda: jpeg_exif(b"II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 2000), FINE),
     "a TIFF without end": (endless_tiff, FINE),
     "a GIF of 5,000 frames": (
-        lambda: encoded(noise(8, 8), "GIF", save_all=True, append_images=[noise(8, 8).rotate(n) for n in range(5000)]),
+        lambda: encoded(
+            noise(8, 8), "GIF", save_all=True, append_images=[noise(8, 8).rotate(n) for n in range(5000)]
+        ),
         FINE,
     ),
     "a JPEG of 200 scans more": (many_scans, ErrorCode.NOT_AN_IMAGE),
@@ -124,7 +141,9 @@ def test_each_kind_has_its_code_and_takes_no_time(kind: str) -> None:
 def test_two_thousand_damaged_files_raise_nothing_but_row_errors() -> None:
     """Bytes changed, cut out, doubled; at the start, where the headers are, more often."""
     random, limits, shown = np.random.default_rng(1), Limits(max_pixels=200_000), 0
-    originals = [encoded(noise(24, 16), form) for form in FORMATS] + [encoded(noise(24, 16), "JPEG", progressive=True)]
+    originals = [encoded(noise(24, 16), form) for form in FORMATS] + [
+        encoded(noise(24, 16), "JPEG", progressive=True)
+    ]
     for number in range(2000):
         data = bytearray(originals[number % len(originals)])
         for _ in range(random.integers(1, 6)):
@@ -171,5 +190,7 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], "KiB"
 @pytest.mark.parametrize("kind", LARGEST)
 def test_the_largest_pictures_stay_within_a_workers_memory(kind: str, tmp_path: Path) -> None:
     (tmp_path / "it").write_bytes(LARGEST[kind]())
-    done = subprocess.run([sys.executable, "-c", READ, str(tmp_path / "it")], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path / "it")], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout.split()[-2]) * 1024 < MEMORY

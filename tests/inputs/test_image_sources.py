@@ -34,7 +34,10 @@ def test_a_cell_is_a_source_or_nothing(cell: Any, source: Any) -> None:
 
 
 def test_a_list_may_be_json_or_one_alone() -> None:
-    assert [source["path"] for source in as_sources('["a.png", "b.png"]', "/base")] == ["/base/a.png", "/base/b.png"]
+    assert [source["path"] for source in as_sources('["a.png", "b.png"]', "/base")] == [
+        "/base/a.png",
+        "/base/b.png",
+    ]
     assert [source["path"] for source in as_sources("a.png", "/base")] == ["/base/a.png"]
     with pytest.raises(RowError, match="context is not a JSON list"):
         as_sources('["a.png"', "/base")
@@ -45,7 +48,9 @@ def test_pixels_come_from_bytes_or_from_where_reading_is_allowed(tmp_path: Path)
     path, allow, storage = tmp_path / name, [str(tmp_path)], Storage()
     pixels = np.asarray(Image.open(path))
     assert np.array_equal(read_pixels({"bytes": None, "path": str(path)}, allow, Limits(), storage), pixels)
-    assert np.array_equal(read_pixels({"bytes": path.read_bytes(), "path": None}, [], Limits(), storage), pixels)
+    assert np.array_equal(
+        read_pixels({"bytes": path.read_bytes(), "path": None}, [], Limits(), storage), pixels
+    )
     for source, limits, words in (
         ({"bytes": None, "path": str(path)}, Limits(max_bytes=10), "file_too_large"),
         ({"bytes": None, "path": "/etc/passwd"}, Limits(), "forbidden_uri"),

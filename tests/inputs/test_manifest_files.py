@@ -17,7 +17,14 @@ from context_diffusion.core.errors import ErrorCode, ManifestError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard, derive_seed
 from context_diffusion.core.schema import PASSED, READ
-from context_diffusion.inputs.manifest_files import expand, open_file, read_parquet, read_text, scan_parquet, scan_text
+from context_diffusion.inputs.manifest_files import (
+    expand,
+    open_file,
+    read_parquet,
+    read_text,
+    scan_parquet,
+    scan_text,
+)
 from context_diffusion.inputs.rows import RowRules, read_table
 from context_diffusion.inputs.unique_ids import UniqueIds, name_duplicates
 from context_diffusion.storage.filesystem import Storage
@@ -40,7 +47,10 @@ def shards_of(uri: str, size: int) -> list[list[dict[str, Any]]]:
     bounds.append(end)
     rows = len(bounds) - 1
     cuts = [(i, min(size, rows - i)) for i in range(0, rows, size)]
-    return [read_text(file, Shard(n, 0, i, k, 0, bounds[i], bounds[i + k] - bounds[i]), STORAGE) for n, (i, k) in enumerate(cuts)]
+    return [
+        read_text(file, Shard(n, 0, i, k, 0, bounds[i], bounds[i + k] - bounds[i]), STORAGE)
+        for n, (i, k) in enumerate(cuts)
+    ]
 
 
 cell = st.text(st.characters(codec="utf-8", exclude_characters="\0\ufeff"), max_size=8)
@@ -67,10 +77,18 @@ def test_csv_shards_put_together_are_the_file(
 
 
 @quick
-@given(prompts=st.lists(cell | st.none(), max_size=9), size=st.integers(1, 4), blank=st.sampled_from(["", "\n", " \n\n"]))
-def test_jsonl_shards_put_together_are_the_file(tmp_path: Path, prompts: list[str | None], size: int, blank: str) -> None:
+@given(
+    prompts=st.lists(cell | st.none(), max_size=9),
+    size=st.integers(1, 4),
+    blank=st.sampled_from(["", "\n", " \n\n"]),
+)
+def test_jsonl_shards_put_together_are_the_file(
+    tmp_path: Path, prompts: list[str | None], size: int, blank: str
+) -> None:
     path = tmp_path / "m.jsonl"
-    path.write_text(blank.join(json.dumps({"prompt": p}, ensure_ascii=False) + "\n" for p in prompts), "utf-8", newline="")
+    path.write_text(
+        blank.join(json.dumps({"prompt": p}, ensure_ascii=False) + "\n" for p in prompts), "utf-8", newline=""
+    )
     assert [row["prompt"] for shard in shards_of(str(path), size) for row in shard] == prompts
 
 
@@ -112,7 +130,9 @@ def test_a_broken_file_is_named_with_its_place(tmp_path: Path, name: str, data: 
 
 def test_a_damaged_page_is_told_with_its_file_and_row_group(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
-    table = pa.table({"id": [f"{n:04d}" for n in range(1000)], "prompt": [f"{n} words of it" * 9 for n in range(1000)]})
+    table = pa.table(
+        {"id": [f"{n:04d}" for n in range(1000)], "prompt": [f"{n} words of it" * 9 for n in range(1000)]}
+    )
     pq.write_table(table, path, row_group_size=500, compression="ZSTD")
     data, column = bytearray(path.read_bytes()), pq.ParquetFile(path).metadata.row_group(1).column(1)
     begin = column.data_page_offset + 40
@@ -154,7 +174,13 @@ def test_csv_cells_mean_what_typed_values_mean() -> None:
         "scheduler": "euler",
         "seed": "9",
     }
-    typed = {"num_inference_steps": 7, "strength": 0.5, "context_weights": [1, 2], "scheduler": "euler", "seed": 9}
+    typed = {
+        "num_inference_steps": 7,
+        "strength": 0.5,
+        "context_weights": [1, 2],
+        "scheduler": "euler",
+        "seed": 9,
+    }
     assert read(ROW | text | {"context": '["c.png"]'}) == read(ROW | typed)
     assert read(ROW | {"context": "c.png"}) == read(ROW)
 
@@ -162,7 +188,11 @@ def test_csv_cells_mean_what_typed_values_mean() -> None:
 @pytest.mark.parametrize(
     ("change", "code", "word"),
     [
-        ({"context": ["a.png"] * 10_000}, ErrorCode.TOO_MANY_CONTEXTS, "10000 images, at most 64 are allowed"),
+        (
+            {"context": ["a.png"] * 10_000},
+            ErrorCode.TOO_MANY_CONTEXTS,
+            "10000 images, at most 64 are allowed",
+        ),
         ({"prompt": "a" * 2**20}, ErrorCode.PROMPT_TOO_LONG, "1048576 characters"),
         ({"guidance_scale": float("inf")}, ErrorCode.INVALID_SETTING, "guidance_scale"),
         ({"context_scale": float("inf")}, ErrorCode.INVALID_SETTING, "context_scale"),
@@ -194,7 +224,9 @@ def test_unknown_columns_pass_with_their_type_and_ours_are_renamed() -> None:
     assert read({"photo": b"bytes", "context": "c.png"}, job)["query"] == {"bytes": b"bytes", "path": None}
 
 
-def test_ids_that_stand_twice_are_named_whichever_bucket_they_fall_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_that_stand_twice_are_named_whichever_bucket_they_fall_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("context_diffusion.inputs.unique_ids.BUFFERED", 4)  # so that buckets go to disk
     ids = [f"row {n}" for n in range(3000)] + ["row 17", "row 2999", "row 17"]
     with UniqueIds() as unique:
@@ -205,13 +237,17 @@ def test_ids_that_stand_twice_are_named_whichever_bucket_they_fall_in(monkeypatc
     assert sorted(name_duplicates(repeated, ((name, "a place") for name in ids))) == ["row 17", "row 2999"]
 
 
-def test_a_store_that_fails_while_a_parquet_file_is_read_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_fails_while_a_parquet_file_is_read_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fsspec.implementations.local as local
 
     uri = str(tmp_path / "m.parquet")
     pq.write_table(pa.table({"id": ["a", "b"], "query": ["1", "2"]}), uri)
     opened = local.LocalFileSystem._open
-    failures = iter([ConnectionResetError("reset"), None, TimeoutError("late"), None, ConnectionResetError("reset")])
+    failures = iter(
+        [ConnectionResetError("reset"), None, TimeoutError("late"), None, ConnectionResetError("reset")]
+    )
 
     def failing(self: Any, path: str, **more: Any) -> Any:
         file = opened(self, path, **more)
@@ -228,6 +264,8 @@ def test_a_store_that_fails_while_a_parquet_file_is_read_is_tried_again(tmp_path
 
 @pytest.mark.parametrize(("sign", "name"), [(";", "`;`"), ("\t", "tabs")])
 def test_a_csv_of_other_separators_is_told_so(tmp_path: Path, sign: str, name: str) -> None:
-    (tmp_path / "m.csv").write_text(sign.join(("id", "query", "context")) + "\n" + sign.join(("1", "a.png", "b.png")) + "\n")
+    (tmp_path / "m.csv").write_text(
+        sign.join(("id", "query", "context")) + "\n" + sign.join(("1", "a.png", "b.png")) + "\n"
+    )
     with pytest.raises(ManifestError, match=f"separated by {name}.*needs commas"):
         open_file(str(tmp_path / "m.csv"), Storage())

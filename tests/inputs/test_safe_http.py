@@ -1,4 +1,5 @@
-"""Real HTTP servers on loopback addresses, one of which stands for a public one: redirects and names that change."""
+"""Real HTTP servers on loopback addresses, one of which stands for a public one: redirects and names that
+change."""
 
 from __future__ import annotations
 
@@ -69,7 +70,10 @@ def test_redirects_to_the_inside_or_out_of_what_is_allowed_are_refused(servers: 
     server, inner = servers[PUBLIC], servers[INNER]
     server.redirects["/pictures/a.png"] = url(inner, "/secret")
     server.redirects["/pictures/b.png"] = "/elsewhere/b.png"
-    for path, prefixes in (("a", [url(server, "/pictures"), url(inner, "/")]), ("b", [url(server, "/pictures")])):
+    for path, prefixes in (
+        ("a", [url(server, "/pictures"), url(inner, "/")]),
+        ("b", [url(server, "/pictures")]),
+    ):
         with pytest.raises(RowError) as found:
             read(url(server, f"/pictures/{path}.png"), *prefixes)
         assert found.value.code == ErrorCode.FORBIDDEN_URI
@@ -97,7 +101,8 @@ def test_a_name_that_turns_to_an_inner_address_after_the_check_is_refused(
 
 @pytest.mark.parametrize(
     "address",
-    ["127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1", "fe80::1%eth0", "fd00::1",
+    ["127.0.0.1", "10.1.2.3", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1",
+     "fe80::1%eth0", "fd00::1",
      "::ffff:127.0.0.1", "2002:7f00:1::", "64:ff9b::a9fe:a9fe"],
 )  # fmt: skip
 def test_inner_addresses_are_known_in_every_dress(address: str) -> None:

@@ -42,9 +42,19 @@ from support.tiny import SIZES, make_tiny, picture, request
 from support.training_steps import changed_by_a_step
 
 LAYERS = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-VISION = {**LAYERS, "intermediate_size": 48, "image_size": 48, "patch_size": 16}  # 3 x 3 patches on a grid of 2 x 2
+VISION = {
+    **LAYERS,
+    "intermediate_size": 48,
+    "image_size": 48,
+    "patch_size": 16,
+}  # 3 x 3 patches on a grid of 2 x 2
 TEXT = {**LAYERS, "intermediate_size": 48, "vocab_size": 20, "max_position_embeddings": 8}
-DINO = {**LAYERS, "mlp_ratio": 2, "image_size": 70, "patch_size": 14}  # trained at 70 pixels, cropped to 60: 4 x 4 patches
+DINO = {
+    **LAYERS,
+    "mlp_ratio": 2,
+    "image_size": 70,
+    "patch_size": 14,
+}  # trained at 70 pixels, cropped to 60: 4 x 4 patches
 
 
 def encoder(kind: str) -> Any:
@@ -55,7 +65,9 @@ def encoder(kind: str) -> Any:
         "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**VISION)),
         "siglip with text": lambda: SiglipModel(SiglipConfig(vision_config=VISION, text_config=TEXT)),
         "dinov2": lambda: Dinov2Model(Dinov2Config(**DINO)),
-        "dinov2 with registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)),
+        "dinov2 with registers": lambda: Dinov2WithRegistersModel(
+            Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)
+        ),
         "text": lambda: CLIPTextModel(CLIPTextConfig(**TEXT)),
         "bert": lambda: BertModel(BertConfig(**LAYERS, intermediate_size=48, vocab_size=20)),
     }
@@ -65,7 +77,11 @@ def encoder(kind: str) -> Any:
 def saved(folder: Path, kind: str) -> Path:
     encoder(kind).save_pretrained(folder)
     if kind.startswith("dinov2"):
-        crop = {"crop_size": {"height": 60, "width": 60}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
+        crop = {
+            "crop_size": {"height": 60, "width": 60},
+            "image_mean": [0.4, 0.5, 0.6],
+            "image_std": [0.2, 0.25, 0.3],
+        }
         (folder / "preprocessor_config.json").write_text(json.dumps(crop))
     return folder
 
@@ -115,7 +131,10 @@ def test_a_model_around_each_trains_saves_loads_and_makes_pictures(kind: str, tm
     found = find_model(str(tmp_path / "model"))
     assert (found.image_size, found.contexts.size) == (64, CLASSES[kind][1])
     row = request(4, contexts=2, prompt="ocean", guidance_scale=2.0, num_inference_steps=2)
-    others = [dataclasses.replace(row, contexts=pair) for pair in ((picture(9), row.contexts[1]), (row.contexts[0], picture(9)))]
+    others = [
+        dataclasses.replace(row, contexts=pair)
+        for pair in ((picture(9), row.contexts[1]), (row.contexts[0], picture(9)))
+    ]
     [image] = make(model, [row])
     assert np.array_equal(image, make(again, [row])[0])
     for other in others:
@@ -129,17 +148,23 @@ def test_pixels_are_normalised_as_the_encoder_was_trained_unless_asked_otherwise
     for kind in (None, "channel"):
         normalization = chosen.normalization.model_copy(update={"contexts": kind})
         model = build(chosen.model_copy(update={"normalization": normalization}), ["ocean"])
-        model.image_encoder.register_forward_pre_hook(lambda _m, _a, given: seen.append(given["pixel_values"]), with_kwargs=True)
+        model.image_encoder.register_forward_pre_hook(
+            lambda _m, _a, given: seen.append(given["pixel_values"]), with_kwargs=True
+        )
         model.encode_images(images)
     own = torch.tensor([[0.4, 0.5, 0.6], [0.2, 0.25, 0.3]])[:, :, None, None]
     assert torch.allclose(seen[0][0], (images[0] / 255 - own[0]) / own[1], atol=1e-6)
     assert seen[1].mean((2, 3)).abs().max() < 1e-5
 
 
-def test_what_is_no_encoder_is_told_with_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_encoder_is_told_with_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for kind in ("text", "bert"):
-        with pytest.raises(ModelError, match=r"unknown model_type '(clip_text_model|bert)'; known are `small`, .*siglip"):
+        with pytest.raises(
+            ModelError, match=r"unknown model_type '(clip_text_model|bert)'; known are `small`, .*siglip"
+        ):
             load_encoder(str(saved(tmp_path / kind, kind)))
     with pytest.raises(ModelError, match=r"'smal' has no config that can be read \(.+\); known are `small`"):
         build(SIZES.model_copy(update={"context_encoder": "smal"}), ["ocean"])
@@ -147,7 +172,9 @@ def test_what_is_no_encoder_is_told_with_what_is_known(tmp_path: Path, monkeypat
     weights = load_file(folder / "model.safetensors")
     weights.pop("pre_layrnorm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 weights of CLIPVisionModel are missing: \['pre_layrnorm.weight'\]"):
+    with pytest.raises(
+        ModelError, match=r"1 weights of CLIPVisionModel are missing: \['pre_layrnorm.weight'\]"
+    ):
         load_encoder(str(folder))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"cannot be loaded as CLIPVisionModel: .*safetensors"):

@@ -1,4 +1,5 @@
-"""What a model is used with where a job or a call leaves it out; tiny parts stand in the presets' places on a hub of our own."""
+"""What a model is used with where a job or a call leaves it out; tiny parts stand in the presets' places on a
+hub of our own."""
 
 from __future__ import annotations
 
@@ -18,14 +19,26 @@ from context_diffusion.core.model_parts import PRESETS
 from context_diffusion.core.settings import Settings
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.inputs.control_maps import control_map
-from context_diffusion.models.defaults import CONTROLNETS, Defaults, resolved_control, resolved_job, resolved_settings
+from context_diffusion.models.defaults import (
+    CONTROLNETS,
+    Defaults,
+    resolved_control,
+    resolved_job,
+    resolved_settings,
+)
 from context_diffusion.models.resolve import find_model
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.storage.filesystem import Storage
 from support.manifests import job_values, write_manifest
 from support.tiny import picture
-from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter, make_safety_checker
+from support.tiny_diffusers import (
+    make_base,
+    make_controlnet,
+    make_image_encoder,
+    make_ip_adapter,
+    make_safety_checker,
+)
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "sd15": {"num_inference_steps": 30, "guidance_scale": 7.5, "scheduler": "dpmpp_2m", "context_scale": 0.6},
@@ -75,21 +88,29 @@ def put(folder: Path, part: str, revision: dict[str, str], files: Path) -> None:
         shutil.copytree(files, place, dirs_exist_ok=True)
 
 
-def test_a_job_that_leaves_all_out_is_planned_with_the_presets_own_settings_and_map(preset: str, tmp_path: Path) -> None:
+def test_a_job_that_leaves_all_out_is_planned_with_the_presets_own_settings_and_map(
+    preset: str, tmp_path: Path
+) -> None:
     manifest = write_manifest(tmp_path / "in", 2)
-    job = GenerateJob.model_validate({"kind": "generate", "manifest": manifest, "output": str(tmp_path / "out"), "model": preset})
+    job = GenerateJob.model_validate(
+        {"kind": "generate", "manifest": manifest, "output": str(tmp_path / "out"), "model": preset}
+    )
     plan = open_plan(job, Output(job.output, Storage()), Storage())
     assert plan.job.control_kinds == ["canny"]
     planned = json.loads((tmp_path / "out" / "plan.json").read_text())["job"]["settings"]
     assert {name: planned[name] for name in PUBLISHED[preset]} == PUBLISHED[preset]
-    given = job.model_copy(update={"control": "gray", "settings": Settings.model_validate({"guidance_scale": 2.0})})
+    given = job.model_copy(
+        update={"control": "gray", "settings": Settings.model_validate({"guidance_scale": 2.0})}
+    )
     own = resolved_job(given, plan.model.defaults)
     assert own.control_kinds == ["gray"]
     assert own.settings.guidance_scale == 2.0
     assert own.settings.num_inference_steps == PUBLISHED[preset]["num_inference_steps"]
 
 
-@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # diffusers' loader, of huggingface_hub 1
+@pytest.mark.filterwarnings(
+    "ignore:The `local_dir_use_symlinks` argument"
+)  # diffusers' loader, of huggingface_hub 1
 def test_the_python_api_uses_them_too(preset: str) -> None:
     model = ContextDiffusion.from_pretrained(preset, device="cpu")
     query, context = picture(1), picture(2)
@@ -155,7 +176,11 @@ def test_what_is_given_goes_before_the_models_and_null_is_given() -> None:
     defaults = Defaults({"context_guidance_scale": 3.0, "num_inference_steps": 7})
     given = Settings.model_validate({"context_guidance_scale": None, "guidance_scale": 2.0})
     settings = resolved_settings(defaults, given)
-    assert (settings.context_guidance_scale, settings.num_inference_steps, settings.guidance_scale) == (None, 7, 2.0)
+    assert (settings.context_guidance_scale, settings.num_inference_steps, settings.guidance_scale) == (
+        None,
+        7,
+        2.0,
+    )
     assert resolved_settings(defaults, settings) == settings
 
 

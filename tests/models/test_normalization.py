@@ -34,13 +34,17 @@ def tensor(pixels: Pixels) -> torch.Tensor:
 
 
 def made(model: NativeModel, requests: list[Request]) -> list[Pixels]:
-    outcomes = {one.id: outcome for one, outcome in Engine(NativeBackbone(model), torch.device("cpu"), Shape(2, 8)).run(requests)}
+    outcomes = {
+        one.id: outcome
+        for one, outcome in Engine(NativeBackbone(model), torch.device("cpu"), Shape(2, 8)).run(requests)
+    }
     results = [outcomes[one.id] for one in requests]
     assert all(isinstance(result, Result) for result in results), results
     return [result.image for result in results if isinstance(result, Result)]
 
 
-# The query's choice and the contexts' don't meet: each pair of a context's choice and a fate of its statistics stands
+# The query's choice and the contexts' don't meet: each pair of a context's choice and a fate of its
+# statistics stands
 # here once, beside each of the query's.
 @pytest.mark.parametrize(
     ("contexts", "statistics", "query"),
@@ -63,7 +67,9 @@ def test_every_choice_trains_saves_loads_and_makes_a_row_alone_as_among_others(
     rows = [
         request(1, contexts=2, num_inference_steps=2),
         request(2, prompt="ocean", guidance_scale=2.0, size=(64, 96), num_inference_steps=2),
-        dataclasses.replace(request(3, num_inference_steps=2), controls=(Control("gray", constant),), contexts=(constant,)),
+        dataclasses.replace(
+            request(3, num_inference_steps=2), controls=(Control("gray", constant),), contexts=(constant,)
+        ),
     ]
     together = made(model, rows)
     assert [image.shape for image in together] == [(64, 64, 3), (64, 96, 3), (64, 64, 3)]
@@ -88,7 +94,9 @@ def test_what_is_measured_is_what_is_removed() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_constant_picture_stays_finite_and_what_is_bright_or_flat_is_the_same_once_removed(kind: str) -> None:
+def test_a_constant_picture_stays_finite_and_what_is_bright_or_flat_is_the_same_once_removed(
+    kind: str,
+) -> None:
     values, _, std = normalise(torch.full((1, 3, 8, 8), 200, dtype=torch.uint8), kind)
     assert torch.isfinite(values).all()
     assert std.abs().max() < 1e-6
@@ -114,7 +122,9 @@ def test_restored_statistics_are_the_weighted_mean_of_the_contexts() -> None:
 
 def test_restored_statistics_reach_the_picture() -> None:
     row = request(5, num_inference_steps=2)
-    row = dataclasses.replace(row, contexts=tuple(context // 8 + 120 for context in row.contexts))  # nothing is cut off
+    row = dataclasses.replace(
+        row, contexts=tuple(context // 8 + 120 for context in row.contexts)
+    )  # nothing is cut off
     [image] = made(make_tiny(chosen("channel", "channel", "restored")), [row])
     assert np.abs(image.mean((0, 1)) - row.contexts[0].mean((0, 1))).max() < 1
     assert np.abs(image.std((0, 1)) - row.contexts[0].std((0, 1))).max() < 1
@@ -138,7 +148,8 @@ def test_an_unknown_choice_in_a_folder_is_told(tmp_path: Path) -> None:
 
 
 def test_the_statistics_tell_the_colours_from_dark_to_light() -> None:
-    """A gradient from black to blue: the eighths' blue rises evenly, their red is 0; whatever stands beside it."""
+    """A gradient from black to blue: the eighths' blue rises evenly, their red is 0; whatever stands beside
+    it."""
     ramp = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     ramp[:, 2] = torch.linspace(0, 255, 64).byte()
     told = describe(torch.cat([ramp, tensor(picture(6))]))
@@ -147,4 +158,6 @@ def test_the_statistics_tell_the_colours_from_dark_to_light() -> None:
     assert torch.allclose(blue, (torch.arange(8) + 0.5) / 8, atol=0.02)
     assert torch.allclose(red, torch.zeros(8), atol=1e-6)
     assert torch.allclose(describe(tensor(picture(6)))[0], told[1], atol=1e-5), "row by row"
-    assert torch.allclose(told[0, :30], describe(ramp.flip(3))[0, :30], atol=1e-5), "where a colour is does not count"
+    assert torch.allclose(told[0, :30], describe(ramp.flip(3))[0, :30], atol=1e-5), (
+        "where a colour is does not count"
+    )

@@ -32,13 +32,22 @@ def preset(name: str) -> Architecture:
     ("name", "levels", "weights", "operations"),
     [("train", 3, 16.8, 4.34), ("train_256", 3, 96.4, 26), ("train_512", 4, 277, 145)],
 )
-def test_a_presets_shapes_weights_and_operations(name: str, levels: int, weights: float, operations: float) -> None:
+def test_a_presets_shapes_weights_and_operations(
+    name: str, levels: int, weights: float, operations: float
+) -> None:
     sizes = preset(name)
     side, tokens = sizes.image_size, sizes.context_grid**2
     with torch.device("meta"):
         model = build(sizes, ["ocean"])
-        text, mask = torch.zeros(2, sizes.text_length, sizes.width), torch.ones(2, sizes.text_length, dtype=torch.bool)
-        assert model.encode_images(torch.zeros(3, 3, side, side, dtype=torch.uint8)).shape == (3, tokens, sizes.width)
+        text, mask = (
+            torch.zeros(2, sizes.text_length, sizes.width),
+            torch.ones(2, sizes.text_length, dtype=torch.bool),
+        )
+        assert model.encode_images(torch.zeros(3, 3, side, side, dtype=torch.uint8)).shape == (
+            3,
+            tokens,
+            sizes.width,
+        )
         hidden, bias = model.fuse(text, mask, torch.zeros(2, 8, tokens, sizes.width), torch.ones(2, 8))
         assert hidden.shape == (2, sizes.text_length + 9 * tokens, sizes.width)
         latents, times = torch.zeros(2, *model.latent_shape), torch.zeros(2)
@@ -49,7 +58,9 @@ def test_a_presets_shapes_weights_and_operations(name: str, levels: int, weights
         assert output.shape == (2, sizes.folded_channels, grid, grid)
         assert mid.shape[2] == grid // 2 ** (levels - 1)
         assert model.decode(latents).shape == (2, 3, side, side)
-    assert sum(p.numel() for m in model.modules.values() for p in m.parameters()) / 1e6 == pytest.approx(weights, rel=0.02)
+    assert sum(p.numel() for m in model.modules.values() for p in m.parameters()) / 1e6 == pytest.approx(
+        weights, rel=0.02
+    )
     assert counter.get_total_flops() / 2e9 == pytest.approx(operations, rel=0.05)
 
 
@@ -76,7 +87,10 @@ def test_attention_stands_at_the_levels_that_are_named_and_odd_sizes_fit(attenti
     ("values", "words"),
     [
         ({"channels": [64, 128, 256]}, r"attention has 2 levels, channels has 3"),
-        ({"channels": [64, 64, 64], "attention": [True] * 3, "image_size": 144}, r"image_size \(144\) must be a multiple of 32"),
+        (
+            {"channels": [64, 64, 64], "attention": [True] * 3, "image_size": 144},
+            r"image_size \(144\) must be a multiple of 32",
+        ),
         ({"channels": [64, 100]}, r"multiple of 16"),
         ({"normalization": {"contexts": "batch"}}, r"normalization.contexts: .*'none', 'image' or 'channel'"),
     ],

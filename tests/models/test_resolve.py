@@ -1,4 +1,5 @@
-"""Names, folders and hub ids of models: found where they are, refused with what to do; a hub's cache stands in for the hub."""
+"""Names, folders and hub ids of models: found where they are, refused with what to do; a hub's cache stands
+in for the hub."""
 
 from __future__ import annotations
 
@@ -41,7 +42,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_part_may_lie_in_a_folder_of_a_hub_id() -> None:
-    assert split("h94/IP-Adapter/sdxl_models/image_encoder") == ("h94/IP-Adapter", "sdxl_models/image_encoder")
+    assert split("h94/IP-Adapter/sdxl_models/image_encoder") == (
+        "h94/IP-Adapter",
+        "sdxl_models/image_encoder",
+    )
     assert split("someone/base") == ("someone/base", "")
 
 
@@ -84,7 +88,7 @@ def test_a_native_model_on_the_hub_is_loaded_at_the_commit_that_the_plan_found(c
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ("someone/other", "not in the cache and the hub at .* is out of reach: HF_HUB_OFFLINE is set"),
+        ("someone/other", "not in the cache, and the hub at .* cannot be reached: HF_HUB_OFFLINE is set"),
         ("./nowhere", "no folder that is here, and none of bundled, sd15, sdxl"),
         ("sd51", "no folder that is here, and none of bundled, sd15, sdxl"),
         (Parts(base="someone/base", vae="/no/such/vae"), "/no/such/vae is not here"),
@@ -98,7 +102,9 @@ def test_a_wrong_name_says_what_to_do(cache: Path, model: str | Parts, told: str
 
 
 @pytest.mark.parametrize("part", COMPONENTS)
-def test_a_native_folder_that_lacks_a_component_is_refused_before_any_engine_starts(part: str, tmp_path: Path) -> None:
+def test_a_native_folder_that_lacks_a_component_is_refused_before_any_engine_starts(
+    part: str, tmp_path: Path
+) -> None:
     assert set(COMPONENTS) == {*NativeModel.MODULES, "tokenizer"}
     tiny_model().save_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / part)

@@ -35,12 +35,14 @@ def test_every_row_and_picture_arrives_once(tmp_path: Path, form: str) -> None:
 
     output, to = finished(tmp_path, output_format=form), Output(str(tmp_path / "to"), STORAGE)
     assert compact(output, to, rows=7) == {"output": to.root, "rows": 10, "files": 2}
-    loaded = load_dataset("parquet", data_files=f"{to.root}/*.parquet", split="train", cache_dir=str(tmp_path / "cache"))
+    loaded = load_dataset(
+        "parquet", data_files=f"{to.root}/*.parquet", split="train", cache_dir=str(tmp_path / "cache")
+    )
     expected = rows_of(output)
     assert [row["id"] for row in loaded] == list(expected)
     for row in loaded.filter(lambda row: row["status"] == "ok"):
         picture = np.asarray(row["image"])
-        assert hashlib.sha256(output.picture(expected[row["id"]])).hexdigest() == row["sha256"]
+        assert hashlib.sha256(output.image(expected[row["id"]])).hexdigest() == row["sha256"]
         assert picture.shape == (row["height"], row["width"], 3)
     assert compact(output, to, rows=7)["files"] == 2, "the same command again"
 
@@ -54,7 +56,7 @@ def test_a_file_is_closed_when_it_is_large(tmp_path: Path, monkeypatch: pytest.M
 def test_what_does_not_read_back_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, to = finished(tmp_path), Output(str(tmp_path / "to"), STORAGE)
     monkeypatch.setattr(module, "to_parquet", lambda table, binary: to_parquet(table.slice(1), binary))
-    with pytest.raises(StorageError, match="its 9 rows are not the 10"):
+    with pytest.raises(StorageError, match="its 9 rows differ from the 10 rows"):
         compact(output, to)
     assert not STORAGE.exists(to.success)
 

@@ -21,7 +21,10 @@ PICTURE = {"bytes": bytes(range(256)) * 400, "path": None}
 def write(folder: Path, parts: int) -> Output:
     output = Output(str(folder), Storage(deadline_s=20))
     for shard in range(parts):
-        rows = [{"id": f"{shard}-{n}", "index": 0, "status": "ok", "error_code": None, "image": PICTURE} for n in range(9)]
+        rows = [
+            {"id": f"{shard}-{n}", "index": 0, "status": "ok", "error_code": None, "image": PICTURE}
+            for n in range(9)
+        ]
         output.storage.create(output.part(shard), to_parquet(pa.Table.from_pylist(rows), ("image",)))
     return output
 

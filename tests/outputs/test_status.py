@@ -31,7 +31,9 @@ def write_part(folder: Path, shard: int, at: datetime) -> None:
         ("c", 0, "failed", "missing_file", None, None),
     ]
     names = [field.name for field in SCHEMA]
-    table = pa.Table.from_pylist([dict(zip(names, (f"{row[0]}{shard}", *row[1:], at), strict=True)) for row in rows], SCHEMA)
+    table = pa.Table.from_pylist(
+        [dict(zip(names, (f"{row[0]}{shard}", *row[1:], at), strict=True)) for row in rows], SCHEMA
+    )
     (folder / "data").mkdir(exist_ok=True)
     (folder / "data" / f"part-{shard:05d}.parquet").write_bytes(to_parquet(table))
 
@@ -60,5 +62,5 @@ def test_the_pace_is_that_of_the_last_quarter_of_an_hour_in_which_parts_were_wri
 def test_a_name_that_is_neither_a_folder_nor_a_submission() -> None:
     with pytest.raises(JobError, match=r"some/where: no plan\.json there"):
         submission_of("some/where", None)
-    with pytest.raises(JobError, match="give --address"):
+    with pytest.raises(JobError, match="with --address"):
         submission_of("demo-1", None)

@@ -19,7 +19,10 @@ def test_the_gpu_benchmark_runs_in_small_on_a_cpu() -> None:
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # threads that wait for each other crawl beside another process
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+        },  # threads that wait for each other crawl beside another process
     )
     assert told.returncode == 0, told.stderr
     for model in ("sd15", "sdxl"):

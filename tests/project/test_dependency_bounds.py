@@ -1,4 +1,5 @@
-"""pyproject.toml's lower bounds hold: each can be had for every Python that is promised, and the tests pass on them.
+"""pyproject.toml's lower bounds hold: each can be had for every Python that is promised, and the tests pass
+on them.
 
 The upper end is what `make install` takes, so what all other tests run on.
 """
@@ -45,7 +46,18 @@ QUICK = [
 
 def resolved(python: str, resolution: str) -> dict[str, str]:
     """Package: version, from wheels alone."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--only-binary", ":all:", "--python-version", python]
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "compile",
+        "--quiet",
+        "--only-binary",
+        ":all:",
+        "--python-version",
+        python,
+    ]
     command += ["--resolution", resolution, "--no-annotate", "--no-header", "pyproject.toml"]
     for extra in EXTRAS:
         command += ["--extra", extra]
@@ -58,7 +70,10 @@ def resolved(python: str, resolution: str) -> dict[str, str]:
 
 def bounds() -> dict[str, str]:
     """Package: its lower bound."""
-    wanted = [*PROJECT["dependencies"], *(line for extra in EXTRAS for line in PROJECT["optional-dependencies"][extra])]
+    wanted = [
+        *PROJECT["dependencies"],
+        *(line for extra in EXTRAS for line in PROJECT["optional-dependencies"][extra]),
+    ]
     return dict(re.match(r"([a-z0-9-]+)(?:\[[a-z,]+\])?>=([0-9.]+)", line).groups() for line in wanted)  # type: ignore[union-attr]
 
 
@@ -70,7 +85,11 @@ def test_there_are_wheels_of_the_oldest_and_of_the_newest_for_each_python(python
 
 def test_no_bound_is_lower_than_what_can_ever_be_installed() -> None:
     found = resolved(PYTHONS[0], "lowest-direct")
-    too_low = {n: f"{low} stands there, {found[n]} is the oldest" for n, low in bounds().items() if not is_of(found[n], low)}
+    too_low = {
+        n: f"{low} stands there, {found[n]} is the oldest"
+        for n, low in bounds().items()
+        if not is_of(found[n], low)
+    }
     assert not too_low
 
 
@@ -93,10 +112,14 @@ def test_the_quick_tests_pass_on_the_oldest(tmp_path: Path) -> None:
     python = str(tmp_path / "env" / "bin" / "python")
     install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", python, "--no-deps"]
     subprocess.run([*install, *chosen], check=True)
-    packages = Path(subprocess.run([python, "-c", PURELIB], capture_output=True, text=True, check=True).stdout.strip())
+    packages = Path(
+        subprocess.run([python, "-c", PURELIB], capture_output=True, text=True, check=True).stdout.strip()
+    )
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     told = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout.split()
-    assert told == [oldest[name] for name in ("numpy", "pyarrow", "diffusers", "peft")], "the lent ones are not in front"
+    assert told == [oldest[name] for name in ("numpy", "pyarrow", "diffusers", "peft")], (
+        "the lent ones are not in front"
+    )
     done = quick_tests(python)
     assert done.returncode == 0, done.stdout[-5000:]
 
@@ -109,7 +132,9 @@ def test_the_quick_tests_pass_on_the_other_pythons(python: str, tmp_path: Path) 
         pytest.skip(f"no Python {python} on this machine")
     subprocess.run([*uv, "venv", "--quiet", "--python", found, str(tmp_path / "env")], check=True)
     own = str(tmp_path / "env" / "bin" / "python")
-    done = subprocess.run([*uv, "pip", "install", "--quiet", "--python", own, f"{ROOT}[dev]"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*uv, "pip", "install", "--quiet", "--python", own, f"{ROOT}[dev]"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     done = quick_tests(own)
     assert done.returncode == 0, done.stdout[-5000:]
@@ -119,7 +144,9 @@ def interpreter(python: str) -> str | None:
     """Of pyenv, or on the path (where pyenv's own stand-ins answer for versions that are not chosen)."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     found = [*map(str, pyenv.glob(f"versions/{python}.*/bin/python")), shutil.which(f"python{python}")]
-    works = (one for one in found if one and subprocess.run([one, "-c", ""], capture_output=True).returncode == 0)
+    works = (
+        one for one in found if one and subprocess.run([one, "-c", ""], capture_output=True).returncode == 0
+    )
     return next(works, None)
 
 
@@ -135,4 +162,6 @@ def quick_tests(python: str) -> subprocess.CompletedProcess[str]:
 
 
 PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
-VERSIONS = "from importlib.metadata import version; print(*map(version, ('numpy', 'pyarrow', 'diffusers', 'peft')))"
+VERSIONS = (
+    "from importlib.metadata import version; print(*map(version, ('numpy', 'pyarrow', 'diffusers', 'peft')))"
+)

@@ -32,6 +32,7 @@ NOUNS = {
     "DataLoader",
     "datasets",
     "tojson",
+    "DigitalSourceType",
 }
 CLASS = re.compile(r"(?<![\w./-])[A-Z][a-z]+(?:[A-Z][a-z]+)+(?:\.\w+)*")
 QUOTED = re.compile(r"`([A-Za-z_][\w.]*)(?:\(\.*\))?`")
@@ -40,15 +41,23 @@ FILE = re.compile(r"(?<![\w.-])((?:\w+/)*\w+\.py)\b")
 
 def docstrings(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
             yield text
 
 
 def symbols(tree: ast.Module) -> Iterator[str]:
-    """Every name that the code defines, uses or writes as a string: names, attributes, parameters, keys, columns."""
+    """Every name that the code defines, uses or writes as a string: names, attributes, parameters, keys,
+    columns."""
     for node in ast.walk(tree):
         match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name) | ast.Attribute(attr=name):
+            case (
+                ast.FunctionDef(name=name)
+                | ast.ClassDef(name=name)
+                | ast.Name(id=name)
+                | ast.Attribute(attr=name)
+            ):
                 yield name
             case ast.arg(arg=name) | ast.keyword(arg=str(name)) | ast.alias(name=name):
                 yield from name.split(".")
@@ -62,7 +71,9 @@ def test_docstrings_name_only_symbols_that_exist() -> None:
     unknown = []
     for path, tree in TREES.items():
         for text in docstrings(tree):
-            named = [match[0] for match in CLASS.finditer(text)] + [match[1] for match in QUOTED.finditer(text)]
+            named = [match[0] for match in CLASS.finditer(text)] + [
+                match[1] for match in QUOTED.finditer(text)
+            ]
             unknown += [f"{path}: {name}" for name in named if not set(name.rstrip(".").split(".")) <= known]
     assert not unknown
 

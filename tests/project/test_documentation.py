@@ -1,4 +1,5 @@
-"""The pages match the code: tables are generated, the map lists every module, job files, examples and links work.
+"""The pages match the code: tables are generated, the map lists every module, job files, examples and links
+work.
 
 python tests/project/test_documentation.py      regenerates the tables of all pages
 """
@@ -63,13 +64,19 @@ def table(models: dict[str, Any]) -> str:
 
 
 def listed(head: str, lines: dict[Any, str]) -> str:
-    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *(f"| {key} | {text} |" for key, text in lines.items())])
+    return "\n".join(
+        [head, "|---" * (head.count("|") - 1) + "|", *(f"| {key} | {text} |" for key, text in lines.items())]
+    )
 
 
 def heads(folder: str, *patterns: str) -> str:
     """A line for each file of a folder: the first sentence of its head."""
-    paths = sorted(path for pattern in patterns for path in (ROOT / folder).glob(pattern) if path.suffix != ".png")
-    return listed("| file | what it is |", {f"`{path.relative_to(ROOT / folder)}`": head(path) for path in paths})
+    paths = sorted(
+        path for pattern in patterns for path in (ROOT / folder).glob(pattern) if path.suffix != ".png"
+    )
+    return listed(
+        "| file | what it is |", {f"`{path.relative_to(ROOT / folder)}`": head(path) for path in paths}
+    )
 
 
 def head(path: Path) -> str:
@@ -91,7 +98,10 @@ TRAINING = {
 TABLES = {
     "metrics": listed(
         "| metric | what it is | labels |",
-        {f"`{exported(name)}`": f"{one.what} | {', '.join(one.labels)}" for name, one in METRICS.items()},
+        {
+            f"`{exported(name)}`": f"{one.description} | {', '.join(one.labels)}"
+            for name, one in METRICS.items()
+        },
     ),
     "settings": table({"": Settings}),
     "job": table({"": GenerateJob, "cluster.": Cluster, "limits.": Limits}),
@@ -100,26 +110,46 @@ TABLES = {
     "evaluate": table({"": EvaluateJob, "limits.": Limits}),
     "finetune": table({"": FinetuneJob, "diffusion.": FinetuneSteps}),
     "exits": listed(
-        "| exit code | what it says of OUTPUT | what to do |", {code: " | ".join(told) for code, told in EXITS.items()}
+        "| exit code | what it says of OUTPUT | what to do |",
+        {code: " | ".join(told) for code, told in EXITS.items()},
     ),
-    "codes": listed("| error code | what to do |", {f"`{code}`": REMEDIES.get(code, "") for code in ErrorCode}),
+    "codes": listed(
+        "| error code | what to do |", {f"`{code}`": REMEDIES.get(code, "") for code in ErrorCode}
+    ),
 }
 
-PRESET_SETTINGS = ("num_inference_steps", "scheduler", "guidance_scale", "context_scale", "controlnet_conditioning_scale")
+PRESET_SETTINGS = (
+    "num_inference_steps",
+    "scheduler",
+    "guidance_scale",
+    "context_scale",
+    "controlnet_conditioning_scale",
+)
 
 
 def presets() -> str:
     """What each named model is used with where a job leaves it out."""
     own = {
         "bundled": (128, Defaults()),
-        "sd15": (512, stable_diffusion_defaults(False, {"_class_name": "PNDMScheduler"}, PRESETS["sd15"].controlnets)),
-        "sdxl": (1024, stable_diffusion_defaults(True, {"_class_name": "EulerDiscreteScheduler"}, PRESETS["sdxl"].controlnets)),
+        "sd15": (
+            512,
+            stable_diffusion_defaults(False, {"_class_name": "PNDMScheduler"}, PRESETS["sd15"].controlnets),
+        ),
+        "sdxl": (
+            1024,
+            stable_diffusion_defaults(
+                True, {"_class_name": "EulerDiscreteScheduler"}, PRESETS["sdxl"].controlnets
+            ),
+        ),
     }
     lines = {}
     for name, (size, defaults) in own.items():
         used = resolved_settings(defaults, Settings()).model_dump()
         scale = used["controlnet_conditioning_scale"]
-        values = [*(used[setting] for setting in PRESET_SETTINGS[:-1]), *(scale if isinstance(scale, list) else [scale])]
+        values = [
+            *(used[setting] for setting in PRESET_SETTINGS[:-1]),
+            *(scale if isinstance(scale, list) else [scale]),
+        ]
         lines[f"`{name}`"] = " | ".join(map(str, [size, "+".join(defaults.control or ()), *values]))
     return listed(f"| model | pixels | control | {' | '.join(PRESET_SETTINGS)} |", lines)
 
@@ -140,7 +170,10 @@ def with_tables(page: Path) -> str:
     text = page.read_text()
     for name, rows in PAGES[page].items():
         text = re.sub(
-            f"(<!-- {name} -->\n).*?(<!-- end -->)", lambda found, r=rows: f"{found[1]}{r}\n{found[2]}", text, flags=re.S
+            f"(<!-- {name} -->\n).*?(<!-- end -->)",
+            lambda found, r=rows: f"{found[1]}{r}\n{found[2]}",
+            text,
+            flags=re.S,
         )
     return text
 
@@ -158,7 +191,11 @@ def test_every_code_has_its_remedy() -> None:
 
 
 def test_the_map_names_every_module_in_its_room() -> None:
-    [tree] = re.findall(r"```text\npipeline/context_diffusion/\n(.*?)```", (ROOT / "pipeline/README.md").read_text(), flags=re.S)
+    [tree] = re.findall(
+        r"```text\npipeline/context_diffusion/\n(.*?)```",
+        (ROOT / "pipeline/README.md").read_text(),
+        flags=re.S,
+    )
     folders: list[str] = []
     named = []
     for indent, name in re.findall(r"^( +)(\w+(?:/|\.py)) +\S", tree, flags=re.M):
@@ -174,7 +211,9 @@ def test_the_map_names_every_module_in_its_room() -> None:
 def pages() -> list[Path]:
     """Every page of the checkout, without what is installed or built there."""
     folders = ("infra", "jobs", "pipeline", "tests")
-    return sorted([*ROOT.glob("*.md"), *(page for folder in folders for page in (ROOT / folder).rglob("*.md"))])
+    return sorted(
+        [*ROOT.glob("*.md"), *(page for folder in folders for page in (ROOT / folder).rglob("*.md"))]
+    )
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -186,7 +225,9 @@ def with_blocks(language: str) -> list[Any]:
 
 
 def test_the_readme_is_for_users() -> None:
-    assert 9_000 <= len(README.read_text()) <= 11_000, "details belong to jobs/reference/, infra/ and pipeline/"
+    assert 9_000 <= len(README.read_text()) <= 11_000, (
+        "details belong to jobs/reference/, infra/ and pipeline/"
+    )
 
 
 def test_each_table_is_on_one_page() -> None:
@@ -196,8 +237,15 @@ def test_each_table_is_on_one_page() -> None:
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to a page's headings."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
-    headings = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.+)$", text, re.M)]
-    return {f"{anchor}-{number}" if number else anchor for anchor in headings for number in range(headings.count(anchor))}
+    headings = [
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", text, re.M)
+    ]
+    return {
+        f"{anchor}-{number}" if number else anchor
+        for anchor in headings
+        for number in range(headings.count(anchor))
+    }
 
 
 def links(page: Path) -> list[str]:
@@ -206,13 +254,17 @@ def links(page: Path) -> list[str]:
     return [target for target in targets if not re.match(r"[a-z]+:", target)]
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages() if links(page)])
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in pages() if links(page)]
+)
 def test_relative_links_lead_somewhere(page: Path) -> None:
     for target in links(page):
         name, _, anchor = target.partition("#")
         path = (page.parent / name).resolve() if name else page
         assert path.exists(), f"{page.relative_to(ROOT)} links to {target}"
-        assert not anchor or anchor in anchors(path), f"{page.relative_to(ROOT)} links to {target}, which is no heading there"
+        assert not anchor or anchor in anchors(path), (
+            f"{page.relative_to(ROOT)} links to {target}, which is no heading there"
+        )
 
 
 @pytest.mark.parametrize("page", with_blocks("yaml"))
@@ -248,7 +300,9 @@ def test_python_blocks_run(
         exec(code, scope)
         assert scope["image"].size == (128, 128)
     printed = ["0", "1"] if "print(" in page.read_text() else []
-    assert sorted(line[0] for line in capsys.readouterr().out.splitlines()) == printed, "one line for each of num_images"
+    assert sorted(line[0] for line in capsys.readouterr().out.splitlines()) == printed, (
+        "one line for each of num_images"
+    )
 
 
 # What the commands of a page's sh blocks print: some of the keys of each result, in order.
@@ -270,7 +324,9 @@ def test_sh_blocks_run(page: Path, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = ENVIRONMENT | {"PATH": path, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     commands = "\n".join(blocks(page, "sh"))
-    done = subprocess.run(["bash", "-e"], input=commands, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-e"], input=commands, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [result["exit"] for result in results] == [0] * len(results)

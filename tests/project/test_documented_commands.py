@@ -1,6 +1,6 @@
-"""The commands that the pages name: the command line or the Makefile accepts each, and those of the README and of
-jobs/reference/ that need no network, GPU or cluster are run, in their order, on the result of `make demo`. Commands of
-sh blocks are run by tests/project/test_documentation.py."""
+"""The commands that the pages name: the command line or the Makefile accepts each, and those of the README
+and of jobs/reference/ that need no network, GPU or cluster are run, in their order, on the result of `make
+demo`. Commands of sh blocks are run by tests/project/test_documentation.py."""
 
 from __future__ import annotations
 
@@ -55,11 +55,16 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def commands(text: str, sh_blocks: bool = False) -> list[list[str]]:
-    """The arguments of each `context-diffusion` line of a page, its words filled in. sh_blocks: those of sh blocks too."""
-    lines = re.findall(rf"^{'(?: {4})?' if sh_blocks else ' {4}'}context-diffusion (.*?)(?:\s+#.*)?$", text, flags=re.M)
+    """The arguments of each `context-diffusion` line of a page, its words filled in. sh_blocks: those of sh
+    blocks too."""
+    lines = re.findall(
+        rf"^{'(?: {4})?' if sh_blocks else ' {4}'}context-diffusion (.*?)(?:\s+#.*)?$", text, flags=re.M
+    )
     lines += re.findall(r"`context-diffusion ([a-z][^`]*)`", text)
     found = [[WORDS.get(word, word) for word in shlex.split(line)] for line in lines]
-    return [arguments for arguments in found if not arguments[0].startswith("-")]  # typer's own, --install-completion
+    return [
+        arguments for arguments in found if not arguments[0].startswith("-")
+    ]  # typer's own, --install-completion
 
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -73,10 +78,14 @@ def test_the_pages_are_read() -> None:
 
 def test_each_command_has_a_heading() -> None:
     headings = re.findall(r"^## (.+)$", (ROOT / "jobs/reference/cli.md").read_text(), flags=re.M)
-    assert sorted(name for heading in headings for name in heading.split(", ") if name in COMMANDS) == sorted(COMMANDS)
+    assert sorted(name for heading in headings for name in heading.split(", ") if name in COMMANDS) == sorted(
+        COMMANDS
+    )
 
 
-@pytest.mark.parametrize(("page", "arguments"), LINES, ids=lambda value: value if isinstance(value, str) else " ".join(value))
+@pytest.mark.parametrize(
+    ("page", "arguments"), LINES, ids=lambda value: value if isinstance(value, str) else " ".join(value)
+)
 def test_the_command_line_takes_it(page: str, arguments: list[str]) -> None:
     command = COMMANDS[arguments[0]]
     command.make_context(arguments[0], arguments[1:])  # raises for an unknown option or a missing argument
@@ -85,17 +94,25 @@ def test_the_command_line_takes_it(page: str, arguments: list[str]) -> None:
 def test_each_make_target_that_is_named_is_there() -> None:
     there = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     for page, text in texts():
-        named = set(re.findall(r"`make ([a-z-]+)", text)) | set(re.findall(r"^ {4}make ([a-z-]+)", text, flags=re.M))
+        named = set(re.findall(r"`make ([a-z-]+)", text)) | set(
+            re.findall(r"^ {4}make ([a-z-]+)", text, flags=re.M)
+        )
         assert named <= there, f"{page} names {named - there}"
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `make demo` ran: the Makefile's own commands, in a folder that shares jobs/ and .venv with the checkout."""
+    """Where `make demo` ran: the Makefile's own commands, in a folder that shares jobs/ and .venv with the
+    checkout."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "jobs").symlink_to(ROOT / "jobs")
     (folder / ".venv").symlink_to(sys.prefix)
-    make = ["make", "--no-print-directory", "-f", str(ROOT / "Makefile")]  # as a part of `make test-full` it would print them
+    make = [
+        "make",
+        "--no-print-directory",
+        "-f",
+        str(ROOT / "Makefile"),
+    ]  # as a part of `make test-full` it would print them
     make += ["-o", ".venv/installed", "demo"]  # -o: what is installed stays
     made = subprocess.run(make, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT)
     assert made.returncode == 0, made.stderr
@@ -110,10 +127,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_commands_run_on_the_result_of_make_demo(demo: Path) -> None:
     ran, image = [], str(next((demo / "build" / "demo" / "images").rglob("*.png")))
     environment = {**ENVIRONMENT, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    for arguments in dict.fromkeys(tuple(arguments) for page in RUN for arguments in commands(page.read_text())):
+    for arguments in dict.fromkeys(
+        tuple(arguments) for page in RUN for arguments in commands(page.read_text())
+    ):
         if any(word in ELSEWHERE for word in arguments):
             continue
-        command = [sys.executable, "-m", "context_diffusion", *(image if word in IMAGES else word for word in arguments)]
+        command = [
+            sys.executable,
+            "-m",
+            "context_diffusion",
+            *(image if word in IMAGES else word for word in arguments),
+        ]
         done = subprocess.run(command, cwd=demo, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, f"{arguments}: {done.stderr[-2000:]}"
         result = json.loads(done.stdout.splitlines()[-1])
@@ -126,6 +150,9 @@ def test_the_commands_run_on_the_result_of_make_demo(demo: Path) -> None:
     images = [np.asarray(Image.open(path)) for path in (demo / "build" / "demo" / "images").rglob("*.png")]
     assert len(images) == 28
     assert min(pixels.std() for pixels in images) > 20, "an image of almost one colour shows nothing"
-    assert set(ran) == COMMANDS.keys() - ELSEWHERE.keys() - {"manifest", "preview"}  # those two are in sh blocks
+    assert set(ran) == COMMANDS.keys() - ELSEWHERE.keys() - {
+        "manifest",
+        "preview",
+    }  # those two are in sh blocks
     assert (demo / "build/compacted").exists()
     assert (demo / "build/demo-scores/scores.parquet").exists()

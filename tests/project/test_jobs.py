@@ -1,4 +1,5 @@
-"""Everything in jobs/ says in two lines what it is and how it is run; every job file is one; several run in turn."""
+"""Everything in jobs/ says in two lines what it is and how it is run; every job file is one; several run in
+turn."""
 
 from __future__ import annotations
 
@@ -23,14 +24,18 @@ from support.finished_output import make
 from support.manifests import job_values, write_manifest
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(str(path.relative_to(ROOT)) for ending in ("yaml", "py") for path in (ROOT / "jobs").rglob(f"*.{ending}"))
+FILES = sorted(
+    str(path.relative_to(ROOT)) for ending in ("yaml", "py") for path in (ROOT / "jobs").rglob(f"*.{ending}")
+)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_job_says_what_it_is_and_how_it_is_run(name: str) -> None:
     text = (ROOT / name).read_text()
     if name.endswith(".py"):
-        lines = [line.strip() for line in (ast.get_docstring(ast.parse(text)) or "").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in (ast.get_docstring(ast.parse(text)) or "").splitlines() if line.strip()
+        ]
     else:
         lines = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
         assert text.startswith(f"# {lines[0]}\n# {lines[1]}\nkind: "), "two lines, then the job"
@@ -40,7 +45,11 @@ def test_a_job_says_what_it_is_and_how_it_is_run(name: str) -> None:
 
 
 def test_every_job_file_is_one() -> None:
-    kinds = {name: [job.model_dump()["kind"] for job in load_jobs(str(ROOT / name))] for name in FILES if name.endswith(".yaml")}
+    kinds = {
+        name: [job.model_dump()["kind"] for job in load_jobs(str(ROOT / name))]
+        for name in FILES
+        if name.endswith(".yaml")
+    }
     assert kinds.pop("jobs/generate_and_evaluate.yaml") == ["generate", "evaluate"]
     assert all(len(found) == 1 for found in kinds.values())
     generate, evaluate = load_jobs(str(ROOT / "jobs" / "generate_and_evaluate.yaml"))
@@ -61,7 +70,12 @@ def run(folder: Path, jobs: list[dict[str, Any]]) -> tuple[int, dict[str, Any], 
 
 def evaluations(folder: Path, *images: Path) -> list[dict[str, Any]]:
     return [
-        {"kind": "evaluate", "images": str(path), "output": str(folder / f"scores-{number}"), "score": ["layout"]}
+        {
+            "kind": "evaluate",
+            "images": str(path),
+            "output": str(folder / f"scores-{number}"),
+            "score": ["layout"],
+        }
         for number, path in enumerate(images, 1)
     ]
 
@@ -76,7 +90,11 @@ def test_jobs_run_in_turn_and_the_code_is_the_worst_of_those_that_finished(tmp_p
     assert code == told["exit"] == 3
     assert [job["exit"] for job in told["jobs"]] == [3, 0]
     assert [job["output"] for job in told["jobs"]] == [job["output"] for job in jobs]
-    assert {key: told[key] for key in ("output", "rows", "failed")} == {"output": jobs[1]["output"], "rows": 4, "failed": 0}
+    assert {key: told[key] for key in ("output", "rows", "failed")} == {
+        "output": jobs[1]["output"],
+        "rows": 4,
+        "failed": 0,
+    }
     assert "job 2 of 2: evaluate" in log
     code, told, _ = run(tmp_path, jobs[:1])
     assert (code, "jobs" in told) == (3, False)
@@ -90,7 +108,7 @@ def test_the_first_job_that_does_not_finish_ends_them_with_its_code(tmp_path: Pa
     assert code == told["exit"] == 2
     assert [job["exit"] for job in told["jobs"]] == [0, 2]
     assert told["error"] == told["jobs"][1]["error"]
-    assert f"error: images: {tmp_path / 'nowhere'} is no folder" in log
+    assert f"error: images: folder not found: {tmp_path / 'nowhere'}" in log
     assert not (tmp_path / "scores-3").exists()
 
 
@@ -145,7 +163,9 @@ def test_the_nights_command_names_what_is_wrong(
 ) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("CONTEXT_DIFFUSION_JOB", str(tmp_path / "another.yaml"))  # of those that are given no path
+    monkeypatch.setenv(
+        "CONTEXT_DIFFUSION_JOB", str(tmp_path / "another.yaml")
+    )  # of those that are given no path
     job = tmp_path / "night.yaml"
     job.write_text("kind: generate\n")
     assert nightly.main(["run", str(job)]) == 2

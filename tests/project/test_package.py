@@ -1,4 +1,5 @@
-"""What is shipped: a wheel and the source archive that makes it, installed where there is no checkout, typed for its users."""
+"""What is shipped: a wheel and the source archive that makes it, installed where there is no checkout, typed
+for its users."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ reveal_type(model(query, [query]))
 
 def call(*command: str | Path, cwd: Path) -> str:
     """What it prints, away from the checkout."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"NO_COLOR": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "NO_COLOR": "1"
+    }
     done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -44,7 +47,8 @@ def call(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel that the source archive made, and one that the tree made: of what git tracks, as it lies."""
+    """A folder with the wheel that the source archive made, and one that the tree made: of what git tracks,
+    as it lies."""
     folder = tmp_path_factory.mktemp("built")
     for name in call("git", "ls-files", "-z", cwd=ROOT).rstrip("\0").split("\0"):
         if (ROOT / name).exists():
@@ -62,7 +66,18 @@ def installed(built: Path) -> Path:
     venv.create(built / "env", symlinks=True)
     python = built / "env" / "bin" / "python"
     [wheel] = (built / "dist").glob("*.whl")
-    call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=built)
+    call(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-index",
+        wheel,
+        cwd=built,
+    )
     packages = call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=built).strip()
     Path(packages, "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     write_pictures(built, 2)
@@ -70,7 +85,9 @@ def installed(built: Path) -> Path:
 
 
 def test_the_source_archive_makes_the_wheel_that_the_tree_makes(built: Path) -> None:
-    [wheel], [direct], [archive] = (built.glob(name) for name in ("dist/*.whl", "direct/*.whl", "dist/*.tar.gz"))
+    [wheel], [direct], [archive] = (
+        built.glob(name) for name in ("dist/*.whl", "direct/*.whl", "dist/*.tar.gz")
+    )
     assert wheel.read_bytes() == direct.read_bytes()
     assert wheel.name.endswith("py3-none-any.whl")
     with tarfile.open(archive) as files:
@@ -98,17 +115,36 @@ def test_it_runs_where_it_is_installed(built: Path, installed: Path) -> None:
     assert where.startswith(str(built / "env"))
     helped = call(installed.with_name("context-diffusion"), "--help", cwd=built)
     assert "validate" in helped
-    assert call(installed, "-m", "context_diffusion", "--help", cwd=built).count("validate") == helped.count("validate")
-    told = call(installed, "-c", CONSUMER.split("reveal_type")[0] + "print(image.size, shown.size, len(images))", cwd=built)
+    assert call(installed, "-m", "context_diffusion", "--help", cwd=built).count("validate") == helped.count(
+        "validate"
+    )
+    told = call(
+        installed,
+        "-c",
+        CONSUMER.split("reveal_type")[0] + "print(image.size, shown.size, len(images))",
+        cwd=built,
+    )
     assert told.splitlines()[-1] == "(128, 128) (64, 64) 2"
 
 
 def test_a_strict_type_checker_knows_its_types(built: Path, installed: Path) -> None:
     (built / "consumer.py").write_text(CONSUMER)
-    (built / "mypy.ini").write_text("[mypy]\nstrict = true\n[mypy-torch.*,transformers.*,diffusers.*]\nfollow_imports = skip\n")
-    strict = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", "types"]  # torch's own take minutes
+    (built / "mypy.ini").write_text(
+        "[mypy]\nstrict = true\n[mypy-torch.*,transformers.*,diffusers.*]\nfollow_imports = skip\n"
+    )
+    strict = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        "mypy.ini",
+        "--cache-dir",
+        "types",
+    ]  # torch's own take minutes
     told = call(*strict, "--python-executable", installed, "consumer.py", cwd=built)
-    shown = [line.split("Revealed type is ")[1].strip('"') for line in told.splitlines() if "Revealed type" in line]
+    shown = [
+        line.split("Revealed type is ")[1].strip('"') for line in told.splitlines() if "Revealed type" in line
+    ]
     assert shown == [
         "context_diffusion.pipeline.ContextDiffusion",
         "context_diffusion.image_tensors.ImageTensor",

@@ -21,7 +21,9 @@ def test_the_notebook_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monkey
 
     shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "pipeline"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(ROOT / "pipeline"), os.environ.get("PYTHONPATH", "")])
+    )
     notebook = nbformat.read(tmp_path / "jobs" / "quickstart.ipynb", as_version=4)
     nbformat.validate(notebook)
     assert all(not cell.get("outputs") for cell in notebook.cells), "it is stored without what it printed"
@@ -30,7 +32,11 @@ def test_the_notebook_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     printed = [output.text for output in outputs if output.output_type == "stream"]
     assert not [text for text in printed if "\x1b" in text], "plain lines, no bar's escape codes"
-    results = [ast.literal_eval(output.data["text/plain"]) for output in outputs if output.output_type == "execute_result"]
+    results = [
+        ast.literal_eval(output.data["text/plain"])
+        for output in outputs
+        if output.output_type == "execute_result"
+    ]
     row, summary, identical = (result for result in results if not isinstance(result, list))
     assert (row["id"], summary["ok"], summary["exit"], identical) == ("demo-00", 4, 0, True)
     assert (tmp_path / "build" / "quickstart" / "_SUCCESS").exists()

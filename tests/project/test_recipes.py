@@ -1,4 +1,5 @@
-"""The recipes of pipeline/README.md work: each is applied to a copy of the package and its tests, and what it adds is run."""
+"""The recipes of pipeline/README.md work: each is applied to a copy of the package and its tests, and what it
+adds is run."""
 
 from __future__ import annotations
 
@@ -13,7 +14,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RECIPES = dict(
-    re.findall(r"### ([^\n]+)\n(?:(?!###).)*?```diff\n(.*?)```", (ROOT / "pipeline/README.md").read_text(), flags=re.S)
+    re.findall(
+        r"### ([^\n]+)\n(?:(?!###).)*?```diff\n(.*?)```",
+        (ROOT / "pipeline/README.md").read_text(),
+        flags=re.S,
+    )
 )
 # The test that each adds: where, and a part of its name.
 ADDED = {
@@ -26,7 +31,8 @@ ADDED = {
 
 
 def change(path: Path, hunk: list[str]) -> None:
-    """What stands in the lines without `+` stands in the file exactly once; the lines without `-` take its place."""
+    """What stands in the lines without `+` stands in the file exactly once; the lines without `-` take its
+    place."""
     old, new = ("\n".join(line[1:] for line in hunk if line[0] != sign) for sign in "+-")
     text = path.read_text() if path.exists() else ""
     assert text.count(old) == 1 if old else not text, f"{path}: {text.count(old)} places are like\n{old}"
@@ -64,7 +70,15 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(copy: Path) -> str:
     """What pytest says of what they add."""
     chosen = "four_tones or dpmpp_sde_karras or dinov3 or tone_score or avif"
-    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", *(where for where, _ in ADDED.values())]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-rA",
+        "-p",
+        "no:cacheprovider",
+        *(where for where, _ in ADDED.values()),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(copy / "pipeline"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "-k", chosen], cwd=copy, capture_output=True, text=True, env=environment)
     return done.stdout
@@ -73,7 +87,17 @@ def told(copy: Path) -> str:
 def test_each_recipe_fits_the_files_that_it_changes(copy: Path) -> None:
     assert list(RECIPES) == list(ADDED)
     assert all((copy / where).exists() for where, _ in ADDED.values())
-    ruff = [sys.executable, "-m", "ruff", "check", "--select", "F821", "--no-cache", "--output-format", "concise"]
+    ruff = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--select",
+        "F821",
+        "--no-cache",
+        "--output-format",
+        "concise",
+    ]
     undefined = subprocess.run([*ruff, "pipeline", "tests"], cwd=copy, capture_output=True, text=True)
     assert undefined.returncode == 0, undefined.stdout
 

@@ -1,4 +1,5 @@
-"""Imports run one way through the rooms of the package; Ray, torch and the standard library's own keep their places."""
+"""Imports run one way through the rooms of the package; Ray, torch and the standard library's own keep their
+places."""
 
 from __future__ import annotations
 
@@ -35,7 +36,18 @@ ROOMS = [
     "cli",
     "__main__",
 ]
-WITHOUT_TORCH = {"ray_jobs", "nightly", "core", "storage", "inputs", "outputs", "outputs.report", "generation", "cluster", "cli"}
+WITHOUT_TORCH = {
+    "ray_jobs",
+    "nightly",
+    "core",
+    "storage",
+    "inputs",
+    "outputs",
+    "outputs.report",
+    "generation",
+    "cluster",
+    "cli",
+}
 MOST_FILES, MOST_LINES = 13, 300
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text())
@@ -45,7 +57,8 @@ MODULES = {
 
 
 def imported(tree: ast.Module, top_level_only: bool = False) -> set[str]:
-    """The modules that a module imports, those of its functions and of TYPE_CHECKING too unless told otherwise."""
+    """The modules that a module imports, those of its functions and of TYPE_CHECKING too unless told
+    otherwise."""
     names: set[str] = set()
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -81,21 +94,32 @@ def test_imports_never_run_back_up() -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    edges = {name: {target for target in map(module_of, imported(tree)) if target} - {name} for name, tree in MODULES.items()}
+    edges = {
+        name: {target for target in map(module_of, imported(tree)) if target} - {name}
+        for name, tree in MODULES.items()
+    }
     while leaves := {name for name, targets in edges.items() if not targets}:
         edges = {name: targets - leaves for name, targets in edges.items() if name not in leaves}
     assert not edges, f"a circle: {edges}"
 
 
 def test_ray_is_imported_in_cluster_alone() -> None:
-    users = {name for name, tree in MODULES.items() if any(target.split(".")[0] == "ray" for target in imported(tree))}
+    users = {
+        name
+        for name, tree in MODULES.items()
+        if any(target.split(".")[0] == "ray" for target in imported(tree))
+    }
     assert users
     assert {room(name) for name in users} == {"cluster"}
 
 
 def test_what_starts_quickly_imports_no_torch() -> None:
     heavy = ("torch", "diffusers", "transformers")
-    users = {name for name, tree in MODULES.items() if any(t.split(".")[0] in heavy for t in imported(tree, top_level_only=True))}
+    users = {
+        name
+        for name, tree in MODULES.items()
+        if any(t.split(".")[0] in heavy for t in imported(tree, top_level_only=True))
+    }
     assert users
     assert not [name for name in users if room(name) in WITHOUT_TORCH]
 
@@ -112,5 +136,7 @@ def test_rooms_and_files_stay_small() -> None:
     for name in ROOMS:
         files = [module for module in MODULES if room(module) == name]
         assert len(files) <= MOST_FILES, f"{name} has {len(files)} files"
-    lines = {name: len((PACKAGE / f"{name.replace('.', '/')}.py").read_text().splitlines()) for name in MODULES}
+    lines = {
+        name: len((PACKAGE / f"{name.replace('.', '/')}.py").read_text().splitlines()) for name in MODULES
+    }
     assert not {name: count for name, count in lines.items() if count > MOST_LINES}

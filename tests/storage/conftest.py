@@ -17,7 +17,9 @@ from support.processes import point_to, unavailable
 @pytest.fixture(scope="session")
 def gateway() -> Iterator[Gateway]:
     if lacking := missing():
-        unavailable(f"no {', '.join(lacking)} here: `make packages` installs Debian's radosgw, ceph-mon and ceph-osd")
+        unavailable(
+            f"no {', '.join(lacking)} here: `make packages` installs Debian's radosgw, ceph-mon and ceph-osd"
+        )
     folder = Path(tempfile.mkdtemp(prefix="rgw-"))
     gateway = Gateway(folder)
     try:

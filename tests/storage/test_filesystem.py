@@ -59,7 +59,9 @@ def test_of_many_writers_at_once_one_wins(folder: str) -> None:
     assert STORAGE.read(uri) == b"%d" % won[0] * 1000
 
 
-def test_one_put_whatever_the_size_and_a_lost_answer_is_ones_own_write(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_put_whatever_the_size_and_a_lost_answer_is_ones_own_write(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import s3fs
 
     calls: list[str] = []
@@ -84,7 +86,8 @@ def test_one_put_whatever_the_size_and_a_lost_answer_is_ones_own_write(s3: str, 
 def test_an_error_at_any_step_of_a_local_write_leaves_what_was_there(
     way: str, nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every call into the system fails in turn, with an error that no second try mends; the bytes go two by two."""
+    """Every call into the system fails in turn, with an error that no second try mends; the bytes go two by
+    two."""
     calls = ("open", "write", "fsync", "link", "replace", "chmod")
     real = {name: getattr(os, name) for name in calls}
     count, failing = 0, 0
@@ -157,7 +160,9 @@ def test_all_files_below_a_folder_whatever_its_name(folder: str) -> None:
     assert STORAGE.files(f"{folder}/nowhere") == []
 
 
-def test_a_passing_fault_is_tried_again_a_final_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_passing_fault_is_tried_again_a_final_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fsspec.implementations.local as local
 
     (tmp_path / "a").write_bytes(b"data")
@@ -178,13 +183,17 @@ def test_a_passing_fault_is_tried_again_a_final_one_is_not(tmp_path: Path, monke
     assert len(tries) == 4
 
 
-def test_a_store_that_is_waited_for_is_told_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_that_is_waited_for_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from support.processes import point_to
 
     monkeypatch.setattr(event_log, "FIRST_S", 0.5)
     point_to(monkeypatch, "http://127.0.0.1:9", "some", "keys")  # nobody listens there
     with pytest.raises(StorageError, match="s3://nowhere/x"):
-        Storage({"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}, deadline_s=3).read("s3://nowhere/x")
+        Storage({"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}, deadline_s=3).read(
+            "s3://nowhere/x"
+        )
     [line] = capsys.readouterr().err.splitlines()
     assert re.match(r"waiting, \d s: s3://nowhere/x is retried for up to 3 s: EndpointConnectionError", line)
 
@@ -259,7 +268,10 @@ def test_http_hosts_of_the_inner_network_are_forbidden(address: str, monkeypatch
 
 @pytest.mark.parametrize(
     ("uri", "package", "command"),
-    [("gs://b/m.parquet", "gcsfs", "context-diffusion[gcs]"), ("az://c/x", "adlfs", "context-diffusion[azure]")],
+    [
+        ("gs://b/m.parquet", "gcsfs", "context-diffusion[gcs]"),
+        ("az://c/x", "adlfs", "context-diffusion[azure]"),
+    ],
 )
 def test_a_protocol_whose_package_is_missing_names_what_installs_it(
     uri: str, package: str, command: str, monkeypatch: pytest.MonkeyPatch
@@ -310,5 +322,7 @@ def test_missing_credentials_are_told_soon(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_a_quoted_name_of_a_file_is_explained(tmp_path: Path) -> None:
     (tmp_path / "a b.png").write_bytes(b"x")
-    with pytest.raises(RowError, match=r"percent signs are not decoded in local paths: did you mean '.*a b\.png'"):
+    with pytest.raises(
+        RowError, match=r"percent signs are not decoded in local paths: did you mean '.*a b\.png'"
+    ):
         Storage().read_input(f"file://{tmp_path}/a%20b.png", 10)

@@ -1,4 +1,5 @@
-"""Whole jobs on a real object store: manifest, pictures and output; read back by a client that shares nothing with ours."""
+"""Whole jobs on a real object store: manifest, pictures and output; read back by a client that shares nothing
+with ours."""
 
 from __future__ import annotations
 
@@ -77,7 +78,9 @@ def test_a_job_with_a_fifth_of_its_requests_broken_equals_one_without_faults(
     assert (told.get("exit"), told.get("ok")) == (0, 1000), told
     proxy.rates = Rates()
     assert all(proxy.done[fault] >= 20 for fault in ("reset", "slow_down", "truncated", "lost")), proxy.done
-    calm, stormy = (pictures(download(gateway.endpoint, name, tmp_path / name)) for name in ("calm", "stormy"))
+    calm, stormy = (
+        pictures(download(gateway.endpoint, name, tmp_path / name)) for name in ("calm", "stormy")
+    )
     assert len(calm) == 1000
     assert calm.keys() == stormy.keys()
     assert all(np.array_equal(calm[row], stormy[row]) for row in calm)
@@ -94,7 +97,9 @@ def half_done(gateway: Gateway, job: dict[str, Any], folder: Path) -> subprocess
     return process
 
 
-def test_a_store_that_is_away_for_a_while_is_waited_for(gateway: Gateway, bucket: str, tmp_path: Path) -> None:
+def test_a_store_that_is_away_for_a_while_is_waited_for(
+    gateway: Gateway, bucket: str, tmp_path: Path
+) -> None:
     process = half_done(gateway, job_on(bucket, "out", rows_per_part=10), tmp_path)
     gateway.kill()
     time.sleep(60)
@@ -144,9 +149,11 @@ def test_a_wrong_key_is_told_before_anything_starts(bucket: str, monkeypatch: py
     assert "not-this-one" not in str(told)
 
 
-def test_no_secret_stands_in_anything_that_a_run_leaves(gateway: Gateway, bucket: str, proxy: FaultProxy, tmp_path: Path) -> None:
-    """The keys that are in use here, searched for in OUTPUT, in Ray's logs and in our own; with failed rows, and a run that
-    cannot reach its store."""
+def test_no_secret_stands_in_anything_that_a_run_leaves(
+    gateway: Gateway, bucket: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """The keys that are in use here, searched for in OUTPUT, in Ray's logs and in our own; with failed rows,
+    and a run that cannot reach its store."""
     began = time.time()
     write_manifest(tmp_path / "in", 20, {3: {"query": "gone.png"}, 4: {"query": "s3://other/bucket.png"}})
     upload(gateway.endpoint, tmp_path / "in")
@@ -154,7 +161,11 @@ def test_no_secret_stands_in_anything_that_a_run_leaves(gateway: Gateway, bucket
     left = download(gateway.endpoint, "out", tmp_path / "out")
     files = [path for path in left.rglob("*") if path.is_file()]
     logs = [path for path in Path("/tmp").glob("context-diffusion-*.log") if path.stat().st_mtime >= began]
-    logs += [path for path in Path("/tmp/ray").glob("session_2*/logs/**/*") if path.is_file() and path.stat().st_mtime >= began]
+    logs += [
+        path
+        for path in Path("/tmp/ray").glob("session_2*/logs/**/*")
+        if path.is_file() and path.stat().st_mtime >= began
+    ]
     assert len(files) > 20
     assert len(logs) > 5
     found = [path for path in (*files, *logs) if SECRET.encode() in path.read_bytes()]

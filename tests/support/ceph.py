@@ -1,4 +1,5 @@
-"""A real S3 server for the tests: Ceph's object gateway with one monitor and one store in memory, on 127.0.0.1 alone.
+"""A real S3 server for the tests: Ceph's object gateway with one monitor and one store in memory, on
+127.0.0.1 alone.
 
 Needs Debian's radosgw, ceph-mon and ceph-osd (`make packages`).
 """
@@ -99,7 +100,8 @@ def wait_for(what: str, true: Callable[[], bool]) -> None:
 
 @dataclass
 class Gateway:
-    """folder: for its files, of few letters (its sockets' names are short). The store outlives the gateway."""
+    """folder: for its files, of few letters (its sockets' names are short). The store outlives the
+    gateway."""
 
     folder: Path
     port: int = field(default_factory=free_port)
@@ -160,7 +162,13 @@ class Gateway:
         return [program, *config, *words]
 
     def _run(self, program: str, *words: str) -> str:
-        done = subprocess.run(self._command(program, *words), cwd=self.folder, capture_output=True, text=True, timeout=PATIENCE_S)
+        done = subprocess.run(
+            self._command(program, *words),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+        )
         if done.returncode:
             raise RuntimeError(f"{program} {' '.join(words)}: {done.stderr[-500:]}")
         return done.stdout

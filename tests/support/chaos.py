@@ -1,11 +1,11 @@
-"""Kills parts of a running job at random moments, or starts it twice at once, runs the same command again, and compares
-with an undisturbed run.
+"""Kills parts of a running job at random moments, or starts it twice at once, runs the same command again,
+and compares with an undisturbed run.
 
-python tests/support/chaos.py N [--seed S] [--first K] [--folder DIR]    a JSON line a kill; exit 1 where anything was lost or
-torn
+python tests/support/chaos.py N [--seed S] [--first K] [--folder DIR]    a JSON line a kill; exit 1 where
+anything was lost or torn
 
-There each kill strikes the run that goes on with what the one before left, until one gets through and is compared.
-"""
+There each kill strikes the run that goes on with what the one before left, until one gets through and is
+compared."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from support.tiny import tiny_model
 
 ROWS = 48
 PATIENCE_S = 300.0
-# Who is killed: words of its command line, one of them, and the signal. "supervisor" is the command itself. Workers of
+# Who is killed: words of its command line, one of them, and the signal. "supervisor" is the command itself.
+# Workers of
 # tasks are named after a task only while it runs, some milliseconds: idle ones will do.
 VICTIMS = {
     "supervisor": ("", signal.SIGKILL),
@@ -134,8 +135,16 @@ class Chaos:
         counted = Counter((row["id"], row["index"]) for row in rows)
         wrong = [f"doubled: {row}" for row, count in counted.items() if count > 1]
         wrong += [f"lost: {row}" for row in self.expected.keys() - counted.keys()]
-        wrong += [f"differs: {row['id']}" for row in rows if row["sha256"] != self.expected.get((row["id"], row["index"]))]
-        return wrong if len(rows) == plan_rows(self.out) else [*wrong, f"{len(rows)} rows of {plan_rows(self.out)}"]
+        wrong += [
+            f"differs: {row['id']}"
+            for row in rows
+            if row["sha256"] != self.expected.get((row["id"], row["index"]))
+        ]
+        return (
+            wrong
+            if len(rows) == plan_rows(self.out)
+            else [*wrong, f"{len(rows)} rows of {plan_rows(self.out)}"]
+        )
 
 
 def _unexpected(codes: list[int]) -> list[str]:
@@ -151,10 +160,13 @@ def _name(pid: int) -> str:
 
 
 def undisturbed(folder: Path) -> Chaos:
-    """The job that is struck, run in peace: a small model, so that a kill costs the time of its processes, not of pictures."""
+    """The job that is struck, run in peace: a small model, so that a kill costs the time of its processes,
+    not of pictures."""
     settings, model = {"num_inference_steps": 4}, folder / "model"
     tiny_model().save_pretrained(model)
-    values = job_values(write_manifest(folder / "in", ROWS), folder / "calm", rows_per_part=4, settings=settings)
+    values = job_values(
+        write_manifest(folder / "in", ROWS), folder / "calm", rows_per_part=4, settings=settings
+    )
     job = folder / "job.json"
     job.write_text(json.dumps(values | {"model": str(model)}))
     started = time.monotonic()
@@ -185,7 +197,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("kills", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first kill: goes on with an earlier series")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first kill: goes on with an earlier series"
+    )
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     calm, results = undisturbed(given.folder or Path(tempfile.mkdtemp(prefix="chaos-"))), []

@@ -66,11 +66,23 @@ class Cluster:
 
 
 def start_cluster(python: str = sys.executable, nodes: int = 2) -> Iterator[Cluster]:
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0", "NO_COLOR": "1"}
-    environment |= {"PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"}  # entrypoints say `python`
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_worker_niceness": "0",
+        "NO_COLOR": "1",
+    }
+    environment |= {
+        "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"
+    }  # entrypoints say `python`
     command = [python, str(Path(__file__).with_name("cluster_process.py")), *map(str, free_ports(1 + nodes))]
     process = subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         assert process.stdout
@@ -93,7 +105,9 @@ def wait_for(happened: Callable[[], Any], seconds: float = 300) -> Any:
     return found
 
 
-def call(cluster: Cluster, *words: str, address: str | None = None, **more: str) -> tuple[int, dict[str, Any], str]:
+def call(
+    cluster: Cluster, *words: str, address: str | None = None, **more: str
+) -> tuple[int, dict[str, Any], str]:
     """A command at the cluster's dashboard, or at that address: its code, last line and what it told."""
     command = [*COMMAND, *words, "--address", address or cluster.dashboard]
     done = subprocess.run(command, capture_output=True, text=True, env=cluster.environment | more)

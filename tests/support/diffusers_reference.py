@@ -28,9 +28,15 @@ Model = dict[str, Any]
 
 
 def row(number: int, **own: Any) -> Request:
-    contexts, size, kinds = own.pop("contexts", 1), own.pop("size", (SIDE, SIDE)), own.pop("control", ["canny", "gray"])
+    contexts, size, kinds = (
+        own.pop("contexts", 1),
+        own.pop("size", (SIDE, SIDE)),
+        own.pop("control", ["canny", "gray"]),
+    )
     prompt, negative = own.pop("prompt", "a misty forest"), own.pop("negative_prompt", None)
-    settings = Settings.model_validate({"seed": number, "num_inference_steps": 3, "guidance_scale": 4.0, **own})
+    settings = Settings.model_validate(
+        {"seed": number, "num_inference_steps": 3, "guidance_scale": 4.0, **own}
+    )
     query = picture(number, *size)
     shown = tuple(picture(100 + number + k, 32, 32) for k in range(contexts))
     return Request(f"row-{number}", 0, query, controls_of(query, kinds), shown, prompt, negative, settings)
@@ -39,8 +45,8 @@ def row(number: int, **own: Any) -> Request:
 def reference(
     model: Model, one: Request, xl: bool, contexts: list[Image.Image] | None = None, skip: int | None = None
 ) -> tuple[torch.Tensor, Pixels]:
-    """By diffusers alone: its pipeline for that kind of row, its scheduler, one call. contexts: the originals, of any size,
-    in place of the request's pixels; skip: clip_skip. -> latents and picture."""
+    """By diffusers alone: its pipeline for that kind of row, its scheduler, one call. contexts: the
+    originals, of any size, in place of the request's pixels; skip: clip_skip. -> latents and picture."""
     settings = one.settings
     pipe = pipeline_of(json.dumps(model), xl, bool(one.controls), settings.strength is not None)
     if "ip_adapter" in model:
@@ -49,13 +55,18 @@ def reference(
     pipe.scheduler = getattr(diffusers, name).from_pretrained(model["base"], subfolder="scheduler", **own)
     told: dict[str, Any] = {"prompt": one.prompt or "", "negative_prompt": one.negative_prompt}
     told |= {"clip_skip": skip} if skip else {}
-    if xl and one.prompt is None and one.negative_prompt is None:  # no text at all: what the pipeline has for it
+    if (
+        xl and one.prompt is None and one.negative_prompt is None
+    ):  # no text at all: what the pipeline has for it
         told = {"prompt_embeds": torch.zeros(1, 77, 64), "pooled_prompt_embeds": torch.zeros(1, 32)}
     if "ip_adapter" in model:
         told["ip_adapter_image"] = [contexts or [Image.fromarray(context) for context in one.contexts]]
     maps = [Image.fromarray(control.pixels) for control in one.controls]
     if one.controls:
-        told |= {"control_guidance_start": settings.control_guidance_start, "control_guidance_end": settings.control_guidance_end}
+        told |= {
+            "control_guidance_start": settings.control_guidance_start,
+            "control_guidance_end": settings.control_guidance_end,
+        }
         scale = settings.controlnet_conditioning_scale
         told["controlnet_conditioning_scale"] = scale if isinstance(scale, list) else [scale] * len(maps)
     if settings.strength is not None:
@@ -79,20 +90,30 @@ def reference(
 @cache
 def pipeline_of(parts: str, xl: bool, controlled: bool, from_image: bool) -> Any:
     model: Model = json.loads(parts)
-    name = "StableDiffusion" + ("XL" if xl else "") + ("ControlNet" if controlled else "") + ("Img2Img" if from_image else "")
-    nets = [diffusers.ControlNetModel.from_pretrained(net) for net in model["controlnet"]] if controlled else []
+    name = (
+        "StableDiffusion"
+        + ("XL" if xl else "")
+        + ("ControlNet" if controlled else "")
+        + ("Img2Img" if from_image else "")
+    )
+    nets = (
+        [diffusers.ControlNetModel.from_pretrained(net) for net in model["controlnet"]] if controlled else []
+    )
     own = {"controlnet": nets} if nets else {}
     pipe = getattr(diffusers, f"{name}Pipeline").from_pretrained(model["base"], use_safetensors=True, **own)
     if "ip_adapter" in model:
         pipe.image_encoder = CLIPVisionModelWithProjection.from_pretrained(model["image_encoder"])
         pipe.feature_extractor = preprocessor(model["image_encoder"])
-        pipe.load_ip_adapter(model["ip_adapter"], "", model["ip_adapter_weight_name"], image_encoder_folder=None)
+        pipe.load_ip_adapter(
+            model["ip_adapter"], "", model["ip_adapter_weight_name"], image_encoder_folder=None
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def preprocessor(encoder: str) -> CLIPImageProcessor:
-    """The encoder's own, as a user of diffusers loads it; without one what the pipeline makes for an encoder of 32 pixels."""
+    """The encoder's own, as a user of diffusers loads it; without one what the pipeline makes for an encoder
+    of 32 pixels."""
     if (Path(encoder) / "preprocessor_config.json").exists():
         return CLIPImageProcessor.from_pretrained(encoder)
     return CLIPImageProcessor(size=32, crop_size=32)

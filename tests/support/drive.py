@@ -1,7 +1,7 @@
 """A driver for tests: run_generate with an engine of fakes.py, in a process of its own that a test may kill.
 
-python tests/support/drive.py ENGINE [OPTION ...] < job as JSON        the summary, or the error, is the last line of stdout
-"""
+python tests/support/drive.py ENGINE [OPTION ...] < job as JSON        the summary, or the error, is the last
+line of stdout"""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from support import fakes
 if __name__ == "__main__":
     options = Options(**dict.fromkeys(sys.argv[2:], True))
     try:
-        summary = run_generate(GenerateJob.model_validate(json.load(sys.stdin)), options, getattr(fakes, sys.argv[1]))
+        summary = run_generate(
+            GenerateJob.model_validate(json.load(sys.stdin)), options, getattr(fakes, sys.argv[1])
+        )
     except Exception as error:
         summary = classify(error)
     print(json.dumps(summary), flush=True)

@@ -1,4 +1,5 @@
-"""Engines at the real seam (stages.Engine) for tests of the flow: quick, deterministic by the row, some deadly."""
+"""Engines at the real seam (stages.Engine) for tests of the flow: quick, deterministic by the row, some
+deadly."""
 
 from __future__ import annotations
 

@@ -13,7 +13,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Self
 
-SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+SLOW_DOWN = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request "
+    b"rate.</Message></Error>"
+)
 HEAD_BYTES = 2**16
 READS = ("GET",)
 WRITES = ("PUT", "POST", "DELETE")
@@ -21,9 +24,9 @@ WRITES = ("PUT", "POST", "DELETE")
 
 @dataclass
 class Rates:
-    """Shares of the requests. reset: before the store hears of it; slow_down: a 503; truncated: of reads, half of the body
-    and then the end; lost: of writes, done, but the answer never comes; delay_s: before each answer; away: the store does
-    not answer at all, as long as it is set."""
+    """Shares of the requests. reset: before the store hears of it; slow_down: a 503; truncated: of reads,
+    half of the body and then the end; lost: of writes, done, but the answer never comes; delay_s: before each
+    answer; away: the store does not answer at all, as long as it is set."""
 
     reset: float = 0.0
     slow_down: float = 0.0
@@ -35,7 +38,8 @@ class Rates:
 
 @dataclass
 class FaultProxy:
-    """`with FaultProxy(port_of_the_store, rates, seed) as proxy: proxy.endpoint`. done: how often each fault came."""
+    """`with FaultProxy(port_of_the_store, rates, seed) as proxy: proxy.endpoint`. done: how often each fault
+    came."""
 
     upstream: int
     rates: Rates = field(default_factory=Rates)
@@ -72,7 +76,13 @@ class FaultProxy:
     def _fault(self, method: str) -> str:
         rates, drawn = self.rates, self._random.random()
         given = {"reset": rates.reset, "slow_down": rates.slow_down}
-        given |= {"truncated": rates.truncated} if method in READS else {"lost": rates.lost} if method in WRITES else {}
+        given |= (
+            {"truncated": rates.truncated}
+            if method in READS
+            else {"lost": rates.lost}
+            if method in WRITES
+            else {}
+        )
         for name, rate in given.items():
             if drawn < rate:
                 return name
@@ -101,7 +111,8 @@ class FaultProxy:
             return
         if fault == "slow_down":
             writer.write(
-                b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(SLOW_DOWN) + SLOW_DOWN
+                b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(SLOW_DOWN)
+                + SLOW_DOWN
             )
             return
         kept = [line for line in lines if not line.lower().startswith((b"expect:", b"connection:"))]

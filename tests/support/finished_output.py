@@ -24,7 +24,8 @@ STORAGE = Storage(deadline_s=1)
 def make(
     folder: Path, count: int = 6, changes: dict[int, dict[str, Any]] | None = None, **more: Any
 ) -> tuple[GenerateJob, Output]:
-    """A small manifest's way through the flow; changes: as write_manifest has them; more: as `flow` has it."""
+    """A small manifest's way through the flow; changes: as write_manifest has them; more: as `flow` has
+    it."""
     manifest = folder / "in" / "manifest.parquet"
     if not manifest.exists():
         write_manifest(folder / "in", count, changes)
@@ -38,13 +39,15 @@ def flow(
     written: list[dict[str, Any]] | None = None,
     **more: Any,
 ) -> tuple[GenerateJob, Output]:
-    """The whole flow in this process, without Ray: what the graph of cluster/dataflow.py calls. written: gets what the driver
-    would hear of each shard. more: the job's keys."""
+    """The whole flow in this process, without Ray: what the graph of cluster/dataflow.py calls. written: gets
+    what the driver would hear of each shard. more: the job's keys."""
     job = GenerateJob.model_validate(job_values(str(manifest), folder / "out", **more))
     output = Output(job.output, STORAGE)
     plan = open_plan(job, output, STORAGE)
     job = plan.job
-    load = LoadImages(job.fit, job.control_kinds, job.limits, [str(folder / "in")], 64, SquareCrop(64), STORAGE)
+    load = LoadImages(
+        job.fit, job.control_kinds, job.limits, [str(folder / "in")], 64, SquareCrop(64), STORAGE
+    )
     guarded = GuardedEngine(engine or FakeEngine(), Ledger())
     write = WriteShard(job, output, "fake@1", str(folder / "in"))
     for shard in read_shards(output, 0):

@@ -21,12 +21,41 @@ BARE = "/usr/bin:/bin"
 def start_head(python: str = sys.executable, path: str = BARE, **more: str) -> Iterator[Cluster]:
     """Begins it and gives it away at once, before it answers. more: of its environment."""
     port, dashboard, agent, client = free_ports(4)
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0", "NO_COLOR": "1"}
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_worker_niceness": "0",
+        "NO_COLOR": "1",
+    }
     address = f"http://127.0.0.1:{dashboard}"
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # short: Ray's sockets lie in it
-        command = [python, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "2", "--temp-dir", folder]
-        command += ["--port", str(port), "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent)]
-        command += ["--ray-client-server-port", str(client), "--object-store-memory", str(2**28), "--disable-usage-stats"]
+        command = [
+            python,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus",
+            "2",
+            "--temp-dir",
+            folder,
+        ]
+        command += [
+            "--port",
+            str(port),
+            "--dashboard-port",
+            str(dashboard),
+            "--dashboard-agent-listen-port",
+            str(agent),
+        ]
+        command += [
+            "--ray-client-server-port",
+            str(client),
+            "--object-store-memory",
+            str(2**28),
+            "--disable-usage-stats",
+        ]
         process = subprocess.Popen(
             command,
             env=environment | {"PATH": path} | more,

@@ -1,4 +1,5 @@
-"""A Hugging Face Hub in small: the public API's answers for the folders of one directory, and a count of what was fetched."""
+"""A Hugging Face Hub in small: the public API's answers for the folders of one directory, and a count of what
+was fetched."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def hub_of(root: Path) -> Iterator[tuple[str, Counter[str]]]:
 
 def _of_api(root: Path, repo: str, tree: bool) -> Answer:
     """What the API tells of a repository: its files, with their sizes where the tree is asked for."""
-    files = [str(path.relative_to(root / repo)) for path in sorted((root / repo).rglob("*")) if path.is_file()]
+    files = [
+        str(path.relative_to(root / repo)) for path in sorted((root / repo).rglob("*")) if path.is_file()
+    ]
     told: object = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
     if tree:
         sizes = [(name, (root / repo / name).stat().st_size) for name in files]

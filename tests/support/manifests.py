@@ -59,4 +59,11 @@ def write_manifest(folder: Path, count: int = 24, changes: dict[int, dict[str, A
 
 def job_values(manifest: str, output: Path | str, **more: Any) -> dict[str, Any]:
     cluster = {"num_cpus": 2, "no_progress_timeout_s": 60} | more.pop("cluster", {})
-    return {"kind": "generate", "manifest": manifest, "output": str(output), "model": "bundled", "cluster": cluster, **more}
+    return {
+        "kind": "generate",
+        "manifest": manifest,
+        "output": str(output),
+        "model": "bundled",
+        "cluster": cluster,
+        **more,
+    }

@@ -17,7 +17,9 @@ def dashboard() -> dict[str, str]:
     """Panel -> query; the variable `output` is one, too."""
     board = json.loads(DASHBOARD.read_text())
     variables = {one["name"]: one["query"] for one in board["templating"]["list"] if one["type"] == "query"}
-    return {panel["title"]: target["expr"] for panel in board["panels"] for target in panel["targets"]} | variables
+    return {
+        panel["title"]: target["expr"] for panel in board["panels"] for target in panel["targets"]
+    } | variables
 
 
 def alerts() -> dict[str, str]:

@@ -7,7 +7,8 @@ import random
 import socket
 from contextlib import ExitStack
 
-# Below those that the system gives to outgoing connections (from 32768 on), so that none of Ray's many takes one between its
+# Below those that the system gives to outgoing connections (from 32768 on), so that none of Ray's many takes
+# one between its
 # choice and its use; above Ray's own workers' (10002 to 19999).
 RANGE = range(20_000, 32_000)
 _CHOOSE = random.Random(os.getpid())  # processes begin elsewhere

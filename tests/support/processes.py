@@ -1,4 +1,5 @@
-"""Starts, waits for and kills drivers (drive.py) in processes of their own; and the stores that they are pointed to."""
+"""Starts, waits for and kills drivers (drive.py) in processes of their own; and the stores that they are
+pointed to."""
 
 from __future__ import annotations
 
@@ -87,7 +88,9 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def point_to(monkeypatch: pytest.MonkeyPatch, endpoint: str, access: str = ACCESS, secret: str = SECRET) -> None:
+def point_to(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, access: str = ACCESS, secret: str = SECRET
+) -> None:
     """This process and those that it starts talk to this object store."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", access)

@@ -1,4 +1,5 @@
-"""A native model of the real classes, small enough for a test: made once a process, random weights, no file."""
+"""A native model of the real classes, small enough for a test: made once a process, random weights, no
+file."""
 
 from __future__ import annotations
 
@@ -16,9 +17,19 @@ from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.native.build import build
 from context_diffusion.models.native.model import NativeModel
 
-GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))  # of a parameter
+GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+)  # of a parameter
 SIZES = Architecture(
-    image_size=64, vae_width=16, latent_channels=4, channels=[32, 32], width=32, context_patch=16, context_grid=2, text_length=8
+    image_size=64,
+    vae_width=16,
+    latent_channels=4,
+    channels=[32, 32],
+    width=32,
+    context_patch=16,
+    context_grid=2,
+    text_length=8,
 )
 
 
@@ -45,7 +56,8 @@ def make_tiny(sizes: Architecture) -> NativeModel:
 
 @cache
 def speaking_model() -> NativeModel:
-    """The same, with a memory that takes every word for one that tells of a look, and whatever contexts show for another."""
+    """The same, with a memory that takes every word for one that tells of a look, and whatever contexts show
+    for another."""
     model = copy.copy(tiny_model())
     memory = copy.deepcopy(model.memory)
     generator = torch.Generator().manual_seed(1)
@@ -64,7 +76,11 @@ def picture(seed: int, height: int = 64, width: int = 64) -> Pixels:
 
 
 def request(
-    seed: int, contexts: int = 1, prompt: str | None = None, size: tuple[int, int] = (64, 64), **settings: object
+    seed: int,
+    contexts: int = 1,
+    prompt: str | None = None,
+    size: tuple[int, int] = (64, 64),
+    **settings: object,
 ) -> Request:
     query = picture(seed, *size)
     kind = str(settings.pop("control", "gray"))

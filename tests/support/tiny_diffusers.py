@@ -1,5 +1,5 @@
-"""Small Stable Diffusion components of the real classes with random weights, saved in the public formats: a base, ControlNets,
-an image encoder, IP-Adapters, a safety checker."""
+"""Small Stable Diffusion components of the real classes with random weights, saved in the public formats: a
+base, ControlNets, an image encoder, IP-Adapters, a safety checker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.embeddings import ImageProjection, IPAdapterFaceIDImageProjection, IPAdapterPlusImageProjection
+from diffusers.models.embeddings import (
+    ImageProjection,
+    IPAdapterFaceIDImageProjection,
+    IPAdapterPlusImageProjection,
+)
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -44,11 +48,19 @@ def make_base(folder: Path, xl: bool = False, seed: int = 0, guidance_width: int
     scheduler = DDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
     )
-    parts: dict[str, Any] = {"vae": _vae(), "unet": _unet(xl, guidance_width), "tokenizer": tokenizer, "scheduler": scheduler}
+    parts: dict[str, Any] = {
+        "vae": _vae(),
+        "unet": _unet(xl, guidance_width),
+        "tokenizer": tokenizer,
+        "scheduler": scheduler,
+    }
     parts["text_encoder"] = _text(CLIPTextModel, tokenizer)
     if xl:
         pipe = StableDiffusionXLPipeline(
-            **parts, text_encoder_2=_text(CLIPTextModelWithProjection, tokenizer), tokenizer_2=tokenizer, add_watermarker=False
+            **parts,
+            text_encoder_2=_text(CLIPTextModelWithProjection, tokenizer),
+            tokenizer_2=tokenizer,
+            add_watermarker=False,
         )
     else:
         own = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -84,7 +96,9 @@ def _text(kind: Any, tokenizer: CLIPTokenizer) -> Any:
 
 def _vae() -> AutoencoderKL:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(block_out_channels=(16, 32), latent_channels=4, norm_num_groups=8, sample_size=SIDE, **blocks)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32), latent_channels=4, norm_num_groups=8, sample_size=SIDE, **blocks
+    )
     with torch.no_grad():  # a random decoder is grey: its pictures show what the latents are
         raw = vae.decode(torch.randn(4, 4, 8, 8)).sample
         vae.decoder.conv_out.weight.mul_(0.5 / raw.std())
@@ -113,7 +127,9 @@ def _sizes(xl: bool) -> dict[str, Any]:
 
 def _unet(xl: bool, guidance_width: int | None = None) -> UNet2DConditionModel:
     up_blocks = ("CrossAttnUpBlock2D", "UpBlock2D")
-    unet = UNet2DConditionModel(sample_size=SIDE // 2, up_block_types=up_blocks, time_cond_proj_dim=guidance_width, **_sizes(xl))
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // 2, up_block_types=up_blocks, time_cond_proj_dim=guidance_width, **_sizes(xl)
+    )
     if guidance_width:
         nn.init.normal_(unet.time_embedding.cond_proj.weight, std=2.0)
     return _loud(_loud(unet, 1.6 if xl else 2.6, "attn2"), 2.0, "attn2.to_v")
@@ -148,16 +164,21 @@ def make_image_encoder(folder: Path) -> str:
         patch_size=8,
         projection_dim=WIDTH,
     )
-    CLIPVisionModelWithProjection(config).eval().save_pretrained(folder / "image_encoder", safe_serialization=True)
+    CLIPVisionModelWithProjection(config).eval().save_pretrained(
+        folder / "image_encoder", safe_serialization=True
+    )
     return str(folder / "image_encoder")
 
 
 def make_safety_checker(folder: Path, pictures: list[Pixels]) -> str:
-    """Of random weights, in diffusers' format; its threshold lies so that it calls half of these pictures unsafe."""
+    """Of random weights, in diffusers' format; its threshold lies so that it calls half of these pictures
+    unsafe."""
     torch.manual_seed(4)
     vision = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"image_size": 32, "patch_size": 8}
-    config = CLIPConfig(projection_dim=16, vision_config=vision, text_config={"hidden_size": WIDTH, "num_hidden_layers": 1})
+    config = CLIPConfig(
+        projection_dim=16, vision_config=vision, text_config={"hidden_size": WIDTH, "num_hidden_layers": 1}
+    )
     checker = _loud(StableDiffusionSafetyChecker(config).eval(), 3.0)
     values = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})(
         [Image.fromarray(one) for one in pictures], return_tensors="pt"
@@ -165,7 +186,9 @@ def make_safety_checker(folder: Path, pictures: list[Pixels]) -> str:
     with torch.no_grad():
         torch.nn.init.normal_(checker.concept_embeds)
         embeds = nn.functional.normalize(checker.visual_projection(checker.vision_model(values)[1]))
-        checker.concept_embeds_weights[0] = (embeds @ nn.functional.normalize(checker.concept_embeds[:1]).T).median() + 1e-5
+        checker.concept_embeds_weights[0] = (
+            embeds @ nn.functional.normalize(checker.concept_embeds[:1]).T
+        ).median() + 1e-5
     checker.save_pretrained(folder / "safety_checker", safe_serialization=True)
     return str(folder / "safety_checker")
 
@@ -187,7 +210,8 @@ def make_face_adapter(folder: Path, base: str) -> dict[str, str]:
 
 
 def make_ip_adapter(folder: Path, base: str, plus: bool = False, xl: bool = False) -> dict[str, str]:
-    """In the published files' own keys: image_proj.* and ip_adapter.N.to_k_ip.weight. -> the `model:` keys."""
+    """In the published files' own keys: image_proj.* and ip_adapter.N.to_k_ip.weight. -> the `model:`
+    keys."""
     torch.manual_seed(3)
     width = 2 * WIDTH if xl else WIDTH
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
@@ -196,7 +220,9 @@ def make_ip_adapter(folder: Path, base: str, plus: bool = False, xl: bool = Fals
         layer: nn.Module = IPAdapterPlusImageProjection(
             VISION, width, hidden_dims=64, depth=4, dim_head=64, heads=1, num_queries=6
         )
-        weights |= {f"image_proj.{_published(name)}": value for name, value in _fused(layer.state_dict()).items()}
+        weights |= {
+            f"image_proj.{_published(name)}": value for name, value in _fused(layer.state_dict()).items()
+        }
     else:
         layer = ImageProjection(WIDTH, width, 4)
         renamed = {name.replace("image_embeds", "proj"): value for name, value in layer.state_dict().items()}
@@ -214,7 +240,9 @@ def make_ip_adapter(folder: Path, base: str, plus: bool = False, xl: bool = Fals
 
 def _fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Keys and values of a layer in one matrix, as the published files have them."""
-    fused = {name: value for name, value in state.items() if not name.endswith(("to_k.weight", "to_v.weight"))}
+    fused = {
+        name: value for name, value in state.items() if not name.endswith(("to_k.weight", "to_v.weight"))
+    }
     for name, value in state.items():
         if name.endswith("to_k.weight"):
             fused[name.replace("to_k", "to_kv")] = torch.cat([value, state[name.replace("to_k", "to_v")]])

@@ -21,12 +21,21 @@ def pool(size: int) -> Pool:
 
 
 def changed_by_a_step(model: NativeModel, sizes: Architecture, folder: Path, batch_size: int = 4) -> set[str]:
-    """Takes one step in place; -> the components whose weights it changed. Raises where the loss is not finite."""
+    """Takes one step in place; -> the components whose weights it changed. Raises where the loss is not
+    finite."""
     stage: dict[str, Any] = {"batch_size": batch_size, "context_dropout": 0.0}
     job = TrainJob.model_validate(
-        {"kind": "train", "output": str(folder), "max_steps": 1, "diffusion": stage, "architecture": sizes.model_dump()}
+        {
+            "kind": "train",
+            "output": str(folder),
+            "max_steps": 1,
+            "diffusion": stage,
+            "architecture": sizes.model_dump(),
+        }
     )
-    before = {name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in model.modules.items()}
+    before = {
+        name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in model.modules.items()
+    }
     run = Run(job, model, folder, {})
     loss = run.train_step(encode_pool(model, pool(sizes.image_size)))
     assert torch.isfinite(loss)
@@ -34,4 +43,8 @@ def changed_by_a_step(model: NativeModel, sizes: Architecture, folder: Path, bat
     for module in run.modules.values():  # back from channels last, whose last bits differ
         module.to(memory_format=torch.contiguous_format)
     after = {name: module.state_dict() for name, module in model.modules.items()}
-    return {name for name, values in before.items() if any(not torch.equal(v, after[name][k]) for k, v in values.items())}
+    return {
+        name
+        for name, values in before.items()
+        if any(not torch.equal(v, after[name][k]) for k, v in values.items())
+    }

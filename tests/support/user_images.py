@@ -45,6 +45,14 @@ def job(data: object, output: Path, model: str = "bundled", **more: Any) -> Fine
     }
     diffusion = {"batch_size": 4} | more.pop("diffusion", {})
     chosen = (
-        values | {"kind": "finetune", "data": str(data), "output": str(output), "model": model, "diffusion": diffusion} | more
+        values
+        | {
+            "kind": "finetune",
+            "data": str(data),
+            "output": str(output),
+            "model": model,
+            "diffusion": diffusion,
+        }
+        | more
     )
     return FinetuneJob.model_validate(chosen)

@@ -1,4 +1,5 @@
-"""Where training computes. Without a GPU the meta device stands in for one: what is left on the CPU doesn't mix with it."""
+"""Where training computes. Without a GPU the meta device stands in for one: what is left on the CPU doesn't
+mix with it."""
 
 from __future__ import annotations
 
@@ -27,7 +28,13 @@ from support.training_steps import pool
 
 
 def job(folder: Path, **more: object) -> TrainJob:
-    values = {"styles": 4, "pictures": 4, "max_steps": 2, "architecture": SIZES.model_dump(), "diffusion": {"batch_size": 4}}
+    values = {
+        "styles": 4,
+        "pictures": 4,
+        "max_steps": 2,
+        "architecture": SIZES.model_dump(),
+        "diffusion": {"batch_size": 4},
+    }
     return TrainJob.model_validate({"kind": "train", "output": str(folder)} | values | more)
 
 
@@ -54,9 +61,13 @@ def test_workers_are_on_gpus_where_each_has_one(tmp_path: Path) -> None:
         _device(job(tmp_path, workers=2, device="cuda"), 1)
 
 
-def test_all_that_a_step_computes_with_is_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_that_a_step_computes_with_is_where_the_model_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def text(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:  # its encoder asks for values
-        return torch.zeros(len(prompts), 8, 32, device="meta"), torch.ones(len(prompts), 8, dtype=torch.bool, device="meta")
+        return torch.zeros(len(prompts), 8, 32, device="meta"), torch.ones(
+            len(prompts), 8, dtype=torch.bool, device="meta"
+        )
 
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(fx, "meta_nonzero_assume_all_nonzero", True)
@@ -67,7 +78,9 @@ def test_all_that_a_step_computes_with_is_where_the_model_is(tmp_path: Path, mon
     model.vae.requires_grad_(False)
     run, encoded = Run(job(tmp_path), model, tmp_path, {}), encode_pool(model, pool(64))
     samples = encoded.samples(np.random.default_rng(1), 4, 0.0, 0.5, np.arange(4))
-    hints = replace(samples.hints, palettes=encoded.palettes.repeat(3, 1), textures=encoded.textures.repeat(3))  # type: ignore[type-var]
+    hints = replace(
+        samples.hints, palettes=encoded.palettes.repeat(3, 1), textures=encoded.textures.repeat(3)
+    )  # type: ignore[type-var]
     samples = replace(samples, counts=np.full(4, 3), contexts=encoded.as_contexts[:12], hints=hints)
     run.loss(samples, np.arange(4), 4, torch.Generator().manual_seed(1)).backward()
     grads = [parameter.grad for parameter in run.modules.parameters() if parameter.grad is not None]

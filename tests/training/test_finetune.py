@@ -1,4 +1,5 @@
-"""Fine-tuning: learns one's own pictures, resumes bit for bit, leaves a model; a wrong or full folder is told."""
+"""Fine-tuning: learns one's own pictures, resumes bit for bit, leaves a model; a wrong or full folder is
+told."""
 
 from __future__ import annotations
 
@@ -50,11 +51,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": value for name, module in modules for key, value in module.state_dict().items()}
 
 
-def test_it_learns_its_own_pictures_and_leaves_a_model_that_makes_others_than_its_base(tmp_path: Path) -> None:
+def test_it_learns_its_own_pictures_and_leaves_a_model_that_makes_others_than_its_base(
+    tmp_path: Path,
+) -> None:
     data, base = write_styles(tmp_path / "own", pictures=3), write_base(tmp_path / "base")
     (data / "style-0" / "notes.txt").write_text("no picture")
     faster = {"batch_size": 8, "learning_rate": 2e-3, "matrix_learning_rate": 0.02}
-    summary = run_training(job(data, tmp_path / "out", base, max_steps=40, checkpoint_every=30, keep=0.0, diffusion=faster))
+    summary = run_training(
+        job(data, tmp_path / "out", base, max_steps=40, checkpoint_every=30, keep=0.0, diffusion=faster)
+    )
     before, _, after = losses(tmp_path / "out", "validation")
     assert after < 0.9 * before
     assert summary["validation_loss"] == after
@@ -66,7 +71,9 @@ def test_it_learns_its_own_pictures_and_leaves_a_model_that_makes_others_than_it
     assert not [name for name in moved if name.startswith("vae")], "the autoencoder stays"
     assert {name.split(".")[0] for name in moved} == set(diffusion.TRAINED)
     made = [
-        np.asarray(ContextDiffusion.from_pretrained(folder)(picture(1), [picture(2)], num_inference_steps=3, seed=1))
+        np.asarray(
+            ContextDiffusion.from_pretrained(folder)(picture(1), [picture(2)], num_inference_steps=3, seed=1)
+        )
         for folder in (base, summary["model"])
     ]
     assert np.abs(made[0].astype(int) - made[1]).mean() > 2
@@ -94,7 +101,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: 
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow over 100 kB: torch's and safetensors' own writes fail, as they do where no room is left."""
+    """No file may grow over 100 kB: torch's and safetensors' own writes fail, as they do where no room is
+    left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -109,7 +117,10 @@ def test_a_full_disk_or_another_model_leaves_the_last_checkpoint_which_goes_on(t
     out, path = tmp_path / "out", tmp_path / "out" / "diffusion.pt"
     run_training(job(data, out, base, max_steps=2, keep=0.0))
     model = weights(out / "model")
-    with full_disk(), pytest.raises(StorageError, match=r"diffusion.pt: cannot be written.*the same command goes on"):
+    with (
+        full_disk(),
+        pytest.raises(StorageError, match=r"diffusion.pt: cannot be written.*the same command goes on"),
+    ):
         run_training(job(data, out, base, keep=0.0))
     state = load_checkpoint(path)
     assert state is not None
@@ -119,7 +130,8 @@ def test_a_full_disk_or_another_model_leaves_the_last_checkpoint_which_goes_on(t
 
     build(SIZES.model_copy(update={"width": 48}), ["ocean"]).save_pretrained(tmp_path / "wider")
     with pytest.raises(
-        ModelError, match=r"another architecture: .* is \(.*32.*\) there and \(.*48.*\) here.*and \d+ more.*output"
+        ModelError,
+        match=r"another architecture: .* is \(.*32.*\) there and \(.*48.*\) here.*and \d+ more.*output",
     ):
         run_training(job(data, out, str(tmp_path / "wider"), keep=0.0))
     build(SIZES, ["ocean", "dots", "forest"]).save_pretrained(tmp_path / "other")
@@ -133,13 +145,23 @@ def test_a_full_disk_or_another_model_leaves_the_last_checkpoint_which_goes_on(t
 
 
 @pytest.mark.usefixtures("small")
-def test_a_frozen_context_encoder_sees_each_picture_once_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_context_encoder_sees_each_picture_once_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=48, patch_size=16)).save_pretrained(tmp_path / "encoder")
-    make_tiny(SIZES.model_copy(update={"context_encoder": str(tmp_path / "encoder")})).save_pretrained(tmp_path / "base")
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=48, patch_size=16)).save_pretrained(
+        tmp_path / "encoder"
+    )
+    make_tiny(SIZES.model_copy(update={"context_encoder": str(tmp_path / "encoder")})).save_pretrained(
+        tmp_path / "base"
+    )
     data, out, seen = write_styles(tmp_path / "own"), tmp_path / "out", []
     summarise = NativeModel.summarise_images
-    monkeypatch.setattr(NativeModel, "summarise_images", lambda self, images: seen.append(len(images)) or summarise(self, images))
+    monkeypatch.setattr(
+        NativeModel,
+        "summarise_images",
+        lambda self, images: seen.append(len(images)) or summarise(self, images),
+    )
     run_training(job(data, out, str(tmp_path / "base")))
     assert sum(seen) == 8 + 2 * 4 * 4 + 32 * 4, "one's own, two pools, and the validation's pool"
     old, new = weights(tmp_path / "base"), weights(out / "model")
@@ -150,10 +172,15 @@ def test_a_frozen_context_encoder_sees_each_picture_once_and_stays(tmp_path: Pat
 @pytest.mark.usefixtures("small")
 def test_a_manifest_is_trained_on_with_its_queries_and_prompts(tmp_path: Path) -> None:
     names = [str(path) for path in sorted(write_styles(tmp_path / "own").rglob("picture*"))]
-    rows = [{"target": names[k], "context": names[k + 1 : k + 3], "query": names[7], "prompt": "ocean dots"} for k in range(3)]
+    rows = [
+        {"target": names[k], "context": names[k + 1 : k + 3], "query": names[7], "prompt": "ocean dots"}
+        for k in range(3)
+    ]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = write_base(tmp_path / "base")
-    wanted = job(tmp_path / "own.jsonl", tmp_path / "out", base, held_out=0.4, diffusion={"prompt_dropout": 0.0})
+    wanted = job(
+        tmp_path / "own.jsonl", tmp_path / "out", base, held_out=0.4, diffusion={"prompt_dropout": 0.0}
+    )
     assert run_training(wanted)["pictures"] == 6
     model, pictures = tiny_model(), read_pictures(wanted, SIZES.image_size)
     own = UserData(wanted, model, pictures, Pools(wanted, SIZES.image_size))
@@ -179,32 +206,52 @@ def test_a_wrong_job_ends_with_2_and_says_why(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_worker_without_pictures_and_a_batch_without_contexts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_without_pictures_and_a_batch_without_contexts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Workers, "here", classmethod(lambda cls: cls(1, 2)))
     monkeypatch.setattr(Workers, "gather", lambda _self, share, _rows: share)
     assert encode(tiny_model(), picture(1)[None]).shape == (0, *tiny_model().latent_shape)
     monkeypatch.undo()
-    wanted = job(write_styles(tmp_path / "own"), tmp_path, write_base(tmp_path / "base"), diffusion={"context_dropout": 1.0})
+    wanted = job(
+        write_styles(tmp_path / "own"),
+        tmp_path,
+        write_base(tmp_path / "base"),
+        diffusion={"context_dropout": 1.0},
+    )
     model = copy.deepcopy(tiny_model())
     pictures = read_pictures(wanted, SIZES.image_size)
     run = diffusion.Run(wanted, model, tmp_path, {})
-    assert torch.isfinite(run.train_step(UserData(wanted, model, pictures, Pools(wanted, SIZES.image_size)).training))
+    assert torch.isfinite(
+        run.train_step(UserData(wanted, model, pictures, Pools(wanted, SIZES.image_size)).training)
+    )
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.4])
-def test_a_batch_in_parts_has_the_gradients_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: float) -> None:
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # so that rounding is far below what is looked for
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: float
+) -> None:
+    monkeypatch.setattr(
+        torch, "autocast", lambda *_, **__: nullcontext()
+    )  # so that rounding is far below what is looked for
     data, base, grads, losses = write_styles(tmp_path / "own"), write_base(tmp_path / "base"), [], []
     for accumulate in (1, 3):
         steps = {"batch_size": 10, "accumulate": accumulate, "auxiliary": 0.2}
-        wanted, model = job(data, tmp_path / "out", base, keep=keep, diffusion=steps), copy.deepcopy(tiny_model())
+        wanted, model = (
+            job(data, tmp_path / "out", base, keep=keep, diffusion=steps),
+            copy.deepcopy(tiny_model()),
+        )
         run = diffusion.Run(wanted, model, tmp_path, {})
         monkeypatch.setattr(run.optimizer, "step", lambda *_: None)
         monkeypatch.setattr(run.clipping, "bound", lambda: None)
         pictures = read_pictures(wanted, SIZES.image_size)
-        losses.append(run.train_step(UserData(wanted, model, pictures, Pools(wanted, SIZES.image_size)).at(0)).item())
+        losses.append(
+            run.train_step(UserData(wanted, model, pictures, Pools(wanted, SIZES.image_size)).at(0)).item()
+        )
         own = [*run.modules.parameters(), *run.heads.parameters()]
-        grads.append(torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in own]))
+        grads.append(
+            torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in own])
+        )
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert (grads[1] - grads[0]).norm() < 1e-3 * grads[0].norm()
 
@@ -219,7 +266,7 @@ def test_a_batch_keeps_its_share_of_old_styles_and_workers_share_it_row_by_row(t
         return source.samples(np.random.default_rng(3), 10, 0.2, 0.5, workers.share(np.arange(10)))
 
     whole = samples(Workers())
-    assert {source.own.draw_kind(np.random.default_rng(k)) for k in range(20)} == {"canny"}  # type: ignore[attr-defined]
+    assert {source.user.draw_kind(np.random.default_rng(k)) for k in range(20)} == {"canny"}  # type: ignore[attr-defined]
     kept = round(0.25 * 10)
     assert len(whole.hints.palettes) == whole.counts[:kept].sum(), "hints are for the generator's rows alone"
     own = [pixels.tobytes() for pixels in pictures.pixels]

@@ -46,12 +46,18 @@ def test_a_step_without_numbers_is_left_out_and_most_of_them_end_the_run(broken:
     for _ in range(LOOK // 2 + 1):
         weights[0].grad = torch.full((3,), broken)
         clipping.bound()
-    with pytest.raises(ModelError, match=rf"of {LOOK // 2 + 1} of the last {LOOK} steps .* lower learning_rate"):
+    with pytest.raises(
+        ModelError, match=rf"of {LOOK // 2 + 1} of the last {LOOK} steps .* lower learning_rate"
+    ):
         clipping.left_out()
 
 
-def test_training_goes_on_after_a_step_whose_backward_pass_gives_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = TrainJob.model_validate({"kind": "train", "output": str(tmp_path), "max_steps": 4, "diffusion": {"batch_size": 4}})
+def test_training_goes_on_after_a_step_whose_backward_pass_gives_nan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = TrainJob.model_validate(
+        {"kind": "train", "output": str(tmp_path), "max_steps": 4, "diffusion": {"batch_size": 4}}
+    )
     model = make_tiny(SIZES)
     run, source = Run(job, model, tmp_path, {}), encode_pool(model, pool(SIZES.image_size))
     whole = run.backward
@@ -64,5 +70,7 @@ def test_training_goes_on_after_a_step_whose_backward_pass_gives_nan(tmp_path: P
 
     monkeypatch.setattr(run, "backward", backward)
     assert all(run.train_step(source).isfinite() for _ in range(4))
-    assert all(value.isfinite().all() for value in (*run.modules.state_dict().values(), *run.average.values()))
+    assert all(
+        value.isfinite().all() for value in (*run.modules.state_dict().values(), *run.average.values())
+    )
     assert run.clipping.left_out() == 1

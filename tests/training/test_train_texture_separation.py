@@ -34,7 +34,9 @@ def job(output: Path, processes: int = 0) -> TrainJob:
 
 def test_a_picture_follows_from_its_number_and_texture_is_what_a_flat_style_lacks() -> None:
     drawn = draw_examples(3, np.arange(24), 64)
-    assert all(np.array_equal(a[5:7], b) for a, b in zip(drawn, draw_examples(3, np.array([5, 6]), 64), strict=True))
+    assert all(
+        np.array_equal(a[5:7], b) for a, b in zip(drawn, draw_examples(3, np.array([5, 6]), 64), strict=True)
+    )
     split = split_of(drawn, CPU)
     assert split.tones.shape == (24, 2, 64, 64)
     textured = split.texture.abs().mean((1, 2)) > 0.01

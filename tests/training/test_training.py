@@ -1,4 +1,5 @@
-"""A training run stopped and resumed is the run that was never stopped, bit for bit; its folder is a model."""
+"""A training run stopped and resumed is the run that was never stopped, bit for bit; its folder is a
+model."""
 
 from __future__ import annotations
 
@@ -14,7 +15,12 @@ from context_diffusion.core.training_job import DiffusionSteps, TrainJob
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training import diffusion
 from context_diffusion.training.data.batches import Samples, cropped
-from context_diffusion.training.loop.checkpoints import SAVE_SECONDS, StageSchedule, load_checkpoint, save_checkpoint
+from context_diffusion.training.loop.checkpoints import (
+    SAVE_SECONDS,
+    StageSchedule,
+    load_checkpoint,
+    save_checkpoint,
+)
 from context_diffusion.training.run import run_training
 from support.tiny import SIZES
 
@@ -72,16 +78,22 @@ def test_a_checkpoint_of_another_architecture_or_encoder_is_refused_and_stays(tm
     def again(**sizes: object) -> None:
         run_training(first.model_copy(update={"architecture": SIZES.model_copy(update=sizes)}))
 
-    with pytest.raises(ModelError, match=r"autoencoder.pt: a checkpoint of another architecture: .* \(16.* there and \(32"):
+    with pytest.raises(
+        ModelError, match=r"autoencoder.pt: a checkpoint of another architecture: .* \(16.* there and \(32"
+    ):
         again(vae_width=32)
-    with pytest.raises(ModelError, match=r"diffusion.pt: a checkpoint of another architecture: .*\(32.* there and \(48"):
+    with pytest.raises(
+        ModelError, match=r"diffusion.pt: a checkpoint of another architecture: .*\(32.* there and \(48"
+    ):
         again(width=48)
     with pytest.raises(ModelError, match=r"nowhere.* has no config that can be read .*; known are `small`"):
         again(context_encoder=str(tmp_path / "nowhere"))
     assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
 
 
-def test_a_torn_checkpoint_is_told_and_a_failed_save_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_checkpoint_is_told_and_a_failed_save_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "c.pt"
     save_checkpoint(path, {"step": 1})
 

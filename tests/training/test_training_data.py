@@ -56,6 +56,9 @@ def test_every_word_of_a_prompt_is_known_and_there_are_sixty() -> None:
     assert len(known) >= 60
     rng = np.random.default_rng(2)
     said = " ".join(
-        describe(rng, make_style(rng), f, held_out=h) for f in ("landscape", "maze") for h in (0, 1) for _ in range(250)
+        describe(rng, make_style(rng), f, held_out=h)
+        for f in ("landscape", "maze")
+        for h in (0, 1)
+        for _ in range(250)
     )
     assert set(said.split()) <= known

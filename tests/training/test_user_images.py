@@ -48,7 +48,12 @@ def test_a_folder_a_style_every_format_and_no_target_is_its_own_context(tmp_path
 def test_a_manifest_gives_target_contexts_query_and_prompt(tmp_path: Path, form: str) -> None:
     names = write_pictures(tmp_path)
     rows = [
-        {"picture": names[0], "context": [names[1], names[2], names[0]], "query": names[3], "prompt": "ocean dots"},
+        {
+            "picture": names[0],
+            "context": [names[1], names[2], names[0]],
+            "query": names[3],
+            "prompt": "ocean dots",
+        },
         {"picture": names[4], "context": [names[1]], "query": None, "prompt": None},
     ]
     path = tmp_path / f"own.{form}"
@@ -57,8 +62,13 @@ def test_a_manifest_gives_target_contexts_query_and_prompt(tmp_path: Path, form:
     elif form == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
-        cells = [[r["picture"], json.dumps(r["context"]).replace('"', '""'), r["query"] or "", r["prompt"] or ""] for r in rows]
-        path.write_text("picture,context,query,prompt\n" + "".join(f'{a},"{b}",{c},{d}\n' for a, b, c, d in cells))
+        cells = [
+            [r["picture"], json.dumps(r["context"]).replace('"', '""'), r["query"] or "", r["prompt"] or ""]
+            for r in rows
+        ]
+        path.write_text(
+            "picture,context,query,prompt\n" + "".join(f'{a},"{b}",{c},{d}\n' for a, b, c, d in cells)
+        )
     found = read(path, columns={"target": "picture"})
     pictures = [np.asarray(Image.open(tmp_path / name)) for name in names]
     first, second = sorted(found.training, key=lambda one: one.prompt, reverse=True)
@@ -68,7 +78,9 @@ def test_a_manifest_gives_target_contexts_query_and_prompt(tmp_path: Path, form:
 
     assert same(first.target, 0)
     assert same(first.query, 3)
-    assert [same(k, n) for k, n in zip(first.contexts, (1, 2), strict=True)] == [True, True], "the target itself is left out"
+    assert [same(k, n) for k, n in zip(first.contexts, (1, 2), strict=True)] == [True, True], (
+        "the target itself is left out"
+    )
     assert (first.prompt, second.prompt, second.query) == ("ocean dots", "", None)
     assert same(second.target, 4)
 
@@ -114,7 +126,10 @@ def test_a_wrong_place_is_told(tmp_path: Path) -> None:
 def test_a_manifest_reads_only_what_it_may(tmp_path: Path) -> None:
     [elsewhere] = write_pictures(tmp_path / "elsewhere", 1)
     names = write_pictures(tmp_path / "here", 2)
-    rows = [{"target": names[0], "context": names[1]}, {"target": f"../elsewhere/{elsewhere}", "context": names[1]}]
+    rows = [
+        {"target": names[0], "context": names[1]},
+        {"target": f"../elsewhere/{elsewhere}", "context": names[1]},
+    ]
     path = tmp_path / "here" / "own.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read(path)
@@ -131,7 +146,9 @@ def test_unknown_keys_are_told_with_the_nearest() -> None:
         check_job(values | {"control": ["gray"]})
     with pytest.raises(ConfigError, match=r"diffusion.minute: unknown key; did you mean 'minutes'"):
         check_job(values | {"diffusion": {"minute": 3}})
-    with pytest.raises(ConfigError, match=r"workers x accumulate \(34\) must not exceed diffusion.batch_size \(32\)"):
+    with pytest.raises(
+        ConfigError, match=r"workers x accumulate \(34\) must not exceed diffusion.batch_size \(32\)"
+    ):
         check_job(values | {"workers": 2, "diffusion": {"accumulate": 17}})
     with pytest.raises(ConfigError, match="known are target, context, query, prompt"):
         check_job(values | {"columns": {"picture": "image"}})
@@ -145,7 +162,15 @@ def test_a_query_made_from_the_target_knows_its_tones_and_nothing_of_its_colours
 
     red, green = two_tones((200, 30, 30), (10, 10, 200)), two_tones((20, 110, 90), (60, 20, 20))
     other = two_tones((20, 110, 90), (200, 200, 200))
-    gallery = Gallery([red, green, other], [], ["none"], torch.empty(0), None, torch.empty(0), lambda *_: (torch.empty(0),) * 2)
+    gallery = Gallery(
+        [red, green, other],
+        [],
+        ["none"],
+        torch.empty(0),
+        None,
+        torch.empty(0),
+        lambda *_: (torch.empty(0),) * 2,
+    )
 
     def query(target: int, seed: int) -> Any:
         return gallery.query(Example(target, np.array([2])), np.random.default_rng(seed))
@@ -154,6 +179,8 @@ def test_a_query_made_from_the_target_knows_its_tones_and_nothing_of_its_colours
         assert np.array_equal(query(0, seed), query(1, seed)), "equal tones, other colours"
         assert not np.array_equal(query(0, seed), query(2, seed)), "other tones"
         own = gallery.query(Example(0, np.array([2]), query=1), np.random.default_rng(seed))
-        assert np.array_equal(own, shift_exposure(np.random.default_rng(seed), green)), "a query of one's own is taken"
+        assert np.array_equal(own, shift_exposure(np.random.default_rng(seed), green)), (
+            "a query of one's own is taken"
+        )
     coloured = [np.ptp(query(0, seed).astype(int), axis=2).max() > 20 for seed in range(12)]
     assert 2 < sum(coloured) < 10, "some are grey, some wear another style's colours"

@@ -16,7 +16,7 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from context_diffusion.cluster.supervisor import _members
-from context_diffusion.cluster.train_workers import _told
+from context_diffusion.cluster.train_workers import _failure
 from context_diffusion.core.errors import ClusterError, ModelError
 from context_diffusion.core.training_job import TrainJob
 from context_diffusion.models.native.model import NativeModel
@@ -30,7 +30,14 @@ ENVIRONMENT = os.environ | {"RAY_worker_niceness": "0"}
 
 
 def job(output: Path, **more: object) -> TrainJob:
-    values = {"styles": 4, "pictures": 4, "cpu_threads": 1, "max_steps": 6, "architecture": SIZES.model_dump(), **more}
+    values = {
+        "styles": 4,
+        "pictures": 4,
+        "cpu_threads": 1,
+        "max_steps": 6,
+        "architecture": SIZES.model_dump(),
+        **more,
+    }
     return TrainJob.model_validate({"kind": "train", "output": str(output), **values})
 
 
@@ -62,13 +69,19 @@ def test_an_error_of_a_worker_is_told_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_lost_worker_is_a_fault_from_outside_and_the_last_checkpoint_goes_on(tmp_path: Path) -> None:
     wanted = job(tmp_path, workers=2, max_steps=100_000, checkpoint_every=1)
-    with subprocess.Popen(COMMAND, stdin=-1, stdout=-1, env=ENVIRONMENT, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        COMMAND, stdin=-1, stdout=-1, env=ENVIRONMENT, text=True, start_new_session=True
+    ) as process:
         assert process.stdin
         process.stdin.write(wanted.model_dump_json())
         process.stdin.close()
         while not (tmp_path / "relief.pt").exists():
             time.sleep(0.2)
-        [*_, last] = [pid for pid in _members(process.pid) if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        [*_, last] = [
+            pid
+            for pid in _members(process.pid)
+            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
         os.kill(last, signal.SIGKILL)
         told = json.loads(process.stdout.read().strip().splitlines()[-1])  # type: ignore[union-attr]
     assert process.returncode == told["exit"] == 75, told
@@ -78,8 +91,8 @@ def test_a_lost_worker_is_a_fault_from_outside_and_the_last_checkpoint_goes_on(t
 @pytest.mark.parametrize("fault", [ModelError("the cause"), TypeError("the cause")])
 def test_the_worker_that_failed_is_told_not_the_one_that_misses_it(fault: Exception) -> None:
     gone = WorkerHealthCheckFailedError("a health check failed", RuntimeError())
-    assert _told(WorkerGroupError("", {0: ClusterError("gone"), 1: gone}))["exit"] == 75
-    told = _told(WorkerGroupError("", {0: ClusterError("gone"), 1: fault}))
+    assert _failure(WorkerGroupError("", {0: ClusterError("gone"), 1: gone}))["exit"] == 75
+    told = _failure(WorkerGroupError("", {0: ClusterError("gone"), 1: fault}))
     assert told["exit"] == (2 if isinstance(fault, ModelError) else 1)
     assert "the cause" in told["error"]
 

@@ -1,5 +1,6 @@
-"""Is all here that a job needs? The machine (cli/machine_checks.py), storage, the cluster, the model's weights. Starts no Ray,
-downloads nothing; of storage only a probe in `output` is written, and taken away."""
+"""Checks the environment of a job: the machine (cli/machine_checks.py), storage, the cluster and the model's
+weights. Starts no Ray, downloads nothing, and writes to storage only a probe in `output`, which it
+deletes."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ from context_diffusion.models.resolve import find_model
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address, known_token
 from context_diffusion.storage.filesystem import Storage
 
-PATIENCE_S = 5.0  # for what is away
+PATIENCE_S = 5.0  # the limit for each answer
 
 
-def examine(urls: list[str], output: str | None, model: str, address: str | None) -> Iterator[Check]:
-    """One check after the other. urls: to be read; output: to be written; address: of a cluster's dashboard."""
+def run_checks(urls: list[str], output: str | None, model: str, address: str | None) -> Iterator[Check]:
+    """Yield each check as it is done. urls: must be readable; output: must be writable; address: of a cluster
+    or of its dashboard."""
     yield from machine_checks()
     storage = Storage(deadline_s=PATIENCE_S)
     for url in urls:
@@ -35,62 +37,71 @@ def examine(urls: list[str], output: str | None, model: str, address: str | None
 
 
 def readable(url: str, storage: Storage) -> Check:
+    """Check that a file or folder can be read."""
     uri = normal(url)
     try:
         if storage.is_folder(uri):
             return Check("storage", True, f"{url}: {len(storage.list(uri))} entries", {"url": url})
         storage.read_range(uri, 0, 1)
     except (OSError, ContextDiffusionError) as error:
-        return Check("storage", False, f"cannot be read: {_plain(error)}", {"url": url})
-    return Check("storage", True, f"{url}: can be read", {"url": url})
+        return Check("storage", False, f"cannot be read: {_message(error)}", {"url": url})
+    return Check("storage", True, f"{url}: readable", {"url": url})
 
 
 def writable(url: str, storage: Storage) -> Check:
+    """Check that an OUTPUT can be written, and whether the store refuses to create an object twice."""
     try:
-        once = storage.try_writing(normal(writable_url(url)))
+        creates_once = storage.try_writing(normal(writable_url(url)))
     except ValueError as error:
         return Check("output", False, f"{url}: {error}", {"url": url})
     except ContextDiffusionError as error:
-        return Check("output", False, _plain(error), {"url": url})
-    how = "" if once else ", but the store lets an object be created twice: no two runs of one job at once"
-    return Check("output", True, f"{url}: can be written{how}", {"url": url, "creates_once": once})
+        return Check("output", False, _message(error), {"url": url})
+    note = ", but the store can create an object twice: do not run one job twice at the same time"
+    message = f"{url}: writable{'' if creates_once else note}"
+    return Check("output", True, message, {"url": url, "creates_once": creates_once})
 
 
 def cluster(address: str | None) -> Check:
-    """The Ray that `--address` or the environment names: its dashboard, or its port."""
-    named = address or known_address() or os.environ.get("RAY_ADDRESS")
-    if not named or named in ("auto", "local"):
-        return Check("cluster", True, "none is named, so a run starts Ray on this machine", {"address": None})
+    """Check the Ray cluster of the address or the environment: its dashboard, or its port."""
+    target = address or known_address() or os.environ.get("RAY_ADDRESS")
+    if not target or target in ("auto", "local"):
+        return Check(
+            "cluster", True, "no cluster is set: a run starts Ray on this machine", {"address": None}
+        )
+    values = {"address": target}
     try:
-        if named.startswith("http"):
-            jobs = RayJobs(named, known_token(), PATIENCE_S, PATIENCE_S).list("")
-            return Check("cluster", True, f"{named} answers, {len(jobs)} jobs", {"address": named})
-        place = urlsplit(named if "://" in named else f"ray://{named}")
-        socket.create_connection((place.hostname or "", place.port or 10001), PATIENCE_S).close()
+        if target.startswith("http"):
+            jobs = RayJobs(target, known_token(), PATIENCE_S, PATIENCE_S).list("")
+            return Check("cluster", True, f"{target} answers, {len(jobs)} jobs", values)
+        url = urlsplit(target if "://" in target else f"ray://{target}")
+        socket.create_connection((url.hostname or "", url.port or 10001), PATIENCE_S).close()
     except (RayJobsError, OSError, ValueError) as error:
-        return Check("cluster", False, f"{named} cannot be reached: {_plain(error)}", {"address": named})
-    return Check("cluster", True, f"{named} is open", {"address": named})
+        return Check("cluster", False, f"{target} cannot be reached: {_message(error)}", values)
+    return Check("cluster", True, f"{target} is open", values)
 
 
 def weights(model: str) -> Check:
-    """Those of a folder are there or not; those of the hub are kept here or will be downloaded."""
-    if Path(model).exists() or (model not in PRESETS and ("/" not in model or model.startswith((".", "/", "~")))):
+    """Check that a model's weights are in their folder or in the hub's cache, or can be downloaded."""
+    if Path(model).exists() or (
+        model not in PRESETS and ("/" not in model or model.startswith((".", "/", "~")))
+    ):
         try:
-            found = find_model(model)
+            revision = find_model(model).revision
         except ContextDiffusionError as error:
-            return Check("model", False, _plain(error), {"model": model, "cached": False})
-        return Check("model", True, f"{model}: here, revision {found.revision}", {"model": model, "cached": True})
+            return Check("model", False, _message(error), {"model": model, "cached": False})
+        return Check("model", True, f"{model}: found, revision {revision}", {"model": model, "cached": True})
     parts = parts_of(model)
-    missing = [part for part in parts.all if not kept(part, parts.revision)]
+    missing = [part for part in parts.all if not is_cached(part, parts.revision)]
     if not missing:
-        return Check("model", True, f"{model}: all of its parts are kept here", {"model": model, "cached": True})
-    message, obstacle = f"{model}: not kept here yet: {', '.join(missing)}", obstacle_to(split(missing[0])[0], PATIENCE_S)
-    message += f"; {obstacle}" if obstacle else "; a run downloads them once a node"
+        return Check("model", True, f"{model}: all parts are cached", {"model": model, "cached": True})
+    obstacle = obstacle_to(split(missing[0])[0], PATIENCE_S)
+    note = obstacle or "a run downloads them once per node"
+    message = f"{model}: not cached yet: {', '.join(missing)}; {note}"
     return Check("model", not obstacle, message, {"model": model, "cached": False})
 
 
-def kept(part: str, revision: dict[str, str]) -> bool:
-    """Does the hub's cache hold weights of it, at its commit where that is known?"""
+def is_cached(part: str, revision: dict[str, str]) -> bool:
+    """Return whether the hub's cache has weights of a part, at its commit if that is known."""
     if Path(part).exists():
         return True
     repo, folder = split(part)
@@ -98,5 +109,7 @@ def kept(part: str, revision: dict[str, str]) -> bool:
     return any(snapshots.glob(f"{revision.get(repo, '*')}/{folder}/**/*.safetensors"))
 
 
-def _plain(error: Exception) -> str:
-    return str(error) if isinstance(error, ContextDiffusionError | RayJobsError) else f"{type(error).__name__}: {error}"
+def _message(error: Exception) -> str:
+    if isinstance(error, ContextDiffusionError | RayJobsError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Commands that make pictures in this process, without Ray: `reproduce`, `preview`. cli/main.py puts them on the command line."""
+"""The commands that generate images in this process, without Ray: `preview`, `reproduce`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,65 @@ from typing import Annotated
 
 import typer
 
-from context_diffusion.cli.options import JobFile, Sets, errors, load_generating, print_summary
+from context_diffusion.cli.options import JobFile, Sets, load_generating, print_summary, stderr
 from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED
 
-Picture = Annotated[str, typer.Argument(metavar="FILE", help="a picture that a job made, a path or URL")]
+Grid = Annotated[
+    list[str],
+    typer.Option(metavar="SETTING=VALUE,...", help="setting of the columns; given twice, of the rows"),
+]
+SheetFile = Annotated[str, typer.Option(metavar="FILE.png", help="file of the contact sheet")]
+MoreAxes = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SETTING=VALUE,...]", help="setting of the rows, same as --grid"),
+]
+RowId = Annotated[str | None, typer.Option(metavar="ID", help="id of the row; default: the first row")]
+
+ImageFile = Annotated[
+    str, typer.Argument(metavar="FILE", help="an image that a job generated, a path or URL")
+]
+NewFile = Annotated[
+    str | None, typer.Option(metavar="FILE2", help="file of the new image: .png, .webp or .jpg")
+]
+Prefixes = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PREFIX", help="prefixes of URIs that may be read; default: the job's"),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER", help="folder of relative sources, allowed to be read; default: the manifest's"
+    ),
+]
+Model = Annotated[str | None, typer.Option(help="the model; default: the job's")]
+
+
+def preview(
+    job: JobFile, grid: Grid, out: SheetFile, more: MoreAxes = None, row: RowId = None, sets: Sets = None
+) -> None:
+    """Generate one row at each value of one or two settings, side by side, without Ray.
+
+    Example: context-diffusion preview jobs/demo.yaml --grid guidance_scale=1,3,5 --out grid.png
+    """
+    from context_diffusion.generation.local_model import png_uri, write_sheet
+    from context_diffusion.generation.preview import axes_of, setting_grid
+
+    uri = png_uri("--out", out)
+    axes = axes_of([*grid, *(more or [])])
+    row_id, cells = setting_grid(load_generating(job, sets)[0], axes, row)
+    write_sheet(uri, cells)
+    stderr.print(f"row {row_id}: {uri}")
+    images = sum(map(len, cells[1:]))
+    print_summary({"row": row_id, "grid": dict(axes), "images": images, "out": uri, "exit": EXIT_OK})
 
 
 def reproduce(
-    file: Picture,
-    output: Annotated[str | None, typer.Option(metavar="FILE2", help="where the new one is written: .png, .webp, .jpg")] = None,
-    allow: Annotated[
-        list[str] | None, typer.Option(metavar="PREFIX", help="what it may read; default: what its job might")
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="of its relative sources, which it may read; default: its manifest's")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="where the model lies; default: what its job says")] = None,
+    file: ImageFile, output: NewFile = None, allow: Prefixes = None, base: Base = None, model: Model = None
 ) -> None:
-    """Makes a picture again from what it says, or its OUTPUT, and compares: code 0 identical, 3 differs, 2 cannot be made.
+    """Generate an image again and compare the pixels.
+
+    The settings are those of the image's metadata or its OUTPUT.
+    Exit code 0: identical, 3: different, 2: not possible.
 
     Example: context-diffusion reproduce build/demo/images/part-00000/demo-00-0.png
     """
@@ -35,33 +76,10 @@ def reproduce(
     result = reproduction.reproduce(origin, allow or [], model, base)
     write(result)
     verdict = "identical" if result.identical else "different"
-    errors.print(f"{file}: {verdict}{', although these differ:' if result.identical and result.differs else ''}")
-    for line in result.differs:
-        errors.print(f"  {line}")
+    note = ", although these differ:" if result.identical and result.differs else ""
+    stderr.print("\n  ".join([f"{file}: {verdict}{note}", *result.differs]))
     code = EXIT_OK if result.identical else EXIT_ROWS_FAILED
     row = {"id": origin.metadata["id"], "index": origin.metadata.get("index", 0), "device": result.device}
-    summary = {"file": origin.uri, **row, "identical": result.identical, "differs": result.differs, "exit": code}
-    print_summary(summary)
+    comparison = {"identical": result.identical, "differs": result.differs}
+    print_summary({"file": origin.uri, **row, **comparison, "exit": code})
     raise typer.Exit(code)
-
-
-def preview(
-    job: JobFile,
-    grid: Annotated[list[str], typer.Option(metavar="SETTING=VALUE,...", help="its columns; a second one: lines")],
-    out: Annotated[str, typer.Option(metavar="FILE.png", help="where the sheet goes")],
-    more: Annotated[list[str] | None, typer.Argument(metavar="[SETTING=VALUE,...]", help="the lines, as --grid")] = None,
-    row: Annotated[str | None, typer.Option(metavar="ID", help="of the manifest; default: its first")] = None,
-    sets: Sets = None,
-) -> None:
-    """Makes one row's picture for each value of a setting or two, side by side; starts no Ray.
-
-    Example: context-diffusion preview jobs/demo.yaml --grid guidance_scale=1,3,5 context_scale=.4,.7,1 --out grid.png
-    """
-    from context_diffusion.generation.local_model import png_uri, write_sheet
-    from context_diffusion.generation.preview import axes_of, setting_grid
-
-    uri, axes = png_uri("--out", out), axes_of([*grid, *(more or [])])
-    made, cells = setting_grid(load_generating(job, sets)[0], axes, row)
-    write_sheet(uri, cells)
-    errors.print(f"row {made}: {uri}")
-    print_summary({"row": made, "grid": dict(axes), "images": sum(map(len, cells[1:])), "out": uri, "exit": EXIT_OK})

@@ -1,6 +1,7 @@
-"""The command line. Nothing here imports torch or Ray before a command needs it.
+"""The command line. Commands import torch and Ray only when they need them.
 
-Logs and progress go to stderr; the last line of stdout is one JSON object; exit codes describe OUTPUT (core/errors.py).
+Logs and progress go to stderr; the last line of stdout is one JSON object; exit codes describe OUTPUT
+(core/errors.py).
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from context_diffusion.cli.options import (
     Grace,
     JobFile,
     LogFormats,
+    RayAddress,
     RetryFailed,
     Sets,
-    errors,
     load_all,
-    load_generating,
+    print_error,
     print_summary,
-    tell_error,
+    stderr,
+    summary_of_all,
+    title_of,
 )
 from context_diffusion.core.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_ROWS_FAILED,
     EXIT_UNEXPECTED,
-    REMEDIES,
     ContextDiffusionError,
-    ErrorCode,
     JobError,
     classify,
     one_line,
@@ -49,14 +50,19 @@ from context_diffusion.ray_jobs import RayJobsError
 if TYPE_CHECKING:
     from context_diffusion.core.training_job import TrainingJob
 
-ABOUT = """Makes images that keep the layout of a query, wear the style of context images and follow a prompt; in batches.
+ABOUT = """Generates images that keep the layout of a query image, take the style of context images
+and follow a prompt, in batches on Ray.
 
-Logs and progress go to stderr; the last line of stdout is one JSON object. Exit codes: 0 every row has its image, 3 some
-rows failed, 2 the job is wrong, 4 too many rows failed, 75, 143, 130 and 1: stopped or broken off, run it again.
+Logs and progress go to stderr; the last line of stdout is one JSON object.
+
+Exit codes: 0 every row has its image, 3 some rows failed,
+2 the job is invalid, 4 too many rows failed, 75 an external error,
+130 and 143 stopped, 1 an unexpected error.
+After 75, 130, 143 and 1 rerun the same command to resume.
 """
 
 FINISHED = (EXIT_OK, EXIT_ROWS_FAILED)
-FAILURES_TOLD = 3
+FIRST_FAILURES = 3  # that the log names
 
 app = typer.Typer(
     add_completion=True,
@@ -67,8 +73,8 @@ app = typer.Typer(
 )
 
 
-def _tell_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         print(importlib.metadata.version("context-diffusion"))
         raise typer.Exit
 
@@ -76,88 +82,92 @@ def _tell_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="the version, and nothing else")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit"),
     ] = False,
 ) -> None:
     pass
 
 
 def main() -> None:
-    """The process: a command and its exit code. Ends at once: pyarrow's and Ray's threads may abort a process that
-    waits for its modules' end (signal 6, 3 of 25 short runs here), and the code would be lost."""
+    """Run the command of the process's arguments and end the process with its exit code.
+
+    Ends at once, since threads of pyarrow and Ray may abort a process that waits for the end of its modules
+    (signal 6, 3 of 25 short runs here), and the exit code would be lost."""
     open_standard_streams()
     code = _run()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads any more
+        with suppress(OSError):  # the reader is gone
             stream.flush()
     os._exit(code)
 
 
 def _run() -> int:
-    """Runs a command; errors that are meant become one message and their exit code."""
+    """Run a command. Errors that are raised on purpose become one message and their exit code."""
     try:
         return int(app(standalone_mode=False) or EXIT_OK)  # typer.Exit comes back as its code
     except (ContextDiffusionError, RayJobsError) as error:
-        tell_error(str(error))
+        print_error(str(error))
         print_summary({"exit": error.exit_code, "error": str(error)})
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):  # a wrong option or argument
-            tell_error(error.format_message() if hasattr(error, "format_message") else str(error))
+            print_error(error.format_message() if hasattr(error, "format_message") else str(error))
             return JobError.exit_code
         if LOG.format == LogFormat.JSON:
-            tell_error("".join(traceback.format_exception(error)))
+            print_error("".join(traceback.format_exception(error)))
         else:
-            errors.print_exception()
+            stderr.print_exception()
         return EXIT_UNEXPECTED
 
 
-@app.command()
 def run(
     job: JobFile,
     sets: Sets = None,
-    address: Annotated[str | None, typer.Option(help="a Ray cluster; default: RAY_ADDRESS, else one started here")] = None,
+    address: RayAddress = None,
     retry_failed: RetryFailed = False,
     extend: Extend = False,
     accept_change: AcceptChange = False,
     grace: Grace = 20.0,
     log_format: LogFormats = LogFormat.TEXT,
 ) -> None:
-    """Runs a job, or what is missing of it; of a file with several one after another, as long as they finish.
+    """Run a job, or the unfinished part of it.
+
+    The jobs of a file run one after another, until one does not finish.
 
     Example: context-diffusion run jobs/demo.yaml --set settings.num_inference_steps=30
     """
     LOG.format = log_format
-    jobs, summaries = load_all(job, sets), list[dict[str, Any]]()
-    options = {"address": address, "accept_change": accept_change, "retry_failed": retry_failed, "extend": extend}
-    for number, one in enumerate(jobs, 1):
-        LOG.job = _output_of(one)
+    jobs = load_all(job, sets)
+    options = {
+        "address": address,
+        "accept_change": accept_change,
+        "retry_failed": retry_failed,
+        "extend": extend,
+    }
+    summaries: list[dict[str, Any]] = []
+    for number, loaded in enumerate(jobs, 1):
+        LOG.job = _output_of(loaded)
         if len(jobs) > 1:
-            LOG.tell("job", f"job {number} of {len(jobs)}: {_named(one)}", number=number, of=len(jobs))
-        summaries.append(_run_job(one, options, grace, log_format))
-        if isinstance(one, GenerateJob) and summaries[-1].get("failed"):
-            _tell_failures(one, job, summaries[-1])
-        if "error" in summaries[-1]:
-            tell_error(summaries[-1]["error"])
-        else:
-            LOG.tell("finished", **summaries[-1])
-        if summaries[-1]["exit"] not in FINISHED:
+            LOG.emit("job", f"job {number} of {len(jobs)}: {title_of(loaded)}", number=number, of=len(jobs))
+        summary = _run_job(loaded, options, grace, log_format)
+        summaries.append(summary)
+        _report_end(loaded, job, summary)
+        if summary["exit"] not in FINISHED:
             break
     code = summaries[-1]["exit"]
     if code in FINISHED:
         code = max(summary["exit"] for summary in summaries)
-    print_summary({**summaries[-1], **({"jobs": summaries} if len(jobs) > 1 else {}), "exit": code})
+    print_summary(summary_of_all(summaries, code))
     raise typer.Exit(code)
 
 
-def _named(job: StrictModel) -> str:
-    return "{kind}, {output}".format(**job.model_dump(include={"kind", "output"}))
-
-
-def _run_job(job: StrictModel, options: dict[str, Any], grace: float, log_format: LogFormat) -> dict[str, Any]:
-    """-> the summary, `exit` in it."""
+def _run_job(
+    job: StrictModel, options: dict[str, Any], grace: float, log_format: LogFormat
+) -> dict[str, Any]:
+    """Run a job of any kind. Returns its summary, with `exit`."""
     if isinstance(job, GenerateJob):
         from context_diffusion.cluster.supervisor import supervise
 
@@ -168,23 +178,36 @@ def _run_job(job: StrictModel, options: dict[str, Any], grace: float, log_format
         return {**job.model_dump(include={"output"}), **classify(error)}
 
 
-def _tell_failures(job: GenerateJob, file: str, summary: dict[str, Any]) -> None:
-    """The first reasons why rows failed, and the next command."""
+def _report_end(job: StrictModel, file: str, summary: dict[str, Any]) -> None:
+    """Write a job's failed rows, and its error or its end, to the log."""
+    if isinstance(job, GenerateJob) and summary.get("failed"):
+        _report_failures(job, file, summary)
+    if "error" in summary:
+        print_error(summary["error"])
+    else:
+        LOG.emit("finished", **summary)
+
+
+def _report_failures(job: GenerateJob, file: str, summary: dict[str, Any]) -> None:
+    """Write the first failed rows with their reasons, and the next command, to the log."""
     from context_diffusion.core.uris import normal
     from context_diffusion.outputs.output_folder import Output
     from context_diffusion.storage.filesystem import Storage
 
     output = Output(normal(job.output), Storage(job.storage_options, deadline_s=5))
     try:
-        failures = output.failures(FAILURES_TOLD)
+        failures = output.failures(FIRST_FAILURES)
         report = output.report if summary["exit"] in FINISHED else None
-    except (OSError, ContextDiffusionError):  # the store is away, which the summary says
+    except (OSError, ContextDiffusionError):  # the store is away; the summary has the error
         return
-    lines = [f"{summary['failed']} of {summary['rows']} rows failed, such as"]
-    lines += [f"  {one_line(row['id'], 100)}: {row['error_code']}: {one_line(row['error_message'], 300)}" for row in failures]
-    lines += [f"all of them: {report}"] if report else []
-    lines += [f"correct what they name, then: context-diffusion run {file} --retry-failed"]
-    LOG.tell("rows_failed", "\n".join(lines), "warning", failed=summary["failed"], first=failures, report=report)
+    lines = [f"{summary['failed']} of {summary['rows']} rows failed, for example:"]
+    for row in failures:
+        message = one_line(row["error_message"], 300)
+        lines.append(f"  {one_line(row['id'], 100)}: {row['error_code']}: {message}")
+    lines += [f"all failed rows: {report}"] if report else []
+    lines += [f"fix the causes, then run: context-diffusion run {file} --retry-failed"]
+    text = "\n".join(lines)
+    LOG.emit("rows_failed", text, "warning", failed=summary["failed"], first=failures, report=report)
 
 
 def _output_of(job: StrictModel) -> str:
@@ -194,7 +217,7 @@ def _output_of(job: StrictModel) -> str:
 
 
 def _run_other(job: StrictModel, address: str | None) -> dict[str, Any]:
-    """The kinds that need no supervisor. -> the summary, `exit` in it."""
+    """Run a job of a kind that needs no supervisor. Returns its summary, with `exit`."""
     from context_diffusion.core.evaluate_job import EvaluateJob
     from context_diffusion.core.training_job import TrainingJob
 
@@ -216,49 +239,12 @@ def _train(job: TrainingJob, address: str | None) -> dict[str, Any]:
     return train_on_ray(job, address)
 
 
-@app.command()
-def validate(
-    job: JobFile,
-    sets: Sets = None,
-    sample: Annotated[int, typer.Option(min=0, help="rows whose pictures are loaded")] = 8,
-    pictures: Annotated[str | None, typer.Option(metavar="FILE.png", help="makes their images, and tells the time")] = None,
-) -> None:
-    """Checks job, model, manifest, storage and OUTPUT; loads the pictures of some rows. Starts no Ray and leaves OUTPUT as it is.
-    Ends with 3 where sampled rows would fail (4: more than max_failed allows), with 2 where `run` would. Of a file with several
-    jobs each that generates.
-
-    Example: context-diffusion validate jobs/demo.yaml --sample 4 --pictures sample.png
-    """
-    from context_diffusion.generation.estimate import estimate_lines
-    from context_diffusion.generation.local_model import png_uri
-    from context_diffusion.generation.validate import validate_job
-
-    sheet = png_uri("--pictures", pictures) if pictures else None
-    jobs, told = load_generating(job, sets), []
-    if sheet and len(jobs) > 1:
-        raise JobError(f"{job} has {len(jobs)} jobs that generate: --pictures takes a file of one")
-    for one in jobs:
-        if len(jobs) > 1:
-            errors.print(_named(one))
-        told.append(found := validate_job(one, sample, sheet))
-        for line in found["warnings"]:
-            errors.print(f"warning: {line}")
-        for problem in found["problems"]:
-            errors.print(f"row {problem['id']}: {problem['error_code']}: {problem['error_message']}")
-        for code in dict.fromkeys(problem["error_code"] for problem in found["problems"]):
-            errors.print(f"{code}: {REMEDIES[ErrorCode(code)]}")
-        errors.print(f"{found['rows']} rows in {found['shards']} shards; {len(found['problems'])} of those looked at would fail")
-        for line in estimate_lines(found) if sheet else []:
-            errors.print(line)
-    code = max(found["exit"] for found in told)
-    print_summary({**told[-1], **({"jobs": told} if len(jobs) > 1 else {}), "exit": code})
-    raise typer.Exit(code)
-
-
+# In the order of work, which is the order of the help.
 for command in (
-    *(cluster_commands.warm, cluster_commands.submit, cluster_commands.stop, cluster_commands.status),
+    *(setup_commands.doctor, setup_commands.manifest, setup_commands.validate, image_commands.preview, run),
+    *(cluster_commands.submit, cluster_commands.status, cluster_commands.stop, cluster_commands.warm),
     *(output_commands.report, output_commands.view, output_commands.verify, output_commands.compact),
-    *(setup_commands.manifest, setup_commands.doctor, image_commands.preview, image_commands.reproduce),
+    image_commands.reproduce,
 ):
     app.command()(command)
 

@@ -1,4 +1,4 @@
-"""What the commands share: where they speak, how they read a job, and the options that several of them take."""
+"""What the commands share: the console, how they read a job, and options that several of them take."""
 
 from __future__ import annotations
 
@@ -13,42 +13,75 @@ from context_diffusion.core.event_log import LOG, LogFormat, console
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import StrictModel
 
-errors = console()
+stderr = console()
 
-JobFile = Annotated[str, typer.Argument(metavar="JOB", help="a file of one job or several, YAML or JSON")]
+JobFile = Annotated[
+    str, typer.Argument(metavar="JOB", help="a job file, YAML or JSON, of one or several jobs")
+]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="key=value", help="overrides a key: settings.seed=7; of several jobs in each that has it"),
+    typer.Option(
+        "--set",
+        metavar="key=value",
+        help="override a key, such as settings.seed=7, in each job of the file that has it",
+    ),
 ]
-Folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="the output folder of a job")]
-Address = Annotated[str | None, typer.Option(help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS")]
-RetryFailed = Annotated[bool, typer.Option(help="make the rows that failed anew")]
-Extend = Annotated[bool, typer.Option(help="the manifest has grown at its end: make what is new")]
-AcceptChange = Annotated[bool, typer.Option(help="go on with other versions of torch or diffusers")]
-Grace = Annotated[float, typer.Option(min=0, help="seconds after SIGTERM in which the shards that were begun may end")]
-LogFormats = Annotated[LogFormat, typer.Option(help="of stderr: lines for people, or a JSON object a line")]
+Folder = Annotated[str, typer.Argument(metavar="OUTPUT", help="the output folder of a job, a path or URL")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="address of the cluster's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS"
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="address of a Ray cluster; default: RAY_ADDRESS, else Ray starts on this machine"),
+]
+RetryFailed = Annotated[bool, typer.Option(help="regenerate the failed rows")]
+Extend = Annotated[
+    bool, typer.Option(help="add rows that are new at the end of the manifest, or in new files")
+]
+AcceptChange = Annotated[bool, typer.Option(help="continue with other versions of torch or diffusers")]
+Grace = Annotated[
+    float, typer.Option(min=0, help="seconds after SIGTERM for the shards in progress to finish")
+]
+LogFormats = Annotated[
+    LogFormat, typer.Option(help="format of stderr: lines of text, or one JSON object per line")
+]
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The last line of stdout. Where nobody reads it the exit code still says how it ended."""
+    """Print the last line of stdout. If stdout is closed, the exit code still gives the outcome."""
     with suppress(OSError):
         print(json.dumps(summary), flush=True)
 
 
-def tell_error(error: str) -> None:
-    LOG.tell("error", f"error: {error}", "error", error=error)
+def print_error(error: str) -> None:
+    """Print an error to stderr."""
+    LOG.emit("error", f"error: {error}", "error", error=error)
+
+
+def summary_of_all(summaries: list[dict[str, Any]], code: int) -> dict[str, Any]:
+    """Return the summary of a file's jobs: the last job's, with all of them under `jobs` if there are
+    several."""
+    return {**summaries[-1], **({"jobs": summaries} if len(summaries) > 1 else {}), "exit": code}
+
+
+def title_of(job: StrictModel) -> str:
+    """Return a job's kind and OUTPUT."""
+    return "{kind}, {output}".format(**job.model_dump(include={"kind", "output"}))
 
 
 def load_all(job: str, sets: list[str] | None) -> list[StrictModel]:
-    """The file's jobs."""
+    """Read the jobs of a file."""
     from context_diffusion.core.job_file import load_jobs
 
     return load_jobs(job, sets)
 
 
 def load_generating(job: str, sets: list[str] | None) -> list[GenerateJob]:
-    """Those that generate, of which there must be one."""
-    jobs = [one for one in load_all(job, sets) if isinstance(one, GenerateJob)]
+    """Read the generate jobs of a file. Raises JobError if it has none."""
+    jobs = [loaded for loaded in load_all(job, sets) if isinstance(loaded, GenerateJob)]
     if not jobs:
         raise JobError(f"{job}: this command takes a job of kind generate")
     return jobs

@@ -1,55 +1,145 @@
-"""Commands that come before a job: `manifest`, `doctor`. cli/main.py puts them on the command line."""
+"""The commands before a run: `doctor`, `manifest`, `validate`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from context_diffusion.cli.options import errors, print_summary
-from context_diffusion.core.errors import EXIT_JOB, EXIT_OK
+from context_diffusion.cli.options import (
+    JobFile,
+    Sets,
+    load_generating,
+    print_summary,
+    stderr,
+    summary_of_all,
+    title_of,
+)
+from context_diffusion.core.errors import EXIT_JOB, EXIT_OK, REMEDIES, ErrorCode, JobError
+
+
+def doctor(
+    urls: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[URL...]", help="manifests or folders that must be readable"),
+    ] = None,
+    output: Annotated[str | None, typer.Option(metavar="URL", help="a folder that must be writable")] = None,
+    model: Annotated[
+        str, typer.Option(help="the model whose weights are checked, as `model:` of a job")
+    ] = "bundled",
+    address: Annotated[
+        str | None, typer.Option(help="address of a cluster or of its dashboard; default: the environment's")
+    ] = None,
+) -> None:
+    """Check the environment of a job.
+
+    Starts no Ray and downloads nothing. Exit code 2 if something is broken.
+
+    Example: context-diffusion doctor s3://bucket/rows --output s3://bucket/out --model sd15
+    """
+    from context_diffusion.cli.doctor import run_checks
+
+    checks = []
+    for check in run_checks(urls or [], output, model, address):
+        stderr.print(f"{'ok    ' if check.ok else 'BROKEN'} {check.name}: {check.message}")
+        checks.append({"name": check.name, "ok": check.ok, "told": check.message, **check.values})
+    code = EXIT_OK if all(check["ok"] for check in checks) else EXIT_JOB
+    print_summary({"checks": checks, "exit": code})
+    raise typer.Exit(code)
 
 
 def manifest(
-    queries: Annotated[str, typer.Option(metavar="DIR", help="a folder of pictures, a path or URL")],
-    contexts: Annotated[str, typer.Option(metavar="DIR", help="another; or with sub-folders, each one row's contexts")],
-    pair: Annotated[Literal["all", "zip", "random"], typer.Option(help="each with each, one by one, or drawn: a row a query")],
-    out: Annotated[str, typer.Option(metavar="FILE", help="ends in .parquet, .jsonl or .csv")],
-    prompts: Annotated[str | None, typer.Option(metavar="FILE", help="a prompt a line; paired as the pictures are")] = None,
-    contexts_per_row: Annotated[int | None, typer.Option(min=1, help="default: one; of a sub-folder all")] = None,
-    seed: Annotated[int, typer.Option(help="of what `random` draws")] = 0,
+    queries: Annotated[str, typer.Option(metavar="DIR", help="the folder of query images, a path or URL")],
+    contexts: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR", help="the folder of context images, or of sub-folders with one row's contexts each"
+        ),
+    ],
+    pair: Annotated[
+        Literal["all", "zip", "random"],
+        typer.Option(
+            help="all: each query with each context; zip: in order; random: contexts drawn for each query"
+        ),
+    ],
+    out: Annotated[str, typer.Option(metavar="FILE", help="the manifest to write: .parquet, .jsonl or .csv")],
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="a text file with one prompt per line, paired as the images are"),
+    ] = None,
+    contexts_per_row: Annotated[
+        int | None, typer.Option(min=1, help="number of contexts; default: 1, of a sub-folder all")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of random choices")] = 0,
 ) -> None:
-    """Makes a manifest of two folders of pictures. The same folders, the same manifest.
+    """Write a manifest from two folders of images.
+
+    The same folders give the same manifest.
 
     Example: context-diffusion manifest --queries photos --contexts paintings --pair all --out rows.parquet
     """
     from context_diffusion.inputs.from_folders import Pairing, write_manifest
 
-    made = write_manifest(Pairing(queries, contexts, pair, contexts_per_row, prompts, seed), out)
-    errors.print(f"{made['rows']} rows: {made['manifest']}")
-    if made["allow"]:
-        errors.print(f"these lie outside of its folder, a job of it needs `allow: [{', '.join(made['allow'])}]`")
-    print_summary({**made, "exit": EXIT_OK})
+    summary = write_manifest(Pairing(queries, contexts, pair, contexts_per_row, prompts, seed), out)
+    stderr.print(f"{summary['rows']} rows: {summary['manifest']}")
+    if summary["allow"]:
+        allow = ", ".join(summary["allow"])
+        stderr.print(f"some images are outside the manifest's folder; the job needs `allow: [{allow}]`")
+    print_summary({**summary, "exit": EXIT_OK})
 
 
-def doctor(
-    urls: Annotated[
-        list[str] | None, typer.Argument(metavar="[URL...]", help="manifests or folders that must be readable")
+def validate(
+    job: JobFile,
+    sets: Sets = None,
+    sample: Annotated[int, typer.Option(min=0, help="number of rows whose images are loaded")] = 8,
+    pictures: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="generate the sampled rows as a contact sheet and estimate the job's time",
+        ),
     ] = None,
-    output: Annotated[str | None, typer.Option(metavar="URL", help="a folder that must be writable")] = None,
-    model: Annotated[str, typer.Option(help="are its weights here? As a job's `model:`")] = "bundled",
-    address: Annotated[str | None, typer.Option(help="of a cluster's dashboard; default: the environment's")] = None,
 ) -> None:
-    """Looks whether all is here that a job needs: code 2 where something is broken. Starts no Ray, downloads nothing.
+    """Check the job, model, manifest, storage and OUTPUT, and a sample of the rows.
 
-    Example: context-diffusion doctor s3://bucket/rows --output s3://bucket/out --model sd15
+    Starts no Ray and leaves OUTPUT unchanged.
+    Exit code 2 if `run` would not start, 3 if sampled rows fail,
+    4 if more rows than max_failed allows would fail.
+    In a file of several jobs, checks each generate job.
+
+    Example: context-diffusion validate jobs/demo.yaml --sample 4 --pictures sample.png
     """
-    from context_diffusion.cli.doctor import examine
+    from context_diffusion.generation.local_model import png_uri
+    from context_diffusion.generation.validate import validate_job
 
-    checks = []
-    for check in examine(urls or [], output, model, address):
-        errors.print(f"{'ok    ' if check.ok else 'BROKEN'} {check.name}: {check.told}")
-        checks.append({"name": check.name, "ok": check.ok, "told": check.told, **check.values})
-    code = EXIT_OK if all(check["ok"] for check in checks) else EXIT_JOB
-    print_summary({"checks": checks, "exit": code})
+    sheet = png_uri("--pictures", pictures) if pictures else None
+    jobs = load_generating(job, sets)
+    if sheet and len(jobs) > 1:
+        raise JobError(f"{job} has {len(jobs)} generate jobs: --pictures takes a file of one")
+    summaries = []
+    for generate_job in jobs:
+        if len(jobs) > 1:
+            stderr.print(title_of(generate_job))
+        summary = validate_job(generate_job, sample, sheet)
+        _print_validation(summary, with_estimate=sheet is not None)
+        summaries.append(summary)
+    code = max(summary["exit"] for summary in summaries)
+    print_summary(summary_of_all(summaries, code))
     raise typer.Exit(code)
+
+
+def _print_validation(summary: dict[str, Any], with_estimate: bool) -> None:
+    """Print the warnings, the problems with their remedies, the counts and the estimate."""
+    from context_diffusion.generation.estimate import estimate_lines
+
+    problems = summary["problems"]
+    for line in summary["warnings"]:
+        stderr.print(f"warning: {line}")
+    for problem in problems:
+        stderr.print(f"row {problem['id']}: {problem['error_code']}: {problem['error_message']}")
+    for code in dict.fromkeys(problem["error_code"] for problem in problems):
+        stderr.print(f"{code}: {REMEDIES[ErrorCode(code)]}")
+    failed = f"{len(problems)} of {summary['sampled']} sampled rows failed validation"
+    stderr.print(f"{summary['rows']} rows in {summary['shards']} shards; {failed}")
+    for line in estimate_lines(summary) if with_estimate else []:
+        stderr.print(line)

@@ -1,7 +1,6 @@
-"""The one Ray Data graph: read -> load -> generate -> write, a shard a block all the way.
-
-Ray stays here: everything that the graph calls is a plain callable of generation/stages.py, generation/write_shard.py and
-generation/fault_ledger.py."""
+"""The one Ray Data graph: read -> load -> generate -> write, in which a shard is one block from the first
+stage to the last. What it calls are plain callables of generation/stages.py, generation/write_shard.py and
+generation/fault_ledger.py, which know no Ray."""
 
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from context_diffusion.cluster.metrics import EngineMetrics, Metrics
-from context_diffusion.cluster.stall_guard import Needs, Standstill, ask, awaited
+from context_diffusion.cluster.stall_guard import EngineNeeds, StallGuard, missing_engines, state_of
 from context_diffusion.core.errors import ClusterError
-from context_diffusion.core.event_log import LOG, Waiting
+from context_diffusion.core.event_log import LOG, WaitNotice
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.uris import normal
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
@@ -29,59 +28,67 @@ from context_diffusion.generation.stages import Engine, LoadImages, ReadShard, W
 from context_diffusion.generation.write_shard import WriteShard
 
 EngineFactory = Callable[[GenerateJob, Callable[[BaseException], None]], Engine]
-MOST = 10_000  # engines of a pool that grows with its cluster: no bound, the cluster's GPUs are one
-WHOLE_SHARD: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}  # a call's batch
-TASK_CPUS = 0.1  # of a read or write task where CPUs are few: they wait for storage
+MAX_ENGINES = 10_000  # of a pool that grows with its cluster, which its GPUs limit
+# Options of map_batches: a call takes a whole shard.
+WHOLE_SHARD: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
+TASK_CPUS = 0.1  # of a read or write task, and of load tasks if CPUs are few: they wait for storage
+MIN_ENGINE_CPUS = 0.05
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Engines, from least to most; what each of them and each load task reserves."""
+    """The number of engines, and what each engine and each load task reserves. loads: the most load tasks at
+    once."""
 
-    least: int
-    most: int
+    min_engines: int
+    max_engines: int
     engine_cpus: float
     engine_gpus: float
     load_cpus: float
     loads: int
 
 
-def share_out(job: GenerateJob, cpus: float, gpus: float) -> Resources:
-    """Engines and tasks that fit into the cluster together. Raises ClusterError where they cannot.
+def share_resources(job: GenerateJob, cpus: float, gpus: float) -> Resources:
+    """Return engines and tasks that fit into the cluster together. Raises ClusterError if they cannot.
 
-    Ray Data hangs in silence when they don't fit (its issue 44687), so this is settled before anything starts. What a
-    cluster may still grow by is asked for by the pool: `actors: [least, most]`, `gpus_per_actor` said outright, or engines
-    on GPUs whose number is left open.
-    """
-    asked = job.cluster
-    each = asked.gpus_per_actor if asked.gpus_per_actor is not None else float(gpus > 0)
-    grows = asked.gpus_per_actor is not None or isinstance(asked.actors, list)
-    least, most = _actors(asked.actors, each, gpus)
-    if each and not grows and least * each > gpus:
-        raise ClusterError(f"cluster.actors asks for {least} engines of {each:g} GPU each, the cluster has {gpus:g} GPUs")
-    few = cpus < 4
-    load_cpus = asked.cpus_per_load or (2 * TASK_CPUS if few else 1.0)
+    Ray Data hangs without a message if they don't fit (its issue 44687), so this is decided before anything
+    starts. Resources by which a cluster may still grow are requested by the pool: with `actors: [least,
+    most]`, with `gpus_per_actor`, or for engines on GPUs without a fixed number."""
+    settings = job.cluster
+    engine_gpus = settings.gpus_per_actor if settings.gpus_per_actor is not None else float(gpus > 0)
+    grows = settings.gpus_per_actor is not None or isinstance(settings.actors, list)
+    engines, max_engines = _engines(settings.actors, engine_gpus, gpus)
+    if engine_gpus and not grows and engines * engine_gpus > gpus:
+        needs = f"cluster.actors requires {engines} engines of {engine_gpus:g} GPU each"
+        raise ClusterError(f"{needs}, the cluster has {gpus:g} GPUs")
+    is_small = cpus < 4
+    load_cpus = settings.cpus_per_load or (2 * TASK_CPUS if is_small else 1.0)
     left = cpus - 2 * TASK_CPUS - load_cpus
-    engine_cpus = min(1.0, max(left, 0.05) / least) if each else round(min(left, cpus / 2 if few else cpus - 2) / least, 3)
-    if engine_cpus < 0.05 or (least * engine_cpus > left + 1e-6 and not grows):
+    if engine_gpus:
+        engine_cpus = min(1.0, max(left, MIN_ENGINE_CPUS) / engines)
+    else:
+        engine_cpus = round(min(left, cpus / 2 if is_small else cpus - 2) / engines, 3)
+    if engine_cpus < MIN_ENGINE_CPUS or (engines * engine_cpus > left + 1e-6 and not grows):
         raise ClusterError(
-            f"{least} engine(s) and the tasks that feed them do not fit into a cluster of {cpus:g} CPUs: "
+            f"{engines} engine(s) and the tasks that feed them do not fit into a cluster of {cpus:g} CPUs: "
             "lower cluster.actors or add CPUs"
         )
-    return Resources(least, most, round(engine_cpus, 3), each, load_cpus, max(1, int(cpus)))
+    return Resources(engines, max_engines, round(engine_cpus, 3), engine_gpus, load_cpus, max(1, int(cpus)))
 
 
-def _actors(asked: int | list[int] | None, each: float, gpus: float) -> tuple[int, int]:
-    if isinstance(asked, list):
-        return asked[0], asked[1]
-    if asked or not each:
-        return asked or 1, asked or 1
-    held = int(gpus) * int(1 / each + 1e-6) if each < 1 else int(gpus / each)  # an engine has its share of one GPU alone
-    return max(1, held), max(held, MOST)
+def _engines(actors: int | list[int] | None, engine_gpus: float, gpus: float) -> tuple[int, int]:
+    """Return the least and the largest number of engines."""
+    if isinstance(actors, list):
+        return actors[0], actors[1]
+    if actors or not engine_gpus:
+        return actors or 1, actors or 1
+    # A share of less than one GPU is a share of a single one.
+    fitting = int(gpus) * int(1 / engine_gpus + 1e-6) if engine_gpus < 1 else int(gpus / engine_gpus)
+    return max(1, fitting), max(fitting, MAX_ENGINES)
 
 
-class _Shards(Datasource):
-    """The read tasks of the shards that are left."""
+class _ShardSource(Datasource):
+    """The read tasks of the shards to generate."""
 
     def __init__(self, reads: list[ReadShard]) -> None:
         super().__init__()
@@ -101,7 +108,7 @@ def _metadata(read: ReadShard) -> BlockMetadata:
 
 
 class _CountedLedger(Ledger):
-    """The ledger's actor: what begins is counted when it does, for an engine that dies can tell no more."""
+    """The ledger's actor. Counts attempts when they start, since an engine that dies cannot."""
 
     def __init__(self, output: str) -> None:
         super().__init__()
@@ -113,10 +120,11 @@ class _CountedLedger(Ledger):
         super().hold(shard)
 
     def lacks_gpu(self) -> None:
-        """An engine that was given a GPU found none."""
+        """Record that an engine was given a GPU which its torch cannot use."""
         self._without_gpu += 1
 
     def without_gpu(self) -> int:
+        """Return the number of such engines."""
         return self._without_gpu
 
 
@@ -132,28 +140,32 @@ class _LedgerProxy:
 
 
 class Generate:
-    """The actor: one engine, fed by several shards at once."""
+    """The actor of an engine. Several shards call it at once."""
 
     def __init__(self, job: GenerateJob, make_engine: EngineFactory, ledger: Any) -> None:
-        self.job, told = job, _LedgerProxy(ledger)
-        own = ray.get_runtime_context().get_actor_id()[:8]
-        told.engine_loads(own)
+        self.job = job
+        ledger_proxy = _LedgerProxy(ledger)
+        engine_id = ray.get_runtime_context().get_actor_id()[:8]
+        ledger_proxy.engine_loads(engine_id)
         engine = make_engine(job, _end_process)
-        told.engine_ready(own)
-        self.guarded = GuardedEngine(engine, told)
-        if ray.get_gpu_ids() and isinstance(engine, Watched) and engine.stats().gpu_bytes is None:
-            ray.get(ledger.lacks_gpu.remote())
-        self.metrics = EngineMetrics(engine.stats, normal(job.output), own) if isinstance(engine, Watched) else None
+        ledger_proxy.engine_ready(engine_id)
+        self.guarded = GuardedEngine(engine, ledger_proxy)
+        self.metrics: EngineMetrics | None = None
+        if isinstance(engine, Watched):
+            if ray.get_gpu_ids() and engine.stats().gpu_bytes is None:
+                ledger_proxy.lacks_gpu()
+            self.metrics = EngineMetrics(engine.stats, normal(job.output), engine_id)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        made = generate(table, self.guarded, self.job)
+        generated = generate(table, self.guarded, self.job)
         if self.metrics:
-            self.metrics.look()  # its own looks may be further apart than a short job is long
-        return made
+            self.metrics.update()  # a short job may end before the next regular update
+        return generated
 
 
 def _end_process(error: BaseException) -> None:
-    """A broken engine (a lost device) ends its process, so that Ray replaces it and its shards run elsewhere."""
+    """End the process of a broken engine (a lost device), so that Ray replaces it and its shards run
+    elsewhere."""
     logging.getLogger(__name__).error("the engine is broken, its process ends: %r", error)
     os._exit(70)
 
@@ -164,42 +176,48 @@ def run_flow(
     load: LoadImages,
     write: WriteShard,
     make_engine: EngineFactory,
-    started: Callable[[Any], None],
+    on_start: Callable[[Any], None],
 ) -> Generator[dict[str, Any], None, None]:
-    """Run the shards that are left; yield each written one, as schema.WRITTEN. Ray is up already. started: given the ledger."""
+    """Generate shards on a Ray that is connected, and yield a row of schema.WRITTEN for each written one.
+
+    on_start: receives the ledger."""
     cluster = ray.cluster_resources()
-    resources = share_out(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
+    resources = share_resources(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
     ledger = ray.remote(num_cpus=0, max_concurrency=64)(_CountedLedger).remote(normal(job.output))
-    needs = Needs(resources.least, resources.engine_cpus, resources.engine_gpus)
-    _configure(job, partial(Standstill, partial(ask, ledger), job.cluster.no_progress_timeout_s, needs))
-    started(_LedgerProxy(ledger))
+    needs = EngineNeeds(resources.min_engines, resources.engine_cpus, resources.engine_gpus)
+    _configure(job, partial(StallGuard, partial(state_of, ledger), job.cluster.no_progress_timeout_s, needs))
+    on_start(_LedgerProxy(ledger))
     loaded = _loaded(reads, load, resources)
     generated = _generated(loaded, job, make_engine, ledger, resources)
-    written = generated.map_batches(write, **WHOLE_SHARD, num_cpus=TASK_CPUS, compute=TaskPoolStrategy(resources.loads))
+    pool = TaskPoolStrategy(resources.loads)
+    written = generated.map_batches(write, **WHOLE_SHARD, num_cpus=TASK_CPUS, compute=pool)
     try:
-        with Waiting(lambda: awaited(ask(ledger), needs)):
+        with WaitNotice(lambda: missing_engines(state_of(ledger), needs)):
             yield from _rows_of(written, ledger)
     finally:
-        DataContext.get_current().custom_execution_callback_classes = []  # a notebook's next flow is not this one's
+        DataContext.get_current().custom_execution_callback_classes = []  # a notebook may run another flow
 
 
 def _loaded(reads: list[ReadShard], load: LoadImages, resources: Resources) -> Dataset:
-    """The shards that are left, with their images."""
-    shards = ray.data.read_datasource(_Shards(reads), override_num_blocks=len(reads), num_cpus=TASK_CPUS)
+    """Return the stages that read the shards and load their images."""
+    shards = ray.data.read_datasource(_ShardSource(reads), override_num_blocks=len(reads), num_cpus=TASK_CPUS)
     pool = TaskPoolStrategy(resources.loads)
     return shards.map_batches(load, **WHOLE_SHARD, num_cpus=resources.load_cpus, compute=pool)
 
 
-def _generated(loaded: Dataset, job: GenerateJob, make_engine: EngineFactory, ledger: Any, resources: Resources) -> Dataset:
-    """What the engines make of them."""
+def _generated(
+    loaded: Dataset, job: GenerateJob, make_engine: EngineFactory, ledger: Any, resources: Resources
+) -> Dataset:
+    """Return the stage of the engines."""
     engines = ActorPoolStrategy(
-        min_size=resources.least,
-        max_size=resources.most,
+        min_size=resources.min_engines,
+        max_size=resources.max_engines,
         max_concurrent_calls_per_actor=job.cluster.shards_per_actor,
         max_tasks_in_flight_per_actor=job.cluster.shards_per_actor + 1,
         enable_true_multi_threading=True,
     )
-    return loaded.map_batches_internal(  # map_batches refuses GPUs without a batch_size, and a batch is a shard here
+    # map_batches refuses GPUs without a batch_size, and a batch is a shard here
+    return loaded.map_batches_internal(
         Generate,
         fn_constructor_args=(job, make_engine, ledger),
         **WHOLE_SHARD,
@@ -211,8 +229,8 @@ def _generated(loaded: Dataset, job: GenerateJob, make_engine: EngineFactory, le
 
 
 def _rows_of(written: Dataset, ledger: Any) -> Iterator[dict[str, Any]]:
-    """Run the graph; yield its rows as they come, and tell the ledger of each."""
-    # Not iter_batches: its threads outlive a flow that is given up, find Ray gone, and Ray then ends this process.
+    """Run the graph, yield its rows as they come, and record each as an event of the ledger."""
+    # Not iter_batches: its threads outlive an abandoned flow, find Ray gone, and Ray then ends this process.
     for number, bundle in enumerate(written.iter_internal_ref_bundles()):
         if number == 0:
             _warn_without_gpu(ray.get(ledger.without_gpu.remote()))
@@ -222,19 +240,22 @@ def _rows_of(written: Dataset, ledger: Any) -> Iterator[dict[str, Any]]:
 
 
 def _warn_without_gpu(engines: int) -> None:
-    """Ray gives out what its nodes were started with; whether torch can use that shows in the engines."""
+    """Warn of engines whose GPU torch cannot use. Ray assigns the GPUs that its nodes were started with, also
+    such ones."""
     if engines:
-        message = f"{engines} engine(s) have a GPU of Ray's on which their torch finds none, and run on the CPU, much slower"
-        LOG.tell("warning", f"warning: {message}", "warning", message=message)
+        message = f"{engines} engine(s) were given a GPU by Ray, but their torch finds none"
+        LOG.warn(f"{message}: they run on the CPU, much slower")
 
 
-def _configure(job: GenerateJob, standstill: Callable[[], Standstill]) -> None:
+def _configure(job: GenerateJob, stall_guard: Callable[[], StallGuard]) -> None:
+    """Set Ray Data's options for the flow."""
     context = DataContext.get_current()
     context.target_max_block_size = None  # a shard's block is never split
     context.execution_no_progress_timeout_s = -1
-    context.custom_execution_callback_classes = [standstill]
-    # The pool grows when its engines have more shards than they work at; of Ray's own 1.75 ours would never have so many.
+    context.custom_execution_callback_classes = [stall_guard]
+    # The pool grows when its engines have more shards than they work on. Ray's default of 1.75 would never be
+    # reached.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1 + 0.5 / job.cluster.shards_per_actor
-    context.raise_original_map_exception = True  # else the cause of a stage's error is lost on the way to the driver
+    context.raise_original_map_exception = True  # else the driver does not get the cause of a stage's error
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -1,5 +1,5 @@
-"""One run of a generate job: plan, flow, finish. It talks to Ray; cluster/driver_process.py is its process, cluster/supervisor.py
-watches over it."""
+"""One run of a generate job: plan, flow, finish. cluster/driver_process.py is its process, which
+cluster/supervisor.py starts and watches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from context_diffusion.cluster.progress import Progress
+from context_diffusion.cluster.progress import RunProgress
 from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED, ClusterError, TooManyFailuresError
 from context_diffusion.core.event_log import LOG
 from context_diffusion.core.generate_job import GenerateJob
@@ -27,7 +27,7 @@ from context_diffusion.storage.filesystem import Storage
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line adds to a job."""
+    """The options of the command line that apply to a run."""
 
     address: str | None = None
     accept_change: bool = False
@@ -41,27 +41,31 @@ def run_generate(
     make_engine: Callable[..., Any] | None = None,
     on_start: Callable[[Any], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Makes what is missing of OUTPUT and closes it. -> the summary, `exit` in it. make_engine: the test seam; on_start:
-    given the flow's ledger."""
+    """Generate what is missing in OUTPUT and finish it.
+
+    make_engine: for tests; on_start: receives the flow's ledger. Returns the summary, with `exit`."""
     started = time.perf_counter()
     storage = Storage(job.storage_options)
     output = Output(normal(job.output), storage)
     plan = open_plan(job, output, storage, options.accept_change, options.extend, options.retry_failed)
     for line in column_warnings(plan.passed.names):
-        LOG.tell("warning", f"warning: {line}", level="warning", message=line)
+        LOG.warn(line)
     if options.retry_failed:
         storage.delete(output.success)
-    counts = before = output.count()
+    before = output.count()
+    counts = before
     occupancy = None
     if not storage.exists(output.success):
-        occupancy = _make_missing(job, options, output, plan, before, make_engine, on_start)
-        _check_failures(job, plan, counts := output.count())
+        occupancy = _generate_missing(job, options, output, plan, before, make_engine, on_start)
+        counts = output.count()
+        _check_failures(job, plan, counts)
         if counts.rows != plan.rows:
-            raise ClusterError(f"{counts.rows} rows in {output.root}, {plan.rows} in the manifest: run it again")
+            message = f"{output.root} has {counts.rows} rows, the manifest {plan.rows}"
+            raise ClusterError(f"{message}: rerun the same command to resume")
     return _finish(job, output, before, counts, time.perf_counter() - started, occupancy)
 
 
-def _make_missing(
+def _generate_missing(
     job: GenerateJob,
     options: Options,
     output: Output,
@@ -70,8 +74,9 @@ def _make_missing(
     make_engine: Callable[..., Any] | None,
     on_start: Callable[[Any], None],
 ) -> float | None:
-    """Make the shards that are left. Returns the occupancy of this run's engines."""
-    done, redo = output.finished(), set[int]()
+    """Generate the shards without a part. Returns the occupancy of this run's engines."""
+    done = output.finished()
+    redo: set[int] = set()
     if options.retry_failed:
         redo = _shards_with_failures(output)
         done -= redo
@@ -80,28 +85,31 @@ def _make_missing(
     reads, load, write = build_stages(plan, output, done, frozenset(redo))
     if not reads:
         return None
-    from context_diffusion.cluster import dataflow  # here, not above: a wrong job is refused before Ray is imported
+    # Here, so that an invalid job is refused before Ray is imported.
+    from context_diffusion.cluster import dataflow
     from context_diffusion.cluster.metrics import RunMetrics
     from context_diffusion.cluster.ray_session import ray_session
 
     with (
         ray_session(plan.job.cluster.num_cpus, options.address) as logs,
-        Progress(plan.rows, before, logs) as shown,
+        RunProgress(plan.rows, before, logs) as progress,
         RunMetrics(output.root, sum(read.shard.rows for read in reads)) as metrics,
-        # Closed before Ray is: a thread of a flow that is given up would find Ray gone, and end this process.
-        closing(dataflow.run_flow(plan.job, reads, load, write, make_engine or _default_engine, on_start)) as flow,
+        # Closed before Ray is: a thread of an abandoned flow would find Ray gone, and end this process.
+        closing(
+            dataflow.run_flow(plan.job, reads, load, write, make_engine or _default_engine, on_start)
+        ) as flow,
     ):
         for counts in flow:
-            for told in (shown, metrics):
-                told.add(counts)
-            _check_failures(job, plan, shown.counts)
-        return shown.occupancy
+            progress.add(counts)
+            metrics.add(counts)
+            _check_failures(job, plan, progress.counts)
+        return progress.occupancy
 
 
-def _default_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> Any:
+def _default_engine(job: GenerateJob, on_broken: Callable[[BaseException], None]) -> Any:
     from context_diffusion.pipeline import make_engine
 
-    return make_engine(job, broken)
+    return make_engine(job, on_broken)
 
 
 def _shards_with_failures(output: Output) -> set[int]:
@@ -109,27 +117,30 @@ def _shards_with_failures(output: Output) -> set[int]:
 
 
 def _check_failures(job: GenerateJob, plan: Plan, counts: Counts) -> None:
+    """Raise TooManyFailuresError if more rows failed than max_failed allows."""
     allowed = job.failures_allowed(plan.rows)
     if counts.failed > allowed:
         codes = ", ".join(f"{code} {count}" for code, count in sorted(counts.codes.items())) or "see data/"
         raise TooManyFailuresError(
-            f"{counts.failed} rows failed, max_failed allows {allowed} of {plan.rows} ({codes}); "
-            "raise max_failed, or mend the inputs and run with --retry-failed"
+            f"{counts.failed} of {plan.rows} rows failed ({codes}), max_failed allows {allowed}; "
+            "raise max_failed, or correct the inputs and run with --retry-failed"
         )
 
 
 def _finish(
     job: GenerateJob, output: Output, before: Counts, counts: Counts, seconds: float, occupancy: float | None
 ) -> dict[str, Any]:
-    """summary.json, report.html, checksums.parquet, and _SUCCESS last of all; a finished OUTPUT is left as it is."""
+    """Write summary.json, report.html, checksums.parquet and at last _SUCCESS, unless OUTPUT is finished.
+
+    Returns the summary."""
     finished = output.storage.exists(output.success)
-    made = counts.images - before.images
+    images = counts.images - before.images
     summary = {
         "output": output.root,
         **asdict(counts),
         "skipped": before.rows,
         "seconds": round(seconds, 2),
-        "images_per_second": round(made / seconds, 3),
+        "images_per_second": round(images / seconds, 3),
         "occupancy": occupancy,
         "exit": EXIT_ROWS_FAILED if counts.failed else EXIT_OK,
     }

@@ -1,7 +1,8 @@
-"""The driver's process: options in, one line of result out; it stops when it is told to, and ends with its parent.
+"""The process of the Ray driver. It reads its options from stdin, writes one line of result, and ends with
+its parent.
 
-python -m context_diffusion.cluster.driver_process RESULT_FD         stdin: a line of options as JSON, later perhaps `stop`
-"""
+python -m context_diffusion.cluster.driver_process RESULT_FD         stdin: options as a JSON line, later
+`stop`"""
 
 from __future__ import annotations
 
@@ -27,47 +28,57 @@ from context_diffusion.generation.fault_ledger import Ledger
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
-LOOK_S = 0.3  # between two looks at what is written
+CHECK_S = 0.3  # between two checks of the written parts
 
 
-class Stopping(threading.Thread):
-    """Waits for the word `stop`: then no shard begins, and `end` is called when all that were begun are written. Where
-    stdin ends without it the supervisor was killed, and nobody else is left to end this Ray: its agents outlive it."""
+class StopListener(threading.Thread):
+    """Waits for the line `stop` on stdin: then no shard starts, and `end` is called when all shards in
+    progress are written.
+
+    If stdin ends without it, the supervisor was killed. Nothing else would then end this Ray, whose agents
+    would survive, so the listener ends it and this process."""
 
     def __init__(self, output: Output, end: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self.output, self.end = output, end
+        self.output = output
+        self.end = end
         self._ledger: queue.Queue[Ledger] = queue.Queue()
 
-    def started(self, ledger: Ledger) -> None:
-        """The flow runs. From here on SIGTERM is the supervisor's matter: `ray.init` has just set a handler that would end
-        this process, and Ray Jobs, like systemd, sends the signal to every process of a job that is stopped."""
-        signal.signal(signal.SIGTERM, lambda *_: None)  # not SIG_IGN, which a Ray that is started here would inherit
+    def on_start(self, ledger: Ledger) -> None:
+        """Take the ledger of the flow that has started. From here on the supervisor handles SIGTERM.
+
+        `ray.init` has just set a handler that would end this process, and Ray Jobs, like systemd, sends the
+        signal to every process of a job that is stopped."""
+        signal.signal(
+            signal.SIGTERM, lambda *_: None
+        )  # not SIG_IGN, which a Ray that starts here would inherit
         self._ledger.put(ledger)
 
     def run(self) -> None:
+        """Wait for `stop`, then for the shards in progress."""
         if not any(line.strip() == "stop" for line in sys.stdin):
             end_session(os.getpid(), spared=os.getpid())
             os.kill(os.getpid(), signal.SIGKILL)
         if not self._ledger.empty():
             ledger = self._ledger.get()
             ledger.stop()
-            LOG.tell("stopping", "stopping: the shards that were begun are finished first")
+            LOG.emit("stopping", "stop requested: the shards in progress are finished first")
             while self._unwritten(ledger):
-                time.sleep(LOOK_S)
+                time.sleep(CHECK_S)
         self.end()
 
     def _unwritten(self, ledger: Ledger) -> bool:
-        held, made = ledger.in_progress()
-        return bool(held or made - self.output.finished())
+        held, finished = ledger.in_progress()
+        return bool(held or finished - self.output.finished())
 
 
 def main() -> None:
+    """Run the job that stdin names, and end the process with the exit code of its summary."""
     result = os.fdopen(int(sys.argv[1]), "w")
-    given = json.loads(sys.stdin.readline())
-    log = _redirect_noise()
-    job = GenerateJob.model_validate(given["job"])
-    ending = threading.Lock()  # a run may finish just when it is told to stop
+    values = json.loads(sys.stdin.readline())
+    log = _redirect_output()
+    job = GenerateJob.model_validate(values["job"])
+    ending = threading.Lock()  # a run may finish at the moment when a stop is requested
 
     def end(summary: dict[str, Any]) -> None:
         ending.acquire()
@@ -77,11 +88,12 @@ def main() -> None:
         os._exit(summary["exit"])
 
     output = Output(normal(job.output), Storage(job.storage_options))
-    LOG.format, LOG.job = given["log_format"], output.root
-    stopping = Stopping(output, lambda: end({"exit": EXIT_TERMINATED, "error": "stopped"}))
-    stopping.start()
+    LOG.format = values["log_format"]
+    LOG.job = output.root
+    listener = StopListener(output, lambda: end({"exit": EXIT_TERMINATED, "error": "stopped"}))
+    listener.start()
     try:
-        summary = run_generate(job, Options(**given["options"]), on_start=stopping.started)
+        summary = run_generate(job, Options(**values["options"]), on_start=listener.on_start)
     except ContextDiffusionError as error:
         summary = {"exit": error.exit_code, "error": str(error)}
     except Exception as error:
@@ -90,8 +102,9 @@ def main() -> None:
     end(summary)
 
 
-def _redirect_noise() -> str:
-    """What Ray and its C++ print goes to a log file, which the log names; the log keeps the real stderr."""
+def _redirect_output() -> str:
+    """Redirect what Ray and its C++ code print to a log file, and return its path. LOG keeps the real
+    stderr."""
     handle, path = tempfile.mkstemp(prefix="context-diffusion-", suffix=".log")
     terminal = os.dup(2)
     with suppress(OSError):

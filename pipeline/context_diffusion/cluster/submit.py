@@ -1,7 +1,5 @@
-"""A job for another machine: what it will not find there, the package along with it where it lacks it.
-
-Knows Ray's Jobs API (ray_jobs.py), not Ray.
-"""
+"""Prepares a job for a cluster: ships the package, finds paths of this machine. Knows Ray's Jobs API
+(ray_jobs.py), not Ray."""
 
 from __future__ import annotations
 
@@ -18,33 +16,40 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1", None)
 
 
 def runtime_env(jobs: RayJobs, wheel: Path | None, env: dict[str, str] | None) -> dict[str, Any]:
-    """wheel: a file with the package, where the cluster's image lacks it. Raises ConfigError where there is no such file."""
-    found: dict[str, Any] = {"env_vars": env or {}}
+    """Return a job's runtime_env. wheel: a file with the package, for clusters whose image lacks it. Raises
+    ConfigError if the file does not exist."""
+    environment: dict[str, Any] = {"env_vars": env or {}}
     if wheel and not wheel.is_file():
-        raise ConfigError(f"--wheel {wheel}: there is no such file; `pip wheel --no-deps .` makes one of a checkout")
+        raise ConfigError(
+            f"--wheel {wheel}: file not found; `pip wheel --no-deps .` builds one from a checkout"
+        )
     if wheel:
         data = wheel.read_bytes()
-        # A wheel is a zip with the package in it. As .whl Ray would have pip install it, and torch with it.
-        found["py_modules"] = [jobs.upload(f"{wheel.stem}-{hashlib.sha256(data).hexdigest()[:12]}.zip", data)]
-    return found
+        # A wheel is a zip with the package in it. A .whl would be installed by pip, with torch.
+        name = f"{wheel.stem}-{hashlib.sha256(data).hexdigest()[:12]}.zip"
+        environment["py_modules"] = [jobs.upload(name, data)]
+    return environment
 
 
 def local_paths(values: dict[str, Any], address: str) -> list[str]:
-    """What a cluster that is not this machine will not find."""
+    """Return the paths of a job that other machines may lack; none if the cluster is this machine."""
     if urlsplit(address).hostname in LOOPBACK:
         return []
-    named = [values.get(key) for key in URIS + NAMES]
-    flat = [one for value in named for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)]
-    return [one for one in flat if one.startswith("/")]
+    values_with_paths = [values.get(key) for key in URIS + NAMES]
+    paths = [path for value in values_with_paths for path in (value if isinstance(value, list) else [value])]
+    return [path for path in paths if isinstance(path, str) and path.startswith("/")]
 
 
 def submission_of(name: str, jobs: RayJobs | None) -> dict[str, Any]:
-    """A submitted job: its status, message, exit code where it has ended, and OUTPUT. Raises JobError."""
+    """Return a submitted job: its id, status, message, OUTPUT and, if it has ended, exit code. Raises
+    JobError.
+
+    jobs: the cluster; None if none is named."""
     if "/" in name or jobs is None:
-        hint = "" if "/" in name else ", and no cluster to ask for a submission of that name: give --address"
-        raise JobError(f"{name}: no plan.json there; is it the `output:` of a job that was run?{hint}")
+        hint = "" if "/" in name else "; if it is a SUBMISSION, name its cluster with --address"
+        raise JobError(f"{name}: no plan.json there: expected the `output:` of a job that was run{hint}")
     job = jobs.get(name)
     if job is None or "output" not in (job.get("metadata") or {}):
-        raise JobError(f"{name}: neither an OUTPUT folder nor a submission that {jobs.address} knows")
-    ended = {key: job[key] for key in ("status", "message", "driver_exit_code")}
-    return {"id": name, **ended, "output": job["metadata"]["output"]}
+        raise JobError(f"{name}: not found: expected an OUTPUT folder or a submission to {jobs.address}")
+    state = {key: job[key] for key in ("status", "message", "driver_exit_code")}
+    return {"id": name, **state, "output": job["metadata"]["output"]}

@@ -1,7 +1,7 @@
-"""`run` from outside: the Ray driver runs in a child process with a session of its own; this one decides the code.
+"""Runs the Ray driver in a child process with its own session, and decides the exit code.
 
-When Ray's raylet or gcs dies, Ray ends the driver with 1, or not for a minute, and `ray.init` takes over SIGTERM: so
-signals, lost children and the last line of stdout are handled here, where no Ray is.
+If Ray's raylet or gcs dies, Ray ends the driver with 1, or only after a minute, and `ray.init` replaces the
+handler of SIGTERM. So signals, lost children and the last line of stdout are handled here, without Ray.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from context_diffusion.core.uris import normal
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
-GRACE_SECONDS = 3.0
+END_S = 3.0  # the limit for processes to end after SIGTERM, and after SIGKILL
+RESUME = "rerun the same command to resume"
 
 
 class _StopSignalError(Exception):
@@ -34,91 +35,107 @@ class _StopSignalError(Exception):
 def supervise(
     job: GenerateJob, options: dict[str, Any], grace_s: float = 20.0, log_format: str = LogFormat.TEXT
 ) -> dict[str, Any]:
-    """Runs the driver; -> its summary, or what is known of OUTPUT where it could not give one. `exit` always in it.
-    grace_s: after SIGTERM, for the shards that were begun."""
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Run the driver.
+
+    grace_s: after SIGTERM, for the shards in progress. Returns its summary, or if it ended without one the
+    counts of OUTPUT; `exit` is always in it."""
+    handlers = {number: signal.signal(number, _raise_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return _supervise(handed_over(job, options, log_format), job, grace_s)
+        return _supervise(driver_input(job, options, log_format), job, grace_s)
     finally:
-        for number, handler in before.items():  # the file's next job may not know ours
+        for number, handler in handlers.items():  # the file's next job may not expect these handlers
             signal.signal(number, handler)
 
 
-def _supervise(given: bytes, job: GenerateJob, grace_s: float) -> dict[str, Any]:
+def _supervise(first_line: bytes, job: GenerateJob, grace_s: float) -> dict[str, Any]:
     started = time.monotonic()
-    reading, writing = os.pipe()
+    result_fd, driver_fd = os.pipe()
     child = subprocess.Popen(
-        [sys.executable, "-m", "context_diffusion.cluster.driver_process", str(writing)],
+        [sys.executable, "-m", "context_diffusion.cluster.driver_process", str(driver_fd)],
         stdin=subprocess.PIPE,
-        stdout=sys.stderr,  # whatever Ray prints; stdout is for the result
-        pass_fds=[writing],
+        stdout=sys.stderr,  # what Ray prints; stdout is for the result
+        pass_fds=[driver_fd],
         start_new_session=True,
     )
-    os.close(writing)
+    os.close(driver_fd)
     try:
-        assert child.stdin
-        child.stdin.write(given)
-        child.stdin.flush()
-        text = _line(reading)
+        _send(child, first_line)
+        text = _read_line(result_fd)
         child.wait()
-    except _StopSignalError as stopped:
-        text = _last_word(child, reading, grace_s if stopped.exit == EXIT_TERMINATED else 0)
-        if '"rows"' not in text:  # it had not just finished
-            return _known(job, stopped.exit, "stopped; the same command goes on", started)
+    except _StopSignalError as stop:
+        text = _stop(child, result_fd, grace_s if stop.exit == EXIT_TERMINATED else 0)
+        if '"rows"' not in text:  # it has not just finished
+            return _partial_summary(job, stop.exit, f"stopped; {RESUME}", started)
     finally:
-        os.close(reading)
-        child.kill()  # where it still lives its time is over, and it does not heed SIGTERM
+        os.close(result_fd)
+        child.kill()  # if it is still alive its time is over, and it ignores SIGTERM
         end_session(child.pid)
         child.wait()
     if text.strip():
         summary = json.loads(text)
         if "rows" in summary:
             return summary
-        return _known(job, summary["exit"], summary["error"], started)
+        return _partial_summary(job, summary["exit"], summary["error"], started)
     how = f"signal {-child.returncode}" if child.returncode < 0 else f"code {child.returncode}"
-    return _known(job, EXIT_EXTERNAL, f"the Ray driver ended with {how} and no result; the same command goes on", started)
+    error = f"the Ray driver ended with {how} and no result; {RESUME}"
+    return _partial_summary(job, EXIT_EXTERNAL, error, started)
 
 
-def handed_over(job: GenerateJob, options: dict[str, Any], log_format: str = LogFormat.TEXT) -> bytes:
-    """The child's line. Keys that are not set stay so: what is left out of a model's parts is its preset's."""
-    given = {"job": job.model_dump(mode="json", exclude_unset=True), "options": options, "log_format": log_format}
-    return json.dumps(given).encode() + b"\n"
+def driver_input(job: GenerateJob, options: dict[str, Any], log_format: str = LogFormat.TEXT) -> bytes:
+    """Return the first line of the driver's stdin. Keys that the job does not set are left unset, since an
+    unset part of a model is its preset's."""
+    values = {
+        "job": job.model_dump(mode="json", exclude_unset=True),
+        "options": options,
+        "log_format": log_format,
+    }
+    return json.dumps(values).encode() + b"\n"
 
 
-def _stop(number: int, _frame: Any) -> None:
+def _send(child: subprocess.Popen[bytes], line: bytes) -> None:
+    assert child.stdin
+    child.stdin.write(line)
+    child.stdin.flush()
+
+
+def _raise_stop(number: int, _frame: Any) -> None:
     raise _StopSignalError(number)
 
 
-def _line(reading: int, seconds: float | None = None) -> str:
-    """What the driver says at its end; nothing where it ends without, or not in that time."""
-    until, text = None if seconds is None else time.monotonic() + seconds, b""
-    while not text.endswith(b"\n"):
-        left = None if until is None else max(until - time.monotonic(), 0.0)
-        if not select.select([reading], [], [], left)[0] or not (more := os.read(reading, 65536)):
+def _read_line(result_fd: int, limit_s: float | None = None) -> str:
+    """Read the driver's result; "" if it ends without one, or not within the limit."""
+    deadline = None if limit_s is None else time.monotonic() + limit_s
+    data = b""
+    while not data.endswith(b"\n"):
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        if not select.select([result_fd], [], [], left)[0]:
             break
-        text += more
-    return text.decode()
+        chunk = os.read(result_fd, 65536)
+        if not chunk:
+            break
+        data += chunk
+    return data.decode()
 
 
-def _last_word(child: subprocess.Popen[bytes], reading: int, grace_s: float) -> str:
-    """Tells the driver to begin no more shards, and waits. A second signal ends the patience."""
+def _stop(child: subprocess.Popen[bytes], result_fd: int, grace_s: float) -> str:
+    """Ask the driver to start no further shard, and wait for its result. A second signal ends the wait."""
     if grace_s <= 0 or child.poll() is not None:
         return ""
     try:
-        assert child.stdin
-        child.stdin.write(b"stop\n")
-        child.stdin.flush()
-        return _line(reading, grace_s)
+        _send(child, b"stop\n")
+        return _read_line(result_fd, grace_s)
     except (_StopSignalError, BrokenPipeError):
         return ""
 
 
 def end_session(session: int, spared: int | None = None) -> None:
-    """Ends every process of a session but `spared`: the driver and the Ray that it started. First politely."""
-    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
-        until = time.monotonic() + patience
-        while (members := [pid for pid in _members(session) if pid != spared]) and time.monotonic() < until:
-            for pid in members:
+    """End the processes of a session: the driver and the Ray that it started. First SIGTERM, then SIGKILL.
+
+    spared: a process that is left alone."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + END_S
+        while (pids := [pid for pid in _members(session) if pid != spared]) and time.monotonic() < deadline:
+            for pid in pids:
                 _kill(pid, number)
             time.sleep(0.1)
 
@@ -131,28 +148,36 @@ def _kill(pid: int, number: int) -> None:
 
 
 def _members(session: int) -> list[int]:
-    """The living processes of a session, from /proc: state and session are the third and sixth field of stat."""
-    found = []
+    """Return the living processes of a session, from /proc: state and session are the third and sixth field
+    of stat."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(path.parent.name))
-    return found
+            pids.append(int(path.parent.name))
+    return pids
 
 
-def _known(job: GenerateJob, code: int, error: str, started: float) -> dict[str, Any]:
-    """What OUTPUT's parts say, where the run itself could not."""
+def _partial_summary(job: GenerateJob, code: int, error: str, started: float) -> dict[str, Any]:
+    """Return the summary of a run that has none, with the counts of the parts in OUTPUT."""
     output = Output(normal(job.output), Storage(job.storage_options, deadline_s=5))
     summary: dict[str, Any] = {"output": output.root, "rows": 0, "ok": 0, "failed": 0, "images": 0}
     try:
         counts = output.count()
         summary |= {"rows": counts.rows, "ok": counts.ok, "failed": counts.failed, "images": counts.images}
-    except ConfigError:  # what `error` says already
+    except ConfigError:  # `error` is the same
         pass
-    except Exception as uncounted:
-        error += f" (OUTPUT could not be counted: {uncounted})"
+    except Exception as count_error:
+        error += f" (OUTPUT could not be counted: {count_error})"
     seconds = round(time.monotonic() - started, 2)
-    return {**summary, "skipped": 0, "seconds": seconds, "images_per_second": 0.0, "exit": code, "error": error}
+    return {
+        **summary,
+        "skipped": 0,
+        "seconds": seconds,
+        "images_per_second": 0.0,
+        "exit": code,
+        "error": error,
+    }

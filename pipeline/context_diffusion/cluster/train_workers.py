@@ -1,6 +1,5 @@
-"""A train or finetune job on Ray Train: its TorchTrainer starts the workers and joins them into a process group.
-
-At Ray's edge."""
+"""Runs a train or finetune job on Ray Train, whose TorchTrainer starts the workers and joins them into a
+process group."""
 
 from __future__ import annotations
 
@@ -21,8 +20,10 @@ RESULT = "result.json"
 
 
 def train_on_ray(job: TrainingJob, address: str | None = None) -> dict[str, Any]:
-    """Trains with job.workers processes, here or on the cluster that `address` or RAY_ADDRESS names; all of them must
-    see job.output and what the job reads. -> the summary of the run, or the `exit` and `error` of one that broke off."""
+    """Train with job.workers processes, on this machine or on the cluster of `address` or RAY_ADDRESS.
+
+    All nodes must share job.output and the job's inputs. Returns the run's summary, or the `exit` and `error`
+    of one that was interrupted. Raises ConfigError, ClusterError."""
     folder = Path(job.output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with ray_session(job.workers * job.cpu_threads, address):
@@ -32,26 +33,31 @@ def train_on_ray(job: TrainingJob, address: str | None = None) -> dict[str, Any]
             train_loop_config={"job": absolute(job) | {"device": device}},
             torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=job.workers, use_gpu=device == "cuda", resources_per_worker={"CPU": job.cpu_threads}
+                num_workers=job.workers,
+                use_gpu=device == "cuda",
+                resources_per_worker={"CPU": job.cpu_threads},
             ),
             run_config=RunConfig(name="workers", storage_path=str(folder / "ray")),
         )
         try:
             trainer.fit()
         except Exception as error:
-            return _told(error)
+            return _failure(error)
     return json.loads((folder / RESULT).read_text())
 
 
 def _device(job: TrainingJob, gpus: int) -> str:
-    """All workers are on one kind of device. Raises ConfigError where there are fewer GPUs than are asked for."""
+    """Return the device of all workers, "cuda" or "cpu". Raises ConfigError if the cluster lacks GPUs."""
     if job.device == "cuda" and gpus < job.workers:
-        raise ConfigError(f"device: cuda: each of {job.workers} worker(s) needs a GPU, the cluster has {gpus}")
+        raise ConfigError(
+            f"device: cuda: each of {job.workers} worker(s) needs a GPU, the cluster has {gpus}"
+        )
     return "cuda" if job.device != "cpu" and gpus >= job.workers else "cpu"
 
 
 def _train(config: dict[str, Any]) -> None:
-    """One worker. Its summary goes to a file: Ray Train brings back metrics only with a checkpoint of its own."""
+    """Run one worker. Its summary is written to a file, since Ray Train returns metrics only with a
+    checkpoint of its own."""
     from context_diffusion.training.run import run
 
     job = check_job(config["job"])
@@ -61,7 +67,8 @@ def _train(config: dict[str, Any]) -> None:
         (Path(job.output) / RESULT).write_text(json.dumps(summary))
 
 
-def _told(error: Exception) -> dict[str, Any]:
-    """Exit code and message. Ray brings the errors of all workers: where one failed, the others' say that it is gone."""
-    failures = getattr(error, "worker_failures", {}).values() or [error]
-    return min(map(classify, failures), key=lambda told: told["exit"] == EXIT_EXTERNAL)
+def _failure(error: Exception) -> dict[str, Any]:
+    """Return the exit code and message of the error that caused the others: if one worker fails, the errors
+    of the others report that it is gone, with EXIT_EXTERNAL."""
+    errors = getattr(error, "worker_failures", {}).values() or [error]
+    return min(map(classify, errors), key=lambda failure: failure["exit"] == EXIT_EXTERNAL)

@@ -1,4 +1,4 @@
-"""A job's weights into each node's cache, before any engine waits for them. At Ray's edge."""
+"""Downloads a job's weights into the cache of each node before engines need them."""
 
 from __future__ import annotations
 
@@ -15,39 +15,51 @@ from context_diffusion.models.resolve import ResolvedModel, find_model
 
 
 def warm(jobs: list[GenerateJob], address: str | None) -> dict[str, Any]:
-    """Loads each job's model once on each node that may have an engine, so that its files are there and known to be whole.
-    -> the nodes with the seconds that each took, `exit` in it. Raises ModelError."""
-    models, told = [find_model(job.model) for job in jobs], list[dict[str, Any]]()
+    """Load each job's model once on each node that may have an engine, so that its files are cached and
+    checked.
+
+    Returns the nodes with the seconds that each took, and `exit`. Raises ModelError."""
+    models = [find_model(job.model) for job in jobs]
+    loaded: list[dict[str, Any]] = []
     with ray_session(jobs[0].cluster.num_cpus, address):
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        graphic = [node for node in nodes if node["Resources"].get("GPU")]
-        pairs = [(node, found) for found in models for node in graphic or nodes]
-        tasks = [_start(node, found, bool(graphic)) for node, found in pairs]
-        for (node, found), task in zip(pairs, tasks, strict=True):
-            named = {"node": node["NodeID"], "address": node["NodeManagerAddress"], "model": found.name}
+        gpu_nodes = [node for node in nodes if node["Resources"].get("GPU")]
+        pairs = [(node, model) for model in models for node in gpu_nodes or nodes]
+        tasks = [_start(node, model, bool(gpu_nodes)) for node, model in pairs]
+        for (node, model), task in zip(pairs, tasks, strict=True):
+            address_of_node = node["NodeManagerAddress"]
+            fields = {"node": node["NodeID"], "address": address_of_node, "model": model.name}
             try:
-                told.append({**named, "revision": found.revision, "seconds": ray.get(task)})
+                loaded.append({**fields, "revision": model.revision, "seconds": ray.get(task)})
             except Exception as error:
-                wrong = classify(error)
-                return {"nodes": told, **wrong, "error": f"node {named['address']}: {wrong['error']}"}
-    return {"nodes": told, "exit": EXIT_OK}
+                failure = classify(error)
+                return {"nodes": loaded, **failure, "error": f"node {address_of_node}: {failure['error']}"}
+    return {"nodes": loaded, "exit": EXIT_OK}
 
 
-def _start(node: dict[str, Any], found: ResolvedModel, graphic: bool) -> Any:
-    here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    # No CPU and no GPU: engines may run already, and hold them all.
-    return ray.remote(num_cpus=0, max_retries=1)(_load).options(scheduling_strategy=here).remote(found, graphic)
+def _start(node: dict[str, Any], model: ResolvedModel, on_gpu: bool) -> Any:
+    """Start the task that loads a model on a node."""
+    on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    # No CPU and no GPU: running engines may have reserved all of them.
+    return (
+        ray.remote(num_cpus=0, max_retries=1)(_load)
+        .options(scheduling_strategy=on_node)
+        .remote(model, on_gpu)
+    )
 
 
-def _load(found: ResolvedModel, graphic: bool) -> float:
-    """In a node's process. Into main memory: the files are those that an engine of this kind of device will take."""
+def _load(model: ResolvedModel, on_gpu: bool) -> float:
+    """Load a model into main memory, in a process of the node. Returns the seconds.
+
+    on_gpu: load the files that an engine on a GPU would load."""
     started = time.monotonic()
-    again = find_model(found.parts or found.name, found.parts.revision if found.parts else None)
-    if again.folder is None and again.parts is not None:
+    on_this_node = find_model(model.parts or model.name, model.parts.revision if model.parts else None)
+    if on_this_node.folder is None and on_this_node.parts is not None:
         import torch
 
         from context_diffusion.models.stable_diffusion.loading import load
 
-        kind = "bfloat16" if graphic and again.parts.dtype == "auto" else again.parts.dtype
-        load(again.parts.model_copy(update={"dtype": kind}), torch.device("cpu"))
+        parts = on_this_node.parts
+        dtype = "bfloat16" if on_gpu and parts.dtype == "auto" else parts.dtype
+        load(parts.model_copy(update={"dtype": dtype}), torch.device("cpu"))
     return round(time.monotonic() - started, 2)

@@ -132,8 +132,10 @@ class ErrorCode(StrEnum):
 REMEDIES: dict[ErrorCode, str] = {
     ErrorCode.MISSING_FILE: "check the path or host: URIs are relative to the folder of the manifest, not "
     "to that of the job file",
-    ErrorCode.UNREADABLE_FILE: "grant the process read access: the cluster's identity, AWS_PROFILE, the mode of the file",
-    ErrorCode.FORBIDDEN_URI: "add its prefix to `allow`; private addresses are always forbidden: copy such images to a bucket",
+    ErrorCode.UNREADABLE_FILE: "grant the process read access: the cluster's identity, AWS_PROFILE, the "
+    "mode of the file",
+    ErrorCode.FORBIDDEN_URI: "add its prefix to `allow`; private addresses are always forbidden: copy such "
+    "images to a bucket",
     ErrorCode.FILE_TOO_LARGE: "raise `limits.max_bytes`, or store a smaller file",
     ErrorCode.NOT_AN_IMAGE: "convert it to JPEG, PNG, WebP, TIFF, BMP, GIF or AVIF; check that the file is "
     "not an HTML error page",
@@ -146,9 +148,12 @@ REMEDIES: dict[ErrorCode, str] = {
     ErrorCode.INVALID_SETTING: "use a value in the range that the message gives",
     ErrorCode.INVALID_ID: "use ids without the path parts `.` and `..`",
     ErrorCode.PROMPT_TOO_LONG: "shorten the prompt, or raise `limits.max_prompt_characters`",
-    ErrorCode.ENGINE_CRASH: "run the row alone in Python, `model(...)`: it ended an engine's process three times on its own",
-    ErrorCode.ENGINE_ERROR: "use a smaller guidance_scale or another scheduler, or dtype float32 where the model overflows",
-    ErrorCode.OUT_OF_MEMORY: "use a smaller width and height, a smaller input image, or a machine with more memory",
+    ErrorCode.ENGINE_CRASH: "run the row alone in Python, `model(...)`: it ended an engine's process three "
+    "times on its own",
+    ErrorCode.ENGINE_ERROR: "use a smaller guidance_scale or another scheduler, or dtype float32 where the "
+    "model overflows",
+    ErrorCode.OUT_OF_MEMORY: "use a smaller width and height, a smaller input image, or a machine with "
+    "more memory",
 }
 
 

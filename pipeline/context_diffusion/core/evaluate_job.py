@@ -49,20 +49,28 @@ class EvaluateJob(StrictModel):
     encoder: str = Field(
         default="bundled",
         min_length=1,
-        description="the encoder of similarity and distances: bundled, a native model's folder, or CLIP, SigLIP or DINOv2",
+        description="the encoder of similarity and distances: bundled, a native model's folder, or CLIP, "
+        "SigLIP or DINOv2",
     )
-    columns: Annotated[dict[str, str], known_columns("id", "query", "context", "prompt", "image", "reference")] = Field(
+    columns: Annotated[
+        dict[str, str], known_columns("id", "query", "context", "prompt", "image", "reference")
+    ] = Field(
         default={},
         description="mapping of column names: ours -> the manifest's; `image`: the image file, default "
-        "ID.png, ID.jpg, ...; "
-        "`reference`: replaces the key",
+        "ID.png, ID.jpg, "
+        "...; `reference`: replaces the key",
     )
-    fit: Fit = Field(default="crop", description="how a query is fitted to its image's size; rows of OUTPUT have their own")
+    fit: Fit = Field(
+        default="crop", description="how a query is fitted to its image's size; rows of OUTPUT have their own"
+    )
     allow: list[Annotated[str, Field(min_length=1)]] = Field(
         default=[],
-        description="URI prefixes that rows may read; default: the manifest's folder, or those of OUTPUT's job",
+        description="URI prefixes that rows may read; default: the manifest's folder, or those of "
+        "OUTPUT's job",
     )
-    storage_options: StorageOptions = Field(default={}, description="fsspec options per protocol, without secrets")
+    storage_options: StorageOptions = Field(
+        default={}, description="fsspec options per protocol, without secrets"
+    )
     limits: Limits = Field(default=Limits(), description="limits of what a row may ask for")
 
     @model_validator(mode="after")

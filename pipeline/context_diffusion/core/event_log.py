@@ -1,14 +1,14 @@
-"""What a run tells on stderr as it goes: lines for people, or with `--log-format json` an object a line.
+"""Events of a run on stderr: lines of text, or with `--log-format json` one JSON object per line.
 
 time     ISO 8601, UTC          level   info, warning or error
 event    see below              job     its OUTPUT
 
-started     rows, done, logs                    shard       shard, rows, failed, images, bytes, seconds of each stage
+started     rows, done, logs                    shard       shard, rows, failed, images, bytes, seconds
 row_failed  shard, id, code, message            progress    rows, of, failed, images_per_second, seconds_left
 stopping                                        finished    rows, ok, failed, images, seconds, exit
 error       error                               submitted   id, attached
 waiting     message, seconds                    rows_failed failed, first, report
-warning     message                             log         message: a line of a submitted job that is no event
+warning     message                             log         message: another line of a submitted job
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from typing import IO, Any, Self, cast
 
 from rich.console import Console
 
-FIRST_S, AGAIN_S = 3.0, 30.0  # of waiting, until the first line and between two lines about the same
+FIRST_S = 3.0  # of waiting, until the first line
+AGAIN_S = 30.0  # between two lines with the same reason
 
 
-class Harmless:
-    """A text stream that never raises: nobody may read it any more, its disk may be full, its encoding may
-    lack a sign. What it cannot say is left out or escaped, since a message must not end a run. file: None is
-    stderr as it is then."""
+class SafeStream:
+    """A text stream that never raises, since a message must not end a run.
+
+    The reader may be gone, the disk full, or the encoding may lack a character. What cannot be written is
+    escaped or dropped. file: None is the current sys.stderr."""
 
     def __init__(self, file: IO[str] | None = None) -> None:
         self._file = file
@@ -46,30 +48,36 @@ class Harmless:
         return self._file or sys.stderr
 
     def write(self, text: str) -> int:
-        # ValueError: it is closed; AttributeError: there is none
+        """Write a text. Characters that the encoding lacks are escaped."""
+        # ValueError: the stream is closed; AttributeError: there is none
         with suppress(OSError, ValueError, AttributeError):
             encoding = getattr(self._target, "encoding", None) or "utf-8"
             self._target.write(text.encode(encoding, "backslashreplace").decode(encoding))  # type: ignore[union-attr]
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream."""
         with suppress(OSError, ValueError, AttributeError):
             self._target.flush()  # type: ignore[union-attr]
 
     def isatty(self) -> bool:
+        """Return whether the stream is a terminal."""
         with suppress(OSError, ValueError, AttributeError):
             return bool(self._target.isatty())  # type: ignore[union-attr]
         return False
 
 
 def console(file: IO[str] | None = None) -> Console:
-    """Where people and programs are told. file: None is stderr."""
-    return Console(file=cast(IO[str], Harmless(file)), soft_wrap=True, highlight=False, markup=False)
+    """Return a console that never raises. file: None is the current sys.stderr."""
+    return Console(file=cast(IO[str], SafeStream(file)), soft_wrap=True, highlight=False, markup=False)
 
 
 def open_standard_streams() -> None:
-    """Give a process that was started without stdin, stdout or stderr an empty one: the next file that is
-    opened would get its number, and be written to by all that prints."""
+    """Open stdin, stdout and stderr on the null device if the process was started without them.
+
+    Otherwise the next file to be opened would get the number of a standard stream, and printed text would be
+    written to it.
+    """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
@@ -84,18 +92,22 @@ class LogFormat(StrEnum):
 
 @dataclass
 class Log:
+    """Writes events to a console. job: the OUTPUT that JSON events name."""
+
     console: Console
     format: str = LogFormat.TEXT
     job: str | None = None
 
     @property
     def is_terminal(self) -> bool:
-        """Does a person look at it as it goes? Console.is_terminal also believes FORCE_COLOR, which notebooks
-        set."""
+        """Return whether the console is a terminal. Console.is_terminal also honours FORCE_COLOR, which
+        notebooks set."""
         return self.console.file.isatty()
 
-    def tell(self, event: str, text: str | None = None, level: str = "info", **fields: Any) -> None:
-        """text: the line for people; left out: they are not told."""
+    def emit(self, event: str, text: str | None = None, level: str = "info", **fields: Any) -> None:
+        """Write an event.
+
+        text: the line of the text format; None writes none. fields: of the JSON format."""
         if self.format == LogFormat.JSON:
             now = datetime.now(UTC).isoformat(timespec="milliseconds")
             line = {"time": now, "level": level, "event": event, "job": self.job, **fields}
@@ -104,26 +116,31 @@ class Log:
         elif text is not None:
             self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
+    def warn(self, message: str) -> None:
+        """Write a warning."""
+        self.emit("warning", f"warning: {message}", level="warning", message=message)
+
     def relay(self, line: str) -> None:
-        """A line of a submitted job's log; its events stay what they are."""
+        """Write a line of a submitted job's log. Its events are passed on unchanged."""
         if self.format == LogFormat.JSON and line.startswith("{"):
             self.console.file.write(line + "\n")
         else:
-            self.tell("log", line, message=line)
+            self.emit("log", line, message=line)
 
 
-LOG = Log(console())  # the driver puts the terminal here before Ray takes stderr
+LOG = Log(console())  # the driver sets the terminal's console here before it redirects stderr
 
 
-class Waiting:
-    """Tells what is waited for, from a thread, while it is entered: a command that waits is not to look like one that hangs.
+class WaitNotice:
+    """Reports from a thread what a command waits for, while it is entered.
 
-    reason: gives the text, or None where nothing is waited for any more. A text that changes is told at once.
-    """
+    reason: returns the text, or None when the wait is over. A new text is reported at once."""
 
     def __init__(self, reason: Callable[[], str | None], level: str = "info") -> None:
-        self._reason, self._level, self._over = reason, level, threading.Event()
-        self._thread = threading.Thread(target=self._tell, name="waiting", daemon=True)
+        self._reason = reason
+        self._level = level
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._report, name="waiting", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -131,18 +148,24 @@ class Waiting:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join(timeout=5)  # a late question could find Ray gone, and start another
+        self._thread.join(timeout=5)  # a call of `reason` after the end of Ray could start another Ray
 
-    def _tell(self) -> None:
-        began, told, told_at = time.monotonic(), None, 0.0
-        while not self._over.wait(FIRST_S if told is None else 1.0):
+    def _report(self) -> None:
+        began = time.monotonic()
+        last_reason: str | None = None
+        reported_at = began
+        while not self._over.wait(FIRST_S if last_reason is None else 1.0):
             try:
-                if (reason := self._reason()) is None or self._over.is_set():
-                    return
-            except Exception:  # its cluster is gone: the one that waits is told by itself
+                reason = self._reason()
+            except Exception:  # the cluster is gone: the command that waits reports it
+                return
+            if reason is None or self._over.is_set():
                 return
             now = time.monotonic()
-            if reason != told or now - told_at > AGAIN_S:
+            if reason != last_reason or now - reported_at > AGAIN_S:
                 seconds = round(now - began)
-                LOG.tell("waiting", f"waiting, {seconds} s: {reason}", self._level, message=reason, seconds=seconds)
-                told, told_at = reason, now
+                LOG.emit(
+                    "waiting", f"waiting, {seconds} s: {reason}", self._level, message=reason, seconds=seconds
+                )
+                last_reason = reason
+                reported_at = now

@@ -33,7 +33,8 @@ class Cluster(StrictModel):
 
     actors: Actors | Annotated[list[Actors], Field(min_length=2, max_length=2)] | None = Field(
         default=None,
-        description="number of engines, or [min, max]; default: one per GPU, also of nodes that join later, or one without GPUs",
+        description="number of engines, or [min, max]; default: one per GPU, also of nodes that join later, "
+        "or one without GPUs",
     )
     gpus_per_actor: Annotated[float, Field(ge=0, le=16)] | None = Field(
         default=None,
@@ -53,7 +54,9 @@ class Cluster(StrictModel):
     cpu_threads: Annotated[int, Field(ge=1, le=256)] = Field(
         default=2, description="concurrent model calls of a CPU engine; does not affect pixels"
     )
-    shards_per_actor: Annotated[int, Field(ge=1, le=64)] = Field(default=2, description="shards that one engine works on at once")
+    shards_per_actor: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=2, description="shards that one engine works on at once"
+    )
     no_progress_timeout_s: Annotated[int, Field(ge=10)] = Field(
         default=600, description="seconds without progress after which the job ends with exit code 75"
     )
@@ -62,9 +65,14 @@ class Cluster(StrictModel):
     def _gpus_are_whole_or_shared(self) -> Self:
         gpus = self.gpus_per_actor
         if gpus is not None and gpus > 1 and gpus != int(gpus):
-            raise ValueError(f"gpus_per_actor ({gpus:g}) must be a whole number, or less than 1 for engines that share a GPU")
+            raise ValueError(
+                f"gpus_per_actor ({gpus:g}) must be a whole number, or less than 1 for engines that "
+                "share a GPU"
+            )
         if isinstance(self.actors, list) and self.actors[0] > self.actors[1]:
-            raise ValueError(f"actors: the minimum ({self.actors[0]}) must not exceed the maximum ({self.actors[1]})")
+            raise ValueError(
+                f"actors: the minimum ({self.actors[0]}) must not exceed the maximum ({self.actors[1]})"
+            )
         return self
 
 
@@ -88,15 +96,17 @@ class GenerateJob(StrictModel):
     control: ControlName | Annotated[list[ControlName], Field(min_length=1)] | None = Field(
         default=None,
         description="the control map computed from the query, or one per ControlNet; none: the query "
-        "itself; disabled: no "
-        "ControlNet runs; default: the map that the model's ControlNet was trained on",
+        "itself; disabled: "
+        "no ControlNet runs; default: the map that the model's ControlNet was trained on",
     )
     columns: Annotated[
         dict[str, str],
         known_columns("id", "query", "context", "prompt", "negative_prompt", *Settings.model_fields),
     ] = Field(default={}, description="mapping of column names: ours -> the manifest's")
     settings: Settings = Field(default=Settings(), description="default row settings; override the model's")
-    matrix: Matrix = Field(default={}, description="row setting -> list of values: every combination is generated for each row")
+    matrix: Matrix = Field(
+        default={}, description="row setting -> list of values: every combination is generated for each row"
+    )
     rows_per_part: int = Field(
         default=64,
         ge=1,
@@ -109,7 +119,9 @@ class GenerateJob(StrictModel):
     storage_options: StorageOptions = Field(
         default={}, description="fsspec options per protocol, without secrets: {s3: {endpoint_url: ...}}"
     )
-    image_format: ImageFormat = Field(default="png", description="file format of images; none: PNG in the Parquet column only")
+    image_format: ImageFormat = Field(
+        default="png", description="file format of images; none: PNG in the Parquet column only"
+    )
     output_format: OutputFormat = Field(
         default="files",
         description="where images are stored: files, a Parquet column, both, or one WebDataset tar per part",
@@ -123,8 +135,12 @@ class GenerateJob(StrictModel):
         default="crop",
         description="how a query is fitted to the output's size; keep: the query's aspect ratio",
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="the seeds of rows are derived from it and their ids")
-    score: list[ScoreName] = Field(default=[], description="scores of each image: layout, style, similarity, prompt, leakage")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="the seeds of rows are derived from it and their ids"
+    )
+    score: list[ScoreName] = Field(
+        default=[], description="scores of each image: layout, style, similarity, prompt, leakage"
+    )
     keep: Literal["all", "best"] = Field(
         default="all", description="which images of a row are written; best: the one with the best `score`"
     )

@@ -33,10 +33,14 @@ KIND = "generate, train, finetune or evaluate"
 class Limits(StrictModel):
     """The limits of what an untrusted manifest may ask for."""
 
-    max_pixels: Annotated[int, Field(ge=1)] = Field(default=50_000_000, description="pixels of one input image")
+    max_pixels: Annotated[int, Field(ge=1)] = Field(
+        default=50_000_000, description="pixels of one input image"
+    )
     max_bytes: Annotated[int, Field(ge=1)] = Field(default=64 * 2**20, description="bytes of one input file")
     max_contexts: Annotated[int, Field(ge=1)] = Field(default=64, description="context images of a row")
-    max_prompt_characters: Annotated[int, Field(ge=1)] = Field(default=10_000, description="characters of a prompt")
+    max_prompt_characters: Annotated[int, Field(ge=1)] = Field(
+        default=10_000, description="characters of a prompt"
+    )
 
 
 def known_columns(*known: str) -> AfterValidator:

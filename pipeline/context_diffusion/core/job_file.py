@@ -1,6 +1,6 @@
-"""Reads a job file: YAML or JSON text -> checked jobs, one or several, with every error of them in one go.
+"""Reads a job file: YAML or JSON text to one or several checked jobs. All errors are reported at once.
 
-YAML is read by YAML 1.2's rules where PyYAML's 1.1 surprises: 1e-5 is a number, `no` is a word, 012 is 12.
+Scalars follow YAML 1.2 where PyYAML's YAML 1.1 surprises: 1e-5 is a number, `no` is a string, 012 is 12.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ KINDS: dict[str, type[StrictModel]] = {
     "evaluate": EvaluateJob,
 }
 
-
-# Keys that hold paths and URIs, and those that hold one or a name.
+# Keys that hold paths or URIs, and keys that hold a path or a name.
 URIS = ("manifest", "images", "compare", "reference", "output", "data", "allow")
 NAMES = ("model", "judge", "encoder")
 BUILT_IN = ("bundled", *PRESETS)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars, refusing a key that stands twice."""
+    """A SafeLoader with the scalars of YAML 1.2. Refuses duplicate keys."""
 
     yaml_implicit_resolvers = {}
 
@@ -47,7 +46,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {key.value!r}", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -73,52 +74,54 @@ _Loader.add_constructor(
 
 
 def parse(text: str) -> Any:
-    """YAML (or JSON, which is YAML) text -> Python values. Raises yaml.YAMLError."""
+    """Parse YAML text, or JSON, which is YAML. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)
 
 
 def load_job(path: str, overrides: list[str] | None = None) -> StrictModel:
-    """Reads, overrides (`key.key=value`) and checks a file of one job.
+    """Read and check a file of one job, with overrides such as `settings.seed=7`.
 
-    Raises ConfigError with all that is wrong, one line each.
+    Raises ConfigError with all errors, one per line.
     """
     jobs = load_jobs(path, overrides)
     if len(jobs) > 1:
-        raise ConfigError(f"{path}: holds {len(jobs)} jobs, one is wanted here")
+        raise ConfigError(f"{path}: has {len(jobs)} jobs, expected one")
     return jobs[0]
 
 
 def load_jobs(path: str, overrides: list[str] | None = None) -> list[StrictModel]:
-    """The same of a file with several jobs: YAML documents, or a list. An override holds in each job whose
-    kind has the key.
+    """Read and check a file of one or several jobs: YAML documents, or a list. An override applies to each
+    job whose kind has the key.
 
-    Raises ConfigError with all that is wrong in any of them.
+    Raises ConfigError with all errors of all jobs.
     """
     documents = _documents(path)
     for override in overrides or []:
         key = re.split("[.=]", override)[0]
-        having = [values for values in documents if key in _keys(values)]
-        for values in having or documents:  # a key that none has is an error of each
+        with_key = [values for values in documents if key in _keys(values)]
+        for values in with_key or documents:  # a key that no kind has is an error of each job
             _override(values, override)
-    jobs, wrong = [], []
+    jobs = []
+    errors = []
     for number, values in enumerate(documents, 1):
         try:
             jobs.append(check_job(values, path if len(documents) == 1 else f"{path}: job {number}"))
         except ConfigError as error:
-            wrong.append(str(error))
-    if wrong := wrong or _same_outputs(path, documents):
-        raise ConfigError("\n".join(wrong))
+            errors.append(str(error))
+    errors = errors or _shared_outputs(path, documents)
+    if errors:
+        raise ConfigError("\n".join(errors))
     return jobs
 
 
 def _keys(values: dict[str, Any]) -> Iterable[str]:
-    """The keys that a job of this kind has; none where the kind is unknown."""
+    """Return the keys that a job of this kind may have; none for an unknown kind."""
     model = KINDS.get(str(values.get("kind")))
     return model.model_fields if model else ()
 
 
 def _documents(path: str) -> list[dict[str, Any]]:
-    """The jobs of a file, unchecked."""
+    """Read the jobs of a file without checking their keys. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -132,7 +135,7 @@ def _documents(path: str) -> list[dict[str, Any]]:
     if len(documents) == 1 and isinstance(documents[0], list):
         documents = documents[0]
     if not documents:
-        raise ConfigError(f"{path}: holds no job")
+        raise ConfigError(f"{path}: the file has no job")
     for number, values in enumerate(documents, 1):
         if not isinstance(values, dict):
             where = path if len(documents) == 1 else f"{path}: job {number}"
@@ -140,50 +143,64 @@ def _documents(path: str) -> list[dict[str, Any]]:
     return documents
 
 
-def _same_outputs(path: str, documents: list[dict[str, Any]]) -> list[str]:
-    """The jobs that would write to the `output:` of one before them."""
-    first: dict[str, int] = {}
-    wrong = []
+def _shared_outputs(path: str, documents: list[dict[str, Any]]) -> list[str]:
+    """List the jobs that would write to the `output:` of an earlier job."""
+    first_job: dict[str, int] = {}
+    errors = []
     for number, values in enumerate(documents, 1):
-        if (before := first.setdefault(normal(values["output"]), number)) < number:
-            wrong.append(f"{path}: job {number}: output: {values['output']} is job {before}'s too; choose another")
-    return wrong
+        earlier = first_job.setdefault(normal(values["output"]), number)
+        if earlier < number:
+            errors.append(
+                f"{path}: job {number}: output: {values['output']} is also job {earlier}'s; choose another"
+            )
+    return errors
 
 
 def check_job(values: dict[str, Any], where: str = "job") -> StrictModel:
-    """A mapping -> the checked job of its `kind`."""
+    """Return the checked job of a mapping, by its `kind`. Raises ConfigError with all errors.
+
+    where: how messages name the job."""
     kind = values.get("kind")
     if kind not in KINDS:
         raise ConfigError(f"{where}: kind: {kind!r} is unknown; {did_you_mean(str(kind), KINDS)}")
     try:
         return KINDS[kind].model_validate(values)
     except ValidationError as error:
-        lines = [_explain(KINDS[kind], item) for item in error.errors()]
-        unique = list(dict.fromkeys(lines))
-        raise ConfigError("\n".join([f"{where}: {len(unique)} thing(s) wrong:", *(f"  {line}" for line in unique)])) from None
+        lines = list(dict.fromkeys(_explain(KINDS[kind], item) for item in error.errors()))
+        count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
+        raise ConfigError("\n".join([f"{where}: {count}:", *(f"  {line}" for line in lines)])) from None
 
 
 def absolute(job: StrictModel) -> dict[str, Any]:
-    """The job's own values, for a process with another working directory."""
+    """Return the values that a job sets, with absolute paths, for a process with another working
+    directory."""
     values = job.model_dump(mode="json", exclude_unset=True)
+    return {
+        key: _absolute(value, key in URIS) if key in URIS + NAMES else value for key, value in values.items()
+    }
 
-    def moved(value: Any, known: bool) -> Any:
-        """known: it is a path or URI; else only where such a path exists, for it may be a hub id."""
-        if not known and value in BUILT_IN:
-            return value
-        if isinstance(value, list):
-            return [moved(one, known) for one in value]
-        if isinstance(value, dict):
-            return {key: moved(one, known) for key, one in value.items()}
-        return normal(value) if isinstance(value, str) and (known or Path(value).exists()) else value
 
-    return {key: moved(value, key in URIS) if key in URIS + NAMES else value for key, value in values.items()}
+def _absolute(value: Any, is_uri: bool) -> Any:
+    """Make the paths of a value absolute.
+
+    is_uri: strings are paths or URIs; otherwise only strings that exist as a path are changed, since the
+    others may be hub ids."""
+    if not is_uri and value in BUILT_IN:
+        return value
+    if isinstance(value, list):
+        return [_absolute(item, is_uri) for item in value]
+    if isinstance(value, dict):
+        return {key: _absolute(item, is_uri) for key, item in value.items()}
+    return normal(value) if isinstance(value, str) and (is_uri or Path(value).exists()) else value
 
 
 def _override(values: dict[str, Any], override: str) -> None:
+    """Set a key of a job. Raises ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set {override}: write key=value, with dots for nested keys (settings.seed=7)")
+        raise ConfigError(
+            f"--set {override}: expected key=value, with dots for nested keys (settings.seed=7)"
+        )
     try:
         value = parse(text)
     except yaml.YAMLError as error:
@@ -192,27 +209,34 @@ def _override(values: dict[str, Any], override: str) -> None:
     for parent in parents:
         child = values.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: {parent} is not a mapping but {child!r}")
+            raise ConfigError(f"--set {override}: {parent} is not a mapping, got {child!r}")
         values = child
     values[last] = value
 
 
 def _explain(model: type[BaseModel], item: Any) -> str:
-    """One pydantic error -> one line: where, what is wrong, with which value, what is allowed."""
-    path = [part for part in item["loc"] if isinstance(part, int) or not re.search(r"\[|^(str|int|list|dict)$|Parts$", str(part))]
+    """Return one line for a pydantic error: where, what is wrong, with which value, what is allowed."""
+    path = [part for part in item["loc"] if isinstance(part, int) or not _is_type(str(part))]
     where = ".".join(str(part) for part in path)
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown key; {did_you_mean(str(path[-1]), _model_at(model, path[:-1]).model_fields)}"
+        return (
+            f"{where}: unknown key; {did_you_mean(str(path[-1]), _model_at(model, path[:-1]).model_fields)}"
+        )
     if item["type"] == "missing":
         return f"{where}: is missing and has no default"
     message = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
     value = json.dumps(item.get("input"), default=str)
-    shown = value if len(value) <= 60 else value[:57] + "..."
-    return f"{where}: {message}, got {shown}" if path else message
+    short_value = value if len(value) <= 60 else value[:57] + "..."
+    return f"{where}: {message}, got {short_value}" if path else message
+
+
+def _is_type(part: str) -> bool:
+    """Return whether a part of a pydantic location is a type, of a union, rather than a key."""
+    return bool(re.search(r"\[|^(str|int|list|dict)$|Parts$", part))
 
 
 def _model_at(model: type[BaseModel], path: list[Any]) -> type[BaseModel]:
-    """The model that stands under a path of field names."""
+    """Return the model at a path of field names."""
     for name in path:
         if isinstance(name, int) or name not in model.model_fields:
             continue

@@ -15,25 +15,44 @@ class Parts(StrictModel):
     A part is a local folder or a hub id, OWNER/NAME, optionally with a folder in the repository:
     h94/IP-Adapter/models."""
 
-    base: str = Field(min_length=1, description="Stable Diffusion 1.x, 2.x or XL in diffusers' format; or sd15, sdxl")
-    controlnet: str | list[str] | None = Field(default=None, description="for the query's layout; a list for several")
-    ip_adapter: str | None = Field(default=None, description="for the contexts: the folder that holds ip_adapter_weight_name")
+    base: str = Field(
+        min_length=1, description="Stable Diffusion 1.x, 2.x or XL in diffusers' format; or sd15, sdxl"
+    )
+    controlnet: str | list[str] | None = Field(
+        default=None, description="for the query's layout; a list for several"
+    )
+    ip_adapter: str | None = Field(
+        default=None, description="for the contexts: the folder that holds ip_adapter_weight_name"
+    )
     ip_adapter_weight_name: str | None = Field(default=None, description="a .safetensors file in ip_adapter")
-    image_encoder: str | None = Field(default=None, description="the CLIP vision model that the IP-Adapter was trained with")
+    image_encoder: str | None = Field(
+        default=None, description="the CLIP vision model that the IP-Adapter was trained with"
+    )
     vae: str | None = Field(default=None, description="replaces the one of base")
     safety_checker: str | None = Field(
         default=None,
-        description="a StableDiffusionSafetyChecker of diffusers; sets the column `unsafe`; default for sd15: its own",
+        description="a StableDiffusionSafetyChecker of diffusers; sets the column `unsafe`; default for "
+        "sd15: its own",
     )
-    lora: str | list[str] | None = Field(default=None, description="LoRA files, FOLDER/NAME.safetensors, fused into base")
+    lora: str | list[str] | None = Field(
+        default=None, description="LoRA files, FOLDER/NAME.safetensors, fused into base"
+    )
     lora_scale: float | list[float] = Field(default=1.0, description="the scale of each LoRA")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
     )
-    variant: str | None = Field(default=None, description="the variant of the weight files that is loaded on a GPU, such as fp16")
-    revision: dict[str, str] = Field(default={}, description="hub id: commit; default: the newest commit when the job is planned")
-    clip_skip: int | None = Field(default=None, ge=1, le=4, description="how many of the text encoder's last layers are skipped")
-    prompt_chunks: int = Field(default=1, ge=1, le=8, description="prompts may have up to this many chunks of 75 tokens")
+    variant: str | None = Field(
+        default=None, description="the variant of the weight files that is loaded on a GPU, such as fp16"
+    )
+    revision: dict[str, str] = Field(
+        default={}, description="hub id: commit; default: the newest commit when the job is planned"
+    )
+    clip_skip: int | None = Field(
+        default=None, ge=1, le=4, description="how many of the text encoder's last layers are skipped"
+    )
+    prompt_chunks: int = Field(
+        default=1, ge=1, le=8, description="prompts may have up to this many chunks of 75 tokens"
+    )
     normalization: NormalizationKind = Field(
         default="none", description="normalisation of context images; none: the encoder's own mean and std"
     )
@@ -54,7 +73,11 @@ class Parts(StrictModel):
     def all(self) -> list[str]:
         """All parts that files are read from."""
         single = [self.ip_adapter, self.image_encoder, self.vae, self.safety_checker]
-        return [part for part in (self.base, *self.controlnets, *single, *(name for name, _ in self.loras)) if part]
+        return [
+            part
+            for part in (self.base, *self.controlnets, *single, *(name for name, _ in self.loras))
+            if part
+        ]
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -63,11 +86,13 @@ class Parts(StrictModel):
             "sdxl",
         ):
             raise ValueError(
-                "ip_adapter and ip_adapter_weight_name must be given together: a folder and a .safetensors file in it"
+                "ip_adapter and ip_adapter_weight_name must be given together: a folder and a .safetensors "
+                "file in it"
             )
         if self.ip_adapter_weight_name and not self.ip_adapter_weight_name.endswith(".safetensors"):
             raise ValueError(
-                f"ip_adapter_weight_name {self.ip_adapter_weight_name!r}: only .safetensors files are loaded, no pickles"
+                f"ip_adapter_weight_name {self.ip_adapter_weight_name!r}: only .safetensors files are "
+                "loaded, no pickles"
             )
         for name, _ in self.loras:
             if not name.endswith(".safetensors"):

@@ -151,7 +151,9 @@ OUTPUT = pa.schema(
     ]
 )
 
-SCORES = pa.schema([OUTPUT.field(name) for name in (ID, "index", *SCORE_COLUMNS, "error_code", "error_message")])
+SCORES = pa.schema(
+    [OUTPUT.field(name) for name in (ID, "index", *SCORE_COLUMNS, "error_code", "error_message")]
+)
 
 
 def to_image(pixels: Pixels | None) -> dict[str, Any] | None:

@@ -1,4 +1,5 @@
-"""The settings of a row and their ranges, named as in diffusers where it has them; and hints for misspelt names."""
+"""The settings of a row and their ranges, named as in diffusers where it has them; and hints for misspelt
+names."""
 
 from __future__ import annotations
 
@@ -33,13 +34,18 @@ class Settings(StrictModel):
     guidance_scale: Scale = Field(default=1.5, description="prompt guidance strength; 1 or less: no guidance")
     context_guidance_scale: Scale | None = Field(
         default=None,
-        description="context guidance strength; default: guidance_scale; a larger value favours the contexts over the prompt",
+        description="context guidance strength; default: guidance_scale; a larger value favours the "
+        "contexts over the prompt",
     )
     controlnet_conditioning_scale: ControlScale | Annotated[list[ControlScale], Field(min_length=1)] = Field(
         default=1.0, description="strength of the query's layout; a list gives one value per ControlNet"
     )
-    control_guidance_start: Fraction = Field(default=0.0, description="fraction of the steps at which the ControlNet starts")
-    control_guidance_end: Fraction = Field(default=1.0, description="fraction of the steps at which the ControlNet ends")
+    control_guidance_start: Fraction = Field(
+        default=0.0, description="fraction of the steps at which the ControlNet starts"
+    )
+    control_guidance_end: Fraction = Field(
+        default=1.0, description="fraction of the steps at which the ControlNet ends"
+    )
     context_scale: Annotated[float, Field(ge=0, le=10)] = Field(
         default=1.0, description="weight of all contexts relative to the prompt"
     )
@@ -48,10 +54,15 @@ class Settings(StrictModel):
     )
     strength: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
-        description="image-to-image strength: start from the query with this much noise; default: start from pure noise",
+        description="image-to-image strength: start from the query with this much noise; default: start "
+        "from pure noise",
     )
-    width: Side | None = Field(default=None, description="pixels, a multiple of 16; default: the model's size")
-    height: Side | None = Field(default=None, description="pixels, a multiple of 16; default: the model's size")
+    width: Side | None = Field(
+        default=None, description="pixels, a multiple of 16; default: the model's size"
+    )
+    height: Side | None = Field(
+        default=None, description="pixels, a multiple of 16; default: the model's size"
+    )
     num_images: int = Field(default=1, ge=1, le=64, description="images per row")
 
     @classmethod
@@ -63,7 +74,8 @@ class Settings(StrictModel):
     def _seeds_fit(self) -> Self:
         if self.seed is not None and self.seed + self.num_images > 2**63:
             raise ValueError(
-                f"seed ({self.seed}) is too large: image {self.num_images - 1} of num_images would have a seed over 2^63 - 1"
+                f"seed ({self.seed}) is too large: image {self.num_images - 1} of num_images would have a "
+                "seed over 2^63 - 1"
             )
         return self
 

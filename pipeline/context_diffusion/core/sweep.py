@@ -1,4 +1,4 @@
-"""A job's matrix, row setting -> values: which images a row becomes. Knows a row's settings, nothing of rows
+"""A job's matrix, which maps row settings to values, and the images of a row that it generates. Knows no rows
 or files."""
 
 from __future__ import annotations
@@ -12,59 +12,69 @@ from pydantic import ValidationError
 from context_diffusion.core.settings import Settings, did_you_mean
 
 Matrix = dict[str, list[Any]]  # the axes, in the order in which the job names them
-NOT_AXES = {  # why not
-    "width": "a row's query is loaded at one size",
-    "height": "a row's query is loaded at one size",
-    "num_images": "it is the same for all; say it in `settings:`",
+NOT_AXES = {  # settings that cannot vary within a row, with the reason
+    "width": "the query of a row is loaded at one size",
+    "height": "the query of a row is loaded at one size",
+    "num_images": "it is the same for all combinations; set it in `settings:`",
 }
 MAX_IMAGES = 256  # of a row
 
 
 def checked_matrix(matrix: Matrix, settings: type[Settings]) -> Matrix:
-    """The axes with their values as the settings' model reads them. Raises ValueError with all that is
-    wrong."""
-    wrong, checked = [], dict[str, list[Any]]()
+    """Return the axes with their values as the settings' model reads them. Raises ValueError with all
+    errors."""
+    errors: list[str] = []
+    checked: Matrix = {}
     axes = [name for name in settings.model_fields if name not in NOT_AXES]
     for name, values in matrix.items():
         if name in NOT_AXES:
-            wrong.append(f"{name} cannot be an axis: {NOT_AXES[name]}")
+            errors.append(f"{name} cannot be an axis: {NOT_AXES[name]}")
         elif name not in axes:
-            wrong.append(f"{name} is no row setting; {did_you_mean(name, axes)}")
+            errors.append(f"{name} is not a row setting; {did_you_mean(name, axes)}")
         elif not values:
-            wrong.append(f"{name} has no values: name one or more, or leave it out")
+            errors.append(f"{name} has no values: give one or more, or remove it")
         else:
-            checked[name] = []
-            for value in values:
-                try:
-                    read = _read(name, value, settings)
-                except ValueError as error:
-                    wrong.append(str(error))
-                    continue
-                if read in checked[name]:
-                    wrong.append(f"{name} has the value {value!r} twice")
-                checked[name].append(read)
-    if wrong:
-        raise ValueError("; ".join(wrong))
+            checked[name] = _checked_values(name, values, settings, errors)
+    if errors:
+        raise ValueError("; ".join(errors))
+    return checked
+
+
+def _checked_values(name: str, values: list[Any], settings: type[Settings], errors: list[str]) -> list[Any]:
+    """Return an axis' valid values. Appends to `errors` what is wrong with the others."""
+    checked: list[Any] = []
+    for value in values:
+        try:
+            checked_value = _checked_value(name, value, settings)
+        except ValueError as error:
+            errors.append(str(error))
+            continue
+        if checked_value in checked:
+            errors.append(f"{name} has the value {value!r} twice")
+        checked.append(checked_value)
     return checked
 
 
 def combinations(matrix: Matrix) -> list[dict[str, Any]]:
-    """All of them, the last axis fastest; of no axes the empty one."""
+    """Return all combinations of the axes' values, the last axis fastest; without axes one empty
+    combination."""
     return [dict(zip(matrix, values, strict=True)) for values in itertools.product(*matrix.values())]
 
 
 def check_combinations(settings: Settings, matrix: Matrix) -> None:
-    """Raise ValueError where a row's settings do not go together with a combination, or make too many
+    """Raise ValueError if a row's settings are invalid in one of the combinations, or give too many
     images."""
     count = math.prod(map(len, matrix.values()))
-    if (images := count * settings.num_images) > MAX_IMAGES:
+    images = count * settings.num_images
+    if images > MAX_IMAGES:
         counted = f"{count} combinations of {settings.num_images} image(s) are {images}"
         raise ValueError(f"matrix: {counted} images of one row, at most {MAX_IMAGES} are allowed")
     for combination in combinations(matrix):
         try:
             type(settings).model_validate(settings.model_dump() | combination)
         except ValidationError as error:
-            raise ValueError(f"matrix: at {_named(combination)}: {_message(error)}") from None
+            values = ", ".join(f"{name} {value}" for name, value in combination.items())
+            raise ValueError(f"matrix: at {values}: {_message(error)}") from None
 
 
 def images_of(settings: Settings, matrix: Matrix) -> list[Settings]:
@@ -82,17 +92,14 @@ def images_of(settings: Settings, matrix: Matrix) -> list[Settings]:
     return images
 
 
-def _read(name: str, value: Any, settings: type[Settings]) -> Any:
+def _checked_value(name: str, value: Any, settings: type[Settings]) -> Any:
+    """Return a value as the settings' model reads it. Raises ValueError."""
     if name == "seed" and value is None:
-        raise ValueError("seed: null is what rows have without this axis; name numbers")
+        raise ValueError("seed: null is the default without this axis; give numbers")
     try:
         return getattr(settings.model_validate({name: value}), name)
     except ValidationError as error:
         raise ValueError(f"{name}: {_message(error)}, got {value!r}") from None
-
-
-def _named(combination: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in combination.items())
 
 
 def _message(error: ValidationError) -> str:

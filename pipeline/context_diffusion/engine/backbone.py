@@ -27,9 +27,9 @@ class Encoded:
     """A row, encoded.
 
     lanes: what `predict` reads, for each branch. control: the row's encoded control maps; None: it has none.
-    control_keys: a key for each lane; lanes with the same key share a call of `control`. control_lanes: what `control`
-    reads, for each lane. truncated: the prompt was longer than the model reads. finish: the model's own last step for
-    this row, on its decoded image (1, 3, H, W) in [0, 1]; None: the model has no such step.
+    control_keys: a key for each lane; lanes with the same key share a call of `control`. control_lanes: what
+    `control` reads, for each lane. truncated: the prompt was longer than the model reads. finish: the model's
+    own last step for this row, on its decoded image (1, 3, H, W) in [0, 1]; None: the model has no such step.
     """
 
     lanes: list[Conditions]
@@ -53,18 +53,25 @@ class Backbone(Protocol):
     tiles: bool  # whether `decode` can work in tiles
 
     def branches(self, request: Request) -> list[Branch]:
-        """Return the guidance branches that the row needs, 1 to 3. Raises RowError for guidance that the model lacks."""
+        """Return the guidance branches that the row needs, 1 to 3. Raises RowError for guidance that the
+        model lacks."""
 
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
-        """Encode the row's prompts, contexts and control maps. Raises RowError for a row that the model cannot take."""
+        """Encode the row's prompts, contexts and control maps. Raises RowError for a row that the model
+        cannot take."""
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
-        """The query's latents (1, C, h, w) float32, for image to image; draws what the model's own pipeline draws."""
+        """The query's latents (1, C, h, w) float32, for image to image; draws what the model's own pipeline
+        draws."""
 
-    def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
+    def control(
+        self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions
+    ) -> list[Tensor]:
         """-> the ControlNet's residuals, one a skip connection and the middle one last."""
 
-    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None
+    ) -> Tensor:
         """-> the model's output (B, C, h, w)."""
 
     def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:

@@ -24,15 +24,20 @@ class Context:
 
 
 def weighted_contexts(request: Request, slots: int) -> list[Context]:
-    """In the order of their content, so that their order in the row cannot change a bit. Raises RowError where they are
-    more than the model has slots, or the weights are not theirs."""
+    """In the order of their content, so that their order in the row cannot change a bit. Raises RowError
+    where they are more than the model has slots, or the weights are not theirs."""
     given = request.settings.context_weights or [1.0] * len(request.contexts)
     if len(given) != len(request.contexts):
         message = f"context_weights has {len(given)} values for {len(request.contexts)} contexts"
         raise RowError(ErrorCode.INVALID_SETTING, message)
     if len(request.contexts) > slots:
-        raise RowError(ErrorCode.TOO_MANY_CONTEXTS, f"{len(request.contexts)} contexts, the model takes at most {slots}")
-    found = (Context(content_key(pixels), pixels, weight) for pixels, weight in zip(request.contexts, given, strict=True))
+        raise RowError(
+            ErrorCode.TOO_MANY_CONTEXTS, f"{len(request.contexts)} contexts, the model takes at most {slots}"
+        )
+    found = (
+        Context(content_key(pixels), pixels, weight)
+        for pixels, weight in zip(request.contexts, given, strict=True)
+    )
     return sorted(found, key=lambda one: (one.key, one.weight))
 
 
@@ -40,7 +45,10 @@ def control_scales(request: Request, networks: int) -> list[float]:
     """Of each ControlNet. Raises RowError where the row's control maps or scales are not as many."""
     scales = request.settings.controlnet_conditioning_scale
     scales = scales if isinstance(scales, list) else [scales] * networks
-    for what, count in (("control maps", len(request.controls)), ("values of controlnet_conditioning_scale", len(scales))):
+    for what, count in (
+        ("control maps", len(request.controls)),
+        ("values of controlnet_conditioning_scale", len(scales)),
+    ):
         if count != networks:
             raise RowError(ErrorCode.INVALID_SETTING, f"{count} {what}, the model has {networks} ControlNets")
     return scales
@@ -66,12 +74,14 @@ def to_tensor(pixels: Pixels) -> Tensor:
 
 
 def start_step(steps: int, strength: float | None) -> int:
-    """The first step of an image-to-image row, as diffusers counts it: steps - min(int(steps · strength), steps)."""
+    """The first step of an image-to-image row, as diffusers counts it: steps - min(int(steps · strength),
+    steps)."""
     return 0 if strength is None else max(steps - min(int(steps * strength), steps), 0)
 
 
 def control_window(steps: int, start: float, end: float) -> range:
-    """The steps at which the ControlNet acts: diffusers keeps step i where i/n >= start and (i+1)/n <= end."""
+    """The steps at which the ControlNet acts: diffusers keeps step i where i/n >= start and (i+1)/n <=
+    end."""
     kept = [i for i in range(steps) if not (i / steps < start or (i + 1) / steps > end)]
     return range(kept[0], kept[-1] + 1) if kept else range(0)
 

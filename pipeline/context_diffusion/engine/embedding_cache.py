@@ -42,5 +42,7 @@ def size_of(value: Any) -> int:
     """Bytes of the tensors in it."""
     if isinstance(value, Tensor):
         return value.nbytes
-    parts: Iterable[Any] = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    parts: Iterable[Any] = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    )
     return sum(size_of(part) for part in parts)

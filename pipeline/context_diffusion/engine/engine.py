@@ -1,7 +1,8 @@
 """The engine: rows in slots, and chunks of lanes that are always full while rows are at hand.
 
-Rows have their own timestep, number of steps, sampler, guidance, control window and contexts. The model sees chunks of
-one fixed shape, padded, so a row's bits don't depend on its neighbours. Knows nothing of Ray or files.
+Rows have their own timestep, number of steps, sampler, guidance, control window and contexts. The model sees
+chunks of one fixed shape, padded, so a row's bits don't depend on its neighbours. Knows nothing of Ray or
+files.
 
 R rows in slots, each of 1 to 3 lanes   P lanes a chunk   C h w latents
 """
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -31,7 +33,8 @@ CACHE_BYTES = 2**30
 
 
 TOO_LARGE = Failure(
-    ErrorCode.OUT_OF_MEMORY, "the row alone does not fit into the device's memory: try a smaller width and height"
+    ErrorCode.OUT_OF_MEMORY,
+    "the row alone does not fit into the device's memory: try a smaller width and height",
 )
 
 
@@ -46,7 +49,8 @@ class Decoded:
 
 @dataclass(frozen=True)
 class StepUpdate:
-    """What a callback is told after a step of a row; preview() decodes what the model holds to be the picture now."""
+    """What a callback is told after a step of a row; preview() decodes what the model holds to be the picture
+    now."""
 
     request: Request
     step: int
@@ -68,8 +72,8 @@ class Occupancy:
 
 @dataclass
 class Engine:
-    """backbone on its device. callback: told of each step of each row; unsafe: asked of each finished picture; threads: calls
-    of the model at once, on a CPU."""
+    """backbone on its device. callback: told of each step of each row; unsafe: asked of each finished
+    picture; threads: calls of the model at once, on a CPU."""
 
     backbone: Backbone
     device: torch.device
@@ -116,8 +120,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Outcome]:
-        """Admits waiting rows and moves as many on by one step as fill the chunks; returns the rows that ended. What ended
-        in the step before is decoded beside this one."""
+        """Admits waiting rows and moves as many on by one step as fill the chunks; returns the rows that
+        ended. What ended in the step before is decoded beside this one."""
         with same_bits(self.device):
             return self._step()
 
@@ -134,12 +138,15 @@ class Engine:
         ended = [slot for slot in self.slots if not slot.left]
         self.slots = [slot for slot in self.slots if slot.left]
         self._decoding = [self._decode(slot) for slot in ended]
-        done, self._decoding = (decoding, self._decoding) if self._stream else ([*decoding, *self._decoding], [])
+        done, self._decoding = (
+            (decoding, self._decoding) if self._stream else ([*decoding, *self._decoding], [])
+        )
         return failed + [(decoded.slot.request, self._finish(decoded)) for decoded in done]
 
     def _admit(self) -> list[Outcome]:
-        """Open slots, first come first served: a chunk more than can advance at once, to choose from. Returns the rows that
-        cannot be generated: whatever goes wrong with one of them is its own failure, unless the device itself is lost."""
+        """Open slots, first come first served: a chunk more than can advance at once, to choose from. Returns
+        the rows that cannot be generated: whatever goes wrong with one of them is its own failure, unless the
+        device itself is lost."""
         failed: list[Outcome] = []
         resident = sum(slot.lanes for slot in self.slots)
         while self.waiting:
@@ -164,7 +171,8 @@ class Engine:
         return failed
 
     def _advance(self, slots: list[Slot]) -> None:
-        """One step for rows of one shape. While rows wait the oldest are the most urgent, at the end the longest."""
+        """One step for rows of one shape. While rows wait the oldest are the most urgent, at the end the
+        longest."""
         slots = [slot for slot in slots if slot.left]
         if not slots:
             return
@@ -181,7 +189,8 @@ class Engine:
         for slot in slots:
             slot.charge(slot.lanes / used, seconds, paid)
             if self.callback:
-                self.callback(StepUpdate(slot.request, slot.step, len(slot.table), lambda slot=slot: self._preview(slot)))  # type: ignore[misc]
+                preview = partial(self._preview, slot)
+                self.callback(StepUpdate(slot.request, slot.step, len(slot.table), preview))
 
     def _decode(self, slot: Slot) -> Decoded:
         """Decode a finished row, whole; after out-of-memory in tiles, then with fewer rows beside it."""
@@ -212,7 +221,8 @@ class Engine:
         return image
 
     def _image(self, slot: Slot, latents: Tensor, tiled: bool = False) -> Tensor:
-        """Decode latents (1, C, h, w) of the row and finish them as its encoding says. Returns (3, H, W) in [0, 1]."""
+        """Decode latents (1, C, h, w) of the row and finish them as its encoding says. Returns (3, H, W) in
+        [0, 1]."""
         image = self.backbone.decode(latents, tiled)
         finish = slot.encoded.finish
         return (finish(image) if finish else image)[0]
@@ -248,8 +258,8 @@ class Engine:
         return (pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
     def _make_room(self) -> list[Outcome]:
-        """After a step ran out of memory: the newer half of the rows waits again, from the start; a row that was alone
-        fails."""
+        """After a step ran out of memory: the newer half of the rows waits again, from the start; a row that
+        was alone fails."""
         self._free_memory()
         if len(self.slots) == 1:
             [slot], self.slots = self.slots, []

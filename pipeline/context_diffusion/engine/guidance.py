@@ -1,10 +1,11 @@
 """Which branches of guidance a row needs, and with which weights they add up.
 
-    e = e0 + s_c (e_C - e0) + s_t (e_CT - e_C)     (Brooks et al. 2023, InstructPix2Pix, eq. 3, contexts for images)
+    e = e0 + s_c (e_C - e0) + s_t (e_CT - e_C)     (Brooks et al. 2023, InstructPix2Pix, eq. 3, contexts for
+    images)
       = (1 - s_c) e0 + (s_c - s_t) e_C + s_t e_CT
 
-A branch whose weight is zero is not run. A scale of 1 or less is no guidance, as in diffusers. Knows no tensors.
-"""
+A branch whose weight is zero is not run. A scale of 1 or less is no guidance, as in diffusers. Knows no
+tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def _scales(settings: Settings) -> tuple[float, float]:
 
 
 def guidance_branches(settings: Settings, has_prompt: bool) -> list[Branch]:
-    """The branches of a row, 1 to 3. Without a prompt of its own (that differs from the negative one) e_CT is e_C."""
+    """The branches of a row, 1 to 3. Without a prompt of its own (that differs from the negative one) e_CT is
+    e_C."""
     text_scale, context_scale = _scales(settings)
     if not has_prompt:
         text_scale = 0.0

@@ -1,5 +1,6 @@
-"""The calls of the model for one step of some rows of one shape: in chunks, padded, never shrunk. On a CPU several calls
-run at once, each on one thread: that is quicker than several threads a call, and the bits don't depend on their number.
+"""The calls of the model for one step of some rows of one shape: in chunks, padded, never shrunk. On a CPU
+several calls run at once, each on one thread: that is quicker than several threads a call, and the bits don't
+depend on their number.
 
 R rows, each of 1 to 3 lanes   P lanes a chunk   C h w latents
 """
@@ -24,8 +25,8 @@ Residuals = dict[tuple[int, str], list[Tensor]]
 
 @dataclass(frozen=True)
 class Shape:
-    """Fixed by model and kind of device, for it decides the bits. chunk: lanes in one call of the model; control: rows in
-    one call of the ControlNet; lanes: of all rows that go on in a step, at most."""
+    """Fixed by model and kind of device, for it decides the bits. chunk: lanes in one call of the model;
+    control: rows in one call of the ControlNet; lanes: of all rows that go on in a step, at most."""
 
     chunk: int
     lanes: int
@@ -43,13 +44,19 @@ class Calls:
 
     def __post_init__(self) -> None:
         many = self.threads > 1 and self.device.type == "cpu"
-        # Each thread sets its own number of torch's threads: another engine of this process may just have changed it.
+        # Each thread sets its own number of torch's threads: another engine of this process may just have
+        # changed it.
         self._pool = ThreadPoolExecutor(self.threads, "calls", torch.set_num_threads, (1,)) if many else None
 
     def _each(self, call: Callable[[list[Any]], Any], items: list[Any], size: int) -> Iterator[Any]:
         """The results of calls for chunks of the items, in order."""
         run = self._pool.map if self._pool else map
-        return iter(run(torch.inference_mode()(call), [items[start : start + size] for start in range(0, len(items), size)]))
+        return iter(
+            run(
+                torch.inference_mode()(call),
+                [items[start : start + size] for start in range(0, len(items), size)],
+            )
+        )
 
     def guided(self, slots: list[Slot]) -> tuple[Tensor, int]:
         """-> the guided outputs (R, C, h, w), and the lanes that the calls had room for."""
@@ -67,8 +74,8 @@ class Calls:
         return torch.cat([slot.model_input for slot in slots]), times
 
     def _control(self, slots: list[Slot]) -> Residuals:
-        """The ControlNet's residuals of each row that is in its window, by row and control key: once for all the lanes
-        that have the key."""
+        """The ControlNet's residuals of each row that is in its window, by row and control key: once for all
+        the lanes that have the key."""
         wanted: dict[tuple[int, str], tuple[int, int]] = {}
         for row, slot in enumerate(slots):
             if slot.controlled:
@@ -87,7 +94,8 @@ class Calls:
         return dict(zip(wanted, made, strict=True))
 
     def _predict(self, slots: list[Slot], part: list[tuple[int, int]], residuals: Residuals) -> Any:
-        """One call of the model for up to P lanes, padded to P with copies of the first. -> their outputs (1, C, h, w)."""
+        """One call of the model for up to P lanes, padded to P with copies of the first. -> their outputs (1,
+        C, h, w)."""
         places = _padded(part, self.shape.chunk)
         latents, times = self._inputs([slots[row] for row, _ in places])
         lanes = stack([slots[row].encoded.lanes[lane] for row, lane in places])
@@ -102,8 +110,9 @@ def stack(conditions: list[Conditions]) -> Conditions:
 
 @contextmanager
 def same_bits(device: torch.device) -> Iterator[None]:
-    """Within it a row's bits don't depend on its place in a call. On a CPU: one thread of torch's, whose number changes them.
-    On a GPU: no TF32, whose kernels add up in another order at another place (3 of 24 rows, seen on an H200)."""
+    """Within it a row's bits don't depend on its place in a call. On a CPU: one thread of torch's, whose
+    number changes them. On a GPU: no TF32, whose kernels add up in another order at another place (3 of 24
+    rows, seen on an H200)."""
     if device.type == "cuda":
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield

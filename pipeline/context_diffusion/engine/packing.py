@@ -8,9 +8,8 @@ from collections.abc import Sequence
 def choose(lanes: Sequence[int], chunk: int, most: int) -> list[int]:
     """Indices of the rows to advance, given each row's lanes, the most urgent row first, which always goes.
 
-    Of all sums of lanes up to `most` the one that leaves the smallest part of its chunks empty, and of these the
-    largest; reached with the most urgent rows that it can be reached with.
-    """
+    Of all sums of lanes up to `most` the one that leaves the smallest part of its chunks empty, and of these
+    the largest; reached with the most urgent rows that it can be reached with."""
     # Bit s of reach[i]: some of the rows from i on have s lanes together.
     reach = [1] * (len(lanes) + 1)
     for i in range(len(lanes) - 1, -1, -1):

@@ -4,9 +4,9 @@
     x0          = p · x + q · out
     x'          = a · x + b · out + c · x0_before + d · noise
 
-A step of these schedulers is linear in x, the model's output, the x0 before and the noise. So a table is made by asking
-the diffusers scheduler itself what its step does to unit values; a new sampler is a line in SAMPLERS.
-"""
+A step of these schedulers is linear in x, the model's output, the x0 before and the noise. So a table is made
+by asking the diffusers scheduler itself what its step does to unit values; a new sampler is a line in
+SAMPLERS."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ SAMPLERS: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "dpmpp_2m_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
+    ),
     "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
     "lcm": ("LCMScheduler", {}),
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
@@ -43,9 +46,8 @@ class Table:
     """The coefficients of S steps, from the row's first one on.
 
     timesteps: (S,) what the model is told. coefficients: (S, 7) float64, columns scale_in, p, q, a, b, c, d.
-    init_scale: what pure noise is multiplied with at the start. noised: factors of image and noise where the first step
-    starts from an image (image to image).
-    """
+    init_scale: what pure noise is multiplied with at the start. noised: factors of image and noise where the
+    first step starts from an image (image to image)."""
 
     timesteps: Tensor
     coefficients: Tensor
@@ -57,9 +59,9 @@ class Table:
 
 
 def make_scheduler(scheduler: SchedulerName, num_inference_steps: int, config: Mapping[str, Any]) -> Any:
-    """Make the diffusers scheduler that a sampler stands for, with its timesteps. Raises RowError where the model's
-    scheduler_config and the sampler do not go together or have no such number of steps, ModelError for a config whose step
-    is not linear."""
+    """Make the diffusers scheduler that a sampler stands for, with its timesteps. Raises RowError where the
+    model's scheduler_config and the sampler do not go together or have no such number of steps, ModelError
+    for a config whose step is not linear."""
     if config.get("clip_sample") or config.get("thresholding"):
         raise ModelError("scheduler_config: clip_sample and thresholding are not linear; set both to false")
     if reason := _unsuitable(scheduler, config):
@@ -77,7 +79,11 @@ def make_scheduler(scheduler: SchedulerName, num_inference_steps: int, config: M
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether a scheduler_config is that of a flow-matching model."""
     flow_class = str(config.get("_class_name", "")).startswith("FlowMatch")
-    return flow_class or config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas"))
+    return (
+        flow_class
+        or config.get("prediction_type") == "flow_prediction"
+        or bool(config.get("use_flow_sigmas"))
+    )
 
 
 def _unsuitable(scheduler: SchedulerName, config: Mapping[str, Any]) -> str | None:
@@ -91,10 +97,14 @@ def _unsuitable(scheduler: SchedulerName, config: Mapping[str, Any]) -> str | No
     return None
 
 
-def make_table(scheduler: SchedulerName, num_inference_steps: int, config: Mapping[str, Any], first: int = 0) -> Table:
+def make_table(
+    scheduler: SchedulerName, num_inference_steps: int, config: Mapping[str, Any], first: int = 0
+) -> Table:
     """Of a sampler over so many steps, from step `first` on: a multistep sampler has no x0 before it.
     config: a diffusers scheduler_config. Raises as make_scheduler does."""
-    return _cached(scheduler, num_inference_steps, json.dumps(dict(config), sort_keys=True, default=str), first)
+    return _cached(
+        scheduler, num_inference_steps, json.dumps(dict(config), sort_keys=True, default=str), first
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -107,39 +117,58 @@ def _cached(name: SchedulerName, steps: int, config_text: str, first: int) -> Ta
     try:
         rows = [_probe(scheduler, timestep, number) for number, timestep in enumerate(timesteps)]
     except (ValueError, NotImplementedError) as error:
-        raise RowError(ErrorCode.INVALID_SETTING, f"scheduler {name} cannot sample from this model: {error}") from None
+        raise RowError(
+            ErrorCode.INVALID_SETTING, f"scheduler {name} cannot sample from this model: {error}"
+        ) from None
     init_scale = float(getattr(scheduler, "init_noise_sigma", 1.0))
-    return Table(timesteps.float(), torch.tensor(rows, dtype=torch.float64).reshape(-1, 7), init_scale, noised)
+    return Table(
+        timesteps.float(), torch.tensor(rows, dtype=torch.float64).reshape(-1, 7), init_scale, noised
+    )
 
 
 def _noised(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
     """The factors of image and noise at a timestep."""
     unit, zero = torch.ones(1), torch.zeros(1)
     if hasattr(scheduler, "scale_noise"):
-        return float(scheduler.scale_noise(unit, timestep, zero)), float(scheduler.scale_noise(zero, timestep, unit))
+        return float(scheduler.scale_noise(unit, timestep, zero)), float(
+            scheduler.scale_noise(zero, timestep, unit)
+        )
     return float(scheduler.add_noise(unit, zero, timestep)), float(scheduler.add_noise(zero, unit, timestep))
 
 
 def _probe(scheduler: Any, timestep: Tensor, number: int) -> list[float]:
     """The coefficients of the step that the scheduler is at; it goes one step on.
 
-    Elements 0 to 3 ask at even steps, 4 to 7 at odd ones: unit x, unit output, unit x0 before, and nothing but the
-    noise. The x0 before of those that ask was made in the step before, when the others asked.
-    """
+    Elements 0 to 3 ask at even steps, 4 to 7 at odd ones: unit x, unit output, unit x0 before, and nothing
+    but the noise. The x0 before of those that ask was made in the step before, when the others asked."""
     mine, others = (0, 4) if number % 2 == 0 else (4, 0)
     x, out = torch.zeros(2, 8, 1)
     x[mine + X] = out[mine + OUT] = x[others + BEFORE] = 1.0
     out[others + BEFORE] = -1.0  # q is never positive: their x0, p - q, cannot be 0
-    scaled = float(scheduler.scale_model_input(torch.ones(1), timestep)) if hasattr(scheduler, "scale_model_input") else 1.0
+    scaled = (
+        float(scheduler.scale_model_input(torch.ones(1), timestep))
+        if hasattr(scheduler, "scale_model_input")
+        else 1.0
+    )
     before = _last_x0(scheduler)
     draws = "generator" in scheduler.step.__code__.co_varnames
-    made = scheduler.step(out, timestep, x, **({"generator": torch.Generator().manual_seed(0)} if draws else {}))
+    made = scheduler.step(
+        out, timestep, x, **({"generator": torch.Generator().manual_seed(0)} if draws else {})
+    )
     noise = torch.randn(8, 1, generator=torch.Generator().manual_seed(0)).double()
     after, x0 = made.prev_sample.double(), _x0(scheduler, made, x, out)
     d = after[mine + NOISE] / noise[mine + NOISE]
     after = after - d * noise
     c = 0.0 if before is None else float(after[mine + BEFORE] / before[mine + BEFORE])
-    return [scaled, float(x0[mine + X]), float(x0[mine + OUT]), float(after[mine + X]), float(after[mine + OUT]), c, float(d)]
+    return [
+        scaled,
+        float(x0[mine + X]),
+        float(x0[mine + OUT]),
+        float(after[mine + X]),
+        float(after[mine + OUT]),
+        c,
+        float(d),
+    ]
 
 
 def _last_x0(scheduler: Any) -> Tensor | None:

@@ -1,4 +1,5 @@
-"""One engine thread, fed by many callers: each hands in its rows, waits for them, gets them back in its order."""
+"""One engine thread, fed by many callers: each hands in its rows, waits for them, gets them back in its
+order."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ Done = Future[Result | Failure]
 class EngineService:
     """Runs an Engine in a thread of its own. `generate` may be called from several threads at once.
 
-    broken: called with the exception when the engine itself fails (device lost); callers get it too, at once and later.
-    """
+    broken: called with the exception when the engine itself fails (device lost); callers get it too, at once
+    and later."""
 
     def __init__(self, engine: Engine, broken: Callable[[BaseException], None] | None = None) -> None:
         self.engine, self.broken = engine, broken
@@ -30,7 +31,8 @@ class EngineService:
         threading.Thread(target=self._loop, name="engine", daemon=True).start()
 
     def generate(self, requests: list[Request]) -> list[Result | Failure]:
-        """Block until all are finished; results in the order of the requests. Raises what broke the engine."""
+        """Block until all are finished; results in the order of the requests. Raises what broke the
+        engine."""
         futures: list[Done] = [Future() for _ in requests]
         with self._lock:
             if self._error:
@@ -62,7 +64,8 @@ class EngineService:
             self.engine.add(request)
 
     def _fail(self, error: BaseException) -> None:
-        """Give the error to all callers: the engine's state is unknown now, and nobody may wait for it or use it again."""
+        """Give the error to all callers: the engine's state is unknown now, and nobody may wait for it or use
+        it again."""
         with self._lock:
             self._error = error
             while not self._inbox.empty():

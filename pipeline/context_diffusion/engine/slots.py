@@ -1,4 +1,5 @@
-"""A row under way: its table, latents and conditions, and the arithmetic of a step for many rows of one shape.
+"""A row under way: its table, latents and conditions, and the arithmetic of a step for many rows of one
+shape.
 
 R rows  C h w latents
 """
@@ -107,5 +108,7 @@ def advance(slots: Sequence[Slot], outputs: Tensor) -> None:
     for row, slot in enumerate(slots):
         slot.x0, slot.latents = x0[row : row + 1], latents[row : row + 1]
         if d := float(steps[row, 6]):
-            slot.latents = slot.latents + d * torch.randn(slot.latents.shape, generator=slot.generator).to(device)
+            slot.latents = slot.latents + d * torch.randn(slot.latents.shape, generator=slot.generator).to(
+                device
+            )
         slot.step += 1

@@ -1,1 +1,1 @@
-"""Scores of a picture against its query, its contexts and its prompt, and the job that gives them to finished ones."""
+"""Scores images against their query, contexts and prompt. Its evaluate job scores finished images."""

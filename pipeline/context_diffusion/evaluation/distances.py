@@ -1,6 +1,6 @@
-"""How far two sets of pictures lie apart, as sets of features. numpy alone.
+"""Distances between two sets of images, as sets of features.
 
-N M pictures  D features
+N M images  D features
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from context_diffusion.core.errors import JobError, RowError
 from context_diffusion.core.evaluate_job import EvaluateJob
 from context_diffusion.core.records import Pixels
 from context_diffusion.core.uris import normal
-from context_diffusion.evaluation.pairs import Pair, of_output, source_key
+from context_diffusion.evaluation.pairs import Pair, pairs_of_output, scored_images, source_key
 from context_diffusion.inputs.decode import ENDINGS
 from context_diffusion.inputs.image_sources import ImageSource
 from context_diffusion.outputs.output_folder import Output
@@ -24,27 +24,46 @@ from context_diffusion.storage.filesystem import Storage
 
 Features = NDArray[np.float64]
 
-BLOCK = 1024  # rows of a kernel matrix at once
+BLOCK = 1024  # rows of a kernel matrix that are computed at once
+MIN_IMAGES = 2  # for a covariance
+BATCH = 16
 
 
 def frechet_distance(first: Features, second: Features) -> float:
-    """Of the Gaussians with the mean and covariance of (N, D) and (M, D): |m - n|² + tr(A + B - 2 (A B)^½) (Fréchet 1957;
-    the FID of Heusel et al. 2017 with other features). Its estimate is too large, the more so the fewer pictures there
-    are; of fewer than D the covariance says nothing in some directions."""
-    (mean, own), (other_mean, other) = ((set_.mean(0), np.atleast_2d(np.cov(set_.T))) for set_ in (first, second))
-    # (A B)^½ and (A^½ B A^½)^½ have the same trace, and the latter is symmetric: no square root of a general matrix.
-    values, vectors = np.linalg.eigh(own)
+    """Return the Fréchet distance of the Gaussians fitted to features (N, D) and (M, D).
+
+    |m - n|² + tr(A + B - 2 (A B)^½) (Fréchet 1957; the FID of Heusel et al. 2017 with other features). The
+    estimate is too large, the more so the fewer the images; below D images the covariance is undefined in
+    some directions.
+    """
+    first_mean = first.mean(0)
+    second_mean = second.mean(0)
+    first_covariance = np.atleast_2d(np.cov(first.T))
+    second_covariance = np.atleast_2d(np.cov(second.T))
+    # (A B)^½ and (A^½ B A^½)^½ have the same trace, and the latter is symmetric: no square root of a general
+    # matrix.
+    values, vectors = np.linalg.eigh(first_covariance)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    shared = np.sqrt(np.linalg.eigvalsh(root @ other @ root).clip(0)).sum()
-    return max(0.0, float(((mean - other_mean) ** 2).sum() + np.trace(own + other) - 2 * shared))
+    trace_of_root = np.sqrt(np.linalg.eigvalsh(root @ second_covariance @ root).clip(0)).sum()
+    traces = np.trace(first_covariance + second_covariance)
+    return max(0.0, float(((first_mean - second_mean) ** 2).sum() + traces - 2 * trace_of_root))
 
 
 def kernel_distance(first: Features, second: Features) -> float:
-    """MMD² with the kernel (x·y / D + 1)³, unbiased and over all pairs (the KID of Bińkowski et al. 2018 with other
-    features): about 0 for sets of one kind, and then as often below it."""
-    n, m = len(first), len(second)
-    within = [(_kernel_sum(set_, set_) - _kernel_diagonal(set_)) / (len(set_) * (len(set_) - 1)) for set_ in (first, second)]
-    return sum(within) - 2 * _kernel_sum(first, second) / (n * m)
+    """Return the MMD² with the kernel (x·y / D + 1)³, unbiased and over all pairs.
+
+    This is the KID of Bińkowski et al. 2018 with other features. It is 0 on average for sets of one
+    distribution, so it can be negative.
+    """
+    within = _mean_within(first) + _mean_within(second)
+    return within - 2 * _kernel_sum(first, second) / (len(first) * len(second))
+
+
+def _mean_within(features: Features) -> float:
+    """Return the mean kernel over all pairs of different images of a set."""
+    return (_kernel_sum(features, features) - _kernel_diagonal(features)) / (
+        len(features) * (len(features) - 1)
+    )
 
 
 def _kernel_sum(first: Features, second: Features) -> float:
@@ -59,66 +78,84 @@ def _blocks(features: Features) -> Iterator[Features]:
     return (features[begin : begin + BLOCK] for begin in range(0, len(features), BLOCK))
 
 
-LEAST = 2  # pictures of a covariance
-
-BATCH = 16
-
-
 def reference_sources(job: EvaluateJob, pairs: Sequence[Pair], storage: Storage) -> list[ImageSource]:
-    """Each once: what the manifest's column names, the pictures of an OUTPUT, or all of a folder and those below it.
-    Raises JobError where there are none."""
+    """Return each reference image once: from the manifest's column, an OUTPUT, or a folder with subfolders.
+
+    Raises JobError if there are fewer than MIN_IMAGES.
+    """
     if job.reference is None:
-        named = [pair.reference for pair in pairs if pair.reference]
+        sources = [pair.reference for pair in pairs if pair.reference]
     else:
         folder = Output(normal(job.reference), storage)
         if storage.exists(folder.plan):
-            named = [pair.picture for pair in of_output(folder) if pair.picture and not pair.error]
+            sources = scored_images(pairs_of_output(folder))
         else:
             names = [name for name in storage.files(folder.root) if name.lower().endswith(ENDINGS)]
-            named = [{"bytes": None, "path": name} for name in names]
-    found = list({source_key(source): source for source in named}.values())
-    if len(found) < LEAST:
+            sources = [{"bytes": None, "path": name} for name in names]
+    unique = list({source_key(source): source for source in sources}.values())
+    if len(unique) < MIN_IMAGES:
         where = job.reference or f"the manifest's column {job.columns['reference']}"
-        raise JobError(f"reference: {where} has {len(found)} pictures, distances need {LEAST} at least")
-    return found
+        raise JobError(f"reference: {where} has {len(unique)} images, distances need at least {MIN_IMAGES}")
+    return unique
 
 
 class References:
-    """The reference pictures' features, made once, for the pictures of one or two systems."""
+    """The features of the reference images, computed once, and the distances of other images to them."""
 
-    def __init__(self, job: EvaluateJob, sources: list[ImageSource], read: Callable[[ImageSource], Pixels]) -> None:
-        """read: raises RowError for a picture that is none; it is left out and counted."""
-        self.encoder, self._read = job.encoder, read
-        self._features, self._left_out = self._embedded(sources)
+    def __init__(
+        self, job: EvaluateJob, sources: list[ImageSource], read: Callable[[ImageSource], Pixels]
+    ) -> None:
+        """read: raises RowError for an unreadable image, which is skipped and counted."""
+        self.encoder = job.encoder
+        self._read = read
+        self._features, self._skipped = self._embed(sources)
 
     def distances(self, pairs: Iterable[Pair]) -> dict[str, Any]:
-        """frechet and kernel, None where there are too few pictures, with the numbers that they depend on."""
-        made, left_out = self._embedded([pair.picture for pair in pairs if pair.picture and not pair.error])
-        least, width = min(len(made), len(self._features)), self._features.shape[1]
-        told: dict[str, Any] = {"frechet": None, "kernel": None}
-        if least >= LEAST:
-            told = {"frechet": frechet_distance(made, self._features), "kernel": kernel_distance(made, self._features)}
-        told |= {"encoder": self.encoder, "features": width, "pictures": len(made), "references": len(self._features)}
-        if left_out or self._left_out:
-            told["left_out"] = left_out + self._left_out
-        if least < width:
-            told["warning"] = f"{least} pictures for {width} features: the Fréchet distance is too large, compare kernel's"
-            logging.getLogger(__name__).warning("reference: %s", told["warning"])
-        return told
+        """Return the Fréchet and the kernel distance, None for too few images, and the counts behind them."""
+        features, skipped = self._embed(scored_images(pairs))
+        fewest = min(len(features), len(self._features))
+        width = self._features.shape[1]
+        enough = fewest >= MIN_IMAGES
+        summary: dict[str, Any] = {
+            "frechet": frechet_distance(features, self._features) if enough else None,
+            "kernel": kernel_distance(features, self._features) if enough else None,
+            "encoder": self.encoder,
+            "features": width,
+            "pictures": len(features),
+            "references": len(self._features),
+        }
+        if skipped or self._skipped:
+            summary["left_out"] = skipped + self._skipped
+        if fewest < width:
+            warning = (
+                f"{fewest} images for {width} features: the Fréchet distance is too large, "
+                "use the kernel distance"
+            )
+            summary["warning"] = warning
+            logging.getLogger(__name__).warning("reference: %s", warning)
+        return summary
 
-    def _embedded(self, sources: list[ImageSource]) -> tuple[Features, int]:
-        """-> (N, D), and how many could not be read."""
-        from context_diffusion.evaluation.similarity import embedded  # torch
+    def _embed(self, sources: list[ImageSource]) -> tuple[Features, int]:
+        """Return the features (N, D) and the number of unreadable images.
 
-        batches, images, left_out = [], list[Pixels](), 0
+        Raises JobError if all are unreadable.
+        """
+        from context_diffusion.evaluation.similarity import embedded  # imports torch
+
+        batches: list[Features] = []
+        images: list[Pixels] = []
+        skipped = 0
         for number, source in enumerate(sources):
             try:
                 images.append(self._read(source))
             except RowError:
-                left_out += 1
+                skipped += 1
             if images and (len(images) == BATCH or number == len(sources) - 1):
                 batches.append(embedded(images, self.encoder))
                 images = []
         if not batches:
-            raise JobError(f"reference: none of {len(sources)} pictures could be read, the first is {sources[0]['path']}")
-        return np.concatenate(batches), left_out
+            message = (
+                f"reference: none of {len(sources)} images are readable, the first is {sources[0]['path']}"
+            )
+            raise JobError(message)
+        return np.concatenate(batches), skipped

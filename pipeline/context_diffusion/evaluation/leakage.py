@@ -1,4 +1,4 @@
-"""Leakage: what came from the wrong side. A context's layout, the query's colours. numpy and OpenCV alone."""
+"""The leakage scores: a context's layout or the query's colours in an image. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,39 +11,47 @@ from context_diffusion.evaluation.layout import EDGE_SCALES, Field, as_large_as,
 from context_diffusion.evaluation.style import distances, palette
 
 Spectrum = NDArray[np.complexfloating]
-ELSEWHERE = 1 / 8  # of the side: a displacement from here on is another place
-LARGEST = 256  # pixels a side that layouts are compared at: a fifth of the time at 512, and no detail is a layout
-LEAST_DIFFERENCE = 5.0  # Lab units: palettes nearer than this are the same colours
+ELSEWHERE = 1 / 8  # of the side: a larger displacement counts as another position
+MAX_SIDE = 256  # pixels at which layouts are compared: a fifth of the time at 512, without loss of layout
+MIN_DIFFERENCE = 5.0  # Lab units: palettes that are nearer count as the same colours
 
 
 def layout_leakage(image: Pixels, query: Pixels, contexts: list[Pixels]) -> float:
-    """How much of the picture's layout is a context's and not the query's, 0 to 1: the context that shows most counts.
+    """Return how much of the image's layout comes from a context and not from the query, 0 to 1.
 
-    The correlation of the edge fields of picture and context, after what either shares with the query is taken out of
-    it (a partial correlation). A texture correlates too, and may: it is style. But a texture repeats, a layout does not:
-    so the best correlation r' at another place is taken off, (r - r') / (1 - r'). 1: the context's picture itself;
-    about a half: both laid over each other. A context's own repeated figures may so be taken for texture.
+    The context with the highest leakage counts. The score is the correlation r of the edge fields of image
+    and context, after removing what each shares with the query (a partial correlation). A shared texture
+    correlates too, but is style; textures repeat and layouts do not, so the best correlation r' at another
+    position is removed: (r - r') / (1 - r'). 1: the context's image itself; about 0.5: a blend of both.
+    Figures that a context repeats may be mistaken for texture.
     """
-    if (side := max(image.shape[:2])) > LARGEST:
-        width, height = (max(1, round(length * LARGEST / side)) for length in image.shape[1::-1])
+    side = max(image.shape[:2])
+    if side > MAX_SIDE:
+        width, height = (max(1, round(length * MAX_SIDE / side)) for length in image.shape[1::-1])
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8)
     query = as_large_as(query, image)
-    asked = [edges(query, scale) for scale in EDGE_SCALES]
-    rests = [_rest(edges(image, scale), taken) for scale, taken in zip(EDGE_SCALES, asked, strict=True)]
-    shares = []
-    for context in (as_large_as(one, image) for one in contexts):
-        shown = [_rest(edges(context, scale), taken) for scale, taken in zip(EDGE_SCALES, asked, strict=True)]
-        shares.append(np.mean([_own(*pair, image.shape[:2]) for pair in zip(rests, shown, strict=True)]))
-    return float(np.clip(max(shares), 0, 1))
+    query_edges = [edges(query, scale) for scale in EDGE_SCALES]
+    image_residuals = _residuals(image, query_edges)
+    leakages = []
+    for context in contexts:
+        context_residuals = _residuals(as_large_as(context, image), query_edges)
+        by_scale = zip(image_residuals, context_residuals, strict=True)
+        leakages.append(np.mean([_correlation_here(*residuals, image.shape[:2]) for residuals in by_scale]))
+    return float(np.clip(max(leakages), 0, 1))
 
 
-def _rest(field: Field, query: Field) -> Spectrum:
-    """What an edge field (H, W) does not share with the query's, as its spectrum."""
-    return np.asarray(np.fft.rfft2(standard(field - (field * query).mean() * query)))
+def _residuals(image: Pixels, query_edges: list[Field]) -> list[Spectrum]:
+    """Return at each scale the spectrum of an image's edges (H, W) minus what they share with the query's."""
+    residuals: list[Spectrum] = []
+    for scale, query_field in zip(EDGE_SCALES, query_edges, strict=True):
+        field = edges(image, scale)
+        residual = standard(field - (field * query_field).mean() * query_field)
+        residuals.append(np.asarray(np.fft.rfft2(residual)))
+    return residuals
 
 
-def _own(image: Spectrum, context: Spectrum, shape: tuple[int, ...]) -> float:
-    """r here beyond r' elsewhere."""
+def _correlation_here(image: Spectrum, context: Spectrum, shape: tuple[int, ...]) -> float:
+    """Return (r - r') / (1 - r'), of the correlation r without displacement and the best one r' elsewhere."""
     correlation = np.fft.irfft2(image * context.conj(), shape) / (shape[0] * shape[1])
     down, across = (np.minimum(np.arange(n), n - np.arange(n)) >= ELSEWHERE * n for n in shape)
     elsewhere = max(0.0, float(correlation[down[:, None] | across[None]].max()))
@@ -51,18 +59,21 @@ def _own(image: Spectrum, context: Spectrum, shape: tuple[int, ...]) -> float:
 
 
 def colour_leakage(image: Pixels, query: Pixels, contexts: list[Pixels]) -> float | None:
-    """How much of the picture's colour is the query's and not the contexts', 0 to 1. None: no leak could be told.
+    """Return how much of the image's colours come from the query and not from the contexts, 0 to 1.
 
-    Two shares, of palettes in Lab: how far the picture's colours left the contexts', as a share of how far the query's
-    lie from them; and how much nearer to the query's they came than the contexts' are. The smaller one counts: colours
-    that neither shows are wrong, but not the query's. 1: the query's own colours; about a half: halfway between.
-    Where query and contexts have the same colours, within LEAST_DIFFERENCE, the answer is None.
+    The smaller of two shares counts, both from palettes in Lab: the distance of the image's colours from the
+    contexts', relative to that of the query's; and how much nearer they are to the query's than the contexts'
+    are. So colours of neither are no leak. 1: the query's own colours; about 0.5: halfway between. None:
+    query and contexts have the same colours, within MIN_DIFFERENCE.
     """
-    made, asked, shown = palette([image]), palette([query]), palette(contexts)
-    between = distances(asked, shown)
-    of_query, of_contexts = float(between.min(1).mean()), float(between.min(0).mean())
-    if min(of_query, of_contexts) < LEAST_DIFFERENCE:
+    image_colours = palette([image])
+    query_colours = palette([query])
+    context_colours = palette(contexts)
+    between = distances(query_colours, context_colours)
+    query_to_contexts = float(between.min(1).mean())
+    contexts_to_query = float(between.min(0).mean())
+    if min(query_to_contexts, contexts_to_query) < MIN_DIFFERENCE:
         return None
-    left = float(distances(made, shown).min(1).mean()) / of_query
-    came = 1 - float(distances(made, asked).min(1).mean()) / of_contexts
-    return float(np.clip(min(left, came), 0, 1))
+    away_from_contexts = float(distances(image_colours, context_colours).min(1).mean()) / query_to_contexts
+    towards_query = 1 - float(distances(image_colours, query_colours).min(1).mean()) / contexts_to_query
+    return float(np.clip(min(away_from_contexts, towards_query), 0, 1))

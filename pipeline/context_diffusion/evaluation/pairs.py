@@ -1,13 +1,13 @@
-"""What to score: each finished picture with its query, contexts and prompt. Sources only, nothing is decoded here.
+"""Collects what is scored: each finished image with its query, contexts and prompt, as undecoded sources.
 
-Pictures lie in an OUTPUT of ours or in any folder; what they were made from, a manifest says or OUTPUT's own rows.
-All pairs are held in memory, with the bytes that lie inside a Parquet file.
+Images lie in an OUTPUT or in any folder; their inputs come from a manifest or from OUTPUT's rows. All pairs
+are held in memory, with the bytes of images that are stored in Parquet files.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -26,18 +26,32 @@ from context_diffusion.inputs.url_policy import allowed_prefixes
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
-NOWHERE: ImageSource = {"bytes": None, "path": None}  # of a row that tells why
-READ_COLUMNS = (ID, "index", "error_code", "error_message", "file_name", "image", QUERY, CONTEXT, PROMPT, "fit")
+NO_SOURCE: ImageSource = {"bytes": None, "path": None}  # the query of a row with an error
+READ_COLUMNS = (
+    ID,
+    "index",
+    "error_code",
+    "error_message",
+    "file_name",
+    "image",
+    QUERY,
+    CONTEXT,
+    PROMPT,
+    "fit",
+)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and what it was made from. error: (code, message) of a row that cannot be scored; reference: the picture
-    that the manifest's column of that name says."""
+    """An image and its inputs.
+
+    error: code and message of a row that cannot be scored; reference: the image in the manifest's column
+    `reference`.
+    """
 
     id: str
     index: int
-    picture: ImageSource | None
+    image: ImageSource | None
     query: ImageSource
     contexts: list[ImageSource]
     prompt: str | None
@@ -47,112 +61,150 @@ class Pair:
 
 
 def source_key(source: ImageSource) -> str:
-    """What tells a source from another: its path, or a hash of its bytes."""
-    return source["path"] if source["bytes"] is None else hashlib.blake2b(source["bytes"], digest_size=16).hexdigest()
+    """Return what identifies a source: its path, or a hash of its bytes."""
+    if source["bytes"] is None:
+        return source["path"]
+    return hashlib.blake2b(source["bytes"], digest_size=16).hexdigest()
+
+
+def scored_images(pairs: Iterable[Pair]) -> list[ImageSource]:
+    """Return the images of the pairs that can be scored."""
+    return [pair.image for pair in pairs if pair.image and not pair.error]
 
 
 def find_pairs(job: EvaluateJob, storage: Storage) -> tuple[list[Pair], list[str]]:
-    """-> the pairs, and the prefixes under which their sources may lie. Raises JobError, ManifestError."""
+    """Return the pairs and the allowed URI prefixes of their sources. Raises JobError, ManifestError."""
     folder = Output(normal(job.images), storage)
-    ours = storage.exists(folder.plan)
-    if not ours and not storage.is_folder(folder.root):
-        raise JobError(f"images: {job.images} is no folder")
-    if ours and not storage.exists(folder.success):
-        raise JobError(f"images: {job.images} is not finished, it has no _SUCCESS; run its job again, then this one")
-    if not ours and not job.manifest:
-        raise JobError(
-            f"images: {job.images} has no plan.json, so it is no OUTPUT of a generate job; "
-            "name in `manifest:` what its pictures were made from"
-        )
-    made = list(of_output(folder)) if ours else []
+    is_output = storage.exists(folder.plan)
+    _check_images(job, folder, is_output)
     if job.manifest:
         files = expand(job.manifests, storage)
-        pairs = list(_joined(job, storage, files, _by_id(made) if ours else _Folder(folder.root, storage)))
-        return pairs, allowed_prefixes(job.allow, files)
-    return [_told_inline(pair) for pair in made], job.allow or folder.allow()
+        images: PairsById | _ImageFolder = _ImageFolder(folder.root, storage)
+        if is_output:
+            images = _by_id(pairs_of_output(folder))
+        return list(_pairs_of_manifest(job, storage, files, images)), allowed_prefixes(job.allow, files)
+    pairs = [_with_inline_error(pair) for pair in pairs_of_output(folder)]
+    return pairs, job.allow or folder.allow()
 
 
-def of_output(output: Output) -> Iterator[Pair]:
-    """What an OUTPUT's rows say, failed ones too."""
+def _check_images(job: EvaluateJob, folder: Output, is_output: bool) -> None:
+    """Raise JobError if the images are neither a finished OUTPUT nor a folder with a manifest."""
+    if not is_output and not folder.storage.is_folder(folder.root):
+        raise JobError(f"images: folder not found: {job.images}")
+    if is_output and not folder.storage.exists(folder.success):
+        raise JobError(
+            f"images: {job.images} is not finished: it has no _SUCCESS; rerun its job, then this one"
+        )
+    if not is_output and not job.manifest:
+        raise JobError(
+            f"images: {job.images} has no plan.json, so it is not the OUTPUT of a generate job; "
+            "set `manifest:` to the manifest of its images"
+        )
+
+
+def pairs_of_output(output: Output) -> Iterator[Pair]:
+    """Yield a pair for each row of an OUTPUT, failed rows included."""
     base = output.base()
     for _, part in output.read_parts():
-        for row in part.select([name for name in READ_COLUMNS if name in part.column_names]).to_pylist():
-            lies_alone = row["file_name"] and ".tar/" not in row["file_name"]
-            found = row["file_name"] if lies_alone else None if row["error_code"] else output.picture(row)
-            picture = as_source(found, output.root)
-            query, *contexts = (_source(uri, base) for uri in (row[QUERY], *(row[CONTEXT] or [])))
+        names = [name for name in READ_COLUMNS if name in part.column_names]
+        for row in part.select(names).to_pylist():
             error = (row["error_code"], row["error_message"]) if row["error_code"] else None
-            yield Pair(row[ID], row["index"], picture, query, contexts, row[PROMPT], row["fit"], error)
+            image = as_source(_stored_image(output, row), output.root)
+            query = _source(row[QUERY], base)
+            contexts = [_source(uri, base) for uri in row[CONTEXT] or []]
+            yield Pair(row[ID], row["index"], image, query, contexts, row[PROMPT], row["fit"], error)
+
+
+def _stored_image(output: Output, row: Row) -> str | bytes | None:
+    """Return the file name of an image that is a file of its own, else its bytes; None for a failed row."""
+    if row["file_name"] and ".tar/" not in row["file_name"]:
+        return str(row["file_name"])
+    return None if row["error_code"] else output.image(row)
 
 
 def _source(uri: str | None, base: str) -> ImageSource:
     return {"bytes": None, "path": uri if uri is None or uri == INLINE else resolve(uri, base)}
 
 
-def _told_inline(pair: Pair) -> Pair:
+def _with_inline_error(pair: Pair) -> Pair:
+    """Add an error to a pair whose query or contexts were inline in the manifest."""
     if pair.error or INLINE not in [source["path"] for source in (pair.query, *pair.contexts)]:
         return pair
-    message = "query or context were bytes in the manifest, OUTPUT does not hold them: name the manifest in `manifest:`"
+    message = (
+        "query or context were inline in the manifest, and OUTPUT does not contain them: set `manifest:`"
+    )
     return replace(pair, error=(str(ErrorCode.MISSING_FILE), message))
 
 
-Pictures = dict[str, list[Pair]]
+PairsById = dict[str, list[Pair]]
 
 
-def _by_id(made: list[Pair]) -> Pictures:
-    pictures: Pictures = {}
-    for pair in made:
-        pictures.setdefault(pair.id, []).append(pair)
-    return pictures
+def _by_id(pairs: Iterable[Pair]) -> PairsById:
+    by_id: PairsById = {}
+    for pair in pairs:
+        by_id.setdefault(pair.id, []).append(pair)
+    return by_id
 
 
-class _Folder:
-    """The pictures of a folder by their names without the ending."""
+class _ImageFolder:
+    """The images of a folder, by their names without the extension."""
 
     def __init__(self, root: str, storage: Storage) -> None:
         self.root = root
         names = [name for name in storage.list(root) if name.lower().endswith(ENDINGS)]
         self.names = {name.rsplit(".", 1)[0]: name for name in sorted(names, reverse=True)}
 
-    def find(self, row: str, named: object) -> ImageSource | None:
-        return as_source(named, self.root) or as_source(self.names.get(row), self.root)
+    def find(self, row_id: str, file_name: object) -> ImageSource | None:
+        """Return the image with this file name, or if there is none, with the row's id as its name."""
+        return as_source(file_name, self.root) or as_source(self.names.get(row_id), self.root)
 
 
-def _joined(job: EvaluateJob, storage: Storage, files: list[str], pictures: Pictures | _Folder) -> Iterator[Pair]:
-    """The manifest's rows, each with its picture, or with the pictures that OUTPUT has of it."""
+def _pairs_of_manifest(
+    job: EvaluateJob, storage: Storage, files: list[str], images: PairsById | _ImageFolder
+) -> Iterator[Pair]:
+    """Yield the manifest's rows, each with its image in the folder or its images in OUTPUT."""
     seen: set[str] = set()
     for uri in files:
-        for raw, pair in _of_manifest(job, storage, uri):
+        for raw, pair in _read_manifest(job, storage, uri):
             if pair.id in seen:
-                raise ManifestError(f"{uri}: the id {pair.id!r} stands more than once in the manifest")
+                raise ManifestError(f"{uri}: duplicate id {pair.id!r} in the manifest")
             seen.add(pair.id)
-            if isinstance(pictures, _Folder):
-                named = raw.get(job.columns.get("image", "image")) or raw.get("file_name")
-                yield _shown(pair, pictures.find(pair.id, named), f"{pictures.root}/{pair.id}.png, .jpg, ...")
-            elif pair.id in pictures:
-                yield from (replace(pair, index=p.index, picture=p.picture, fit=p.fit, error=p.error) for p in pictures[pair.id])
+            if isinstance(images, _ImageFolder):
+                file_name = raw.get(job.columns.get("image", "image")) or raw.get("file_name")
+                image = images.find(pair.id, file_name)
+                yield _with_image(pair, image, f"{images.root}/{pair.id}.png, .jpg, ...")
+            elif pair.id in images:
+                for stored in images[pair.id]:
+                    yield replace(
+                        pair, index=stored.index, image=stored.image, fit=stored.fit, error=stored.error
+                    )
             else:
-                yield _shown(pair, None, f"a row {pair.id!r} in {job.images}")
+                yield _with_image(pair, None, f"row {pair.id!r} in {job.images}")
     if not seen:
         raise ManifestError(f"{', '.join(files)}: the manifest has no rows")
 
 
-def _shown(pair: Pair, picture: ImageSource | None, where: str) -> Pair:
-    error = None if picture else (str(ErrorCode.MISSING_FILE), f"there is no {where}")
-    return replace(pair, picture=picture, error=pair.error or error)
+def _with_image(pair: Pair, image: ImageSource | None, where: str) -> Pair:
+    error = None if image else (str(ErrorCode.MISSING_FILE), f"not found: {where}")
+    return replace(pair, image=image, error=pair.error or error)
 
 
-def _of_manifest(job: EvaluateJob, storage: Storage, uri: str) -> Iterator[tuple[Row, Pair]]:
-    """The raw rows of a file, each with what it says of sources and prompt; row settings do not matter here."""
+def _read_manifest(job: EvaluateJob, storage: Storage, uri: str) -> Iterator[tuple[Row, Pair]]:
+    """Yield the raw rows of a manifest file, each with its pair without an image.
+
+    Settings of rows are ignored.
+    """
     file = open_file(uri, storage)
     names = {name: job.columns.get(name, name) for name in (ID, QUERY, CONTEXT, PROMPT)}
+    required_names = [names[QUERY], names[CONTEXT], *job.columns.values()]
     rules = RowRules(limits=job.limits)
     for number, raw in enumerate(raw_rows(file, storage)):
-        missing = [theirs for theirs in (names[QUERY], names[CONTEXT], *job.columns.values()) if theirs not in raw]
+        missing = [name for name in dict.fromkeys(required_names) if name not in raw]
         if missing and number == 0:
-            raise ManifestError(f"{uri}: the column(s) {', '.join(missing)} are missing; there are {', '.join(raw)}")
-        plain = {name: raw.get(names[name]) for name in (QUERY, CONTEXT, PROMPT)} | {ID: row_id(raw, names)}
-        [row] = read_table([plain], 0, rules, parent(uri), pa.schema([])).to_pylist()
+            raise ManifestError(f"{uri}: missing columns: {', '.join(missing)}; it has {', '.join(raw)}")
+        values = {name: raw.get(names[name]) for name in (QUERY, CONTEXT, PROMPT)} | {ID: row_id(raw, names)}
+        [row] = read_table([values], 0, rules, parent(uri), pa.schema([])).to_pylist()
         error = (row["error_code"], row["error_message"]) if row["error_code"] else None
         reference = as_source(raw.get(job.columns.get("reference", "")), parent(uri))
-        yield raw, Pair(row[ID], 0, None, row[QUERY] or NOWHERE, row[CONTEXT] or [], row[PROMPT], job.fit, error, reference)
+        query = row[QUERY] or NO_SOURCE
+        yield raw, Pair(row[ID], 0, None, query, row[CONTEXT] or [], row[PROMPT], job.fit, error, reference)

@@ -1,4 +1,4 @@
-"""The evaluate job: scores of finished pictures, and of the same pictures with what is another's, in this process."""
+"""Runs the evaluate job in this process: scores of finished images and of their shuffled controls."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED, JobError, OutputConflictError, RowError
 from context_diffusion.core.evaluate_job import EvaluateJob
@@ -20,7 +21,7 @@ from context_diffusion.core.schema import ID, SCORES, columns_of
 from context_diffusion.core.uris import normal
 from context_diffusion.evaluation.compare import compared
 from context_diffusion.evaluation.distances import References, reference_sources
-from context_diffusion.evaluation.pairs import Pair, find_pairs, source_key
+from context_diffusion.evaluation.pairs import Pair, find_pairs, scored_images, source_key
 from context_diffusion.evaluation.scores import measure
 from context_diffusion.evaluation.shuffled_controls import SWAPPED, auc, others
 from context_diffusion.inputs.decode import resize
@@ -34,129 +35,192 @@ CACHED_IMAGES = 64  # decoded queries and contexts
 
 
 def run_evaluate(job: EvaluateJob) -> dict[str, Any]:
-    """Writes scores.parquet, summary.json and what `compare` asks for. -> the summary, `exit` in it. Raises JobError for a
-    wrong job."""
-    started, storage = time.perf_counter(), Storage(job.storage_options)
+    """Write scores.parquet, summary.json and the comparison.
+
+    Returns the summary with `exit`. Raises JobError.
+    """
+    started = time.perf_counter()
+    storage = Storage(job.storage_options)
     output = Output(normal(job.output), storage)
     if storage.exists(output.plan):
         raise OutputConflictError(f"output: {output.root} is a generate job's OUTPUT; choose another folder")
-    if "prompt" in job.score:
-        from context_diffusion.evaluation.prompt import load_judge  # torch
-
-        load_judge(job.judge)
-    references = "reference" in job.columns or job.reference
-    if "similarity" in job.score or references:
-        from context_diffusion.evaluation.similarity import load_embedding  # torch
-
-        load_embedding(job.encoder)
+    _load_models(job)
     pairs, allow = find_pairs(job, storage)
-    other, others_allow = find_pairs(job.model_copy(update={"images": job.compare}), storage) if job.compare else ([], [])
-    if job.compare and not {pair.id for pair in pairs} & {pair.id for pair in other if pair.picture and not pair.error}:
-        raise JobError(f"compare: {job.compare} has none of the rows of {job.images}, such as {pairs[0].id!r}")
+    baseline, baseline_allow = _baseline_pairs(job, pairs, storage)
     folders = [normal(folder) for folder in (job.images, job.compare, job.reference) if folder]
-    loader = _Loader(job.limits, [*allow, *others_allow, *folders], storage)
-    measured = References(job, reference_sources(job, pairs, storage), loader.pixels) if references else None
-    rows, controls = [], []
-    for pair, another in zip(pairs, others(pairs), strict=True):
-        row, control = _score(pair, another, loader, job)
-        rows.append(row)
-        controls.append(control)
+    loader = _Loader(job.limits, [*allow, *baseline_allow, *folders], storage)
+    references = None
+    if _has_references(job):
+        references = References(job, reference_sources(job, pairs, storage), loader.pixels)
+    scored = [
+        _score(pair, partners, loader, job) for pair, partners in zip(pairs, others(pairs), strict=True)
+    ]
+    rows = [row for row, _ in scored]
+    controls = [control for _, control in scored]
     storage.replace(f"{output.root}/scores.parquet", to_parquet(pa.Table.from_pylist(rows, SCORES)))
-    summary = {"output": output.root, **_counts(rows), "scores": _statistics(rows, controls, columns_of(job.score))}
-    if measured:
-        summary["distances"] = measured.distances(pairs)
+    statistics = _statistics(rows, controls, columns_of(job.score))
+    summary = {"output": output.root, **_counts(rows), "scores": statistics}
+    if references:
+        summary["distances"] = references.distances(pairs)
     if job.compare:
-        summary["compare"] = _compare(job, output, rows, other, loader, measured)
+        summary["compare"] = _compare(job, output, rows, baseline, loader, references)
     seconds = time.perf_counter() - started
-    summary |= {"skipped": 0, "seconds": round(seconds, 2), "images_per_second": round(summary["images"] / seconds, 3)}
+    images_per_second = round(summary["images"] / seconds, 3)
+    summary |= {"skipped": 0, "seconds": round(seconds, 2), "images_per_second": images_per_second}
     failed = summary["failed"] or summary.get("compare", summary)["failed"]
     summary["exit"] = EXIT_ROWS_FAILED if failed else EXIT_OK
     storage.replace(output.summary, json.dumps(summary | {"of": job.images}, indent=2).encode())
     return summary
 
 
+def _load_models(job: EvaluateJob) -> None:
+    """Load the models that the job needs, so that an invalid one fails before any image is scored."""
+    if "prompt" in job.score:
+        from context_diffusion.evaluation.prompt import load_judge  # imports torch
+
+        load_judge(job.judge)
+    if "similarity" in job.score or _has_references(job):
+        from context_diffusion.evaluation.similarity import load_embedding  # imports torch
+
+        load_embedding(job.encoder)
+
+
+def _has_references(job: EvaluateJob) -> bool:
+    return "reference" in job.columns or job.reference is not None
+
+
+def _baseline_pairs(job: EvaluateJob, pairs: list[Pair], storage: Storage) -> tuple[list[Pair], list[str]]:
+    """Return the pairs and URI prefixes of the system in `compare`.
+
+    Raises JobError if it shares no row with `images`.
+    """
+    if not job.compare:
+        return [], []
+    baseline, allow = find_pairs(job.model_copy(update={"images": job.compare}), storage)
+    if not {pair.id for pair in pairs} & {pair.id for pair in baseline if scored_images([pair])}:
+        example = repr(pairs[0].id)
+        raise JobError(f"compare: {job.compare} has none of the rows of {job.images}, such as {example}")
+    return baseline, allow
+
+
 def _compare(
-    job: EvaluateJob, output: Output, rows: list[Row], other: list[Pair], loader: _Loader, measured: References | None
+    job: EvaluateJob,
+    output: Output,
+    rows: list[Row],
+    baseline: list[Pair],
+    loader: _Loader,
+    references: References | None,
 ) -> Row:
-    """Write the other system's compare.parquet. Returns what summary.json says of both."""
-    theirs = [_score(pair, {}, loader, job)[0] for pair in other]
-    output.storage.replace(f"{output.root}/compare.parquet", to_parquet(pa.Table.from_pylist(theirs, SCORES)))
-    summary = {"of": job.compare, **_counts(theirs), "scores": compared(rows, theirs, columns_of(job.score))}
-    return summary | {"distances": measured.distances(other)} if measured else summary
+    """Write the scores of the other system to compare.parquet. Returns the comparison for summary.json."""
+    baseline_rows = [_score(pair, {}, loader, job)[0] for pair in baseline]
+    data = to_parquet(pa.Table.from_pylist(baseline_rows, SCORES))
+    output.storage.replace(f"{output.root}/compare.parquet", data)
+    statistics = compared(rows, baseline_rows, columns_of(job.score))
+    summary = {"of": job.compare, **_counts(baseline_rows), "scores": statistics}
+    return summary | {"distances": references.distances(baseline)} if references else summary
 
 
 @dataclass
 class _Loader:
-    """Sources -> pixels. Contexts repeat over rows: the last ones are kept."""
+    """Loads sources as pixels. Contexts repeat over rows, so the last resized images are cached."""
 
     limits: Limits
     allow: list[str]
     storage: Storage
-    kept: dict[Hashable, Pixels] = field(default_factory=dict)
+    cache: dict[Hashable, Pixels] = field(default_factory=dict)
 
     def pixels(self, source: ImageSource) -> Pixels:
-        """As it is. Raises RowError."""
+        """Return a source at its own size. Raises RowError."""
         return read_pixels(source, self.allow, self.limits, self.storage)
 
-    def fitted(self, source: ImageSource, image: Pixels, fit: Fit) -> Pixels:
-        """At the size of the picture that was made of it."""
+    def resized(self, source: ImageSource, image: Pixels, fit: Fit) -> Pixels:
+        """Return a source at the size of the image. Raises RowError."""
         key = (source_key(source), image.shape, fit)
-        if key not in self.kept:
+        if key not in self.cache:
             pixels = resize(self.pixels(source), image.shape[1], image.shape[0], fit)
-            if len(self.kept) == CACHED_IMAGES:
-                del self.kept[next(iter(self.kept))]
-            self.kept[key] = pixels
-        return self.kept[key]
+            if len(self.cache) == CACHED_IMAGES:
+                del self.cache[next(iter(self.cache))]
+            self.cache[key] = pixels
+        return self.cache[key]
 
-    def sides(self, image: Pixels, query: Pair, contexts: Pair, prompt: Pair) -> dict[str, Any]:
-        """What a picture is measured against, each side from a pair of its own."""
+    def inputs(self, image: Pixels, query: Pair, contexts: Pair, prompt: Pair) -> dict[str, Any]:
+        """Return the inputs that an image is scored against, each from the given pair. Raises RowError."""
         return {
-            "query": self.fitted(query.query, image, query.fit),
-            "contexts": [self.fitted(source, image, "crop") for source in contexts.contexts],
+            "query": self.resized(query.query, image, query.fit),
+            "contexts": [self.resized(source, image, "crop") for source in contexts.contexts],
             "prompt": prompt.prompt,
         }
 
 
-def _score(pair: Pair, another: dict[str, Pair | None], loader: _Loader, job: EvaluateJob) -> tuple[Row, Row]:
-    """-> the row of scores.parquet, and the control's scores, where there is one."""
+def _score(
+    pair: Pair, partners: dict[str, Pair | None], loader: _Loader, job: EvaluateJob
+) -> tuple[Row, Row]:
+    """Return the row of scores.parquet and the scores of the shuffled control; empty without partners."""
     row: Row = {ID: pair.id, "index": pair.index}
     if pair.error:
-        return row | dict(zip(("error_code", "error_message"), pair.error, strict=True)), {}
-    assert pair.picture is not None
+        code, message = pair.error
+        return row | {"error_code": code, "error_message": message}, {}
+    assert pair.image is not None
     try:
-        image = loader.pixels(pair.picture)
-        own = loader.sides(image, pair, pair, pair)
+        image = loader.pixels(pair.image)
+        inputs = loader.inputs(image, pair, pair, pair)
     except RowError as error:
         return row | {"error_code": str(error.code), "error_message": error.message}, {}
-    columns = columns_of(job.score)
-    row |= {column: measure(column, image, **own, judge=job.judge, encoder=job.encoder) for column in columns}
-    if not another:
-        return row, {}
+    for column in columns_of(job.score):
+        row[column] = measure(column, image, **inputs, judge=job.judge, encoder=job.encoder)
+    return row, _score_control(image, inputs, pair, partners, loader, job) if partners else {}
+
+
+def _score_control(
+    image: Pixels,
+    inputs: dict[str, Any],
+    pair: Pair,
+    partners: dict[str, Pair | None],
+    loader: _Loader,
+    job: EvaluateJob,
+) -> Row:
+    """Score an image with one input replaced by that of a partner. Columns without a partner are omitted."""
     try:
-        shuffled = loader.sides(image, *(another[side] or pair for side in ("query", "contexts", "prompt")))
-    except RowError:  # the other row tells it
-        return row, {}
+        shuffled = loader.inputs(image, *(partners[name] or pair for name in ("query", "contexts", "prompt")))
+    except RowError:  # it is reported with the partner's own row
+        return {}
     control: Row = {}
-    for column in columns:
-        side = SWAPPED[column]
-        if another[side]:
-            sides = {**own, side: shuffled[side]}
-            control[column] = measure(column, image, **sides, judge=job.judge, encoder=job.encoder)
-    return row, control
+    for column in columns_of(job.score):
+        name = SWAPPED[column]
+        if partners[name]:
+            swapped = {**inputs, name: shuffled[name]}
+            control[column] = measure(column, image, **swapped, judge=job.judge, encoder=job.encoder)
+    return control
 
 
 def _counts(rows: list[Row]) -> dict[str, Any]:
+    """Count rows by id, images and error codes."""
     failed = [row for row in rows if row.get("error_code")]
-    ids, bad = {row[ID] for row in rows}, {row[ID] for row in failed}
-    codes = dict(Counter(row["error_code"] for row in failed))
-    return {"rows": len(ids), "ok": len(ids - bad), "failed": len(bad), "images": len(rows) - len(failed), "codes": codes}
+    ids = {row[ID] for row in rows}
+    failed_ids = {row[ID] for row in failed}
+    return {
+        "rows": len(ids),
+        "ok": len(ids - failed_ids),
+        "failed": len(failed_ids),
+        "images": len(rows) - len(failed),
+        "codes": dict(Counter(row["error_code"] for row in failed)),
+    }
 
 
 def _statistics(rows: list[Row], controls: list[Row], columns: list[str]) -> dict[str, Row]:
-    """Of each score: how many have it, mean, the control's mean, and how often a true one is above a shuffled one."""
-    told = {}
+    """Return for each score the number of images, the mean, the mean of the shuffled controls and the AUC."""
+    statistics: dict[str, Row] = {}
     for column in columns:
-        true, false = (np.array([r[column] for r in of if r.get(column) is not None]) for of in (rows, controls))
-        mean = {"mean": float(true.mean()) if len(true) else None, "shuffled": float(false.mean()) if len(false) else None}
-        told[column] = {"count": len(true), **mean, "auc": auc(true, false) if len(true) and len(false) else None}
-    return told
+        true = _values(rows, column)
+        shuffled = _values(controls, column)
+        statistics[column] = {
+            "count": len(true),
+            "mean": float(true.mean()) if len(true) else None,
+            "shuffled": float(shuffled.mean()) if len(shuffled) else None,
+            "auc": auc(true, shuffled) if len(true) and len(shuffled) else None,
+        }
+    return statistics
+
+
+def _values(rows: list[Row], column: str) -> NDArray[np.float64]:
+    return np.array([row[column] for row in rows if row.get(column) is not None])

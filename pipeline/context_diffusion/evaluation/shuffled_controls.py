@@ -1,4 +1,4 @@
-"""The control: for each pair a query, contexts and a prompt that are another row's."""
+"""Shuffled controls: pairs whose query, contexts or prompt are another row's, and the AUC of a score."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from context_diffusion.evaluation.pairs import Pair, source_key
 
-# What the control takes from another row: the side that the score is about.
+# The input that the shuffled control takes from another row: the one that the score compares with.
 SWAPPED = {
     "layout_score": "query",
     "style_score": "contexts",
@@ -21,38 +21,52 @@ SWAPPED = {
 
 
 def others(pairs: Sequence[Pair]) -> list[dict[str, Pair | None]]:
-    """For each pair and each side of it a row that has another one: the control. None where all are alike."""
-    good = [pair for pair in pairs if not pair.error]
-    chosen = {
-        "query": _next_different(good, lambda pair: {source_key(pair.query)}),
-        "contexts": _next_different(good, lambda pair: {source_key(source) for source in pair.contexts}),
-        "prompt": _next_different([pair for pair in good if pair.prompt], lambda pair: {pair.prompt}),
+    """Return for each pair and input the shuffled control, a pair that differs; None if all are equal."""
+    valid = [pair for pair in pairs if not pair.error]
+    with_prompt = [pair for pair in valid if pair.prompt]
+    by_input = {
+        "query": _next_different(valid, lambda pair: {source_key(pair.query)}),
+        "contexts": _next_different(valid, lambda pair: {source_key(source) for source in pair.contexts}),
+        "prompt": _next_different(with_prompt, lambda pair: {pair.prompt}),
     }
-    return [{side: of.get((pair.id, pair.index)) for side, of in chosen.items()} for pair in pairs]
+    return [
+        {name: partners.get((pair.id, pair.index)) for name, partners in by_input.items()} for pair in pairs
+    ]
 
 
-def _next_different(pairs: list[Pair], keys: Callable[[Pair], set[str | None]]) -> dict[tuple[str, int], Pair]:
-    """By (id, index): the next pair, in a circle of those that differ, which shares none of its keys."""
-    first = {frozenset(keys(pair)): pair for pair in reversed(pairs)}
-    circle = list(reversed(first.items()))
-    place = {key: number for number, (key, _) in enumerate(circle)}
-    found = {}
+def _next_different(
+    pairs: list[Pair], keys: Callable[[Pair], set[str | None]]
+) -> dict[tuple[str, int], Pair]:
+    """Return for each pair, by (id, index), the next one that shares none of its keys, in a circle."""
+    first_by_keys = {frozenset(keys(pair)): pair for pair in reversed(pairs)}
+    ring = list(reversed(first_by_keys.items()))
+    position = {pair_keys: number for number, (pair_keys, _) in enumerate(ring)}
+    partners = {}
     for pair in pairs:
-        key = frozenset(keys(pair))
-        turned = (circle[(place[key] + step) % len(circle)] for step in range(1, min(len(circle), 100)))
-        other = next((candidate for theirs, candidate in turned if not theirs & key), None)
-        if other:
-            found[pair.id, pair.index] = other
-    return found
+        pair_keys = frozenset(keys(pair))
+        steps = range(1, min(len(ring), 100))
+        candidates = (ring[(position[pair_keys] + step) % len(ring)] for step in steps)
+        partner = next((other for other_keys, other in candidates if not other_keys & pair_keys), None)
+        if partner:
+            partners[pair.id, pair.index] = partner
+    return partners
 
 
 def named_first(scores: NDArray[np.float64]) -> float:
-    """The share of rows whose own candidate, on the diagonal, has the highest score. scores: (N, N) square."""
+    """Return the share of rows whose own candidate, on the diagonal, has the highest score (N, N)."""
     return float((scores.argmax(1) == np.arange(len(scores))).mean())
 
 
 def auc(true: ArrayLike, false: ArrayLike) -> float:
-    """The chance that a true pair's score is above a false one's, ties by half (Mann and Whitney 1947); .5 by chance."""
-    high, low = np.asarray(true, np.float64), np.sort(np.asarray(false, np.float64))
-    below = np.searchsorted(low, high, "left") + np.searchsorted(low, high, "right")
-    return float(below.mean() / (2 * len(low)))
+    """Return the chance that a true pair scores higher than a false one (Mann and Whitney 1947).
+
+    Ties count half.
+
+    0.5: the score cannot distinguish them.
+    """
+    true_scores = np.asarray(true, np.float64)
+    false_scores = np.sort(np.asarray(false, np.float64))
+    twice_below = np.searchsorted(false_scores, true_scores, "left") + np.searchsorted(
+        false_scores, true_scores, "right"
+    )
+    return float(twice_below.mean() / (2 * len(false_scores)))

@@ -28,7 +28,9 @@ def try_rows(
     one per row, and the figures. Raises JobError where no row of the sample could be loaded."""
     sample = [row for table in tables for row in requests_of(table, job.control_kinds, job.matrix) if row]
     if not sample:
-        raise JobError("no row of the sample could be loaded, so no image can be generated; --sample N tries more rows")
+        raise JobError(
+            "no row of the sample could be loaded, so no image can be generated; --sample N tries more rows"
+        )
     requests = [request for row in sample for request in row]
     local = LocalModel(model, job.cluster.cpu_threads)
     began = time.perf_counter()
@@ -38,7 +40,10 @@ def try_rows(
     used = _used_share(generated)
     seconds = (time.perf_counter() - started) / len(requests) * used
     outcomes = iter(generated)
-    lines = [[*inputs_of(row[0]), *[_cell(request, next(outcomes)) for request in row][:IMAGES_SHOWN]] for row in sample]
+    lines = [
+        [*inputs_of(row[0]), *[_cell(request, next(outcomes)) for request in row][:IMAGES_SHOWN]]
+        for row in sample
+    ]
     images = round(rows * len(requests) / sum(map(len, tables)))
     basis = {
         "measured_images": len(requests),
@@ -84,9 +89,9 @@ def estimate_lines(figures: dict[str, Any]) -> list[str]:
         f"{figures['images']} images, {figures['seconds_per_image']} s each on {device}: "
         f"about {minutes // 60} h {minutes % 60} min {seconds} s on {engines} like this one",
         f"measured on {figures['measured_images']} images after a first one as warm-up "
-        f"({figures['warm_up_seconds']} s); "
-        "the start of Ray and of the engines is not included",
-        f"the sample used {figures['filled']:.0%} of the model's lanes; the estimate assumes that the job uses all of them",
+        f"({figures['warm_up_seconds']} s); the start of Ray and of the engines is not included",
+        f"the sample used {figures['filled']:.0%} of the model's lanes; the estimate assumes that the job "
+        "uses all of them",
     ]
     if "gpu" in figures:
         lines.append(f"GPU memory: {figures['gpu_used_gib']} of {figures['gpu_memory_gib']} GiB")

@@ -95,7 +95,9 @@ class Ledger:
             if shard in self._row:
                 self._deaths[shard, self._row.pop(shard)] += 1
             self._suspects.add(shard)
-        given_up = [row for (suspect, row), deaths in self._deaths.items() if suspect == shard and deaths >= DEATHS]
+        given_up = [
+            row for (suspect, row), deaths in self._deaths.items() if suspect == shard and deaths >= DEATHS
+        ]
         return shard in self._suspects, sorted(given_up)
 
     def begun(self, shard: int) -> bool:
@@ -181,14 +183,18 @@ class GuardedEngine:
             self.ledger.hold(shard)
             if alone:
                 outcomes = [
-                    outcome for number, row in enumerate(rows) for outcome in self._row_alone(shard, number, row, given_up)
+                    outcome
+                    for number, row in enumerate(rows)
+                    for outcome in self._row_alone(shard, number, row, given_up)
                 ]
             else:
                 outcomes = self.engine.generate([request for row in rows for request in row])
             self.ledger.release(shard)
         return outcomes
 
-    def _row_alone(self, shard: int, number: int, row: list[Request], given_up: list[int]) -> list[Result | Failure]:
+    def _row_alone(
+        self, shard: int, number: int, row: list[Request], given_up: list[int]
+    ) -> list[Result | Failure]:
         if number in given_up:
             message = f"the engine's process ended {DEATHS} times while it ran this row alone; see the log"
             return [Failure(ErrorCode.ENGINE_CRASH, message) for _ in row]

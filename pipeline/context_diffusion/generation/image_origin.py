@@ -84,11 +84,16 @@ def find_origin(file: str) -> ImageOrigin:
     origin = ImageOrigin(uri, data, metadata, output, output.read_json(output.plan) if output else None)
     row = _row(origin)
     if metadata and row and row[ID] != metadata[ID]:
-        raise JobError(f"{file}: its metadata names the row {metadata[ID]!r}, OUTPUT names {row[ID]!r}: which is right?")
+        raise JobError(
+            f"{file}: its metadata names the row {metadata[ID]!r}, OUTPUT names {row[ID]!r}: which is right?"
+        )
     metadata = (metadata_of_row(row, origin.record) if row else {}) | metadata
     if metadata:
         return replace(origin, metadata=metadata)
-    hint = "an image generated with `metadata: false` can be reproduced where it lies in its OUTPUT, images/part-N/"
+    hint = (
+        "an image generated with `metadata: false` can be reproduced where it lies in its OUTPUT, "
+        "images/part-N/"
+    )
     raise JobError(f"{file}: the image has no metadata of its generation; {hint}")
 
 
@@ -121,7 +126,10 @@ def model_of(origin: ImageOrigin, model: str | None) -> ResolvedModel:
         return find_model(name)
     if model:
         return find_model(model_parts_of(origin.metadata, origin.uri) or name)
-    raise JobError(f"{origin.uri} names the model {name!r}: if you trust it, load it by --model {name!r}, or name another one")
+    raise JobError(
+        f"{origin.uri} names the model {name!r}: if you trust it, load it by --model {name!r}, or name "
+        "another one"
+    )
 
 
 def allowed(origin: ImageOrigin, base: str | None) -> list[str]:
@@ -157,7 +165,9 @@ def _manifest_row(origin: ImageOrigin, storage: Storage) -> dict[str, Any]:
     """Read the image's row from the manifest, for sources that are bytes there. Raises JobError."""
     output = origin.output
     if output is None or origin.planned is None:
-        raise JobError(f"{origin.uri}: its sources are bytes in the manifest; reproduce it where it lies in its OUTPUT")
+        raise JobError(
+            f"{origin.uri}: its sources are bytes in the manifest; reproduce it where it lies in its OUTPUT"
+        )
     rules = RowRules.of_job(origin.planned)
     for number, file in enumerate(origin.record["manifest"]):
         for shard in read_shards(output, number):
@@ -168,5 +178,8 @@ def _manifest_row(origin: ImageOrigin, storage: Storage) -> dict[str, Any]:
                 for row, planned_id in zip(table.to_pylist(), ids, strict=False):
                     if origin.metadata[ID] in (row[ID], planned_id if is_derived(row[ID]) else None):
                         return dict(row)
-                raise JobError(f"{file['uri']} has no row {origin.metadata[ID]!r} any more, and it held the row's sources")
+                raise JobError(
+                    f"{file['uri']} has no row {origin.metadata[ID]!r} any more, and it held the "
+                    "row's sources"
+                )
     raise JobError(f"{output.root}: the plan has no shard {origin.shard}")

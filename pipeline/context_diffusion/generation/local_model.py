@@ -24,7 +24,9 @@ class LocalModel:
     def __init__(self, model: ResolvedModel, cpu_threads: int, device: str | None = None) -> None:
         from context_diffusion.pipeline import ContextDiffusion
 
-        self.pipeline = ContextDiffusion.from_pretrained(model.parts or str(model.folder), device, cpu_threads)
+        self.pipeline = ContextDiffusion.from_pretrained(
+            model.parts or str(model.folder), device, cpu_threads
+        )
 
     def generate(self, requests: list[Request]) -> list[Outcome]:
         """Return the outcomes in the order of the requests."""

@@ -99,7 +99,9 @@ def open_plan(
     shards_of = [f["shards"] for f in record["manifest"]]
     # Engines load the planned model, and images name it.
     job = job.model_copy(update={"model": model.parts or job.model})
-    return Plan(job, files, shards_of, record["rows"], record["rows_per_part"], passed, model, record["allow"])
+    return Plan(
+        job, files, shards_of, record["rows"], record["rows_per_part"], passed, model, record["allow"]
+    )
 
 
 def check_output(job: GenerateJob, model: ResolvedModel, output: Output) -> None:
@@ -149,7 +151,11 @@ def _flat(keys: dict[str, Any]) -> dict[str, Any]:
     1}."""
     flat: dict[str, Any] = {}
     for key, value in keys.items():
-        flat |= {f"{key}.{inner}": v for inner, v in _flat(value).items()} if isinstance(value, dict) else {key: value}
+        flat |= (
+            {f"{key}.{inner}": v for inner, v in _flat(value).items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
     return flat
 
 
@@ -165,7 +171,9 @@ def _changed_keys(record: Any, job: GenerateJob) -> dict[str, str]:
     }
 
 
-def _check_same(record: Any, changed: dict[str, str], model: ResolvedModel, output: Output, accept_change: bool) -> None:
+def _check_same(
+    record: Any, changed: dict[str, str], model: ResolvedModel, output: Output, accept_change: bool
+) -> None:
     """Raise OutputConflictError if the plan in OUTPUT belongs to another job, model or version.
 
     changed: the keys that differ and must not, as `_changed_keys` returns them.
@@ -174,11 +182,19 @@ def _check_same(record: Any, changed: dict[str, str], model: ResolvedModel, outp
         hint = "choose another `output:`"
         if all(key.split(".")[0] in CORRECTED for key in changed):
             hint = f"--retry-failed generates the failed rows with the job's present values, or {hint}"
-        raise OutputConflictError(f"{output.root} belongs to another job ({'; '.join(changed.values())}); {hint}")
+        raise OutputConflictError(
+            f"{output.root} belongs to another job ({'; '.join(changed.values())}); {hint}"
+        )
     if model.revision != record["model"]["revision"]:
-        raise OutputConflictError(f"{output.root} was started with other weights of the model {record['model']['name']!r}")
+        raise OutputConflictError(
+            f"{output.root} was started with other weights of the model {record['model']['name']!r}"
+        )
     now = versions()
-    differ = [f"{name} {version} then, {now[name]} now" for name, version in record["versions"].items() if now[name] != version]
+    differ = [
+        f"{name} {version} then, {now[name]} now"
+        for name, version in record["versions"].items()
+        if now[name] != version
+    ]
     if differ and not accept_change:
         raise OutputConflictError(
             f"{output.root} was started with other versions ({'; '.join(differ)}), which may change pixels; "

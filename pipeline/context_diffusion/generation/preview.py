@@ -68,7 +68,9 @@ def setting_grid(job: GenerateJob, axes: list[Axis], row_name: str | None) -> tu
     uri, raw = _find_row(job, rules.names, storage, row_name)
     variants = _variants(raw, rules.names, axes)
     allow = allowed_prefixes(job.allow, expand(job.manifests, storage))
-    table = LoadImages.for_job(job, model, allow, storage)(read_table(variants, 0, rules, parent(uri), pa.schema([])))
+    table = LoadImages.for_job(job, model, allow, storage)(
+        read_table(variants, 0, rules, parent(uri), pa.schema([]))
+    )
     for row, variant in zip(table.to_pylist(), variants, strict=True):
         if row["error_code"]:
             where = ", ".join(f"{name}={variant[rules.names[name]]}" for name, _ in axes)
@@ -106,7 +108,9 @@ def _images(model: LocalModel, requests: list[Request]) -> list[Pixels]:
     return [outcome.image for outcome in outcomes if isinstance(outcome, Result)]
 
 
-def _find_row(job: GenerateJob, names: dict[str, str], storage: Storage, row_name: str | None) -> tuple[str, Row]:
+def _find_row(
+    job: GenerateJob, names: dict[str, str], storage: Storage, row_name: str | None
+) -> tuple[str, Row]:
     """Return the manifest file and the raw row. Raises ManifestError."""
     for uri in expand(job.manifests, storage):
         for row in raw_rows(open_file(uri, storage), storage):

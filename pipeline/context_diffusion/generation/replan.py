@@ -36,7 +36,9 @@ def extend(record: Any, job: GenerateJob, output: Output, storage: Storage) -> A
     extension."""
     old = record["manifest"]
     if any(file["bytes"] == UNFINISHED for file in old):
-        raise OutputConflictError("--extend: a run with --retry-failed was interrupted; rerun that command first")
+        raise OutputConflictError(
+            "--extend: a run with --retry-failed was interrupted; rerun that command first"
+        )
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     # A corrected row keeps its id, which a new row could derive from what the corrected one said before.
     planned = _planned_ids(output, len(old)) if record.get("corrected") else None
@@ -46,7 +48,9 @@ def extend(record: Any, job: GenerateJob, output: Output, storage: Storage) -> A
     first_shard = sum(file["shards"] for file in old)
     records = []
     for number in range(len(files)):
-        planned_shards = list(read_shards(output, number))[: old[number]["shards"]] if number < len(old) else []
+        planned_shards = (
+            list(read_shards(output, number))[: old[number]["shards"]] if number < len(old) else []
+        )
         first_row = old[number]["rows"] if planned_shards else 0
         new = list(scanned.cut(number, record["rows_per_part"], first_shard, first_row))
         first_shard += len(new)
@@ -66,7 +70,9 @@ def correct(record: Any, job: GenerateJob, output: Output, storage: Storage, pas
     old = record["manifest"]
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     if [normal(file.uri) for file in files] != [file["uri"] for file in old]:
-        raise OutputConflictError("--retry-failed: the manifest has other files than the plan; rows must keep their places")
+        raise OutputConflictError(
+            "--retry-failed: the manifest has other files than the plan; rows must keep their places"
+        )
     scanned = Scan(job, files, storage, planned=_planned_ids(output, len(old)))
     _check_rows(old, scanned)
     _check_types(passed, scanned)
@@ -124,9 +130,8 @@ def _relocated(shards: list[Shard], number: int, scanned: Scan) -> list[Shard]:
             group = bisect_right(group_starts, first) - 1
             if end > group_starts[group] + file.groups[group]:
                 raise OutputConflictError(
-                    f"--retry-failed: the row groups of {file.uri} ({file.groups} rows) cut the planned "
-                    f"rows {first} to "
-                    f"{end - 1}: write the file with its former row groups"
+                    f"--retry-failed: the row groups of {file.uri} ({file.groups} rows) cut the planned rows "
+                    f"{first} to {end - 1}: write the file with its former row groups"
                 )
             relocated.append(replace(shard, group=group, first_row=first - group_starts[group]))
         first = end
@@ -166,8 +171,7 @@ def _check_rows(old: list[Any], scanned: Scan) -> None:
         if rows != file["rows"]:
             raise OutputConflictError(
                 f"--retry-failed: {file['uri']} had {file['rows']} rows and has {rows}; correct its cells, "
-                "but add no rows "
-                "(a run with `--extend` does that) and remove none"
+                "but add no rows (a run with `--extend` does that) and remove none"
             )
 
 
@@ -195,17 +199,22 @@ def _check_grown(old: list[Any], scanned: Scan) -> None:
         name = f"--extend: {file['uri']}"
         present = scanned.files[number] if number < len(scanned.files) else None
         if present is None or normal(present.uri) != file["uri"]:
-            raise OutputConflictError(f"{name} is no longer file {number + 1} of the manifest: add new files after the old")
+            raise OutputConflictError(
+                f"{name} is no longer file {number + 1} of the manifest: add new files after the old"
+            )
         if (rows := scanned.rows_of[number]) < file["rows"]:
             raise OutputConflictError(f"{name} had {file['rows']} rows and has {rows}: rows were removed")
         if scanned.marked[number] != file["digest"] or present.columns != file["columns"]:
             raise OutputConflictError(f"{name}: its first {file['rows']} rows or its columns changed")
         if not _groups_grew(file["groups"], present.groups):
             raise OutputConflictError(
-                f"{name}: its row groups had {file['groups']} rows and have {present.groups}: append new groups to the old"
+                f"{name}: its row groups had {file['groups']} rows and have {present.groups}: append new "
+                "groups to the old"
             )
 
 
 def _groups_grew(old: list[int], present: list[int]) -> bool:
     """Return whether only the last row group has more rows and further ones follow it."""
-    return not old or (present[: len(old) - 1] == old[:-1] and len(present) >= len(old) and present[len(old) - 1] >= old[-1])
+    return not old or (
+        present[: len(old) - 1] == old[:-1] and len(present) >= len(old) and present[len(old) - 1] >= old[-1]
+    )

@@ -47,7 +47,9 @@ class Reproduction:
     differs: list[str]
 
 
-def reproduce(origin: ImageOrigin, allow: list[str], model: str | None, base: str | None = None) -> Reproduction:
+def reproduce(
+    origin: ImageOrigin, allow: list[str], model: str | None, base: str | None = None
+) -> Reproduction:
     """Generate the image again. Raises JobError where that is not possible.
 
     allow, model, base: replace those of OUTPUT's job.
@@ -64,7 +66,9 @@ def reproduce(origin: ImageOrigin, allow: list[str], model: str | None, base: st
     return Reproduction(result.image, written, result.device, not changed_pixels, differs)
 
 
-def _generate(origin: ImageOrigin, model: ResolvedModel, allow: list[str], base: str | None) -> tuple[Result, dict[str, Any]]:
+def _generate(
+    origin: ImageOrigin, model: ResolvedModel, allow: list[str], base: str | None
+) -> tuple[Result, dict[str, Any]]:
     """Return the image and its row of loaded pixels."""
     fit, kinds = loading_of(origin.metadata, origin.uri)
     job = origin.planned
@@ -76,7 +80,10 @@ def _generate(origin: ImageOrigin, model: ResolvedModel, allow: list[str], base:
     if loaded["error_code"]:
         hint = "; --allow PREFIX permits it" if loaded["error_code"] == ErrorCode.FORBIDDEN_URI else ""
         if not origin.output and not base:
-            hint += "; relative sources are looked up beside the image, --base FOLDER names the folder of their manifest"
+            hint += (
+                "; relative sources are looked up beside the image, --base FOLDER names the folder of "
+                "their manifest"
+            )
         message = f"{loaded['error_code']}: {loaded['error_message']}{hint}"
         raise JobError(f"{origin.uri} cannot be generated again: {message}")
     [requests] = requests_of(table, kinds, {})

@@ -16,7 +16,9 @@ from context_diffusion.inputs.manifest_scan import Scan
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.parquet_files import to_parquet
 
-SCHEMA = pa.schema([(name, pa.int64()) for name in ("number", "file", "first_row", "rows", "group", "offset", "size")])
+SCHEMA = pa.schema(
+    [(name, pa.int64()) for name in ("number", "file", "first_row", "rows", "group", "offset", "size")]
+)
 
 
 def read_shards(output: Output, file: int) -> Iterator[Shard]:

@@ -44,7 +44,7 @@ from context_diffusion.storage.content_cache import ContentCache
 from context_diffusion.storage.filesystem import Storage
 
 IMAGE_CACHE = ContentCache(64 * 2**20)  # the loaded images of this process, whatever shards it loads
-LoadedByUri = dict[tuple[str, Hashable], Pixels]
+KnownPixels = dict[tuple[str, Hashable], Pixels]
 Made = tuple[Request | None, Result | Failure | None]  # None: the row failed before it reached the engine
 
 
@@ -93,7 +93,9 @@ class ReadShard:
             rows = read_text(self.file, self.shard, self.storage)
         part = self.redo.read_part(self.shard.number, [ID, "status"]) if self.redo else None
         ids = list(dict.fromkeys(part[ID].to_pylist())) if part is not None else None
-        table = read_table(rows, self.shard.number, self.rules, parent(self.file.uri), self.passed, source, ids)
+        table = read_table(
+            rows, self.shard.number, self.rules, parent(self.file.uri), self.passed, source, ids
+        )
         if part is not None:
             failed = part.filter(pc.equal(part["status"], "failed"))[ID].combine_chunks()
             table = table.filter(pc.is_in(table[ID], failed))
@@ -117,20 +119,22 @@ class LoadImages:
     storage: Storage
 
     @classmethod
-    def for_job(cls, job: GenerateJob, model: ResolvedModel, allow: list[str], storage: Storage) -> LoadImages:
+    def for_job(
+        cls, job: GenerateJob, model: ResolvedModel, allow: list[str], storage: Storage
+    ) -> LoadImages:
         """job: with its model's defaults filled in."""
         return cls(job.fit, job.control_kinds, job.limits, allow, model.image_size, model.contexts, storage)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         began = time.time()
-        loaded_by_uri = LoadedByUri()
+        known = KnownPixels()
         rows, codes, messages = [], [], []
         for row in known_rows(table):
             loaded: dict[str, Any] = dict.fromkeys(LOADED.names)
             code, message = row["error_code"], row["error_message"]
             if code is None:
                 try:
-                    loaded = self._load(row, loaded_by_uri)
+                    loaded = self._load(row, known)
                 except RowError as error:
                     code, message = str(error.code), error.message
             rows.append(loaded)
@@ -144,52 +148,51 @@ class LoadImages:
             table = table.append_column(name, pa.array([row[name] for row in rows], LOADED.field(name).type))
         return _with_span(table, "load", began)
 
-    def _load(self, row: dict[str, Any], loaded_by_uri: LoadedByUri) -> dict[str, Any]:
+    def _load(self, row: dict[str, Any], known: KnownPixels) -> dict[str, Any]:
         settings = Settings.from_trusted_json(row["settings"])
-        query = self._resized(row[QUERY], settings.width, settings.height, loaded_by_uri)
-        contexts = [self._context(source, loaded_by_uri) for source in row[CONTEXT]]
+        query = self._resized(row[QUERY], settings.width, settings.height, known)
+        contexts = [self._context(source, known) for source in row[CONTEXT]]
         mean, std = statistics(query)
         return {
             "query_image": to_image(query),
-            "control_images": [to_image(control.pixels) for control in self._controls(row, query, loaded_by_uri)],
+            "control_images": [to_image(control.pixels) for control in self._controls(row, query, known)],
             "context_images": [to_image(context) for context in contexts],
             "query_mean": mean,
             "query_std": std,
         }
 
-    def _controls(self, row: dict[str, Any], query: Pixels, loaded_by_uri: LoadedByUri) -> tuple[Control, ...]:
+    def _controls(self, row: dict[str, Any], query: Pixels, known: KnownPixels) -> tuple[Control, ...]:
         """Return the row's own control maps, or those computed from its query."""
         kinds = self.control_kinds
         if not kinds or not row[CONTROL_IMAGE]:
             return controls_of(query, kinds)
         if len(row[CONTROL_IMAGE]) != len(kinds):
-            message = f"{CONTROL_IMAGE} has {len(row[CONTROL_IMAGE])} images, the job's `control` has {len(kinds)} kinds"
+            counts = f"{len(row[CONTROL_IMAGE])} images, the job's `control` has {len(kinds)} kinds"
+            message = f"{CONTROL_IMAGE} has {counts}"
             raise RowError(ErrorCode.INVALID_SETTING, message)
         height, width = query.shape[:2]
-        maps = [self._resized(source, width, height, loaded_by_uri) for source in row[CONTROL_IMAGE]]
+        maps = [self._resized(source, width, height, known) for source in row[CONTROL_IMAGE]]
         return tuple(map(Control, kinds, maps))
 
-    def _resized(self, source: ImageSource, width: int | None, height: int | None, loaded_by_uri: LoadedByUri) -> Pixels:
+    def _resized(
+        self, source: ImageSource, width: int | None, height: int | None, known: KnownPixels
+    ) -> Pixels:
         def size(source_width: int, source_height: int) -> Size:
             return output_size(self.fit, source_width, source_height, width, height, self.image_size)
 
         def decode(data: bytes, name: str) -> Pixels:
             return decode_resized(data, self.limits, name, size, self.fit)
 
-        return self._loaded(source, (self.fit, width, height, self.image_size), decode, loaded_by_uri)
+        return self._loaded(source, (self.fit, width, height, self.image_size), decode, known)
 
-    def _context(self, source: ImageSource, loaded_by_uri: LoadedByUri) -> Pixels:
+    def _context(self, source: ImageSource, known: KnownPixels) -> Pixels:
         def decode(data: bytes, name: str) -> Pixels:
             return self.preprocessing.decode(data, self.limits, name)
 
-        return self._loaded(source, self.preprocessing, decode, loaded_by_uri)
+        return self._loaded(source, self.preprocessing, decode, known)
 
     def _loaded(
-        self,
-        source: ImageSource,
-        way: Hashable,
-        decode: Callable[[bytes, str], Pixels],
-        loaded_by_uri: LoadedByUri,
+        self, source: ImageSource, way: Hashable, decode: Callable[[bytes, str], Pixels], known: KnownPixels
     ) -> Pixels:
         """Return a source's pixels. Sources repeat over the rows of a shard, so the pixels of a URI are kept
         for them.
@@ -197,20 +200,22 @@ class LoadImages:
         way: what `decode` depends on.
         """
         key = (source["path"], way)
-        if source["bytes"] is None and key in loaded_by_uri:
-            return loaded_by_uri[key]
+        if source["bytes"] is None and key in known:
+            return known[key]
         data = read_bytes(source, self.allow, self.limits, self.storage)
         name = source["path"] or "inline image"
         pixels = IMAGE_CACHE.get(data, (way, self.limits.max_pixels), lambda: decode(data, name))
         if source["bytes"] is None:
-            loaded_by_uri[key] = pixels
+            known[key] = pixels
         return pixels
 
 
 def _without_bytes(column: pa.ChunkedArray) -> pa.Array:
     """Drop the bytes of sources whose pixels are loaded."""
     stripped = [
-        [{**item, "bytes": None} for item in value] if isinstance(value, list) else value and {**value, "bytes": None}
+        [{**item, "bytes": None} for item in value]
+        if isinstance(value, list)
+        else value and {**value, "bytes": None}
         for value in column.to_pylist()
     ]
     return pa.array(stripped, column.type)
@@ -229,7 +234,10 @@ def span(began: float) -> dict[str, float]:
 def requests_of(table: pa.Table, control_kinds: list[str], matrix: Matrix) -> list[list[Request]]:
     """Return the requests of each row: none for a failed row, else num_images for each combination of the
     matrix."""
-    return [[] if row["error_code"] is not None else _requests(row, control_kinds, matrix) for row in known_rows(table)]
+    return [
+        [] if row["error_code"] is not None else _requests(row, control_kinds, matrix)
+        for row in known_rows(table)
+    ]
 
 
 def _requests(row: dict[str, Any], control_kinds: list[str], matrix: Matrix) -> list[Request]:
@@ -257,7 +265,9 @@ def generate(table: pa.Table, engine: ShardEngine, job: GenerateJob) -> pa.Table
         rows += [number] * len(written)
         index += range(len(written))
         results += written
-    return _with_span(_with_results(table.take(pa.array(rows, pa.int64())), index, results), "generate", began)
+    return _with_span(
+        _with_results(table.take(pa.array(rows, pa.int64())), index, results), "generate", began
+    )
 
 
 def _with_results(table: pa.Table, index: list[int], results: list[Made]) -> pa.Table:

@@ -1,4 +1,5 @@
-"""What is wrong with a job before anything is paid: plan in memory, some rows loaded for real."""
+"""Checks a job before any compute is spent: plans it in memory and loads a sample of its rows. Knows no
+Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED, EXIT_TOO_MANY_FAILED, ConfigError, one_line
+from context_diffusion.core.errors import (
+    EXIT_OK,
+    EXIT_ROWS_FAILED,
+    EXIT_TOO_MANY_FAILED,
+    ConfigError,
+    one_line,
+)
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard
 from context_diffusion.core.schema import CONTEXT, CONTROL_IMAGE, ID, QUERY
@@ -31,12 +38,12 @@ from context_diffusion.models.resolve import ResolvedModel, find_model
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
-NAMED = re.compile(r"""['"]([A-Za-z][A-Za-z0-9+.-]*://[^'"]*)""")  # the URIs in the repr of a row
+NAMED_URI = re.compile(r"""['"]([A-Za-z][A-Za-z0-9+.-]*://[^'"]*)""")  # in the repr of a row
 
 
 @dataclass
-class Sampled:
-    """The rows that were loaded: how many, those that would fail, and, where their images are wanted, their tables."""
+class LoadedSample:
+    """Counts the sampled rows and holds those that failed and, if images are generated, the loaded tables."""
 
     rows: int
     problems: list[dict[str, Any]]
@@ -45,22 +52,23 @@ class Sampled:
 
 @dataclass
 class MissingPackages:
-    """Protocols that rows name and that cannot be used here. why: by protocol, with its first URI; rows: how many name it;
-    failing: rows that name one or more of them."""
+    """Counts rows with protocols whose package is missing.
 
-    why: dict[str, str]
+    reasons: by protocol, with its first URI; rows: by protocol, the rows that name it; failing: the rows that
+    name any of them."""
+
+    reasons: dict[str, str]
     rows: Counter[str]
     failing: int
 
 
 def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> dict[str, Any]:
-    """Scans the whole manifest, loads `sample` rows spread over it that differ in contexts, writes a probe to
-    OUTPUT and takes it away. -> rows, shards, problems of the sampled rows. pictures: where a sheet of their
-    images goes; with it, what the job will take.
+    """Scan the whole manifest, load `sample` rows spread over it, and try to write to OUTPUT.
 
-    Raises JobError for what stops the job, StorageError where OUTPUT cannot be written. Bad rows are told,
-    for a run turns them into failed rows; `exit` is what a run would end with by them: 3 where some of the
-    sample fail, 4 where they are more than max_failed allows."""
+    Returns the summary, with the counts and the problems of the sampled rows. pictures: where a sheet of
+    their images is written; with it the summary also has an estimate of the job's time. `exit` is the code
+    with which a run would end: 3 where sampled rows fail, 4 where more would fail than max_failed allows.
+    Raises JobError for what stops the job, StorageError where OUTPUT cannot be written."""
     storage = Storage(job.storage_options)
     model = find_model(job.model)
     job = resolved_job(job, model.defaults)
@@ -70,98 +78,112 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
     shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
     missing = _missing_packages(job, files, storage)
     load = LoadImages.for_job(job, model, allowed_prefixes(job.allow, (file.uri for file in files)), storage)
-    sampled = _load(load, _sample(job, files, scan, shards, sample, storage), keep=pictures is not None)
+    loaded = _load(load, _sample(job, files, scan, shards, sample, storage), keep=pictures is not None)
     checks = _check_writing(job, model, Output(normal(job.output), storage))
-    estimate = _estimate(job, model, sampled.tables, scan.rows, pictures) if pictures else {}
-    missing_warnings = [f"{why}; {missing.rows[scheme]} rows name it" for scheme, why in missing.why.items()]
+    estimate = _estimate(job, model, loaded.tables, scan.rows, pictures) if pictures else {}
+    missing_warnings = [
+        f"{reason}; {missing.rows[scheme]} rows name it" for scheme, reason in missing.reasons.items()
+    ]
     return {
         **checks,
         "rows": scan.rows,
         "shards": len(shards),
-        "sampled": sampled.rows,
-        "problems": sampled.problems,
+        "sampled": loaded.rows,
+        "problems": loaded.problems,
         "warnings": [*column_warnings(scan.passed().names), *missing_warnings],
         "missing_packages": dict(missing.rows),
-        "exit": _exit_code(job, scan.rows, sampled.rows, len(sampled.problems), missing.failing),
+        "exit": _exit_code(job, scan.rows, loaded.rows, len(loaded.problems), missing.failing),
         "model_revision": model.revision,
         **estimate,
     }
 
 
-def _load(load: LoadImages, tables: Iterable[pa.Table], keep: bool) -> Sampled:
-    """Load the sampled rows. keep: with their pixels."""
-    sampled = Sampled(0, [], [])
+def _load(load: LoadImages, tables: Iterable[pa.Table], keep: bool) -> LoadedSample:
+    """Load the images of the sampled rows. keep: keep the loaded tables."""
+    loaded = LoadedSample(0, [], [])
     for table in map(load, tables):
-        sampled.rows += len(table)
+        loaded.rows += len(table)
         outcomes = table.select([ID, "error_code", "error_message"]).to_pylist()
-        sampled.problems += [row for row in outcomes if row["error_code"] is not None]
-        sampled.tables += [table] if keep else []
-    return sampled
+        loaded.problems += [row for row in outcomes if row["error_code"] is not None]
+        loaded.tables += [table] if keep else []
+    return loaded
 
 
 def _check_writing(job: GenerateJob, model: ResolvedModel, output: Output) -> dict[str, Any]:
-    """Check that OUTPUT is this job's or new, and can be written. Raises OutputConflictError, StorageError."""
-    if begun := output.storage.exists(output.plan):
+    """Check that OUTPUT is new or belongs to this job, and can be written. Raises OutputConflictError,
+    StorageError."""
+    begun = output.storage.exists(output.plan)
+    if begun:
         check_output(job, model, output)
     return {"output": output.root, "begun": begun, "creates_once": output.storage.try_writing(output.root)}
 
 
-def _estimate(job: GenerateJob, model: ResolvedModel, tables: list[pa.Table], rows: int, pictures: str) -> dict[str, Any]:
-    """Make the images of the sample into a sheet. Returns what the job will take."""
+def _estimate(
+    job: GenerateJob, model: ResolvedModel, tables: list[pa.Table], rows: int, pictures: str
+) -> dict[str, Any]:
+    """Generate the images of the sample and write them as a contact sheet. Returns the estimate of the
+    job."""
     lines, figures = try_rows(job, model, tables, rows)
     write_sheet(pictures, lines)
     return {**figures, "pictures": pictures}
 
 
 def _missing_packages(job: GenerateJob, files: list[ManifestFile], storage: Storage) -> MissingPackages:
-    """Check the protocols of all rows' sources, those outside of the sample too. Opens no store."""
-    missing, known = MissingPackages({}, Counter(), 0), set[str]()
+    """Check the protocols of the sources of all rows of the manifest. Connects to no store."""
+    missing = MissingPackages({}, Counter(), 0)
+    checked: set[str] = set()
     names = RowRules.of_job(job).names
     columns = [names[name] for name in (QUERY, CONTEXT, CONTROL_IMAGE)]
     for row in chain.from_iterable(scan_texts(file, storage, columns) for file in files):
-        uris = {protocol(uri): uri for uri in reversed(NAMED.findall(str(row)))}
-        for scheme in sorted((uris.keys() - known) & PROTOCOLS):
+        uris = {protocol(uri): uri for uri in reversed(NAMED_URI.findall(str(row)))}
+        for scheme in sorted((uris.keys() - checked) & PROTOCOLS):
             try:
                 storage.check(uris[scheme])
             except ConfigError as error:
-                missing.why[scheme] = one_line(str(error))
-        known |= uris.keys()
-        missing.rows.update(uris.keys() & missing.why.keys())
-        missing.failing += not missing.why.keys().isdisjoint(uris)
+                missing.reasons[scheme] = one_line(str(error))
+        checked |= uris.keys()
+        missing.rows.update(uris.keys() & missing.reasons.keys())
+        missing.failing += not missing.reasons.keys().isdisjoint(uris)
     return missing
 
 
-def _exit_code(job: GenerateJob, rows: int, sampled: int, failed: int, without: int) -> int:
-    """What a run would end with, were all rows as the sampled ones. without: rows that lack a protocol's
-    package for sure."""
-    if not failed and not without:
+def _exit_code(job: GenerateJob, rows: int, sampled: int, failed: int, without_package: int) -> int:
+    """Return the exit code of a run in which rows fail as often as the sampled ones.
+
+    without_package: the rows that fail in any case because a package is missing."""
+    if not failed and not without_package:
         return EXIT_OK
-    expected = max(failed, without, rows * failed // max(sampled, 1))
+    expected = max(failed, without_package, rows * failed // max(sampled, 1))
     return EXIT_TOO_MANY_FAILED if expected > job.failures_allowed(rows) else EXIT_ROWS_FAILED
 
 
 def _sample(
     job: GenerateJob, files: list[ManifestFile], scan: Scan, shards: list[Shard], count: int, storage: Storage
 ) -> Iterator[pa.Table]:
-    """So many rows, or all, spread evenly over the manifest, a table for each shard that has one of them. Of
-    the rows from one place to the next, as far as the shard has them, the first whose contexts are new: a
-    manifest of all pairs may have the same contexts at even distances."""
-    count, first, seen = min(count, scan.rows), 0, set[int]()
-    wanted = [number * scan.rows // count for number in range(count)]
+    """Yield `count` rows, or all, spread evenly over the manifest, one table per shard that has any.
+
+    Each sampled row is the one with the newest contexts between its place and the next within the shard,
+    since in a manifest of all pairs rows at even distances may have the same contexts.
+    """
+    count = min(count, scan.rows)
+    places = [number * scan.rows // count for number in range(count)]
+    seen: set[int] = set()
+    first = 0
     for shard in shards:
-        here = wanted[bisect_left(wanted, first) : bisect_left(wanted, first + shard.rows)]
-        if here:
+        in_shard = places[bisect_left(places, first) : bisect_left(places, first + shard.rows)]
+        if in_shard:
             [table] = ReadShard(RowRules.of_job(job), files[shard.file], shard, scan.passed(), storage)()
-            places = [row - first for row in here]
-            pictures = table.select([QUERY, CONTEXT]).to_pylist()
-            yield table.take([_newest(pictures, *reach, seen) for reach in pairwise([0, *places[1:], shard.rows])])
+            sources = table.select([QUERY, CONTEXT]).to_pylist()
+            starts = [0, *(place - first for place in in_shard[1:]), shard.rows]
+            yield table.take([_newest(sources, start, end, seen) for start, end in pairwise(starts)])
         first += shard.rows
 
 
-def _newest(pictures: list[dict[str, Any]], first: int, last: int, seen: set[int]) -> int:
-    """Of rows `first` to `last` the first one that shows most that is new: its contexts, then its query."""
-    rows = pictures[first:last]
-    keys = [(hash(str(row[CONTEXT])), hash(str(row[QUERY]))) for row in rows]  # bytes may lie in them
+def _newest(sources: list[dict[str, Any]], first: int, last: int, seen: set[int]) -> int:
+    """Return the first of the rows `first` to `last` with new contexts, else one with a new query. Adds it to
+    `seen`."""
+    rows = sources[first:last]
+    keys = [(hash(str(row[CONTEXT])), hash(str(row[QUERY]))) for row in rows]  # sources may be inline bytes
     best = min(range(len(rows)), key=lambda number: [key in seen for key in keys[number]])
     seen.update(keys[best])
     return first + best

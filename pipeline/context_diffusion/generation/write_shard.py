@@ -39,7 +39,7 @@ from context_diffusion.evaluation.scores import best_of, is_flagged, measure
 from context_diffusion.generation.stages import span
 from context_diffusion.inputs.image_sources import INLINE
 from context_diffusion.outputs.encode import encode_image
-from context_diffusion.outputs.image_files import picture_name, place, standing
+from context_diffusion.outputs.image_files import existing_images, image_name, store_images
 from context_diffusion.outputs.image_metadata import metadata_texts
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.parquet_files import to_parquet
@@ -67,7 +67,7 @@ class WriteShard:
         rows_and_images = [self._row(flow_rows[number]) for number in selected]
         rows = [row for row, _ in rows_and_images]
         images = [image for _, image in rows_and_images]
-        place(self.output, self.job, shard, rows, images)
+        store_images(self.output, self.job, shard, rows, images)
         part = self._part(table, selected, rows)
         if shard in self.redo:
             part = _merged(self.output.read_part(shard), part)
@@ -76,7 +76,9 @@ class WriteShard:
         write(self.output.part(shard), data)
         files = [] if self.job.images_in == "parquet" else [image for image in images if image]
         size = len(data) + sum(map(len, files))
-        return pa.Table.from_pylist([_written(shard, part, table, size) | {"write_span": span(began)}], WRITTEN)
+        return pa.Table.from_pylist(
+            [_written(shard, part, table, size) | {"write_span": span(began)}], WRITTEN
+        )
 
     def _selected(self, shard: int, rows: list[dict[str, Any]]) -> list[int]:
         """Return the numbers of the rows that are written: all, or with `keep: best` the best image of each
@@ -87,21 +89,25 @@ class WriteShard:
         if self.job.keep == "all":
             return list(range(len(rows)))
         columns = columns_of(self.job.score)
-        existing = standing(self.output, self.job, shard)
+        existing = existing_images(self.output, self.job, shard)
         selected = []
         for _, group in groupby(range(len(rows)), key=lambda number: rows[number][ID]):
             numbers = list(group)
-            written = [number for number in numbers if picture_name(self.job, rows[number]) in existing]
+            written = [number for number in numbers if image_name(self.job, rows[number]) in existing]
             safe = [number for number in numbers if not rows[number]["unsafe"]]
             candidates = written or safe or numbers
             selected.append(candidates[best_of([rows[number] for number in candidates], columns)])
         return selected
 
     def _part(self, table: pa.Table, selected: list[int], rows: list[dict[str, Any]]) -> pa.Table:
-        columns = {field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in OUTPUT}
+        columns = {
+            field.name: pa.array([row.get(field.name) for row in rows], field.type) for field in OUTPUT
+        }
         for name in table.column_names:
             if name.startswith(PASSED):
-                columns[name.removeprefix(PASSED)] = table[name].combine_chunks().take(pa.array(selected, pa.int64()))
+                columns[name.removeprefix(PASSED)] = (
+                    table[name].combine_chunks().take(pa.array(selected, pa.int64()))
+                )
         part = pa.table(columns)
         if self.job.images_in in ("parquet", "both"):
             return part.replace_schema_metadata(HUGGING_FACE)
@@ -159,7 +165,9 @@ def _merged(old: pa.Table, new: pa.Table) -> pa.Table:
     place_of = {row_id: number for number, row_id in enumerate(dict.fromkeys(old[ID].to_pylist()))}
     unchanged = old.filter(pc.invert(pc.is_in(old[ID], new[ID].combine_chunks())))
     both = pa.concat_tables([unchanged, new.cast(unchanged.schema)])
-    order = sorted(range(len(both)), key=lambda row: (place_of[both[ID][row].as_py()], both["index"][row].as_py()))
+    order = sorted(
+        range(len(both)), key=lambda row: (place_of[both[ID][row].as_py()], both["index"][row].as_py())
+    )
     return both.take(pa.array(order, pa.int64()))
 
 

@@ -29,7 +29,9 @@ def in_srgb(image: Image.Image) -> Image.Image:
     try:
         target_mode = image.mode if image.mode == "RGBA" else "RGB"
         source = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        converted = ImageCms.profileToProfile(image, source, SRGB, ImageCms.Intent.RELATIVE_COLORIMETRIC, target_mode)
+        converted = ImageCms.profileToProfile(
+            image, source, SRGB, ImageCms.Intent.RELATIVE_COLORIMETRIC, target_mode
+        )
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
     return converted if converted is not None else image

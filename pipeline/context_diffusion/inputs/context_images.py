@@ -106,9 +106,13 @@ def image_processor(config: Mapping[str, Any] | None, image_size: int, name: str
     """
     if config is None:
         return ImageProcessor(image_size, image_size)
-    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor")
+    kind = str(
+        config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
+    )
     clip = kind.startswith("CLIP")
-    size = _size(config.get("size", 224), square=not clip, name=name) if config.get("do_resize", True) else None
+    size = (
+        _size(config.get("size", 224), square=not clip, name=name) if config.get("do_resize", True) else None
+    )
     crop = config.get("do_center_crop", clip or "crop_size" in config)
     result_size = _size(config.get("crop_size", 224), square=True, name=name) if crop else size
     if result_size != (image_size, image_size):

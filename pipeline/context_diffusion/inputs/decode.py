@@ -42,7 +42,9 @@ def decode_image(data: bytes, limits: Limits, name: str = "image") -> Pixels:
     return _decoded(open_image(data, limits, name), name)
 
 
-def decode_resized(data: bytes, limits: Limits, name: str, size_of: Callable[[int, int], Size], fit: Fit) -> Pixels:
+def decode_resized(
+    data: bytes, limits: Limits, name: str, size_of: Callable[[int, int], Size], fit: Fit
+) -> Pixels:
     """Decode an image file and resize it. size_of: computes the output's width and height from the image's.
 
     A JPEG that is far larger is decoded at a half, a quarter or an eighth of its sides, never below the
@@ -56,7 +58,8 @@ def decode_resized(data: bytes, limits: Limits, name: str, size_of: Callable[[in
     width, height = size_of(file_height, file_width) if turned else size_of(file_width, file_height)
     needed = (height, width) if turned else (width, height)
     factor = max(needed[0] / file_width, needed[1] / file_height)
-    draft = image.draft(None, (math.ceil(file_width * factor), math.ceil(file_height * factor)))  # None: no JPEG
+    draft_size = (math.ceil(file_width * factor), math.ceil(file_height * factor))
+    draft = image.draft(None, draft_size)  # None: no JPEG
     extent: tuple[float, float] = draft[1][2:] if draft else image.size
     if orientation != 1 and extent != image.size:  # turning would move the partly filled last row and column
         image = open_image(data, limits, name)
@@ -76,7 +79,9 @@ def _decoded(image: Image.Image, name: str) -> Pixels:
     try:
         return rgb_pixels(image)
     except Exception as error:  # Pillow's decoders may raise any exception: struct.error, KeyError, ...
-        raise _row_error(error, ErrorCode.TRUNCATED_IMAGE, f"{name}: the image is truncated or damaged") from error
+        raise _row_error(
+            error, ErrorCode.TRUNCATED_IMAGE, f"{name}: the image is truncated or damaged"
+        ) from error
 
 
 def open_image(data: bytes, limits: Limits, name: str, texts: bool = False) -> Image.Image:
@@ -96,12 +101,15 @@ def open_image(data: bytes, limits: Limits, name: str, texts: bool = False) -> I
         raise _row_error(error, code, message) from error
     width, height = image.size
     if width * height > limits.max_pixels:
-        message = f"{name}: {width} x {height} = {width * height} pixels, at most {limits.max_pixels} are allowed"
-        raise RowError(ErrorCode.TOO_MANY_PIXELS, message)
+        pixels = f"{width} x {height} = {width * height} pixels"
+        raise RowError(
+            ErrorCode.TOO_MANY_PIXELS, f"{name}: {pixels}, at most {limits.max_pixels} are allowed"
+        )
     if image.format == "JPEG":
         scans = data.count(b"\xff\xda")
         if scans > MAX_SCANS:
-            raise RowError(ErrorCode.NOT_AN_IMAGE, f"{name}: a JPEG with {scans} scans, at most {MAX_SCANS} are allowed")
+            message = f"{name}: a JPEG with {scans} scans, at most {MAX_SCANS} are allowed"
+            raise RowError(ErrorCode.NOT_AN_IMAGE, message)
     return image
 
 
@@ -221,7 +229,9 @@ def output_size(
     return side(model_size * aspect), side(model_size / aspect)
 
 
-def resize(pixels: Pixels, width: int, height: int, fit: Fit, extent: tuple[float, float] | None = None) -> Pixels:
+def resize(
+    pixels: Pixels, width: int, height: int, fit: Fit, extent: tuple[float, float] | None = None
+) -> Pixels:
     """Resize pixels, uint8 (H, W, 3), to (height, width, 3).
 
     crop: covers the size and crops both sides equally; pad: fits inside the size and fills the rest with
@@ -261,7 +271,8 @@ def _scale(image: Image.Image, size: Size, box: tuple[float, float, float, float
 
 def statistics(pixels: Pixels) -> tuple[list[float], list[float]]:
     """Return the mean and the (population) std of each channel, for values in [0, 1]."""
-    histogram = np.reshape(Image.fromarray(pixels).histogram(), (3, 256))  # numpy's mean and std take 20 times as long
+    # Pillow's histogram: numpy's mean and std take 20 times as long.
+    histogram = np.reshape(Image.fromarray(pixels).histogram(), (3, 256))
     shares = histogram / (pixels.size // 3)
     values = np.arange(256) / 255
     mean = shares @ values

@@ -28,7 +28,9 @@ from context_diffusion.storage.parquet_files import to_parquet
 
 Pair = Literal["all", "zip", "random"]
 Triple = tuple[str, list[str], str | None]  # query, contexts, prompt
-SCHEMA = pa.schema([(ID, pa.string()), (QUERY, pa.string()), (CONTEXT, pa.list_(pa.string())), (PROMPT, pa.string())])
+SCHEMA = pa.schema(
+    [(ID, pa.string()), (QUERY, pa.string()), (CONTEXT, pa.list_(pa.string())), (PROMPT, pa.string())]
+)
 MAX_ROWS = 5_000_000  # the manifest is built in memory
 
 
@@ -54,7 +56,8 @@ def write_manifest(pairing: Pairing, out: str) -> dict[str, Any]:
     Returns its URI, its number of rows, and the folders that a job must allow in addition to the manifest's
     own. Raises JobError, ManifestError.
     """
-    uri, storage = normal(out), Storage()
+    uri = normal(out)
+    storage = Storage()
     manifest_format = next((name for ending, name in FORMATS.items() if uri.lower().endswith(ending)), None)
     if manifest_format is None:
         raise JobError(f"--out {out}: expected a name that ends in one of {', '.join(FORMATS)}")
@@ -73,7 +76,9 @@ def write_manifest(pairing: Pairing, out: str) -> dict[str, Any]:
     try:
         data = _encoded(rows, manifest_format)
     except UnicodeEncodeError as error:
-        raise ManifestError(f"the name of an image is not UTF-8: {error.object[:200]!r}; rename it") from error
+        raise ManifestError(
+            f"the name of an image is not UTF-8: {error.object[:200]!r}; rename it"
+        ) from error
     if not storage.create(uri, data):
         raise JobError(f"--out {out} exists already: remove it or choose another name")
     folders = [normal(pairing.queries), normal(pairing.contexts)]
@@ -109,8 +114,11 @@ def pair_up(pairing: Pairing, storage: Storage) -> Iterator[Triple]:
 
 def _context_groups(pairing: Pairing, storage: Storage) -> list[list[str]]:
     """Return the contexts of each row; with `random`, the groups from which a row's contexts are drawn."""
-    images, root = _images("--contexts", pairing.contexts, storage), normal(pairing.contexts)
-    styles = {style: list(uris) for style, uris in itertools.groupby(images, lambda uri: _first_folder(uri, root))}
+    images = _images("--contexts", pairing.contexts, storage)
+    root = normal(pairing.contexts)
+    styles = {
+        style: list(uris) for style, uris in itertools.groupby(images, lambda uri: _first_folder(uri, root))
+    }
     size = pairing.contexts_per_row
     _check_styles(pairing, styles)
     if "" not in styles:
@@ -134,7 +142,8 @@ def _check_styles(pairing: Pairing, styles: dict[str, list[str]]) -> None:
         both = f"images ({styles[''][0]}) and sub-folders ({folders})"
         raise ManifestError(f"--contexts {pairing.contexts} has {both}: keep one of the two")
     smallest = min(styles, key=lambda style: len(styles[style]))
-    count, size = len(styles[smallest]), pairing.contexts_per_row
+    count = len(styles[smallest])
+    size = pairing.contexts_per_row
     if size and size > count:
         folder = f"{pairing.contexts}/{smallest}".rstrip("/")
         raise ManifestError(f"--contexts-per-row {size}: {folder} has only {count} images")
@@ -164,7 +173,9 @@ def _prompts(file: str | None, storage: Storage) -> list[str | None]:
     try:
         lines = storage.read(normal(file)).decode().splitlines()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, UnicodeDecodeError) as error:
-        raise ManifestError(f"--prompts {file}: expected a text file with one prompt per line: {error}") from error
+        raise ManifestError(
+            f"--prompts {file}: expected a text file with one prompt per line: {error}"
+        ) from error
     if not lines:
         raise ManifestError(f"--prompts {file}: the file is empty")
     return [line.strip() or None for line in lines]

@@ -38,13 +38,17 @@ def as_sources(value: Any, base: str) -> list[ImageSource]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RowError(ErrorCode.NO_CONTEXT, f"context is not a JSON list: {value[:80]!r} ({error})") from None
+            raise RowError(
+                ErrorCode.NO_CONTEXT, f"context is not a JSON list: {value[:80]!r} ({error})"
+            ) from None
     items = value if isinstance(value, list) else [value]
     sources = [as_source(item, base) for item in items]
     return [source for source in sources if source is not None]
 
 
-def read_pixels(source: ImageSource, allow: list[str], limits: Limits, storage: Storage, name: str = "inline image") -> Pixels:
+def read_pixels(
+    source: ImageSource, allow: list[str], limits: Limits, storage: Storage, name: str = "inline image"
+) -> Pixels:
     """Read a source's pixels at full size.
 
     allow: URI prefixes that may be read; name: what bytes without a path are called in messages. Raises

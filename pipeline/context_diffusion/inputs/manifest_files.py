@@ -69,7 +69,9 @@ def visible(files: list[str], folder: str) -> list[str]:
 
     def hidden(uri: str) -> bool:
         names = uri.removeprefix(folder).strip("/").split("/")
-        return any(name.startswith((".", "__MACOSX")) or (name.startswith("_") and "=" not in name) for name in names)
+        return any(
+            name.startswith((".", "__MACOSX")) or (name.startswith("_") and "=" not in name) for name in names
+        )
 
     return [uri for uri in files if not hidden(uri) and not uri.startswith(tuple(outputs))]
 
@@ -147,7 +149,11 @@ def scan_texts(file: ManifestFile, storage: Storage, columns: list[str]) -> Iter
 
     def texts(opened: pq.ParquetFile, group: int) -> pa.Table:
         leaves = map(opened.schema.column, range(len(opened.schema)))
-        chosen = [leaf.path for leaf in leaves if leaf.path.split(".")[0] in columns and str(leaf.logical_type) == "String"]
+        chosen = [
+            leaf.path
+            for leaf in leaves
+            if leaf.path.split(".")[0] in columns and str(leaf.logical_type) == "String"
+        ]
         return opened.read_row_group(group, chosen)
 
     if file.format != "parquet":
@@ -165,7 +171,12 @@ def read_text(file: ManifestFile, shard: Shard, storage: Storage) -> list[Row]:
     if file.format == "jsonl":
         rows = [folders | row for *_, row in json_rows(file.uri, handle, shard.first_row)]
     else:
-        rows = [folders | row for *_, row in csv_rows(file.uri, file.columns, csv_records(file.uri, handle, shard.first_row + 1))]
+        rows = [
+            folders | row
+            for *_, row in csv_rows(
+                file.uri, file.columns, csv_records(file.uri, handle, shard.first_row + 1)
+            )
+        ]
     _check_count(file, shard, len(rows))
     return rows
 
@@ -210,7 +221,9 @@ def _check_count(file: ManifestFile, shard: Shard, count: int) -> None:
         raise ManifestError(f"{file.uri}: {count} rows where the plan has {shard.rows}: did the file change?")
 
 
-def _row_group(file: ManifestFile, group: int, storage: Storage, columns: list[str] | None = None) -> pa.Table:
+def _row_group(
+    file: ManifestFile, group: int, storage: Storage, columns: list[str] | None = None
+) -> pa.Table:
     problem = f"row group {group} cannot be read as Parquet"
     table = _parquet(file.uri, storage, lambda parquet: parquet.read_row_group(group, columns), problem)
     for name, value in partitions(file.uri).items():

@@ -31,9 +31,9 @@ class Scan:
     """Scans a manifest: counts, byte offsets, types of unknown columns, uniqueness of ids.
 
     digests: of the rows of each file: whole rows and their offsets in text files, ids in Parquet files.
-    marks: a number of rows of each file, after which `marked` stores the digest, to tell whether the file has only
-    grown. planned: the ids with which a file's rows were planned, None for rows without one: derived ids are
-    kept, given ids must be equal. Raises ManifestError, OutputConflictError.
+    marks: a number of rows of each file, after which `marked` stores the digest, to tell whether the file
+    has only grown. planned: the ids with which a file's rows were planned, None for rows without one: derived
+    ids are kept, given ids must be equal. Raises ManifestError, OutputConflictError.
     """
 
     def __init__(
@@ -81,7 +81,9 @@ class Scan:
             for count, identifier in enumerate(self._ids(number), 1)
         )
         places_by_id = name_duplicates(duplicates, ids)
-        examples = "; ".join(f"{identifier!r}: {' and '.join(places)}" for identifier, places in places_by_id.items())
+        examples = "; ".join(
+            f"{identifier!r}: {' and '.join(places)}" for identifier, places in places_by_id.items()
+        )
         hint = "" if self.has_ids else "; the manifest has no id column, so equal rows have equal ids"
         raise ManifestError(f"{len(duplicates)} duplicate id(s) in the manifest, such as {examples}{hint}")
 
@@ -122,8 +124,9 @@ class Scan:
             differs = planned_id is not None and planned_id != identifier
             if given and differs:
                 raise OutputConflictError(
-                    f"row {count} of {self.files[number].uri} has the id {identifier!r}, and had {planned_id!r} "
-                    "when it was planned: rows are matched by position, so none may be moved, inserted or removed"
+                    f"row {count} of {self.files[number].uri} has the id {identifier!r}, and had "
+                    f"{planned_id!r} when it was planned: rows are matched by position, so none may be "
+                    "moved, inserted or removed"
                 )
             if changed and differs:
                 changed.add(identifier)
@@ -142,7 +145,9 @@ class Scan:
                 self._see(name, pa.string(), file.uri)
             for field in parquet_schema(file.uri, self.storage):
                 self._see(field.name, storage_type(field.type), file.uri)
-            rows = scan_parquet(file, self.storage, [self.names[ID]] if self.names[ID] in file.columns else None)
+            rows = scan_parquet(
+                file, self.storage, [self.names[ID]] if self.names[ID] in file.columns else None
+            )
             for row in rows:
                 self.rows_of[number] += 1
                 identifier = row_id(row, self.names)

@@ -1,6 +1,4 @@
-"""Read raw rows into the READ table: ids, sources, prompts, settings. An invalid row gets an error code
-instead.
-"""
+"""Read raw rows into the READ table: ids, sources, prompts, settings. An invalid row gets an error code."""
 
 from __future__ import annotations
 
@@ -104,7 +102,8 @@ def read_table(
     for row, planned in zip(storable, ids or [], strict=False):
         if given_id(row, names) not in (None, planned):
             raise ManifestError(
-                f"the plan has the id {planned!r} where the manifest has {given_id(row, names)!r}: did the manifest change?"
+                f"the plan has the id {planned!r} where the manifest has {given_id(row, names)!r}: did the "
+                "manifest change?"
             )
     ids = ids or [row_id(row, names) for row in storable]
     read = [_read_row(row, id_, shard, rules, base, names) for row, id_ in zip(storable, ids, strict=True)]
@@ -113,7 +112,9 @@ def read_table(
         if source is not None and name in source.column_names:
             columns[PASSED + passed_name(name)] = _cast(as_storage(source[name]), kind)
         else:
-            columns[PASSED + passed_name(name)] = pa.array([_as_type(row.get(name), kind) for row in rows], kind)
+            columns[PASSED + passed_name(name)] = pa.array(
+                [_as_type(row.get(name), kind) for row in rows], kind
+            )
     return pa.table(columns)
 
 
@@ -124,7 +125,8 @@ def _storable(row: Row) -> Row:
         if isinstance(value, float) and math.isnan(value):
             return None
         if isinstance(value, str):
-            return value.encode("utf-8", "replace").decode() if any("\ud800" <= c <= "\udfff" for c in value) else value
+            broken = any("\ud800" <= character <= "\udfff" for character in value)
+            return value.encode("utf-8", "replace").decode() if broken else value
         return [mend(item) for item in value] if isinstance(value, list) else value
 
     return {name: mend(value) for name, value in row.items()}
@@ -143,8 +145,10 @@ def _read_row(row: Row, id_: str, shard: int, rules: RowRules, base: str, names:
         if read[QUERY] is None:
             raise RowError(ErrorCode.NO_QUERY, f"the column {names[QUERY]!r} is empty")
         if not read[CONTEXT]:
-            raise RowError(ErrorCode.NO_CONTEXT, f"the column {names[CONTEXT]!r} is empty; a row needs one or more")
-        if (count := len(read[CONTEXT])) > rules.limits.max_contexts:
+            message = f"the column {names[CONTEXT]!r} is empty; a row needs one or more"
+            raise RowError(ErrorCode.NO_CONTEXT, message)
+        count = len(read[CONTEXT])
+        if count > rules.limits.max_contexts:
             read[CONTEXT] = None
             message = f"{names[CONTEXT]} has {count} images, at most {rules.limits.max_contexts} are allowed"
             raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
@@ -153,9 +157,10 @@ def _read_row(row: Row, id_: str, shard: int, rules: RowRules, base: str, names:
     return read
 
 
-def _check_id(row: str) -> None:
-    if "\0" in row or any(part in (".", "..") for part in re.split(r"[/\\]", row)):
-        raise RowError(ErrorCode.INVALID_ID, f"the id {row[:200]!r} has a path part `.` or `..`, or a null byte")
+def _check_id(id_: str) -> None:
+    if "\0" in id_ or any(part in (".", "..") for part in re.split(r"[/\\]", id_)):
+        message = f"the id {id_[:200]!r} has a path part `.` or `..`, or a null byte"
+        raise RowError(ErrorCode.INVALID_ID, message)
 
 
 def _prompt(value: Any, name: str, limits: Limits) -> str | None:
@@ -197,11 +202,8 @@ def _plain(value: Any, name: str) -> Any:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return value
-    integer = Settings.model_fields[name].annotation in (int, int | None) or name in (
-        "seed",
-        "width",
-        "height",
-    )
+    annotation = Settings.model_fields[name].annotation
+    integer = annotation in (int, int | None) or name in ("seed", "width", "height")
     if integer and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
@@ -215,9 +217,7 @@ def as_storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    """Cast a column to its type over the whole manifest; lists and structs become JSON where that type is
-    text.
-    """
+    """Cast a column to its type over the whole manifest; lists and structs become JSON if that is text."""
     try:
         return column.cast(kind)
     except pa.ArrowException:

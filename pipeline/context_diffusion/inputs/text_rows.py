@@ -74,7 +74,9 @@ def csv_records(uri: str, handle: BinaryIO, first: int) -> Iterator[tuple[int, i
         raise ManifestError(f"{uri}: the file is empty; expected a header")
 
 
-def csv_rows(uri: str, columns: list[str], records: Iterator[tuple[int, int, list[str]]]) -> Iterator[tuple[int, int, Row]]:
+def csv_rows(
+    uri: str, columns: list[str], records: Iterator[tuple[int, int, list[str]]]
+) -> Iterator[tuple[int, int, Row]]:
     """Convert records to rows; empty cells become null. Raises ManifestError for a wrong number of cells."""
     for begin, end, record in records:
         if len(record) != len(columns):

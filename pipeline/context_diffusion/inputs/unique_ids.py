@@ -54,7 +54,9 @@ class UniqueIds:
         self._buckets[number].clear()
 
 
-def name_duplicates(digests: set[bytes], ids: Iterable[tuple[str, str]], most: int = 5) -> dict[str, list[str]]:
+def name_duplicates(
+    digests: set[bytes], ids: Iterable[tuple[str, str]], most: int = 5
+) -> dict[str, list[str]]:
     """Return the first few ids whose digest is among `digests`, each with its first two places.
 
     ids: all ids with their places, from a second pass over the manifest; most: how many ids are returned.
@@ -63,7 +65,9 @@ def name_duplicates(digests: set[bytes], ids: Iterable[tuple[str, str]], most: i
     for row_id, place in ids:
         if _digest(row_id) in digests and (row_id in places or len(places) < most):
             places.setdefault(row_id, []).append(place)
-            if len(places) == min(most, len(digests)) and all(len(row_places) > 1 for row_places in places.values()):
+            if len(places) == min(most, len(digests)) and all(
+                len(row_places) > 1 for row_places in places.values()
+            ):
                 break
     return {row_id: row_places[:2] for row_id, row_places in places.items()}
 

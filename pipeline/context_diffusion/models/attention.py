@@ -23,7 +23,9 @@ def log_weights(weights: Tensor) -> Tensor:
 class SelfAttention(AttnProcessor2_0):
     """Attend as diffusers' own processor does; `lanes` is ignored."""
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, lanes: Any = None, **kwargs: Any) -> Tensor:
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, *args: Any, lanes: Any = None, **kwargs: Any
+    ) -> Tensor:
         return super().__call__(attn, hidden_states, *args, **kwargs)
 
 

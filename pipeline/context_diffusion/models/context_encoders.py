@@ -85,7 +85,9 @@ def load_encoder(name: str) -> ContextEncoder:
     # DINOv2 interpolates its positions: it was trained at 518 pixels, its preprocessor crops to 224.
     if model.config.model_type.startswith("dinov2") and "crop_size" in processor:
         size = processor["crop_size"]["height"]
-    return ContextEncoder(model, size, list(processor.get("image_mean", mean)), list(processor.get("image_std", std)))
+    return ContextEncoder(
+        model, size, list(processor.get("image_mean", mean)), list(processor.get("image_std", std))
+    )
 
 
 def load_vision_model(name: str | Path) -> Any:
@@ -98,18 +100,27 @@ def load_vision_model(name: str | Path) -> Any:
         kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"context encoder {str(name)!r} has no config that can be read ({reason}); known are {known}") from error
+        raise ModelError(
+            f"context encoder {str(name)!r} has no config that can be read ({reason}); known are {known}"
+        ) from error
     if kind not in ENCODERS:
-        raise ModelError(f"context encoder {str(name)!r} is of the unknown model_type {kind!r}; known are {known}")
+        raise ModelError(
+            f"context encoder {str(name)!r} is of the unknown model_type {kind!r}; known are {known}"
+        )
     component = ENCODERS[kind][0]
     try:
-        model, info = component.from_pretrained(name, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        model, info = component.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"context encoder {str(name)!r} cannot be loaded as {component.__name__}: {error}") from error
+        raise ModelError(
+            f"context encoder {str(name)!r} cannot be loaded as {component.__name__}: {error}"
+        ) from error
     if info["missing_keys"]:  # transformers would use random ones
         missing = sorted(info["missing_keys"])
         raise ModelError(
-            f"context encoder {str(name)!r}: {len(missing)} weights of {component.__name__} are missing: {missing[:3]}"
+            f"context encoder {str(name)!r}: {len(missing)} weights of {component.__name__} are missing: "
+            f"{missing[:3]}"
         )
     return model
 

@@ -14,8 +14,18 @@ from context_diffusion.core.errors import ConfigError
 from context_diffusion.core.generate_job import ControlName, GenerateJob, control_kinds
 from context_diffusion.core.settings import SchedulerName, Settings
 
-SD15: dict[str, Any] = {"num_inference_steps": 30, "guidance_scale": 7.5, "scheduler": "dpmpp_2m", "context_scale": 0.6}
-SDXL: dict[str, Any] = {"num_inference_steps": 40, "guidance_scale": 5.0, "scheduler": "euler", "context_scale": 0.6}
+SD15: dict[str, Any] = {
+    "num_inference_steps": 30,
+    "guidance_scale": 7.5,
+    "scheduler": "dpmpp_2m",
+    "context_scale": 0.6,
+}
+SDXL: dict[str, Any] = {
+    "num_inference_steps": 40,
+    "guidance_scale": 5.0,
+    "scheduler": "euler",
+    "context_scale": 0.6,
+}
 # A base's own scheduler, by its class in diffusers.
 SCHEDULERS: dict[str, SchedulerName] = {
     "DDIMScheduler": "ddim",
@@ -76,8 +86,9 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
         if defaults.control is None:
             names = ", ".join(defaults.controlnets)
             raise ConfigError(
-                f"control: which map the ControlNet {names} was trained on is unknown; "
-                "set control to canny, gray, soft_edges or none (the query itself), a list for several, or to disabled"
+                f"control: the map that the ControlNet {names} was trained on is unknown; "
+                "set control to canny, gray, soft_edges or none (the query itself), a list for several, or "
+                "to disabled"
             )
         return list(defaults.control)
     kinds = control_kinds(given)

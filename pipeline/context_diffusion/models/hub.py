@@ -9,7 +9,12 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 
 from context_diffusion.core.errors import ModelError, one_line
 
@@ -29,24 +34,25 @@ def commit_of(repo: str, revision: str | None) -> str:
     try:
         return _newest_commit(repo, revision)
     except ConnectionError as error:
-        cached = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "refs" / (revision or "main")
+        folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+        cached = folder / "refs" / (revision or "main")
         if not cached.is_file():
-            raise ModelError(f"model: {repo} is not in the cache and {error}") from error
+            raise ModelError(f"model: {repo} is not in the cache, and {error}") from error
         return cached.read_text().strip()
 
 
 def _newest_commit(repo: str, revision: str | None = None, timeout_s: float | None = None) -> str:
-    """Ask the hub. Raises ModelError if it refuses, ConnectionError if it is out of reach."""
+    """Ask the hub. Raises ModelError if it refuses, ConnectionError if it cannot be reached."""
     try:
         return str(HfApi().model_info(repo, revision=revision, timeout=timeout_s).sha)
     except HFValidationError as error:
-        raise ModelError(f"model: {repo!r} is neither a folder that is here nor a hub id: {error}") from error
+        raise ModelError(f"model: {repo!r} not found: expected a folder or a hub id ({error})") from error
     except HfHubHTTPError as error:
+        refusal = f"the hub has no {repo} at {revision or 'main'} ({one_line(str(error))})"
         hint = "check the name and the revision; a private or gated one needs HF_TOKEN"
-        refusal = f"the hub has no {repo} at {revision or 'main'} for us"
-        raise ModelError(f"model: {refusal} ({one_line(str(error))}); {hint}") from error
+        raise ModelError(f"model: {refusal}; {hint}") from error
     except Exception as error:  # what a network's absence leads the client to
-        raise ConnectionError(f"the hub at {constants.ENDPOINT} is out of reach: {_hint(error)}") from error
+        raise ConnectionError(f"the hub at {constants.ENDPOINT} cannot be reached: {_hint(error)}") from error
 
 
 def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
@@ -63,9 +69,11 @@ def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
         wanted = f"{folder}/*" if folder else None
         return Path(snapshot_download(repo, revision=revision.get(repo), allow_patterns=wanted)) / folder
     except HFValidationError as error:
-        raise ModelError(f"model: {part!r} is neither a folder that is here nor a hub id: {error}") from error
+        raise ModelError(f"model: {part!r} not found: expected a folder or a hub id ({error})") from error
     except Exception as error:  # no such file, no room, no network
-        raise ModelError(f"model: {part}: cannot get {name or 'its files'} of the hub: {_hint(error)}") from error
+        raise ModelError(
+            f"model: {part}: cannot download {name or 'its files'} from the hub: {_hint(error)}"
+        ) from error
 
 
 def fetch_optional(part: str, name: str, revision: dict[str, str]) -> Path | None:
@@ -75,7 +83,9 @@ def fetch_optional(part: str, name: str, revision: dict[str, str]) -> Path | Non
     except ModelError as error:
         # Offline, a file that the cache lacks counts as absent; with a network, an answer is needed.
         absent = isinstance(error.__cause__, EntryNotFoundError)
-        if absent and (constants.is_offline_mode() or not isinstance(error.__cause__, LocalEntryNotFoundError)):
+        if absent and (
+            constants.is_offline_mode() or not isinstance(error.__cause__, LocalEntryNotFoundError)
+        ):
             return None
         raise
     return path if path.is_file() else None
@@ -93,4 +103,5 @@ def obstacle_to(repo: str, timeout_s: float) -> str | None:
 def _hint(error: Exception) -> str:
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set; unset it once to download, or name a folder"
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}; check name and network, or name a folder"
+    reason = str(error).splitlines()[0][:200]
+    return f"{type(error).__name__}: {reason}; check name and network, or name a folder"

@@ -61,7 +61,9 @@ def restore(images: Tensor, contexts: Tensor, weights: Tensor) -> Tensor:
     if not bool((weights > 0).any()):
         return images
     shares = (weights / weights.sum())[:, None]
-    mean, std = ((shares * part).sum(0)[:, None, None] for part in _measure(contexts.float() / 255, "channel"))
+    mean, std = (
+        (shares * part).sum(0)[:, None, None] for part in _measure(contexts.float() / 255, "channel")
+    )
     own_mean, own_std = (part[..., None, None] for part in _measure(images.float(), "channel"))
     return ((images - own_mean) / own_std.clamp(min=LEVEL) * std + mean).clamp(0, 1)
 

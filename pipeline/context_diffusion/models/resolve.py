@@ -12,7 +12,12 @@ from typing import Any
 
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.model_parts import PRESETS, Parts, parts_of
-from context_diffusion.inputs.context_images import ContextPreprocessing, ImageProcessor, SquareCrop, image_processor
+from context_diffusion.inputs.context_images import (
+    ContextPreprocessing,
+    ImageProcessor,
+    SquareCrop,
+    image_processor,
+)
 from context_diffusion.models.defaults import Defaults, stable_diffusion_defaults
 from context_diffusion.models.hub import commit_of, fetch, fetch_optional, split
 
@@ -20,7 +25,17 @@ BUNDLED = Path(__file__).parent / "native" / "bundled"
 NATIVE = "ContextDiffusion"  # _class_name in a native model's index
 PREPROCESSOR = "preprocessor_config.json"
 # Folders of a native model; models/native/model.py loads them.
-COMPONENTS = ("vae", "unet", "controlnet", "image_encoder", "text_encoder", "fusion", "memory", "relief", "tokenizer")
+COMPONENTS = (
+    "vae",
+    "unet",
+    "controlnet",
+    "image_encoder",
+    "text_encoder",
+    "fusion",
+    "memory",
+    "relief",
+    "tokenizer",
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +60,11 @@ def model_folder(model: str) -> Path:
     missing."""
     folder = BUNDLED if model == "bundled" else Path(model)
     if not folder.is_dir():
-        raise ModelError(f"model: {model!r} is neither `bundled` nor a folder that is here")
+        raise ModelError(f"model: {model!r} not found: expected `bundled` or a folder")
     if not (folder / "model_index.json").is_file():
-        raise ModelError(f"model: {folder} has no model_index.json; name the folder that `kind: train` left as model/")
+        raise ModelError(
+            f"model: {folder} has no model_index.json; expected the folder model/ that `kind: train` writes"
+        )
     return folder
 
 
@@ -61,15 +78,20 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
             if index.get("_class_name") == NATIVE:
                 return _native(model, model_folder(model), index)
         elif model.startswith((".", "/", "~")) or "/" not in model:
-            raise ModelError(f"model: {model!r} is no folder that is here, and none of bundled, {', '.join(PRESETS)}")
+            raise ModelError(
+                f"model: {model!r} not found: expected a folder, a hub id or one of bundled, "
+                f"{', '.join(PRESETS)}"
+            )
     parts = parts_of(model)
     away = [part for part in parts.all if not Path(part).exists()]
     for part in away:
         if part.startswith((".", "/", "~")):
-            raise ModelError(f"model: {part} is not here: check the path")
+            raise ModelError(f"model: {part} not found: check the path")
     hub = {split(part)[0] for part in away}
     known = (commits or {}) | parts.revision
-    parts = parts.model_copy(update={"revision": {repo: commit_of(repo, known.get(repo)) for repo in sorted(hub)}})
+    parts = parts.model_copy(
+        update={"revision": {repo: commit_of(repo, known.get(repo)) for repo in sorted(hub)}}
+    )
     name = model if isinstance(model, str) else parts.base
     index = read_json(parts.base, "model_index.json", parts.revision)
     if index.get("_class_name") == NATIVE:
@@ -80,20 +102,28 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
 def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None = None) -> ResolvedModel:
     for part in COMPONENTS:
         if not (folder / part).is_dir():
-            raise ModelError(f"model: {folder} lacks the component {part}/; copy the whole model folder")
-    return ResolvedModel(name, folder, parts, digest(folder), index["image_size"], SquareCrop(index["context_size"]))
+            raise ModelError(f"model: {folder} has no component {part}/; copy the whole model folder")
+    return ResolvedModel(
+        name, folder, parts, digest(folder), index["image_size"], SquareCrop(index["context_size"])
+    )
 
 
 def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> ResolvedModel:
     """Resolve a Stable Diffusion and its parts. index: the base's model_index.json."""
     unet, vae, scheduler = (
         read_json(parts.base, f"{folder}/{file}", parts.revision)
-        for folder, file in (("unet", "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json"))
+        for folder, file in (
+            ("unet", "config.json"),
+            ("vae", "config.json"),
+            ("scheduler", "scheduler_config.json"),
+        )
     )
     image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     xl = "StableDiffusionXL" in str(index.get("_class_name"))
     defaults = stable_diffusion_defaults(xl, scheduler, parts.controlnets)
-    return ResolvedModel(name, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults)
+    return ResolvedModel(
+        name, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults
+    )
 
 
 def _preprocessing(parts: Parts, index: dict[str, Any]) -> ImageProcessor:
@@ -120,7 +150,7 @@ def _parsed(path: Path, part: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"model: {part}: no readable {path.name} ({error})") from error
+        raise ModelError(f"model: {part}: {path.name} cannot be read ({error})") from error
 
 
 def _revision(parts: Parts) -> str:
@@ -133,8 +163,14 @@ def _revision(parts: Parts) -> str:
 def digest(path: Path) -> str:
     """Return a digest over the names and bytes of a folder's files, or over a file's bytes."""
     total = hashlib.sha256()
-    files = [path] if path.is_file() else (p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt"))
+    files = (
+        [path]
+        if path.is_file()
+        else (p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt"))
+    )
     for file in sorted(files):
         with file.open("rb") as opened:
-            total.update(f"{file.relative_to(path)}\0".encode() + hashlib.file_digest(opened, "sha256").digest())
+            total.update(
+                f"{file.relative_to(path)}\0".encode() + hashlib.file_digest(opened, "sha256").digest()
+            )
     return total.hexdigest()[:16]

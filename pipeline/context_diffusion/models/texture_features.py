@@ -38,7 +38,10 @@ def _filters() -> Tensor:
         for number in range(ANGLES):
             angle = math.pi * number / ANGLES
             phase = 2 * math.pi * (x * math.cos(angle) + y * math.sin(angle)) / period
-            pairs += [(torch.cos(phase) - (window * torch.cos(phase)).sum()) * window, torch.sin(phase) * window]
+            pairs += [
+                (torch.cos(phase) - (window * torch.cos(phase)).sum()) * window,
+                torch.sin(phase) * window,
+            ]
     return torch.stack(pairs)[:, None]
 
 

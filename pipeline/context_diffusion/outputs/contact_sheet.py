@@ -1,4 +1,4 @@
-"""Contact sheets: images side by side, each with a caption. Knows no files."""
+"""Draws images side by side on one sheet, each with a caption. Reads and writes no files."""
 
 from __future__ import annotations
 
@@ -10,40 +10,42 @@ from PIL import Image, ImageDraw, ImageFont
 
 from context_diffusion.core.records import Pixels
 
-SIDE, GAP, TEXT = 192, 8, 12  # pixels: an image's longer side, the gap between images, a letter's height
-LINES = 4  # of a caption, at most
-FONT = ImageFont.load_default(TEXT)
-LETTERS = int(SIDE / FONT.getlength("n"))  # of a line
+SIDE = 192  # pixels of an image's longer side
+GAP = 8  # pixels between images
+FONT_SIZE = 12  # pixels
+CAPTION_LINES = 4  # at most
+FONT = ImageFont.load_default(FONT_SIZE)
+LINE_CHARACTERS = int(SIDE / FONT.getlength("n"))
 
 Cell = tuple[str, Pixels]  # caption, image (H, W, 3)
 
 
 def contact_sheet(rows: Sequence[Sequence[Cell]]) -> Pixels:
-    """Draw rows of images, each in a square of SIDE with its caption below; return uint8 (H, W, 3) on
-    white."""
-    captions = [[_lines(caption) for caption, _ in row] for row in rows]
-    heights = [SIDE + GAP + (TEXT + 4) * max(map(len, row), default=0) + GAP for row in captions]
+    """Draw rows of images on white, each in a square of SIDE pixels above its caption. -> uint8 (H, W, 3)"""
+    captions = [[_caption_lines(caption) for caption, _ in row] for row in rows]
+    heights = [SIDE + GAP + (FONT_SIZE + 4) * max(map(len, row), default=0) + GAP for row in captions]
     width = GAP + (SIDE + GAP) * max(map(len, rows))
     sheet = Image.new("RGB", (width, GAP + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
     top = GAP
-    for row, lines, height in zip(rows, captions, heights, strict=True):
+    for row, row_captions, height in zip(rows, captions, heights, strict=True):
         for number, (_, pixels) in enumerate(row):
             left = GAP + number * (SIDE + GAP)
             image = _scaled(pixels)
             sheet.paste(image, (left + (SIDE - image.width) // 2, top + (SIDE - image.height) // 2))
-            draw.multiline_text((left, top + SIDE + GAP // 2), "\n".join(lines[number]), "black", FONT, spacing=4)
+            text = "\n".join(row_captions[number])
+            draw.multiline_text((left, top + SIDE + GAP // 2), text, "black", FONT, spacing=4)
         top += height
     return np.asarray(sheet)
 
 
-def _lines(caption: str) -> list[str]:
-    """Wrap a caption into lines; one that is too long ends in three dots. Letters that the font lacks become
-    boxes."""
-    return textwrap.wrap(caption, LETTERS, max_lines=LINES, placeholder=" ...")
+def _caption_lines(caption: str) -> list[str]:
+    """Wrap a caption. A long one ends in three dots."""
+    return textwrap.wrap(caption, LINE_CHARACTERS, max_lines=CAPTION_LINES, placeholder=" ...")
 
 
 def _scaled(pixels: Pixels) -> Image.Image:
+    """Resize an image so that its longer side has SIDE pixels."""
     image = Image.fromarray(pixels)
     factor = SIDE / max(image.size)
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))

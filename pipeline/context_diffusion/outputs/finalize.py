@@ -1,4 +1,4 @@
-"""The end of an OUTPUT: what makes it a dataset, its checksums, _SUCCESS last of all; and the check of every byte later."""
+"""Finishes an OUTPUT: writes its metadata files, its checksums and then _SUCCESS; and verifies them later."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from context_diffusion.core.records import part_name
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.parquet_files import to_parquet
 
-THREADS = 16  # requests at once: object stores answer slowly, but many
-LEFT_OUT = ("status", "image", "seconds", "created_at")  # of an ImageFolder's metadata
-OURS = ("data/", "images/", "webdataset/", "plan/")
+THREADS = 16  # concurrent requests: object stores have a high latency
+OMITTED_COLUMNS = ("status", "image", "seconds", "created_at")  # columns that an ImageFolder's metadata omits
+CHECKED = ("data/", "images/", "webdataset/", "plan/")  # folders that may hold files of this job only
 SCHEMA = pa.schema([("file_name", pa.string()), ("bytes", pa.int64()), ("sha256", pa.string())])
-Checksum = tuple[str, int | None, str]  # bytes: null for pictures, whose rows hold their checksum
+Checksum = tuple[str, int | None, str]  # file name, bytes (None for images), SHA-256
 
 
 def close(output: Output) -> None:
-    """Writes images/part-*/metadata.parquet, checksums.parquet and then _SUCCESS with the digest of the latter."""
+    """Write images/part-*/metadata.parquet, checksums.parquet, and _SUCCESS with the digest of the latter."""
     with ThreadPoolExecutor(THREADS) as threads:
-        parts = [row for rows in threads.map(lambda shard: _close_part(output, shard), sorted(output.finished())) for row in rows]
-        plan = threads.map(lambda name: _checksum(output, name), _plan_files(output))
-        told = [name for name in ("summary.json", "report.html") if output.storage.exists(f"{output.root}/{name}")]
-        rows = [*parts, *plan, *(_checksum(output, name) for name in told)]
-    columns = zip(*rows, strict=True)
-    data = to_parquet(pa.table([pa.array(c, f.type) for c, f in zip(columns, SCHEMA, strict=True)], schema=SCHEMA))
+        by_part = threads.map(lambda shard: _close_part(output, shard), sorted(output.finished()))
+        rows = [row for part_rows in by_part for row in part_rows]
+        rows += threads.map(lambda name: _checksum(output, name), _plan_files(output))
+        for name in ("summary.json", "report.html"):
+            if output.storage.exists(f"{output.root}/{name}"):
+                rows.append(_checksum(output, name))
+    columns = [
+        pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)
+    ]
+    data = to_parquet(pa.table(columns, schema=SCHEMA))
     output.storage.replace(output.checksums, data)
     output.storage.replace(output.success, _success(data))
 
@@ -44,65 +48,73 @@ def _plan_files(output: Output) -> list[str]:
 
 
 def _checksum(output: Output, name: str) -> Checksum:
-    data = output.storage.read(f"{output.root}/{name}")
+    return _checksum_of(name, output.storage.read(f"{output.root}/{name}"))
+
+
+def _checksum_of(name: str, data: bytes) -> Checksum:
     return name, len(data), hashlib.sha256(data).hexdigest()
 
 
 def _close_part(output: Output, shard: int) -> list[Checksum]:
-    """The checksums of a part and of what belongs to it."""
+    """Return the checksums of a part and of its images, and write the metadata of its image folder."""
     name = f"data/{part_name(shard)}.parquet"
     data = output.storage.read(f"{output.root}/{name}")
     part = pq.read_table(io.BytesIO(data))
-    rows: list[Checksum] = [(name, len(data), hashlib.sha256(data).hexdigest())]
-    made = part.filter(pc.is_valid(part["file_name"]))
-    files, digests = made["file_name"].to_pylist(), made["sha256"].to_pylist()
-    if tars := {f"{file.split('.tar/')[0]}.tar" for file in files if ".tar/" in file}:
-        return rows + [_checksum(output, tar) for tar in sorted(tars)]
+    checksums: list[Checksum] = [_checksum_of(name, data)]
+    stored = part.filter(pc.is_valid(part["file_name"]))
+    files = stored["file_name"].to_pylist()
+    tars = {f"{file.split('.tar/')[0]}.tar" for file in files if ".tar/" in file}
+    if tars:
+        return checksums + [_checksum(output, tar) for tar in sorted(tars)]
     if files:
-        rows += [(file, None, digest) for file, digest in zip(files, digests, strict=True)]
-        rows.append(_image_folder(output, shard, made))
-    return rows
+        digests = stored["sha256"].to_pylist()
+        checksums += [(file, None, digest) for file, digest in zip(files, digests, strict=True)]
+        checksums.append(_write_image_folder(output, shard, stored))
+    return checksums
 
 
-def _image_folder(output: Output, shard: int, made: pa.Table) -> Checksum:
-    """metadata.parquet beside a part's picture files, as `datasets` reads an ImageFolder."""
+def _write_image_folder(output: Output, shard: int, stored: pa.Table) -> Checksum:
+    """Write metadata.parquet beside a part's image files, as `datasets` reads an ImageFolder."""
     name = f"images/{part_name(shard)}/metadata.parquet"
-    names = [file.rsplit("/", 1)[1] for file in made["file_name"].to_pylist()]
-    left = [column for column in made.column_names if column not in (*LEFT_OUT, "file_name")]
-    table = made.select(left).add_column(0, "file_name", pa.array(names, pa.string()))
+    file_names = [file.rsplit("/", 1)[1] for file in stored["file_name"].to_pylist()]
+    columns = [column for column in stored.column_names if column not in (*OMITTED_COLUMNS, "file_name")]
+    table = stored.select(columns).add_column(0, "file_name", pa.array(file_names, pa.string()))
     data = to_parquet(table.replace_schema_metadata(None))
     output.storage.replace(f"{output.root}/{name}", data)
-    return name, len(data), hashlib.sha256(data).hexdigest()
+    return _checksum_of(name, data)
 
 
 def verify(output: Output) -> list[str]:
-    """What is wrong with a finished OUTPUT, a line each; empty where every byte is as it was written."""
+    """Return one line for each error in a finished OUTPUT; an empty list if no byte has changed."""
     if not output.storage.exists(output.success):
         return [f"{output.success}: missing, the job is not finished"]
     data = output.storage.read(output.checksums)
     if _success(data) != output.storage.read(output.success):
         return [f"{output.checksums}: does not match _SUCCESS"]
     checksums = pq.read_table(io.BytesIO(data)).to_pylist()
-    wrong = [*_files(output, {row["file_name"]: row["sha256"] for row in checksums})]
-    if not wrong and (rows := output.count().rows) != (planned := output.read_json(output.plan)["rows"]):
-        wrong.append(f"{output.root}: {rows} rows in data/, {planned} in the manifest")
-    return wrong
+    errors = list(_file_errors(output, {row["file_name"]: row["sha256"] for row in checksums}))
+    if errors:
+        return errors
+    rows = output.count().rows
+    planned = output.read_json(output.plan)["rows"]
+    return [] if rows == planned else [f"{output.root}: {rows} rows in data/, {planned} in the manifest"]
 
 
-def _files(output: Output, expected: dict[str, str]) -> Iterator[str]:
-    found = {uri.removeprefix(f"{output.root}/") for uri in output.storage.files(output.root)}
-    yield from (f"{output.root}/{name}: missing" for name in sorted(expected.keys() - found))
-    strange = [name for name in sorted(found - expected.keys()) if name.startswith(OURS)]
-    yield from (f"{output.root}/{name}: not of this job" for name in strange)
+def _file_errors(output: Output, digests: dict[str, str]) -> Iterator[str]:
+    """Yield a line for each file that is missing, unexpected or changed."""
+    present = {uri.removeprefix(f"{output.root}/") for uri in output.storage.files(output.root)}
+    yield from (f"{output.root}/{name}: missing" for name in sorted(digests.keys() - present))
+    unexpected = [name for name in sorted(present - digests.keys()) if name.startswith(CHECKED)]
+    yield from (f"{output.root}/{name}: does not belong to this job" for name in unexpected)
 
-    def differs(name: str) -> bool:
-        return hashlib.sha256(output.storage.read(f"{output.root}/{name}")).hexdigest() != expected[name]
+    def is_changed(name: str) -> bool:
+        return hashlib.sha256(output.storage.read(f"{output.root}/{name}")).hexdigest() != digests[name]
 
     with ThreadPoolExecutor(THREADS) as threads:
-        for names in _slices(sorted(found & expected.keys())):
-            for name, wrong in zip(names, threads.map(differs, names), strict=True):
-                if wrong:
-                    yield f"{output.root}/{name}: its bytes changed"
+        for names in _slices(sorted(present & digests.keys())):
+            for name, changed in zip(names, threads.map(is_changed, names), strict=True):
+                if changed:
+                    yield f"{output.root}/{name}: its content changed"
 
 
 def _slices(names: list[str], size: int = 1000) -> Iterable[list[str]]:

@@ -1,6 +1,7 @@
-"""Where a shard's pictures lie: files, the Parquet's own column, both, or a WebDataset tar.
+"""Stores a shard's images: as files, in the part's `image` column, both, or in a WebDataset tar.
 
-All are created before the part and none is overwritten: what an earlier attempt left gives the rows its checksums.
+Images are stored before the part and are never overwritten. An image left by an earlier attempt determines
+its row's checksum.
 """
 
 from __future__ import annotations
@@ -17,81 +18,93 @@ from context_diffusion.core.schema import ID, OUTPUT
 from context_diffusion.outputs.output_folder import Output, members, to_tar
 
 Rows = list[dict[str, Any]]
-TIMES = ("created_at", "seconds")  # stand in the part alone: what is created must be equal for equal rows
+# Columns that are not in the JSON of a tar: equal rows must give equal files, so it has no times.
+PART_ONLY = ("created_at", "seconds", "image", "file_name")
 
 
-def place(output: Output, job: GenerateJob, shard: int, rows: Rows, pictures: list[bytes | None]) -> None:
-    """Stores each row's picture (None: it has none); fills in file_name, sha256 and image. What stands there stays."""
+def store_images(
+    output: Output, job: GenerateJob, shard: int, rows: Rows, images: list[bytes | None]
+) -> None:
+    """Store each row's image (None: the row has none). Fills in file_name, sha256 and image of the rows.
+
+    Images that an earlier attempt stored are kept, and replace those in `images`.
+    """
     if job.images_in in ("files", "both"):
-        _files(output, job, shard, rows, pictures)
+        _store_files(output, job, shard, rows, images)
     elif job.images_in == "webdataset":
-        _tar(output, job, shard, rows, pictures)
-    for row, picture in zip(rows, pictures, strict=True):
-        if picture is not None:
-            row["sha256"] = hashlib.sha256(picture).hexdigest()
+        _store_tar(output, job, shard, rows, images)
+    for row, image in zip(rows, images, strict=True):
+        if image is not None:
+            row["sha256"] = hashlib.sha256(image).hexdigest()
             if job.images_in in ("parquet", "both"):
-                row["image"] = {"bytes": picture, "path": row.get("file_name")}
+                row["image"] = {"bytes": image, "path": row.get("file_name")}
 
 
-def picture_name(job: GenerateJob, row: dict[str, Any]) -> str:
-    """Of a row's picture, in its folder or tar."""
+def image_name(job: GenerateJob, row: dict[str, Any]) -> str:
+    """Return the name of a row's image in its folder or tar."""
     key = tar_key(row[ID]) if job.images_in == "webdataset" else safe_name(row[ID])
     return f"{key}-{row['index']}.{job.file_format}"
 
 
-def standing(output: Output, job: GenerateJob, shard: int) -> set[str]:
-    """The names of the pictures that an earlier attempt at the shard left."""
+def existing_images(output: Output, job: GenerateJob, shard: int) -> set[str]:
+    """Return the names of the files that an earlier attempt at the shard stored."""
     if job.images_in == "webdataset":
         tar = f"{output.root}/webdataset/{part_name(shard)}.tar"
-        return {name for name, _ in members(output.storage.read(tar))} if output.storage.exists(tar) else set()
+        return (
+            {name for name, _ in members(output.storage.read(tar))} if output.storage.exists(tar) else set()
+        )
     return set(output.storage.list(f"{output.root}/images/{part_name(shard)}"))
 
 
-def _files(output: Output, job: GenerateJob, shard: int, rows: Rows, pictures: list[bytes | None]) -> None:
+def _store_files(
+    output: Output, job: GenerateJob, shard: int, rows: Rows, images: list[bytes | None]
+) -> None:
     folder = f"images/{part_name(shard)}"
-    for number, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
-        if picture is None:
+    for number, (row, image) in enumerate(zip(rows, images, strict=True)):
+        if image is None:
             continue
-        row["file_name"] = f"{folder}/{picture_name(job, row)}"
+        row["file_name"] = f"{folder}/{image_name(job, row)}"
         uri = f"{output.root}/{row['file_name']}"
-        if not output.storage.create(uri, picture):
-            # An earlier attempt's picture stands there (made on another kind of device, perhaps): the row is its.
-            pictures[number] = output.storage.read(uri)
+        if not output.storage.create(uri, image):
+            # An earlier attempt stored it, perhaps from another kind of device: the row describes that image.
+            images[number] = output.storage.read(uri)
 
 
-def _tar(output: Output, job: GenerateJob, shard: int, rows: Rows, pictures: list[bytes | None]) -> None:
-    """KEY.png and KEY.json of each picture, one after the other, as the webdataset package reads them."""
+def _store_tar(output: Output, job: GenerateJob, shard: int, rows: Rows, images: list[bytes | None]) -> None:
+    """Store KEY.png and KEY.json of each image, one after the other, as the webdataset package reads them."""
     name = f"webdataset/{part_name(shard)}.tar"
-    uri, wanted = f"{output.root}/{name}", dict[str, bytes]()
-    for row, picture in zip(rows, pictures, strict=True):
-        if picture is not None:
-            member = picture_name(job, row)
+    uri = f"{output.root}/{name}"
+    files: dict[str, bytes] = {}
+    for row, image in zip(rows, images, strict=True):
+        if image is not None:
+            member = image_name(job, row)
             row["file_name"] = f"{name}/{member}"
-            row["sha256"] = hashlib.sha256(picture).hexdigest()
-            told = {column: row.get(column) for column in OUTPUT.names if column not in (*TIMES, "image", "file_name")}
-            wanted |= {member: picture, f"{member.split('.')[0]}.json": json.dumps(told, sort_keys=True).encode()}
-    if not wanted or output.storage.create(uri, to_tar(wanted)):
+            row["sha256"] = hashlib.sha256(image).hexdigest()
+            fields = {column: row.get(column) for column in OUTPUT.names if column not in PART_ONLY}
+            files[member] = image
+            files[f"{member.split('.')[0]}.json"] = json.dumps(fields, sort_keys=True).encode()
+    if not files or output.storage.create(uri, to_tar(files)):
         return
-    earlier = dict(members(output.storage.read(uri)))
-    if wanted.keys() - earlier.keys():  # rows that failed then
-        output.storage.replace(uri, to_tar(wanted | earlier))
+    stored = dict(members(output.storage.read(uri)))
+    if files.keys() - stored.keys():  # rows that failed in the earlier attempt
+        output.storage.replace(uri, to_tar(files | stored))
     for number, row in enumerate(rows):
-        if pictures[number] is not None:
+        if images[number] is not None:
             member = row["file_name"].rsplit("/", 1)[1]
-            pictures[number] = earlier.get(member, pictures[number])
+            images[number] = stored.get(member, images[number])
 
 
 def safe_name(row_id: str) -> str:
-    """A file name of an id: letters, digits and -_. stay; what is cut or replaced is told apart by a hash."""
+    """Convert an id to a file name of letters, digits and -_. (a changed name gets a hash of the id)."""
     plain = unicodedata.normalize("NFC", row_id)
-    kept = re.sub(r"[^A-Za-z0-9_.-]", "_", plain)[:80].lstrip(".") or "_"
-    if kept == row_id and kept == kept.lower():
-        return kept
-    return f"{kept}-{_digest(row_id)}"
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", plain)[:80].lstrip(".") or "_"
+    if name == row_id and name == name.lower():
+        return name
+    return f"{name}-{_digest(row_id)}"
 
 
 def tar_key(row_id: str) -> str:
-    """The same without dots: in a WebDataset the first dot of a name ends its key."""
+    """Convert an id to a name without dots: in a WebDataset the first dot of a name ends its key."""
     name = safe_name(row_id)
     return f"{name.replace('.', '_')}-{_digest(row_id)}" if "." in name else name
 

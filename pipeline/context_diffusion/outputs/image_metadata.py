@@ -1,7 +1,7 @@
 """The metadata that reproduces an image: written into its file, read from there or from its row of OUTPUT.
 
-Generates no pixels. The metadata of an image file is untrusted input: it is validated like a job, and names no folder or
-model that is opened without the user's consent.
+Generates no pixels. The metadata of an image file is untrusted input: it is validated like a job, and names
+no folder or model that is opened without the user's consent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from context_diffusion.core.errors import JobError, RowError
 from context_diffusion.core.generate_job import ControlName, control_kinds
 from context_diffusion.core.job_base import Fit, StrictModel
 from context_diffusion.core.model_parts import Parts
-from context_diffusion.core.schema import CONTEXT, CONTROL_IMAGE, ID, NEGATIVE_PROMPT, PROMPT, QUERY, SETTING_TYPES
+from context_diffusion.core.schema import (
+    CONTEXT,
+    CONTROL_IMAGE,
+    ID,
+    NEGATIVE_PROMPT,
+    PROMPT,
+    QUERY,
+    SETTING_TYPES,
+)
 from context_diffusion.core.settings import Settings
 from context_diffusion.core.uris import resolve
 from context_diffusion.outputs.encode import read_metadata
@@ -27,14 +35,18 @@ from context_diffusion.outputs.encode import read_metadata
 KEY = "context_diffusion"  # of the text in an image file that holds the metadata as JSON
 SOFTWARE = {"Software": "context-diffusion"}
 VERSIONED = ("context-diffusion", "torch", "diffusers", "transformers")  # packages that pixels may depend on
-ROW = (ID, "index", *SETTING_TYPES, "width", "height", QUERY, CONTEXT, CONTROL_IMAGE, PROMPT, NEGATIVE_PROMPT, "control",
-       "fit", "model", "device")  # fmt: skip
-INPUTS = {QUERY: "query_image", "control": "control_images", CONTEXT: "context_images"}  # columns of loaded pixels
+ROW = (ID, "index", *SETTING_TYPES, "width", "height", QUERY, CONTEXT, CONTROL_IMAGE, PROMPT, NEGATIVE_PROMPT,
+       "control", "fit", "model", "device")  # fmt: skip
+# columns of loaded pixels
+INPUTS = {QUERY: "query_image", "control": "control_images", CONTEXT: "context_images"}
 Metadata = dict[str, Any]
 
 
 class _Untrusted(BaseModel):
-    """The types of the entries that are used as they are. Settings, fit and control are validated where they are used."""
+    """The types of the entries that are used as they are.
+
+    Settings, fit and control are validated where they are used.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True)
     id: str
@@ -65,8 +77,8 @@ def versions() -> dict[str, str]:
 def metadata_texts(written: dict[str, Any], loaded: dict[str, Any], parts: Parts | None) -> dict[str, str]:
     """Return the texts of an image file.
 
-    written: the image's row of the part; loaded: its row of the flow; parts: of a pretrained model. The texts hold no time
-    and no place, so equal rows have equal bytes.
+    written: the image's row of the part; loaded: its row of the flow; parts: of a pretrained model. The texts
+    hold no time and no place, so equal rows have equal bytes.
     """
     metadata = {key: written[key] for key in ROW if written.get(key) is not None}
     metadata |= {"versions": versions(), "inputs": input_digests(loaded)}
@@ -80,7 +92,8 @@ def input_digests(loaded: dict[str, Any]) -> dict[str, list[str]]:
     columns = {name: loaded[column] for name, column in INPUTS.items()}
     images = {name: value if isinstance(value, list) else [value] for name, value in columns.items()}
     return {
-        name: [hashlib.blake2b(image["data"], digest_size=16).hexdigest() for image in column] for name, column in images.items()
+        name: [hashlib.blake2b(image["data"], digest_size=16).hexdigest() for image in column]
+        for name, column in images.items()
     }
 
 
@@ -149,11 +162,18 @@ def model_parts_of(metadata: Metadata, name: str) -> Parts | None:
 
 
 def differences(before: Metadata, texts: dict[str, str]) -> list[str]:
-    """List what differs between an image's metadata and the texts of the image generated now; unknown entries are skipped."""
+    """List the differences between an image's metadata and the texts of the image generated now.
+
+    Unknown entries are skipped.
+    """
     now = json.loads(texts[KEY])
     compared = [(name, before.get(name), now[name]) for name in ("device", "model")]
-    compared += [(name, version, now["versions"].get(name)) for name, version in before.get("versions", {}).items()]
-    lines = [f"{name}: {then} then, {present} now" for name, then, present in compared if then and then != present]
+    compared += [
+        (name, version, now["versions"].get(name)) for name, version in before.get("versions", {}).items()
+    ]
+    lines = [
+        f"{name}: {then} then, {present} now" for name, then, present in compared if then and then != present
+    ]
     return lines + list(_changed_inputs(before, now))
 
 

@@ -1,4 +1,4 @@
-"""How far a job is: from its OUTPUT's parts, found by folder or by what `submit` named."""
+"""Reports the progress of a job, from the parts of its OUTPUT."""
 
 from __future__ import annotations
 
@@ -9,45 +9,56 @@ from typing import Any
 from context_diffusion.core.records import Counts
 from context_diffusion.outputs.output_folder import COUNTED, Output, counts_of
 
-PACE_S = 900.0
+RATE_WINDOW_S = 900.0
+WrittenPart = tuple[datetime, Counts]  # when a part was written, and what it contains
 
 
 @dataclass(frozen=True)
-class Told:
-    """lines: for people; values: for the last line of stdout."""
+class StatusReport:
+    """lines: shown on stderr; values: the JSON of the last line of stdout."""
 
     lines: list[str]
     values: dict[str, Any]
 
 
-def progress_of(output: Output) -> Told:
+def progress_of(output: Output) -> StatusReport:
+    """Count the rows and images of the finished parts, and estimate the time left from the recent rate."""
     if not output.storage.exists(output.plan):
-        return Told([f"{output.root}: not planned yet"], {"output": output.root, "finished": False})
+        return StatusReport([f"{output.root}: not planned yet"], {"output": output.root, "finished": False})
     rows = output.read_json(output.plan)["rows"]
-    # Each part is looked at once: there may be hundreds of thousands.
-    made = [(part["created_at"][0].as_py(), counts_of(part)) for _, part in output.read_parts([*COUNTED, "created_at"])]
-    counts, finished = sum((one for _, one in made), Counts()), output.storage.exists(output.success)
+    # Each part is read once: there may be hundreds of thousands.
+    columns = [*COUNTED, "created_at"]
+    parts = [(part["created_at"][0].as_py(), counts_of(part)) for _, part in output.read_parts(columns)]
+    counts = sum((part_counts for _, part_counts in parts), Counts())
+    finished = output.storage.exists(output.success)
     state = "finished" if finished else "not finished"
-    lines = [f"{output.root}: {state}, {counts.rows} of {rows} rows, {counts.failed} failed, {counts.images} images"]
+    counted = f"{counts.rows} of {rows} rows, {counts.failed} failed, {counts.images} images"
+    lines = [f"{output.root}: {state}, {counted}"]
     lines += [f"  {code}: {count}" for code, count in sorted(counts.codes.items())]
-    lines += [f"  {name}: {count}" for name in ("flagged", "unsafe") if (count := getattr(counts, name))]
+    marked = {"flagged": counts.flagged, "unsafe": counts.unsafe}
+    lines += [f"  {name}: {count}" for name, count in marked.items() if count]
     values = {"output": output.root, "finished": finished, "of": rows, **vars(counts)}
-    if not finished and (rates := pace(made)):
-        left = (rows - counts.rows) / rates[0]
-        lines.append(f"  {rates[1]:.2f} images/s; {left:.0f} s left at that pace")
-        values |= {"images_per_second": round(rates[1], 3), "seconds_left": round(left)}
-    return Told(lines, values)
+    rates = None if finished else recent_rates(parts)
+    if rates:
+        rows_per_second, images_per_second = rates
+        seconds_left = (rows - counts.rows) / rows_per_second
+        lines.append(f"  {images_per_second:.2f} images/s; {seconds_left:.0f} s left at this rate")
+        values |= {"images_per_second": round(images_per_second, 3), "seconds_left": round(seconds_left)}
+    return StatusReport(lines, values)
 
 
-def pace(made: list[tuple[datetime, Counts]]) -> tuple[float, float] | None:
-    """Rows and images a second of the last PACE_S in which parts were written, and so also after the run is gone. made:
-    when each part was, and what it holds. None where there are too few."""
-    last = max((at for at, _ in made), default=None)
+def recent_rates(parts: list[WrittenPart]) -> tuple[float, float] | None:
+    """Return rows and images per second in the RATE_WINDOW_S before the last part; None for too few parts."""
+    last = max((at for at, _ in parts), default=None)
     if last is None:
         return None
-    recent = sorted(((at, one) for at, one in made if (last - at).total_seconds() <= PACE_S), key=lambda pair: pair[0])
+    recent = sorted(
+        (part for part in parts if (last - part[0]).total_seconds() <= RATE_WINDOW_S),
+        key=lambda part: part[0],
+    )
     seconds = (last - recent[0][0]).total_seconds()
     if seconds <= 0:
         return None
-    counts = sum((one for _, one in recent[1:]), Counts())  # what the first of them holds was made before its time
+    # the first part was generated before
+    counts = sum((part_counts for _, part_counts in recent[1:]), Counts())
     return counts.rows / seconds, counts.images / seconds

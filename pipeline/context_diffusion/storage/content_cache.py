@@ -18,7 +18,9 @@ class ContentCache:
     """Caches the last used arrays, at most max_bytes of them. Safe to use from several threads."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._arrays: LRUCache[Hashable, NDArray[Any]] = LRUCache(max_bytes, getsizeof=lambda array: array.nbytes)
+        self._arrays: LRUCache[Hashable, NDArray[Any]] = LRUCache(
+            max_bytes, getsizeof=lambda array: array.nbytes
+        )
         self._lock = threading.Lock()
 
     def get(self, data: bytes, variant: Hashable, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:

@@ -20,7 +20,7 @@ import tenacity
 from fsspec.core import url_to_fs
 
 from context_diffusion.core.errors import ConfigError, ErrorCode, RowError, StorageError, one_line
-from context_diffusion.core.event_log import Waiting
+from context_diffusion.core.event_log import WaitNotice
 from context_diffusion.core.uris import is_local, local_path, normal, protocol
 from context_diffusion.storage.atomic_files import create_file, removing_new_folders, replace_file
 from context_diffusion.storage.transient_errors import FINAL_ERRNO, NO_CREDENTIALS, is_transient
@@ -89,12 +89,13 @@ class Storage:
             raise
 
     def _report_waiting(self, uri: str, waits: contextlib.ExitStack, state: tenacity.RetryCallState) -> None:
-        """Report on stderr, from the first failure, what is retried: a wrong endpoint would look like a job that hangs."""
+        """Report on stderr, from the first failure, what is retried: a wrong endpoint would look like a job
+        that hangs."""
         if state.attempt_number == 1 and state.outcome:
             error = state.outcome.exception()
             reason = one_line(f"{type(error).__name__}: {error}", 300)
             message = f"{uri} is retried for up to {self._patience_s(state):.0f} s: {reason}"
-            waits.enter_context(Waiting(lambda: message, "warning"))
+            waits.enter_context(WaitNotice(lambda: message, "warning"))
 
     def _deadline_passed(self, state: tenacity.RetryCallState) -> bool:
         return (state.seconds_since_start or 0.0) >= self._patience_s(state)
@@ -266,7 +267,9 @@ class Storage:
 
 def _missing_file(uri: str, error: OSError) -> RowError:
     """Return the error of a row whose file does not exist."""
-    if isinstance(error.__cause__, RowError):  # from http_client: fsspec raises FileNotFoundError for every error
+    if isinstance(
+        error.__cause__, RowError
+    ):  # from http_client: fsspec raises FileNotFoundError for every error
         return error.__cause__
     quoted = is_local(uri) and unquote(uri) != uri
     hint = f"; percent signs are not decoded in local paths: did you mean {unquote(uri)!r}?" if quoted else ""

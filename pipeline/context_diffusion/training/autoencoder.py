@@ -13,13 +13,21 @@ from context_diffusion.image_tensors import channels_first
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training.data.encoded_pools import as_images
 from context_diffusion.training.data.pools import Pool, Pools
-from context_diffusion.training.loop.checkpoints import Metrics, StageSchedule, load_checkpoint, load_weights, save_checkpoint
+from context_diffusion.training.loop.checkpoints import (
+    Metrics,
+    StageSchedule,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from context_diffusion.training.loop.distributed import Workers
 from context_diffusion.training.loop.losses import image_loss
 from context_diffusion.training.loop.precision import mixed_precision
 
 
-def train_autoencoder(job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics) -> None:
+def train_autoencoder(
+    job: TrainJob, model: NativeModel, pools: Pools, folder: Path, metrics: Metrics
+) -> None:
     """Train model.vae in place, resuming an earlier run; set its scaling factor at the end."""
     stage = _Stage(job, model, folder / "autoencoder.pt", job.autoencoder.minutes, model.vae)
     if not stage.done:
@@ -44,7 +52,9 @@ class _Stage:
     """The optimiser, schedule and checkpoint of one of the two stages. trained: the part whose weights are
     trained."""
 
-    def __init__(self, job: TrainJob, model: NativeModel, path: Path, minutes: float, trained: torch.nn.Module) -> None:
+    def __init__(
+        self, job: TrainJob, model: NativeModel, path: Path, minutes: float, trained: torch.nn.Module
+    ) -> None:
         self.job = job
         self.model = model
         self.path = path
@@ -74,7 +84,9 @@ class _Stage:
         while (share := self.progress.at(self.step)) < 1:
             for group in self.optimizer.param_groups:
                 group["lr"] = job.autoencoder.learning_rate * self.progress.learning_rate(self.step)
-            loss = self._loss(pools.at(first_pool + self.step // job.pool_steps), share < job.autoencoder.crops)
+            loss = self._loss(
+                pools.at(first_pool + self.step // job.pool_steps), share < job.autoencoder.crops
+            )
             self.optimizer.zero_grad()
             loss.backward()
             self.progress.elapsed = self.workers.average(self.trained.parameters(), self.progress.measured)
@@ -103,7 +115,10 @@ class _Stage:
         true = to_signed(self.workers.share(images)).to(model.device)
         side = images.shape[1] // job.architecture.latent_factor
         shape = (job.autoencoder.batch_size, model.vae.config.latent_channels, side, side)
-        noise = self.workers.share(torch.randn(shape, generator=generator)).to(model.device) * job.autoencoder.latent_noise
+        noise = (
+            self.workers.share(torch.randn(shape, generator=generator)).to(model.device)
+            * job.autoencoder.latent_noise
+        )
         with mixed_precision(model.device):
             latents = model.vae.encode(true).latents
             decoded = model.vae.decode(latents + noise * latents.detach().float().std()).sample
@@ -149,7 +164,8 @@ def psnr(model: NativeModel, pixels: np.ndarray) -> float:
     """Return the mean PSNR of the reconstructions, in dB."""
     images = as_images(model, pixels)
     errors = [
-        (model.decode(model.encode_pixels(part)) - part.float() / 255).square().mean((1, 2, 3)) for part in images.split(16)
+        (model.decode(model.encode_pixels(part)) - part.float() / 255).square().mean((1, 2, 3))
+        for part in images.split(16)
     ]
     return float((-10 * torch.cat(errors).log10()).mean())
 

@@ -19,7 +19,15 @@ from torch.nn.attention import sdpa_kernel
 from context_diffusion.core.training_job import SMALL, TrainingJob
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.preconditioning import REST
-from context_diffusion.training.data.batches import CONTEXTS, BatchSource, Data, Samples, Summaries, cropped
+from context_diffusion.training.data.batches import (
+    CONTEXTS,
+    BatchSource,
+    Data,
+    Hints,
+    Samples,
+    Summaries,
+    cropped,
+)
 from context_diffusion.training.data.styles import TEXTURES
 from context_diffusion.training.loop.checkpoints import (
     Metrics,
@@ -31,7 +39,13 @@ from context_diffusion.training.loop.checkpoints import (
     save_model,
 )
 from context_diffusion.training.loop.distributed import Workers
-from context_diffusion.training.loop.losses import AuxiliaryHeads, noised, rest_timesteps, spread_timesteps, v_loss
+from context_diffusion.training.loop.losses import (
+    AuxiliaryHeads,
+    noised,
+    rest_timesteps,
+    spread_timesteps,
+    v_loss,
+)
 from context_diffusion.training.loop.optimizer import LOOK, Averaged, Clipping, Optimizer, update_ema
 from context_diffusion.training.loop.precision import SOUND, mixed_precision
 from context_diffusion.training.samples import draw_curves, save_samples
@@ -41,7 +55,9 @@ PADDED = 64  # contexts of a batch are padded to a multiple of it
 TRAINED = ("unet", "controlnet", "image_encoder", "text_encoder", "fusion")
 
 
-def train_diffusion(job: TrainingJob, model: NativeModel, data: Data, folder: Path, metrics: Metrics) -> dict[str, Any]:
+def train_diffusion(
+    job: TrainingJob, model: NativeModel, data: Data, folder: Path, metrics: Metrics
+) -> dict[str, Any]:
     """Train in place, resuming an earlier run; the model ends with the averaged weights."""
     run = Run(job, model, folder, data.origin)
     if model.device.type == "cpu":
@@ -101,7 +117,9 @@ class Run:
         self.path = folder / "diffusion.pt"
         self.workers = Workers.here()
         self.origin = origin
-        self.modules = nn.ModuleDict({name: model.modules[name] for name in trained(model)}).requires_grad_(True).train()
+        self.modules = (
+            nn.ModuleDict({name: model.modules[name] for name in trained(model)}).requires_grad_(True).train()
+        )
         for module in self.modules.values():
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(job.seed + 1)
@@ -123,7 +141,9 @@ class Run:
             spent = state["spent"]
         average = state["average"] if state else self.modules.state_dict()
         self.average = {name: value.to(model.device, copy=True) for name, value in average.items()}
-        self.progress = StageSchedule(job.diffusion.minutes, job.max_steps, job.cpu_threads, model.device, spent)
+        self.progress = StageSchedule(
+            job.diffusion.minutes, job.max_steps, job.cpu_threads, model.device, spent
+        )
 
     def save(self, done: bool) -> None:
         optimizer = self.optimizer.state_dict()  # collective: each worker holds a part of it
@@ -166,12 +186,19 @@ class Run:
         samples = source.samples(rng, size, stage.context_dropout, stage.prompt_dropout, rows)
         generator = torch.Generator().manual_seed(self.job.seed * 7_368_787 + self.step)
         with sdpa_kernel(SOUND):
-            loss = self.loss(samples, rows, size, generator, self.progress.at(self.step) < stage.crops) * weight
+            loss = (
+                self.loss(samples, rows, size, generator, self.progress.at(self.step) < stage.crops) * weight
+            )
         loss.backward()
         return loss.detach()
 
     def loss(
-        self, samples: Samples, rows: NDArray[np.int64], size: int, generator: torch.Generator, crop: bool = False
+        self,
+        samples: Samples,
+        rows: NDArray[np.int64],
+        size: int,
+        generator: torch.Generator,
+        crop: bool = False,
     ) -> Tensor:
         """Return the loss of some rows of a batch of `size`; all noise, timesteps and crops depend on the
         generator alone."""
@@ -188,9 +215,8 @@ class Run:
         noise = torch.randn(size, *samples.latents.shape[1:], generator=noise_generator, device=device)[rows]
         alphas = self.alphas[timesteps]
         noisy, target = noised(samples.latents.float(), noise, alphas)
-        counts = torch.from_numpy(samples.counts)
-        # on the CPU: a mask on a GPU would synchronise
-        filled = torch.arange(CONTEXTS)[None] < counts[:, None]
+        # On the CPU: a mask on a GPU would synchronise.
+        filled = torch.arange(CONTEXTS)[None] < torch.from_numpy(samples.counts)[:, None]
         with torch.no_grad(), mixed_precision(device):
             draft = model.encode_draft(samples.drafts.to(device)) if model.drafts else None
         with mixed_precision(device):
@@ -202,13 +228,21 @@ class Run:
             down, mid = model.control(noisy, timesteps, samples.controls.float())
             output = model.predict(noisy, timesteps, hidden, bias, down, mid, draft)
         loss = v_loss(output, target, alphas, self.job.diffusion.min_snr, has_draft, REST)
-        if (hints := samples.hints) is None or not self.job.diffusion.auxiliary:
+        if samples.hints is None or not self.job.diffusion.auxiliary:
             return loss
-        # Each row has the same weight, whatever the number of its contexts.
-        weights = (1 / counts.clamp(min=1) / len(filled))[:, None].expand(filled.shape)[filled].to(device)
+        return loss + self.job.diffusion.auxiliary * self._auxiliary_loss(samples.hints, contexts, filled)
+
+    def _auxiliary_loss(self, hints: Hints, contexts: Tensor, filled: Tensor) -> Tensor:
+        """Return the loss of the auxiliary heads. Each row has the same weight for any number of contexts.
+
+        contexts: tokens of all contexts; filled: (B, CONTEXTS) bool, which of a row's slots have one.
+        """
+        counts = filled.sum(1)
+        weights = (1 / counts.clamp(min=1) / len(filled))[:, None].expand(filled.shape)[filled]
         hinted = len(hints.palettes)
-        auxiliary = self.heads(contexts[:hinted], hints.palettes, hints.textures, weights[:hinted])
-        return loss + self.job.diffusion.auxiliary * auxiliary
+        return self.heads(
+            contexts[:hinted], hints.palettes, hints.textures, weights.to(self.model.device)[:hinted]
+        )
 
     @torch.no_grad()
     def validate(self, source: BatchSource) -> float:

@@ -45,7 +45,9 @@ def finetune(job: FinetuneJob, device: torch.device) -> dict[str, Any] | None:
         tell(pictures)
     pools = Pools(job, model.image_size)
     try:
-        summary = train_diffusion(job, model, UserData(job, model, pictures, pools), folder, Metrics(folder, workers.first))
+        summary = train_diffusion(
+            job, model, UserData(job, model, pictures, pools), folder, Metrics(folder, workers.first)
+        )
     finally:
         pools.close()
     if not workers.first:
@@ -67,7 +69,9 @@ def tell(pictures: Pictures) -> None:
     for reason in pictures.skipped.values():
         log.warning("skipped: %s", reason)
     if not pictures.validation:
-        log.warning("too few pictures to hold any out: the validation loss is that of the training's own pictures")
+        log.warning(
+            "too few pictures to hold any out: the validation loss is that of the training's own pictures"
+        )
 
 
 class UserData:
@@ -88,11 +92,19 @@ class UserData:
         pixels = self.pictures.pixels
         latents = encode(self.model, [pixels[example.target] for example in examples])
         return Gallery(
-            pixels, examples, self.job.controls, latents, self.summaries, self.looks, partial(encode_controls, self.model)
+            pixels,
+            examples,
+            self.job.controls,
+            latents,
+            self.summaries,
+            self.looks,
+            partial(encode_controls, self.model),
         )
 
     def at(self, step: int) -> BatchSource:
-        return Mixed(self.generated.at(step), self.training, self.job.keep) if self.job.keep else self.training
+        return (
+            Mixed(self.generated.at(step), self.training, self.job.keep) if self.job.keep else self.training
+        )
 
     def validations(self) -> dict[str, BatchSource]:
         old = {"old_styles": self.generated.validations()["validation"]} if self.job.keep else {}
@@ -108,6 +120,10 @@ class UserData:
             contexts = tuple(self.pictures.pixels[k] for k in self.held.contexts(example, rng))
             settings = SAMPLE_SETTINGS.model_copy(update={"seed": number})
             prompt = example.prompt or None
-            requests.append(Request(f"own-{number}", 0, query, controls_of(query, [kind]), contexts, prompt, None, settings))
+            requests.append(
+                Request(
+                    f"own-{number}", 0, query, controls_of(query, [kind]), contexts, prompt, None, settings
+                )
+            )
             targets.append(self.pictures.pixels[example.target])
         return requests, targets

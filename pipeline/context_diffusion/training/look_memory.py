@@ -111,7 +111,9 @@ class Prompts(NamedTuple):
     picture: Tensor
 
 
-def remember(model: NativeModel, seed: int, styles: int = 640, pictures: int = 5, steps: int = STEPS) -> dict[str, float]:
+def remember(
+    model: NativeModel, seed: int, styles: int = 640, pictures: int = 5, steps: int = STEPS
+) -> dict[str, float]:
     """Fill model.memory; return for each kind how often its limits are right on the data they were set by."""
     memory = model.memory.cpu()
     pool = make_pool(seed, styles, pictures, model.image_size)
@@ -123,7 +125,9 @@ def remember(model: NativeModel, seed: int, styles: int = 640, pictures: int = 5
     prompts = _prompts(model, pool, rng)
     shares: dict[str, float] = {}
     for kind, (_, stored, seen) in described.items():
-        keys = _learn(memory, kind, prompts, stored[prompts.picture // pictures], seen[prompts.picture], steps, seed)
+        keys = _learn(
+            memory, kind, prompts, stored[prompts.picture // pictures], seen[prompts.picture], steps, seed
+        )
         getattr(memory, f"{kind}_keys").copy_(keys(stored[chosen[kind]]))
         shares[kind] = _set_limits(memory, kind, prompts, seen, pool, rng)
     memory.to(model.device)
@@ -137,7 +141,9 @@ def _prompts(model: NativeModel, pool: Pool, rng: Rng) -> Prompts:
         style = pool.styles[number // (len(pool.targets) // len(pool.styles))]
         prompt = describe(rng, style, pool.families[pool.layout_of[number]]).split()
         # Words that no image depends on must have no meaning: wordings have fillers beside what they name.
-        prompt = [word for word in prompt if rng.random() >= DROPPED] + rng.choice(FILLERS, int(rng.integers(0, 4))).tolist()
+        prompt = [word for word in prompt if rng.random() >= DROPPED] + rng.choice(
+            FILLERS, int(rng.integers(0, 4))
+        ).tolist()
         words.append("" if rng.random() < SILENT else " ".join(prompt))
         pictures.append(int(number))
     named = {kind: torch.tensor([_names(prompt, NAMES[kind]) for prompt in words]) for kind in KINDS}
@@ -159,14 +165,18 @@ def _learn(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         keys = make_network(stored.shape[1])
-    learned = nn.ModuleList([memory.read_kept[kind], memory.read_seen[kind], memory.see[kind], keys]).requires_grad_(True)
+    learned = nn.ModuleList(
+        [memory.read_kept[kind], memory.read_seen[kind], memory.see[kind], keys]
+    ).requires_grad_(True)
     optimizer = torch.optim.AdamW(learned.parameters(), LEARNING_RATE, weight_decay=1e-2)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
         rows = torch.randint(len(prompts.picture), (BATCH,), generator=generator)
         read_stored = memory.read_kept[kind](prompts.words[rows])
         read_seen = memory.read_seen[kind](prompts.words[rows])
-        loss = _contrast(read_stored @ keys(stored[rows]).T) + _contrast(read_seen @ memory.see[kind](seen[rows]).T)
+        loss = _contrast(read_stored @ keys(stored[rows]).T) + _contrast(
+            read_seen @ memory.see[kind](seen[rows]).T
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -180,7 +190,9 @@ def _contrast(fits: Tensor) -> Tensor:
     return F.cross_entropy(fits, pairs) + F.cross_entropy(fits.T, pairs)
 
 
-def _set_limits(memory: LookMemory, kind: Kind, prompts: Prompts, seen: Tensor, pool: Pool, rng: Rng) -> float:
+def _set_limits(
+    memory: LookMemory, kind: Kind, prompts: Prompts, seen: Tensor, pool: Pool, rng: Rng
+) -> float:
     """Set the limits that best separate prompts that name the kind from those that do not and, for prompts
     that do, a context in the same style from one in another. Returns the smaller of the two shares that are
     right."""
@@ -192,9 +204,12 @@ def _set_limits(memory: LookMemory, kind: Kind, prompts: Prompts, seen: Tensor, 
     same = prompts.picture.numpy() // pictures
     other = rng.integers(0, len(pool.styles), len(same))
     contrary = names & torch.from_numpy(named[same] != named[other])
-    alike, unlike = (torch.from_numpy(styles * pictures + rng.integers(0, pictures, len(same))) for styles in (same, other))
+    alike, unlike = (
+        torch.from_numpy(styles * pictures + rng.integers(0, pictures, len(same))) for styles in (same, other)
+    )
     fits = [
-        memory.fits_seen(kind, prompts.words[rows], seen[context[rows]]) for rows, context in ((contrary, unlike), (names, alike))
+        memory.fits_seen(kind, prompts.words[rows], seen[context[rows]])
+        for rows, context in ((contrary, unlike), (names, alike))
     ]
     memory.limits[row, 1], second = parted(torch.cat(fits), torch.arange(sum(map(len, fits))) >= len(fits[0]))
     return min(first, second)
@@ -208,7 +223,9 @@ def parted(values: Tensor, above: Tensor) -> tuple[float, float]:
     if not above.any() or above.all():
         return torch.inf, 1.0
     ends, places = values.double().unique(return_inverse=True)
-    shares = [torch.bincount(places[part], minlength=len(ends)).cumsum(0) / part.sum() for part in (above, ~above)]
+    shares = [
+        torch.bincount(places[part], minlength=len(ends)).cumsum(0) / part.sum() for part in (above, ~above)
+    ]
     right = (1 - shares[0] + shares[1]) / 2
     best = int(right.argmax())
     return float(ends[best : best + 2].mean()), float(right[best])

@@ -40,7 +40,9 @@ def find_device(wanted: str) -> torch.device:
     if there is none."""
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
-        raise ConfigError("device: cuda, but torch finds no GPU here; `auto` takes one where there is one")
+        raise ConfigError(
+            "device: cuda, but torch finds no GPU; use `auto`, which takes a GPU if there is one"
+        )
     return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
 
 

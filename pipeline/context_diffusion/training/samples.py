@@ -36,7 +36,9 @@ def make(model: NativeModel, requests: list[Request]) -> list[NDArray[np.uint8]]
     return [images[request.id] for request in requests]
 
 
-def save_samples(model: NativeModel, requests: list[Request], targets: list[NDArray[np.uint8]], path: Path) -> None:
+def save_samples(
+    model: NativeModel, requests: list[Request], targets: list[NDArray[np.uint8]], path: Path
+) -> None:
     blank = np.full_like(targets[0], 128)
     rows = []
     for request, image, target in zip(requests, make(model, requests), targets, strict=True):
@@ -57,12 +59,16 @@ def draw_curves(folder: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        logging.getLogger(__name__).warning("no curves.png: it needs matplotlib, pip install 'context-diffusion[train]'")
+        logging.getLogger(__name__).warning(
+            "no curves.png: it needs matplotlib, pip install 'context-diffusion[train]'"
+        )
         return
     panels = _panels(folder / "metrics.jsonl")
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (title, curves) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
         for name, points in curves.items():
             steps, losses = zip(*sorted(points.items()), strict=True)
             dense = len(losses) > 4 * SMOOTH

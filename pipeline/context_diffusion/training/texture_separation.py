@@ -1,7 +1,8 @@
 """Train texture separation: which part of an image's tones is its style's texture, and which its layout.
 
-Every step has new images, of layouts of many more kinds than the other stages see (training/data/textured_layouts.py):
-so a texture is learned as such, not as whatever no known layout has. B images  S pixels
+Every step has new images, of layouts of many more kinds than the other stages see
+(training/data/textured_layouts.py), so that a texture is learned as
+such, not as whatever no known layout has. B images  S pixels
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from context_diffusion.training.data.pools import Ahead
 from context_diffusion.training.data.styles import TEXTURES, dress, make_style
 from context_diffusion.training.data.textured_layouts import varied_layout
 from context_diffusion.training.look_memory import BARE
-from context_diffusion.training.loop.checkpoints import Metrics, load_checkpoint, load_weights, save_checkpoint
+from context_diffusion.training.loop.checkpoints import (
+    Metrics,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from context_diffusion.training.loop.distributed import Workers
 from context_diffusion.training.loop.optimizer import Optimizer
 
@@ -71,7 +77,12 @@ def train_relief(job: TrainJob, model: NativeModel, folder: Path, metrics: Metri
             nn.utils.clip_grad_norm_(relief.parameters(), 1.0)
             optimizer.step(min(1, (step + 1) / 50) * (1 - step / steps))
             if (step + 1) % 25 == 0:
-                metrics.write(stage="relief", step=step + 1, share=round((step + 1) / steps, 4), loss=round(loss.item(), 5))
+                metrics.write(
+                    stage="relief",
+                    step=step + 1,
+                    share=round((step + 1) / steps, 4),
+                    loss=round(loss.item(), 5),
+                )
             if (step + 1) % job.checkpoint_every == 0 or step + 1 == steps:
                 state = {"relief": relief.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 if workers.first:
@@ -85,8 +96,12 @@ def split_loss(relief: nn.Module, split: Split) -> Tensor:
     The structure has an absolute error, since one of several possible layouts is right; the texture a squared
     error, so that uncertain textures become faint."""
     structure, texture = relief(split.tones)
-    wrong = (structure - split.structure).abs().mean() + 2 * (slopes(structure) - slopes(split.structure)).abs().mean()
-    unlike = (texture - split.texture).square().mean() + (slopes(texture) - slopes(split.texture)).square().mean()
+    wrong = (structure - split.structure).abs().mean() + 2 * (
+        slopes(structure) - slopes(split.structure)
+    ).abs().mean()
+    unlike = (texture - split.texture).square().mean() + (
+        slopes(texture) - slopes(split.texture)
+    ).square().mean()
     return wrong + 32 * unlike
 
 
@@ -128,7 +143,9 @@ def _picture(rng: Rng, side: int) -> tuple[Pixels, Tone, Tone]:
         gain = rng.uniform(0.33, 1)
         mean = image.mean()
         noise = rng.normal(0, rng.uniform(0, 12), image.shape)
-        image, textured, plain = (mean + gain * (part - mean) for part in (image + noise / gain, textured, plain))
+        image, textured, plain = (
+            mean + gain * (part - mean) for part in (image + noise / gain, textured, plain)
+        )
     pixels = np.clip(image, 0, 255).astype(np.uint8)
     structure, whole = (_ranks(pixels, lightness) for lightness in (plain, textured))
     return pixels, structure, whole - structure

@@ -1,4 +1,5 @@
-"""Detail given back: the draft's where the picture follows it, nothing where it does not; without a camera's noise."""
+"""Detail given back: the draft's where the picture follows it, nothing where it does not; without a camera's
+noise."""
 
 from __future__ import annotations
 
@@ -66,9 +67,16 @@ def test_a_picture_without_noise_stays() -> None:
 
 @pytest.mark.parametrize(
     ("told", "share"),
-    [({}, 1.0), ({"context_scale": 0.25}, 0.25), ({"controlnet_conditioning_scale": 0.5}, 0.5), ({"context_scale": 2.0}, 1.0)],
+    [
+        ({}, 1.0),
+        ({"context_scale": 0.25}, 0.25),
+        ({"controlnet_conditioning_scale": 0.5}, 0.5),
+        ({"context_scale": 2.0}, 1.0),
+    ],
 )
-def test_a_row_is_given_as_much_as_its_contexts_and_its_layout_say(told: dict[str, float], share: float) -> None:
+def test_a_row_is_given_as_much_as_its_contexts_and_its_layout_say(
+    told: dict[str, float], share: float
+) -> None:
     model = dataclasses.replace(tiny_model(), detail_scale=0.8)
     backbone, one = NativeBackbone(model), request(1, contexts=2, **told)
     cache, branches = Cache(10**8), backbone.branches(one)

@@ -1,4 +1,5 @@
-"""The draft: the query's tones in the contexts' colours, whatever light either was taken in; and it leaves with the layout."""
+"""The draft: the query's tones in the contexts' colours, whatever light either was taken in; and it leaves
+with the layout."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ from torch import Tensor
 
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.models.native.backbone import NativeBackbone
-from context_diffusion.models.native.draft import CHANNELS, Look, colours_of, draft, layout_of, look_of, tones_of
+from context_diffusion.models.native.draft import (
+    CHANNELS,
+    Look,
+    colours_of,
+    draft,
+    layout_of,
+    look_of,
+    tones_of,
+)
 from context_diffusion.models.native.preconditioning import REST
 from context_diffusion.models.texture_features import ANGLES, PERIODS, SHARES, describe_textures
 from support.tiny import picture, request, tiny_model
@@ -56,7 +65,9 @@ def test_rows_are_treated_one_by_one_and_without_contexts_there_is_nothing() -> 
     queries = torch.cat([tensor(picture(n)) for n in range(3)])
     looks = look_of(torch.cat([tensor(picture(n)) for n in (9, 8, 7)]), 64)
     made = draft(
-        layout_of(queries, ["gray"] * len(queries)), Look(*(part[:, None] for part in looks)), torch.tensor([[1.0], [1.0], [0.0]])
+        layout_of(queries, ["gray"] * len(queries)),
+        Look(*(part[:, None] for part in looks)),
+        torch.tensor([[1.0], [1.0], [0.0]]),
     )
     assert made.shape == (3, CHANNELS, 64, 64)
     assert torch.allclose(made[0], drawn(picture(0), picture(9)), atol=1e-5)
@@ -103,7 +114,9 @@ def test_edge_maps_have_no_tones() -> None:
         ({"context_weights": [0.0]}, [False, False]),
     ],
 )
-def test_only_the_lane_that_sees_the_contexts_sees_the_draft(changes: dict[str, object], drawn: list[bool]) -> None:
+def test_only_the_lane_that_sees_the_contexts_sees_the_draft(
+    changes: dict[str, object], drawn: list[bool]
+) -> None:
     one = request(1, **({"guidance_scale": 2.0} | changes))
     backbone = NativeBackbone(tiny_model())
     encoded = backbone.encode(one, backbone.branches(one), Cache(2**20))
@@ -130,7 +143,9 @@ def test_stripes_are_told_from_their_turned_copy_by_angle_and_from_coarser_ones_
     x = torch.arange(128, dtype=torch.float32)
 
     def strongest(wave: Tensor) -> tuple[int, int]:
-        energies = describe_textures(0.5 + 0.2 * wave[None, None])[0, :-2].view(len(PERIODS), ANGLES, len(SHARES))
+        energies = describe_textures(0.5 + 0.2 * wave[None, None])[0, :-2].view(
+            len(PERIODS), ANGLES, len(SHARES)
+        )
         place = int(energies[:, :, 1].argmax())
         return divmod(place, ANGLES)
 
@@ -159,18 +174,24 @@ def test_what_the_draft_lacks_is_denoised_from_the_best_guess_without_learning(t
     rest, channels = z - found.latents, z.shape[1]
     variance = torch.tensor([REST, 1.0])[:, None, None, None]
     total = a * a * variance + s * s
-    torch.testing.assert_close(given[:, :channels], (a * rest + s * noise) / total.sqrt(), atol=1e-5, rtol=1e-5)
-    # With nothing learned: the guess of a picture is the draft and a share of what differs from it; all of x without one.
+    torch.testing.assert_close(
+        given[:, :channels], (a * rest + s * noise) / total.sqrt(), atol=1e-5, rtol=1e-5
+    )
+    # With nothing learned: the guess of a picture is the draft and a share of what differs from it; all of x
+    # without one.
     guess = a * x - s * known
-    torch.testing.assert_close(guess, found.latents + a * variance / total * (a * rest + s * noise), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        guess, found.latents + a * variance / total * (a * rest + s * noise), atol=1e-4, rtol=1e-3
+    )
     torch.testing.assert_close(gain.expand(2, 1, 1, 1), (variance / total).sqrt(), atol=1e-5, rtol=1e-5)
     assert not known[1].abs().max() > 1e-5, "without a draft the U-Net's output is v"
 
 
 def test_what_a_picture_shows_is_summed_exactly_in_any_order() -> None:
-    """A GPU adds in another order each time: 93 of 96 rows had other bits the second time, seen on an H200."""
+    """A GPU adds in another order each time: 93 of 96 rows had other bits the second time, seen on an
+    H200."""
     images = torch.from_numpy(np.random.default_rng(5).integers(0, 256, (2, 3, 128, 128), dtype=np.uint8))
-    shuffled = images.flatten(2)[..., torch.randperm(128 * 128, generator=torch.Generator().manual_seed(1))].unflatten(
-        2, (128, 128)
-    )
+    shuffled = images.flatten(2)[
+        ..., torch.randperm(128 * 128, generator=torch.Generator().manual_seed(1))
+    ].unflatten(2, (128, 128))
     assert torch.equal(colours_of(images, tones_of(images)), colours_of(shuffled, tones_of(shuffled)))

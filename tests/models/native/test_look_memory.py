@@ -1,4 +1,5 @@
-"""What prompts say, read as looks: of the bundled memory, of drafts with it, of a memory that is made anew."""
+"""What prompts say, read as looks: of the bundled memory, of drafts with it, of a memory that is made
+anew."""
 
 from __future__ import annotations
 
@@ -47,12 +48,18 @@ def styles(key: str, value: str, count: int) -> list[Style]:
 
 @cache
 def drawn_colours() -> dict[str, torch.Tensor]:
-    return {name: torch.cat([describe_colours(swatch(one)) for one in styles("palette", name, 60)]) for name in PALETTES}
+    return {
+        name: torch.cat([describe_colours(swatch(one)) for one in styles("palette", name, 60)])
+        for name in PALETTES
+    }
 
 
 @cache
 def drawn_textures() -> dict[str, torch.Tensor]:
-    reliefs = {name: torch.stack([relief(one, 128) for one in styles("texture", name, 40)])[:, None] for name in TEXTURES}
+    reliefs = {
+        name: torch.stack([relief(one, 128) for one in styles("texture", name, 40)])[:, None]
+        for name in TEXTURES
+    }
     return {name: describe_relief(found + 0.5) for name, found in reliefs.items()}
 
 
@@ -88,7 +95,9 @@ def test_a_texture_recalled_for_its_words_is_that_texture(texture: str) -> None:
     assert np.mean(right) >= 0.75
 
 
-@pytest.mark.parametrize("prompt", ["", "hills", "a picture of clouds", "qwerty zxcvb", "the view with patches in a scene"])
+@pytest.mark.parametrize(
+    "prompt", ["", "hills", "a picture of clouds", "qwerty zxcvb", "the view with patches in a scene"]
+)
 def test_words_that_name_neither_tell_nothing(prompt: str) -> None:
     words = bundled().known_words([prompt])
     assert not any(bundled().memory.says(kind, words) for kind in KINDS)
@@ -107,7 +116,14 @@ def drafts(one: Request, branch: Branch = BOTH) -> torch.Tensor:
 def row() -> Callable[..., Request]:
     """A row whose context is an ocean with dots."""
     rng = np.random.default_rng(3)
-    style = replace(make_style(rng), palette="ocean", texture="dots", lut=make_lut(rng, "ocean"), strength=0.28, period=12.0)
+    style = replace(
+        make_style(rng),
+        palette="ocean",
+        texture="dots",
+        lut=make_lut(rng, "ocean"),
+        strength=0.28,
+        period=12.0,
+    )
     style = replace(style, band="all", outline=0.0, light=(0.0, 0.0))
     (_, tone), (_, other) = make_layout(rng, 128), make_layout(rng, 128)
     query = np.repeat((tone * 255).astype(np.uint8)[..., None], 3, 2)
@@ -120,7 +136,9 @@ def row() -> Callable[..., Request]:
     return make
 
 
-def test_a_prompt_that_contradicts_the_contexts_changes_what_it_names_and_no_more(row: Callable[..., Request]) -> None:
+def test_a_prompt_that_contradicts_the_contexts_changes_what_it_names_and_no_more(
+    row: Callable[..., Request],
+) -> None:
     plain = drafts(row())
     assert torch.equal(drafts(row("ocean tones")), plain)
     assert torch.equal(drafts(row("dotted hills")), plain)
@@ -134,7 +152,9 @@ def test_a_prompt_that_contradicts_the_contexts_changes_what_it_names_and_no_mor
 def test_contexts_that_are_guided_by_more_stand(row: Callable[..., Request]) -> None:
     more = {"guidance_scale": 1.0, "context_guidance_scale": 2.0}
     assert torch.equal(drafts(row("ember tones", **more)), drafts(row()))
-    assert not torch.equal(drafts(row("ember tones", guidance_scale=2.0, context_guidance_scale=2.0)), drafts(row()))
+    assert not torch.equal(
+        drafts(row("ember tones", guidance_scale=2.0, context_guidance_scale=2.0)), drafts(row())
+    )
 
 
 def test_a_prompt_alone_has_a_draft_where_it_tells_of_a_look(row: Callable[..., Request]) -> None:
@@ -151,13 +171,17 @@ def test_a_prompt_alone_has_a_draft_where_it_tells_of_a_look(row: Callable[..., 
 
 
 def test_lanes_with_contexts_have_one_draft(row: Callable[..., Request]) -> None:
-    given = replace(row("ember tones", guidance_scale=3.0, context_guidance_scale=2.0), negative_prompt="ocean tones")
+    given = replace(
+        row("ember tones", guidance_scale=3.0, context_guidance_scale=2.0), negative_prompt="ocean tones"
+    )
     assert torch.equal(drafts(given, Branch(-1.0, contexts=True, prompt=False)), drafts(given))
 
 
 def test_the_negative_prompt_is_read_for_the_lane_without_contexts(row: Callable[..., Request]) -> None:
     given = replace(row("ocean tones", contexts=0), negative_prompt="ember tones")
-    assert torch.equal(drafts(given, Branch(-0.5, contexts=False, prompt=False)), drafts(row("ember tones", contexts=0)))
+    assert torch.equal(
+        drafts(given, Branch(-0.5, contexts=False, prompt=False)), drafts(row("ember tones", contexts=0))
+    )
 
 
 def test_a_memory_is_made_the_same_twice_and_kept(tmp_path: Path) -> None:
@@ -195,12 +219,17 @@ def test_a_relief_is_mirrored_where_a_picture_is_larger() -> None:
 
 @given(st.lists(st.tuples(st.integers(-9, 9), st.booleans()), min_size=4, max_size=30))
 def test_a_limit_parts_as_well_as_any(found: list[tuple[int, bool]]) -> None:
-    values, above = torch.tensor([float(value) for value, _ in found]), torch.tensor([label for _, label in found])
+    values, above = (
+        torch.tensor([float(value) for value, _ in found]),
+        torch.tensor([label for _, label in found]),
+    )
     if not above.any() or above.all():
         return
 
     def right(limit: float) -> float:
-        return float(((values[above] > limit).double().mean() + (values[~above] <= limit).double().mean()) / 2)
+        return float(
+            ((values[above] > limit).double().mean() + (values[~above] <= limit).double().mean()) / 2
+        )
 
     limit, told = parted(values, above)
     assert told == pytest.approx(right(limit))

@@ -30,7 +30,9 @@ def test_an_empty_slot_changes_no_bit_whatever_lies_in_it() -> None:
     noise, time = torch.randn(1, *model.latent_shape), torch.tensor([500.0])
     clean = model.predict(noise, time, *model.fuse(text, mask, contexts, weights), None, None)
     contexts[0, 1:] = 50.0
-    assert torch.equal(clean, model.predict(noise, time, *model.fuse(text, mask, contexts, weights), None, None))
+    assert torch.equal(
+        clean, model.predict(noise, time, *model.fuse(text, mask, contexts, weights), None, None)
+    )
     heavier = model.predict(noise, time, *model.fuse(text, mask, contexts, weights + 1), None, None)
     assert not torch.equal(clean, heavier)
 
@@ -51,7 +53,9 @@ def test_without_contexts_the_null_context_speaks() -> None:
 
 def test_normalisation_is_each_pictures_own_and_a_constant_one_becomes_zero() -> None:
     flat = torch.full((1, 3, 8, 8), 200, dtype=torch.uint8)
-    values, mean, std = normalise(torch.cat([tensor(3)[..., :8, :8], tensor(3)[..., 8:16, 8:16], flat]), "channel")
+    values, mean, std = normalise(
+        torch.cat([tensor(3)[..., :8, :8], tensor(3)[..., 8:16, 8:16], flat]), "channel"
+    )
     assert values[2].abs().max() == 0
     assert mean[2].tolist() == pytest.approx([200 / 255] * 3)
     assert std[2].tolist() == [0, 0, 0]
@@ -80,7 +84,11 @@ def test_a_folder_loads_again_and_its_parts_load_with_the_public_classes(tmp_pat
             assert torch.equal(value, again.modules[name].state_dict()[key])
     assert again.encode_text(["dots forest"])[0].equal(model.encode_text(["dots forest"])[0])
     assert again.latent_shape == model.latent_shape
-    for name, public in (("vae", AutoencoderTiny), ("unet", UNet2DConditionModel), ("controlnet", ControlNetModel)):
+    for name, public in (
+        ("vae", AutoencoderTiny),
+        ("unet", UNet2DConditionModel),
+        ("controlnet", ControlNetModel),
+    ):
         public.from_pretrained(tmp_path / name, use_safetensors=True)
     again.save_pretrained(tmp_path / "twice")
     for config in (*(tmp_path / "twice").rglob("*.json"), *BUNDLED.rglob("*.json")):

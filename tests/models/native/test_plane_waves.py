@@ -17,7 +17,9 @@ from context_diffusion.training.data.styles import dress, make_style
 
 
 def plane(period: float, angle: float, phase: float, height: int = 128, width: int = 128) -> Tensor:
-    y, x = torch.meshgrid(torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij"
+    )
     return torch.cos(2 * math.pi * (x * math.cos(angle) + y * math.sin(angle)) / period + phase)
 
 
@@ -62,7 +64,10 @@ def test_pictures_are_treated_one_by_one_in_any_shape() -> None:
     assert together.shape == (3, COUNT, 4)
     assert torch.allclose(draw_waves(together, 40, 33), draw_waves(alone, 40, 33), atol=1e-4)
     assert waves_of(torch.rand(1, 8, 8)).isfinite().all()
-    assert not waves_of(torch.zeros(1, 16, 48)).any(2).any() or not draw_waves(waves_of(torch.zeros(1, 16, 48)), 16, 48).any()
+    assert (
+        not waves_of(torch.zeros(1, 16, 48)).any(2).any()
+        or not draw_waves(waves_of(torch.zeros(1, 16, 48)), 16, 48).any()
+    )
 
 
 def test_two_contexts_of_a_style_agree_about_its_waves() -> None:
@@ -71,7 +76,13 @@ def test_two_contexts_of_a_style_agree_about_its_waves() -> None:
     while style.texture != "stripes" or style.band != "all":
         style = make_style(rng)
     drawn = [
-        draw_waves(waves_of(torch.from_numpy(dress(make_layout(rng, 128)[1], style, rng)).float().mean(2)[None] / 255), 128, 128)
+        draw_waves(
+            waves_of(
+                torch.from_numpy(dress(make_layout(rng, 128)[1], style, rng)).float().mean(2)[None] / 255
+            ),
+            128,
+            128,
+        )
         for _ in range(2)
     ]
     assert torch.corrcoef(torch.stack([one.flatten() for one in drawn]))[0, 1] > 0.5

@@ -52,9 +52,12 @@ def alike(first: Tensor, second: Tone) -> float:
 
 
 @pytest.mark.parametrize(
-    ("texture", "least"), [("stripes", 0.7), ("waves", 0.7), ("checks", 0.7), ("hatching", 0.7), ("dots", 0.6), ("brush", 0.6)]
+    ("texture", "least"),
+    [("stripes", 0.7), ("waves", 0.7), ("checks", 0.7), ("hatching", 0.7), ("dots", 0.6), ("brush", 0.6)],
 )
-def test_the_texture_is_found_and_the_layout_does_not_come_along(relief: ReliefModel, texture: str, least: float) -> None:
+def test_the_texture_is_found_and_the_layout_does_not_come_along(
+    relief: ReliefModel, texture: str, least: float
+) -> None:
     fields, layouts = [], []
     for number in range(8):
         tones, tone, style = shown(texture, number)
@@ -88,7 +91,9 @@ def test_fresh_weights_say_nothing_and_any_size_will_do() -> None:
 
 def test_pictures_are_treated_one_by_one(relief: ReliefModel) -> None:
     tones = torch.cat([shown(texture, 1)[0] for texture in TEXTURES[:4]])
-    assert torch.allclose(relief.texture(tones), torch.cat([relief.texture(one[None]) for one in tones]), atol=1e-4)
+    assert torch.allclose(
+        relief.texture(tones), torch.cat([relief.texture(one[None]) for one in tones]), atol=1e-4
+    )
 
 
 def looks(rest: Tensor) -> Look:
@@ -102,12 +107,17 @@ def test_what_does_not_repeat_is_drawn_as_strongly_for_several_contexts() -> Non
         0.1 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0)),
         layout_of(tensor(picture(1)), ["gray"]),
     )
-    theirs = [draft(layout, looks(rest[:count]), torch.ones(1, count))[0, CHANNELS - 2].std().item() for count in (1, 2, 3)]
+    theirs = [
+        draft(layout, looks(rest[:count]), torch.ones(1, count))[0, CHANNELS - 2].std().item()
+        for count in (1, 2, 3)
+    ]
     assert theirs[1] == pytest.approx(theirs[0], rel=0.05)
     assert theirs[2] == pytest.approx(theirs[0], rel=0.05)
     same = draft(layout, looks(rest[:1].repeat(3, 1, 1)), torch.ones(1, 3))
     assert torch.allclose(same, draft(layout, looks(rest[:1]), torch.ones(1, 1)), atol=1e-4)
-    without, first = (draft(layout, looks(part), torch.ones(1, 1))[:, TEXTURED] for part in (0 * rest[:1], rest[:1]))
+    without, first = (
+        draft(layout, looks(part), torch.ones(1, 1))[:, TEXTURED] for part in (0 * rest[:1], rest[:1])
+    )
     assert (without - first).abs().mean() > 0.05
     ignored = draft(layout, looks(rest[:2]), torch.tensor([[1.0, 0.0]]))
     assert torch.equal(ignored[:, TEXTURED], first)
@@ -123,20 +133,25 @@ def test_a_larger_picture_has_it_mirrored() -> None:
     assert torch.equal(mirrored(field, 2, 2), field[:, :2, :2])
 
 
-def test_the_querys_own_texture_goes_where_contexts_have_none_or_words_ask_for_another(relief: ReliefModel) -> None:
+def test_the_querys_own_texture_goes_where_contexts_have_none_or_words_ask_for_another(
+    relief: ReliefModel,
+) -> None:
     rng = np.random.default_rng(2)
     style = replace(make_style(rng), texture="stripes", period=10.0, band="all", strength=0.25, **BARE)  # type: ignore[arg-type]
     tone = make_layout(rng, 128)[1]
     striped = tensor(dress(tone, style, rng))
     stripes = torch.from_numpy(texture_field(style, 128, rng))
-    context = look_of(tensor(np.linspace(0, 255, 128)[None, :, None].repeat(128, 0).repeat(3, 2).astype(np.uint8)), 128)
+    context = look_of(
+        tensor(np.linspace(0, 255, 128)[None, :, None].repeat(128, 0).repeat(3, 2).astype(np.uint8)), 128
+    )
     seen = Look(*(part[None] for part in context))._replace(waves=torch.zeros(1, 1, 1, 4))
     layout = layout_of(striped, ["gray"], relief.texture)
     dots = torch.from_numpy(texture_field(replace(style, texture="dots"), 128, rng))[None]
     dots -= (dots * stripes).mean() / stripes.square().mean() * stripes
 
     def share(of: Layout, strength: float = 0.0, words: Tensor | None = None) -> float:
-        """Of the stripes that is left in the draft. strength: of the dots that the context has, their deviation in ranks."""
+        """Of the stripes that is left in the draft. strength: of the dots that the context has, their
+        deviation in ranks."""
         rest = strength * dots[None] / dots.std()
         made = draft(of, seen._replace(rest=rest), torch.ones(1, 1), words)[0, TEXTURED].mean(0)
         return float((made * stripes).mean() / stripes.square().mean())

@@ -22,7 +22,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
         base = make_base(folder, xl)
         encoder = make_image_encoder(folder)
         nets = [make_controlnet(folder, xl, seed) for seed in (1, 2)]
-        return {"base": base, "controlnet": nets, "image_encoder": encoder, **make_ip_adapter(folder, base, plus, xl)}
+        return {
+            "base": base,
+            "controlnet": nets,
+            "image_encoder": encoder,
+            **make_ip_adapter(folder, base, plus, xl),
+        }
 
     return make
 
@@ -30,22 +35,59 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 MIXED: list[dict[str, Any]] = [
     {"contexts": 1, "num_inference_steps": 4, "scheduler": "euler"},
     {"contexts": 3, "prompt": "a red house by the sea", "guidance_scale": 1.0, "scheduler": "dpmpp_2m"},
-    {"contexts": 2, "prompt": None, "context_scale": 0.4, "num_inference_steps": 5, "controlnet_conditioning_scale": [0.3, 0.9]},
-    {"contexts": 4, "negative_prompt": "blurry", "control_guidance_end": 0.6, "num_inference_steps": 6, "scheduler": "euler_a"},
-    {"contexts": 1, "control_guidance_start": 0.4, "num_inference_steps": 5, "scheduler": "ddpm", "context_scale": 0.0},
-    {"contexts": 2, "strength": 0.6, "num_inference_steps": 6, "scheduler": "dpmpp_2m_karras", "size": (64, 96)},
+    {
+        "contexts": 2,
+        "prompt": None,
+        "context_scale": 0.4,
+        "num_inference_steps": 5,
+        "controlnet_conditioning_scale": [0.3, 0.9],
+    },
+    {
+        "contexts": 4,
+        "negative_prompt": "blurry",
+        "control_guidance_end": 0.6,
+        "num_inference_steps": 6,
+        "scheduler": "euler_a",
+    },
+    {
+        "contexts": 1,
+        "control_guidance_start": 0.4,
+        "num_inference_steps": 5,
+        "scheduler": "ddpm",
+        "context_scale": 0.0,
+    },
+    {
+        "contexts": 2,
+        "strength": 0.6,
+        "num_inference_steps": 6,
+        "scheduler": "dpmpp_2m_karras",
+        "size": (64, 96),
+    },
     {"contexts": 1, "scheduler": "lcm", "guidance_scale": 0.0, "negative_prompt": "ugly"},
-    {"contexts": 2, "scheduler": "dpmpp_sde", "num_inference_steps": 5, "guidance_scale": 9.0, "size": (96, 64)},
+    {
+        "contexts": 2,
+        "scheduler": "dpmpp_sde",
+        "num_inference_steps": 5,
+        "guidance_scale": 9.0,
+        "size": (96, 64),
+    },
     {"contexts": 1, "scheduler": "ddim", "strength": 0.5, "num_inference_steps": 4, "prompt": "words " * 20},
 ]
 
 SLOW = pytest.mark.slow  # `make test` has one kind of each, `make test-full` the others
 
-KINDS = [(False, False), pytest.param(False, True, marks=SLOW), pytest.param(True, False, marks=SLOW), (True, True)]
+KINDS = [
+    (False, False),
+    pytest.param(False, True, marks=SLOW),
+    pytest.param(True, False, marks=SLOW),
+    (True, True),
+]
 
 
 @pytest.mark.parametrize(("xl", "plus"), KINDS)
-def test_each_row_of_a_mixed_batch_is_what_diffusers_makes_of_it_alone(models: Any, xl: bool, plus: bool) -> None:
+def test_each_row_of_a_mixed_batch_is_what_diffusers_makes_of_it_alone(
+    models: Any, xl: bool, plus: bool
+) -> None:
     compare(models(xl, plus), [row(number, **own) for number, own in enumerate(MIXED)], xl)
 
 
@@ -55,7 +97,9 @@ def test_without_controlnet_and_without_ip_adapter_too(models: Any, xl: bool) ->
     rows = [row(n, control=[], scheduler=name) for n, name in enumerate(("ddim", "euler", "dpmpp_2m"))]
     rows.append(row(9, control=[], strength=0.7, num_inference_steps=4))
     compare(model, rows, xl)
-    plain = {name: part for name, part in model.items() if "ip_adapter" not in name and name != "image_encoder"}
+    plain = {
+        name: part for name, part in model.items() if "ip_adapter" not in name and name != "image_encoder"
+    }
     compare(plain, [row(5), row(6, control=[], guidance_scale=1.0)], xl)
 
 
@@ -80,5 +124,9 @@ def test_each_input_moves_the_reference_itself(models: Any, xl: bool) -> None:
     """Else a model that ignores an input could pass."""
     model = models(xl, True)
     base = reference(model, row(1), xl)[1].astype(int)
-    still = [what for what, change in CHANGES.items() if np.abs(reference(model, row(1, **change), xl)[1] - base).max() < 20]
+    still = [
+        what
+        for what, change in CHANGES.items()
+        if np.abs(reference(model, row(1, **change), xl)[1] - base).max() < 20
+    ]
     assert not still

@@ -1,4 +1,5 @@
-"""What diffusers makes of a row, from images of any size and for models of all kinds, a job and the Python API make too."""
+"""What diffusers makes of a row, from images of any size and for models of all kinds, a job and the Python
+API make too."""
 
 from __future__ import annotations
 
@@ -30,7 +31,14 @@ from context_diffusion.pipeline import ContextDiffusion, make_engine
 from context_diffusion.storage.filesystem import Storage
 from support.diffusers_reference import Model, compare, reference, row
 from support.tiny import picture
-from support.tiny_diffusers import SIDE, make_base, make_controlnet, make_face_adapter, make_image_encoder, make_ip_adapter
+from support.tiny_diffusers import (
+    SIDE,
+    make_base,
+    make_controlnet,
+    make_face_adapter,
+    make_image_encoder,
+    make_ip_adapter,
+)
 
 # A preprocessor that differs in each of its parts from CLIP's own.
 PREPROCESSOR = {
@@ -50,18 +58,27 @@ def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     base, encoder = make_base(folder), make_image_encoder(folder)
     if request.param != "clip":
         (Path(encoder) / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-    return {"base": base, "controlnet": [make_controlnet(folder)], "image_encoder": encoder, **make_ip_adapter(folder, base)}
+    return {
+        "base": base,
+        "controlnet": [make_controlnet(folder)],
+        "image_encoder": encoder,
+        **make_ip_adapter(folder, base),
+    }
 
 
 def smooth(seed: int, width: int, height: int) -> Image.Image:
     """An image that resamplers disagree about."""
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((width // 2, height // 2), Image.Resampling.BOX).resize((width, height))
+    return (
+        Image.fromarray(noise).resize((width // 2, height // 2), Image.Resampling.BOX).resize((width, height))
+    )
 
 
 def as_requested(image: Pixels, contexts: int, **settings: Any) -> Request:
     """A row whose query is `image`; its contexts are given to diffusers apart."""
-    return dataclasses.replace(row(5, contexts=contexts, **settings), query=image, controls=controls_of(image, ["canny"]))
+    return dataclasses.replace(
+        row(5, contexts=contexts, **settings), query=image, controls=controls_of(image, ["canny"])
+    )
 
 
 def close(ours: Pixels, theirs: Pixels) -> None:
@@ -73,7 +90,8 @@ def test_contexts_of_any_size_through_the_python_api(model: Model) -> None:
     query = picture(5, SIDE, SIDE)
     for seed, size in enumerate(SIZES):
         contexts = [smooth(seed, *size), smooth(10 + seed, *size[::-1])]
-        ours = pipeline(query, contexts, "a misty forest", control="canny", seed=5, num_inference_steps=3, guidance_scale=4.0,
+        ours = pipeline(query, contexts, "a misty forest", control="canny", seed=5, num_inference_steps=3,
+                        guidance_scale=4.0,
                         scheduler="ddim", context_scale=1.0)  # fmt: skip
         _, theirs = reference(model, as_requested(query, 2), xl=False, contexts=contexts)
         close(np.asarray(ours), theirs)
@@ -87,11 +105,21 @@ def test_images_of_any_size_through_a_job(model: Model, tmp_path: Path) -> None:
         smooth(number, *size).save(tmp_path / f"context-{number}.{suffix}")
         smooth(20 + number, *size[::-1]).save(tmp_path / f"query-{number}.png")
         contexts[str(number)] = [Image.open(tmp_path / f"context-{number}.{suffix}").convert("RGB")]
-        lines.append({"id": str(number), "query": f"query-{number}.png", "context": [f"context-{number}.{suffix}"], "seed": 5})
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(line | {"prompt": "a misty forest"}) for line in lines))
+        lines.append(
+            {
+                "id": str(number),
+                "query": f"query-{number}.png",
+                "context": [f"context-{number}.{suffix}"],
+                "seed": 5,
+            }
+        )
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps(line | {"prompt": "a misty forest"}) for line in lines)
+    )
     settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "scheduler": "ddim", "context_scale": 1.0}
     job = GenerateJob.model_validate(
-        {"kind": "generate", "manifest": str(tmp_path / "rows.jsonl"), "output": str(tmp_path / "out"), "model": model,
+        {"kind": "generate", "manifest": str(tmp_path / "rows.jsonl"), "output": str(tmp_path / "out"),
+         "model": model,
          "control": "canny", "settings": settings}
     )  # fmt: skip
     output = Output(job.output, Storage())
@@ -115,7 +143,9 @@ def test_images_of_any_size_through_a_job(model: Model, tmp_path: Path) -> None:
     st.fixed_dictionaries(
         {},
         optional={
-            "size": st.sampled_from([32, 40, {"shortest_edge": 36}, {"height": 40, "width": 50}, {"height": 20, "width": 60}]),
+            "size": st.sampled_from(
+                [32, 40, {"shortest_edge": 36}, {"height": 40, "width": 50}, {"height": 20, "width": 60}]
+            ),
             "crop_size": st.sampled_from([32, {"height": 32, "width": 32}]),
             "resample": st.sampled_from([0, 1, 2, 3, 4, 5]),
             "do_resize": st.booleans(),
@@ -127,11 +157,15 @@ def test_images_of_any_size_through_a_job(model: Model, tmp_path: Path) -> None:
         },
     ),
 )
-def test_a_preprocessor_configuration_is_followed_to_the_pixel(size: tuple[int, int], changes: dict[str, Any]) -> None:
+def test_a_preprocessor_configuration_is_followed_to_the_pixel(
+    size: tuple[int, int], changes: dict[str, Any]
+) -> None:
     config = {"image_processor_type": "CLIPImageProcessor", "crop_size": 32} | changes
     image = smooth(size[0], *size)
     processor = image_processor(config, 32, "encoder")
-    ours = (torch.from_numpy(processor.apply(np.asarray(image)).copy()).permute(2, 0, 1) * processor.scale).float()
+    ours = (
+        torch.from_numpy(processor.apply(np.asarray(image)).copy()).permute(2, 0, 1) * processor.scale
+    ).float()
     ours = (ours - torch.tensor(processor.mean)[:, None, None]) / torch.tensor(processor.std)[:, None, None]
     theirs = CLIPImageProcessorPil(**config)(image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=1e-5)
@@ -168,7 +202,11 @@ LCM: list[dict[str, Any]] = [
 @pytest.mark.parametrize("xl", [False, True], ids=["sd15", "sdxl"])
 def test_a_unet_that_reads_the_guidance_scale_is_given_it(tmp_path: Path, xl: bool) -> None:
     base = make_base(tmp_path, xl, guidance_width=16)
-    model = {"base": base, "image_encoder": make_image_encoder(tmp_path), **make_ip_adapter(tmp_path, base, xl=xl)}
+    model = {
+        "base": base,
+        "image_encoder": make_image_encoder(tmp_path),
+        **make_ip_adapter(tmp_path, base, xl=xl),
+    }
     model["controlnet"] = [make_controlnet(tmp_path, xl, seed) for seed in (1, 2)]
     rows = [row(number, **settings) for number, settings in enumerate(LCM)]
     if xl:  # without a prompt diffusers has no embeddings of its own for one lane
@@ -177,7 +215,11 @@ def test_a_unet_that_reads_the_guidance_scale_is_given_it(tmp_path: Path, xl: bo
     apart = (
         reference(model, rows[0], xl)[1].astype(int)
         - reference(
-            model, dataclasses.replace(rows[0], settings=rows[0].settings.model_copy(update={"guidance_scale": 1.0})), xl
+            model,
+            dataclasses.replace(
+                rows[0], settings=rows[0].settings.model_copy(update={"guidance_scale": 1.0})
+            ),
+            xl,
         )[1]
     )
     assert np.abs(apart).max() > 20, "the embedding is heard"
@@ -207,7 +249,9 @@ def test_an_empty_prompt_and_none_are_two_things_where_the_model_makes_them_so(t
 def test_the_manifest_keeps_an_empty_prompt_apart_from_none(tmp_path: Path) -> None:
     smooth(1, 64, 64).save(tmp_path / "a.png")
     prompts = ["", None, "a cat"]
-    lines = [{"id": str(n), "query": "a.png", "context": ["a.png"], "prompt": p} for n, p in enumerate(prompts)]
+    lines = [
+        {"id": str(n), "query": "a.png", "context": ["a.png"], "prompt": p} for n, p in enumerate(prompts)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     job = GenerateJob.model_validate(
         {"kind": "generate", "manifest": str(tmp_path / "rows.jsonl"), "output": str(tmp_path / "out")}
@@ -235,13 +279,17 @@ def test_half_precision_keeps_the_autoencoder_of_xl_in_float32_in_both_direction
 def test_an_adapter_for_faces_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
     base = make_base(tmp_path)
     model = {"base": base, "image_encoder": make_image_encoder(tmp_path), **make_face_adapter(tmp_path, base)}
-    with pytest.raises(ModelError, match=r"face\.safetensors is a IPAdapterFaceIDImageProjection, which is not supported"):
+    with pytest.raises(
+        ModelError, match=r"face\.safetensors is a IPAdapterFaceIDImageProjection, which is not supported"
+    ):
         ContextDiffusion.from_pretrained(model, device="cpu")
 
 
 def test_a_large_image_is_decoded_whole_as_diffusers_decodes_it(tmp_path: Path) -> None:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 16), norm_num_groups=8, sample_size=512, latent_channels=4, **blocks)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 16), norm_num_groups=8, sample_size=512, latent_channels=4, **blocks
+    )
     vae.save_pretrained(tmp_path / "vae")
     model = {"base": make_base(tmp_path), "vae": str(tmp_path / "vae")}
     backbone: Any = ContextDiffusion.from_pretrained(model, device="cpu", cpu_threads=1).backbone
@@ -257,7 +305,9 @@ def test_a_large_image_is_decoded_whole_as_diffusers_decodes_it(tmp_path: Path) 
 def test_what_breaks_at_a_row_of_stable_diffusion_is_that_rows_failure(tmp_path: Path) -> None:
     pipeline = ContextDiffusion.from_pretrained({"base": make_base(tmp_path)}, device="cpu", cpu_threads=1)
     small = row(2, control=[], size=(SIDE, SIDE))
-    broken = dataclasses.replace(row(3, control=[]), settings=small.settings.model_copy(update={"seed": -(2**70)}))
+    broken = dataclasses.replace(
+        row(3, control=[]), settings=small.settings.model_copy(update={"seed": -(2**70)})
+    )
     outcomes = {one.id: outcome for one, outcome in pipeline.generate([small, broken])}
     assert isinstance(outcomes["row-2"], Result)
     failed = outcomes["row-3"]

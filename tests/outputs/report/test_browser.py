@@ -1,4 +1,5 @@
-"""The page in headless Chromium, as a file and from the viewer: what one sees and does. No request may leave the machine."""
+"""The page in headless Chromium, as a file and from the viewer: what one sees and does. No request may leave
+the machine."""
 
 from __future__ import annotations
 
@@ -19,8 +20,12 @@ from support.report_outputs import ATTACK, ODD_ID, data_of, finished, served
 
 pytestmark = pytest.mark.slow
 AXE = Path(__file__).parents[3] / "build" / "axe" / "package" / "axe.min.js"
-SHOWN = "[...document.querySelectorAll('#cards article')].map(card => card.querySelector('strong').textContent)"
-BROKEN = "[...document.images].filter(image => !(image.complete && image.naturalWidth)).map(image => image.alt)"
+SHOWN = (
+    "[...document.querySelectorAll('#cards article')].map(card => card.querySelector('strong').textContent)"
+)
+BROKEN = (
+    "[...document.images].filter(image => !(image.complete && image.naturalWidth)).map(image => image.alt)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +65,16 @@ class Watched:
 
     def __post_init__(self) -> None:
         def ask(request: Any) -> None:
-            if not request.url.startswith(("file:///", "data:") if self.url.startswith("file:") else (self.url, "data:")):
+            if not request.url.startswith(
+                ("file:///", "data:") if self.url.startswith("file:") else (self.url, "data:")
+            ):
                 self.wrong.append(f"asked for {request.url[:200]}")
 
         self.page.on("request", ask)
-        self.page.on("console", lambda message: self.wrong.append(message.text) if message.type in ("error", "warning") else None)
+        self.page.on(
+            "console",
+            lambda message: self.wrong.append(message.text) if message.type in ("error", "warning") else None,
+        )
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("dialog", lambda dialog: self.wrong.append(f"dialog: {dialog.message}"))
 
@@ -82,7 +92,9 @@ class Watched:
         self.becomes("Boolean(document.querySelector('dialog[open]') || location.hash)", False)
 
     def told(self, text: str) -> None:
-        self.page.wait_for_function("text => document.getElementById('count').textContent.startsWith(text)", arg=text)
+        self.page.wait_for_function(
+            "text => document.getElementById('count').textContent.startsWith(text)", arg=text
+        )
 
 
 @pytest.fixture(params=["file", "served"])
@@ -106,7 +118,7 @@ def test_pictures_load(watched: Watched, output: Output) -> None:
     page.evaluate("for (const image of document.images) image.loading = 'eager'")
     page.wait_for_function(f"() => !({BROKEN}).length")
     made = [row for row in everyone[:60] if row in rows(output, lambda row: row["status"] == "ok")]
-    assert page.locator("#cards .made img").count() == len(made)
+    assert page.locator("#cards .output img").count() == len(made)
     assert page.locator("#cards .contexts img").count() >= len(made)
     page.click("#next")
     watched.told(f"61–70 of {len(everyone)}")
@@ -128,7 +140,7 @@ def test_filters_filter(watched: Watched, output: Output) -> None:
         page.click("button[type=reset]")
         watched.told("1–60 of 70")
     page.fill("[name=text]", "nothing has this")
-    watched.told("None that match, of 70")
+    watched.told("None matching, 70 in total")
     page.click("#failures button:has-text('unknown_scheduler')")
     watched.told("1–1 of 1")
 
@@ -140,12 +152,16 @@ def test_a_bar_of_a_histogram_shows_its_pictures(watched: Watched, output: Outpu
     for number in range(bars.count()):
         bar = bars.nth(number)
         low, high = float(bar.get_attribute("data-low")), float(bar.get_attribute("data-high"))
-        expected = rows(output, lambda row: row["style_score"] is not None and low <= row["style_score"] < high)  # noqa: B023
+
+        def within(row: dict[str, Any], low: float = low, high: float = high) -> bool:
+            return row["style_score"] is not None and low <= row["style_score"] < high
+
+        expected = rows(output, within)
         bar.click()
         watched.told(f"1–{len(expected)} of {len(expected)}")
         assert page.evaluate(SHOWN) == expected
         assert bar.get_attribute("aria-pressed") == "true"
-        assert f": {len(expected)} pictures" in bar.get_attribute("aria-label")
+        assert f": {len(expected)} images" in bar.get_attribute("aria-label")
         seen += expected
     assert sorted(seen) == sorted(rows(output, lambda row: row["status"] == "ok"))
     assert bars.count() > 1
@@ -161,7 +177,10 @@ def test_sorting_by_a_score(watched: Watched, output: Output) -> None:
 
 def test_keys(watched: Watched) -> None:
     page = watched.open()
-    focused = "document.activeElement.getAttribute('href') || document.activeElement.name || document.activeElement.className"
+    focused = (
+        "document.activeElement.getAttribute('href') || document.activeElement.name || "
+        "document.activeElement.className"
+    )
     page.keyboard.press("/")
     assert page.evaluate(focused) == "text"
     page.keyboard.type("row-01")
@@ -195,7 +214,7 @@ def test_keys(watched: Watched) -> None:
 def test_the_picture_is_shown_whole_with_all_that_made_it(watched: Watched, output: Output) -> None:
     page = watched.open("#row=row-011/0")
     page.wait_for_selector("dialog[open]")
-    page.wait_for_function("() => /row-011-0.png$|whole$/.test(document.querySelector('.stage img').src)")
+    page.wait_for_function("() => /row-011-0.png$|full$/.test(document.querySelector('.stage img').src)")
     watched.becomes("document.querySelector('.stage img').naturalWidth", 64)
     [row] = [row for _, part in output.read_parts() for row in part.to_pylist() if row["id"] == "row-011"]
     told = page.locator("aside").inner_text()
@@ -211,7 +230,7 @@ def test_a_link_leads_to_its_row(watched: Watched, row: str) -> None:
     assert page.locator("#zoom-title").inner_text() == row
     watched.close()
     page.evaluate("location.hash = '#row=nobody/0'")
-    watched.told("The row of this link is not on this page")
+    watched.told("The linked row is not on this page")
 
 
 def test_what_a_manifest_says_stays_text(watched: Watched) -> None:
@@ -286,7 +305,7 @@ def test_the_page_alone_is_whole(chromium: Any, output: Output, tmp_path: Path) 
     page = found.open()
     page.evaluate("for (const image of document.images) image.loading = 'eager'")
     page.wait_for_function(f"() => !({BROKEN}).length")
-    assert page.locator("#cards .made img").count() > 50
+    assert page.locator("#cards .output img").count() > 50
     assert found.wrong == []
     page.locator("a.open").first.click()
     page.wait_for_selector("dialog[open]")
@@ -319,7 +338,9 @@ def test_the_policy_keeps_any_script_and_request_out(chromium: Any, output: Outp
           script.textContent = "window.hacked = 2";
           document.body.append(script);
           document.getElementById("send").click();
-          const socket = () => new Promise((_, no) => { new WebSocket(url.replace("http", "ws")).onerror = no; });
+          const socket = () => new Promise(
+            (_, no) => { new WebSocket(url.replace("http", "ws")).onerror = no; }
+          );
           let refused = 0;
           for (const ask of [() => fetch(url + 4), socket]) await ask().catch(() => { refused += 1; });
           await new Promise(done => setTimeout(done, 300));
@@ -338,13 +359,20 @@ def test_the_sample_says_what_it_lacks(chromium: Any, output: Output, tmp_path: 
     from context_diffusion.outputs.report.build import rebuild
     from support.report_outputs import parts
 
-    many = parts(tmp_path / "out", [{"id": f"row-{number}", "layout_score": number / 1000} for number in range(1000)], 100)
+    many = parts(
+        tmp_path / "out",
+        [{"id": f"row-{number}", "layout_score": number / 1000} for number in range(1000)],
+        100,
+    )
     rebuild(many)
     found = Watched(chromium.new_page(), f"file://{many.report}")
     page = found.open()
     here = len(data_of(Path(many.report).read_text())["rows"])
     assert 120 <= here < 150
-    assert f"1–60 of {here} on this page; OUTPUT has 1,000, context-diffusion view OUTPUT" in page.locator("#count").inner_text()
-    assert "50 pictures" in page.locator(".bars button").first.get_attribute("aria-label")
+    assert (
+        f"1–60 of {here} on this page; OUTPUT has 1,000: run context-diffusion view OUTPUT"
+        in page.locator("#count").inner_text()
+    )
+    assert "50 images" in page.locator(".bars button").first.get_attribute("aria-label")
     assert found.wrong == []
     page.close()

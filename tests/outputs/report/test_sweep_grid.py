@@ -1,4 +1,5 @@
-"""Contact sheets: each picture stands under its own settings; what a manifest says is escaped; the page stays bounded."""
+"""Contact sheets: each picture stands under its own settings; what a manifest says is escaped; the page stays
+bounded."""
 
 from __future__ import annotations
 
@@ -14,11 +15,16 @@ from context_diffusion.outputs.report.sweep_grid import IMAGES, Grid, contact_sh
 from support.fakes import FakeEngine
 from support.finished_output import make
 
-AXES: dict[str, list[Any]] = {"guidance_scale": [1, 3], "strength": [None, 0.5, 1], "scheduler": ["ddim", "lcm"]}
+AXES: dict[str, list[Any]] = {
+    "guidance_scale": [1, 3],
+    "strength": [None, 0.5, 1],
+    "scheduler": ["ddim", "lcm"],
+}
 
 
 class Tables(HTMLParser):
-    """The tables of a page as a browser lays them out: a list of lines of texts and image sources, spans unrolled."""
+    """The tables of a page as a browser lays them out: a list of lines of texts and image sources, spans
+    unrolled."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -52,8 +58,15 @@ def sheets(folder: Path, count: int = 2, **more: Any) -> list[list[list[str]]]:
     _, output = make(folder, count, **more)
 
     def named(row: dict[str, Any]) -> str:
-        written = next(r for _, part in output.read_parts() for r in part.to_pylist() if r["file_name"] == row["file_name"])
-        return "|".join(str(written[name]) for name in ("id", "guidance_scale", "strength", "scheduler", "seed"))
+        written = next(
+            r
+            for _, part in output.read_parts()
+            for r in part.to_pylist()
+            if r["file_name"] == row["file_name"]
+        )
+        return "|".join(
+            str(written[name]) for name in ("id", "guidance_scale", "strength", "scheduler", "seed")
+        )
 
     return Tables(contact_sheets(output, named, lambda uri, _frame: f"source:{uri}")).tables
 
@@ -63,11 +76,12 @@ def test_each_picture_stands_under_its_own_settings(tmp_path: Path) -> None:
     assert len(found) == 2
     for number, (strengths, schedulers, *lines) in enumerate(found):
         assert [strengths[0], schedulers[0]] == ["strength", "scheduler"]
-        assert strengths[1:] == ["left out"] * 2 + ["0.5"] * 2 + ["1"] * 2
+        assert strengths[1:] == ["default"] * 2 + ["0.5"] * 2 + ["1"] * 2
         assert [line[0] for line in lines] == ["guidance_scale 1", "guidance_scale 3"]
         for line in lines:
             for strength, scheduler, cell in zip(strengths[1:], schedulers[1:], line[1:], strict=True):
-                own = f"row-{number:03d}|{float(line[0].split()[1])}|{None if strength == 'left out' else float(strength)}"
+                used = None if strength == "default" else float(strength)
+                own = f"row-{number:03d}|{float(line[0].split()[1])}|{used}"
                 assert cell.split() == [f"{own}|{scheduler}|{seed}" for seed in (7, 8)]
 
 
@@ -108,5 +122,5 @@ def test_the_page_is_bounded_but_one_row_is_whole(tmp_path: Path) -> None:
 def test_the_grid_of_three_axes() -> None:
     grid = Grid.of({"a": [1], "b": [1, 2], "c": [[0.5, 1.0], None, "x"]})
     assert grid.down == ("a", ["1"])
-    assert grid.across == [("b", 3, ["1", "2"]), ("c", 1, ["[0.5, 1.0]", "left out", "x"] * 2)]
+    assert grid.across == [("b", 3, ["1", "2"]), ("c", 1, ["[0.5, 1.0]", "default", "x"] * 2)]
     assert grid.width == 6

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from context_diffusion.core.records import Request
 from context_diffusion.engine.backbone import Conditions, Encoded
-from context_diffusion.engine.conditioning import Context, content_key, control_scales, slots_of, to_tensor, weighted_contexts
+from context_diffusion.engine.conditioning import (
+    Context,
+    content_key,
+    control_scales,
+    slots_of,
+    to_tensor,
+    weighted_contexts,
+)
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.inputs.context_images import ContextPreprocessing, SquareCrop
@@ -51,9 +58,14 @@ class NativeBackbone:
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         model = self.model
         row_contexts = weighted_contexts(request, self.context_slots)
-        tokens = [cache.get(f"context:{context.key}", partial(self._context, context.pixels)) for context in row_contexts]
+        tokens = [
+            cache.get(f"context:{context.key}", partial(self._context, context.pixels))
+            for context in row_contexts
+        ]
         scale = request.settings.context_scale
-        contexts, weights = slots_of(tokens, [context.weight * scale for context in row_contexts], self.context_slots)
+        contexts, weights = slots_of(
+            tokens, [context.weight * scale for context in row_contexts], self.context_slots
+        )
         lanes: list[Conditions] = []
         detail = Conditions()
         for branch in branches:
@@ -66,7 +78,9 @@ class NativeBackbone:
             hidden, bias = model.fuse(text, mask, contexts, weights if branch.contexts else weights * 0)
             pooled = model.pool(hidden, bias)
             lanes.append(
-                keys_and_values(self.layers, hidden) | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled} | lane_draft
+                keys_and_values(self.layers, hidden)
+                | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled}
+                | lane_draft
             )
         truncated = any(model.truncates(prompt) for prompt in (request.prompt, request.negative_prompt))
         return Encoded(
@@ -87,7 +101,9 @@ class NativeBackbone:
         [scale], [control] = control_scales(request, 1), request.controls
 
         def embed() -> Tensor:
-            latents = self.model.encode_control(to_tensor(control.pixels).to(self.model.device), [control.kind])
+            latents = self.model.encode_control(
+                to_tensor(control.pixels).to(self.model.device), [control.kind]
+            )
             return self.layout_embedding(latents.to(self.model.dtype))
 
         layout = cache.get(f"control:{control.kind}:{content_key(control.pixels)}", embed)
@@ -96,7 +112,9 @@ class NativeBackbone:
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         return self.model.encode_pixels(to_tensor(request.query).to(self.model.device)).float()
 
-    def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
+    def control(
+        self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions
+    ) -> list[Tensor]:
         down, mid = self.controlnet(
             latents.to(self.model.dtype),
             timesteps,
@@ -107,11 +125,17 @@ class NativeBackbone:
         # The scale comes last: the draft is part of the layout, so it is scaled with it.
         return [*(residual * control["scale"] for residual in (*down, mid)), control["scale"]]
 
-    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None
+    ) -> Tensor:
         down, mid, draft = None, None, None
         if residuals is not None:
             *down, mid, scale = residuals
-            draft = EncodedDraft(lanes["draft"] * scale, lanes["draft_latents"] * scale) if self.model.drafts else None
+            draft = (
+                EncodedDraft(lanes["draft"] * scale, lanes["draft_latents"] * scale)
+                if self.model.drafts
+                else None
+            )
         given, gain, known = self.model.precondition(latents, timesteps, draft, self.model.rest_scale)
         output = self.unet(
             given,

@@ -111,7 +111,11 @@ def build_text_encoder(sizes: Architecture, words: int) -> CLIPTextModel:
 
 def _attention(sizes: Architecture) -> dict[str, int]:
     # What diffusers calls attention_head_dim is the number of heads (its issue 2011).
-    return {"cross_attention_dim": sizes.width, "attention_head_dim": sizes.attention_heads, "norm_num_groups": 16}
+    return {
+        "cross_attention_dim": sizes.width,
+        "attention_head_dim": sizes.attention_heads,
+        "norm_num_groups": 16,
+    }
 
 
 def build_unet(sizes: Architecture) -> UNet2DConditionModel:
@@ -121,8 +125,12 @@ def build_unet(sizes: Architecture) -> UNet2DConditionModel:
         out_channels=sizes.folded_channels,
         **_attention(sizes),
         block_out_channels=tuple(sizes.channels),
-        down_block_types=tuple("CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in sizes.attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(sizes.attention)),
+        down_block_types=tuple(
+            "CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in sizes.attention
+        ),
+        up_block_types=tuple(
+            "CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(sizes.attention)
+        ),
         layers_per_block=sizes.layers_per_block,
         class_embed_type="projection",  # of NativeModel.pool
         projection_class_embeddings_input_dim=2 * sizes.width,
@@ -159,7 +167,9 @@ def build_tokenizer(vocabulary: list[str], length: int) -> PreTrainedTokenizerFa
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", 2)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",

@@ -64,7 +64,9 @@ def _index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX).read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no readable {INDEX}; is it a folder that `kind: train` made?") from error
+        raise ModelError(
+            f"{folder}: {INDEX} cannot be read; expected a folder that `kind: train` writes"
+        ) from error
     if index.pop("_class_name", None) != CLASS:
         raise ModelError(f"{folder}: not a native Context Diffusion model (_class_name in {INDEX})")
     if "normalization" in index:
@@ -80,9 +82,13 @@ def _component(folder: Path, name: str, kind: Any) -> torch.nn.Module:
     if not (where / "config.json").exists():
         raise ModelError(f"{folder}: the component {name}/ is missing; copy the whole model folder")
     try:
-        module = load_vision_model(where) if kind is None else kind.from_pretrained(where, use_safetensors=True)
+        module = (
+            load_vision_model(where) if kind is None else kind.from_pretrained(where, use_safetensors=True)
+        )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{where}: cannot be loaded as {kind.__name__ if kind else 'a vision model'}: {error}") from error
+        raise ModelError(
+            f"{where}: cannot be loaded as {kind.__name__ if kind else 'a vision model'}: {error}"
+        ) from error
     # A copy: float32 weights would stay in the mapped file, at unaligned addresses, which changes the last
     # bits of
     # results against the same weights in memory of their own.

@@ -1,5 +1,6 @@
-"""What the autoencoder loses of a draft, given back to the picture wherever it has followed the draft: an autoencoder of few
-latents keeps neither a whisker nor a thin line, and the draft (models/native/draft.py) has them at full resolution.
+"""What the autoencoder loses of a draft, given back to the picture wherever it has followed the draft: an
+autoencoder of few latents keeps neither a whisker nor a thin line, and the draft (models/native/draft.py) has
+them at full resolution.
 
 Every function treats its pictures one by one. B pictures  H W pixels
 """
@@ -10,36 +11,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FAR = 0.12  # of colours in [0, 1]: how far from the draft's copy a picture may lie and still be said to follow it
+# of colours in [0, 1]: how far from the draft's copy a picture may lie and still be said to follow it
+FAR = 0.12
 BLUR = 7  # pixels over which that is asked
 REACH, PATCH = 3, 3  # pixels: how far away what is alike is looked for, and by patches of what size
 FAINT = 1e-3  # noise of less than a quarter of a step of 255 is none
 
 
 def give_back(images: Tensor, drafts: Tensor, copies: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """(B, 3, H, W) in [0, 1] each; copies: what the autoencoder makes of the drafts; scale: of what is given back."""
-    away = F.avg_pool2d(images - copies, BLUR, 1, BLUR // 2, count_include_pad=False).square().sum(1, keepdim=True)
+    """(B, 3, H, W) in [0, 1] each; copies: what the autoencoder makes of the drafts; scale: of what is given
+    back."""
+    away = (
+        F.avg_pool2d(images - copies, BLUR, 1, BLUR // 2, count_include_pad=False)
+        .square()
+        .sum(1, keepdim=True)
+    )
     return (images + scale * torch.exp(-away / FAR**2) * (drafts - copies)).clamp(0, 1)
 
 
 def denoised(images: Tensor) -> Tensor:
-    """(B, 3, H, W) without a camera's noise, which is no layout: each pixel the mean of those with patches like its own
-    (non-local means, Buades et al. 2005), as like as the picture's noise lets them be."""
+    """(B, 3, H, W) without a camera's noise, which is no layout: each pixel the mean of those with patches
+    like its own (non-local means, Buades et al. 2005), as like as the picture's noise lets them be."""
     variance = noise_of(images)[:, None, None, None].square()
     padded = F.pad(images, (REACH,) * 4, mode="reflect")
-    (height, width), total, weights = images.shape[2:], torch.zeros_like(images), torch.zeros_like(images[:, :1])
+    (height, width), total, weights = (
+        images.shape[2:],
+        torch.zeros_like(images),
+        torch.zeros_like(images[:, :1]),
+    )
     for y in range(2 * REACH + 1):
         for x in range(2 * REACH + 1):
             other = padded[:, :, y : y + height, x : x + width]
             unlike = (images - other).square().mean(1, keepdim=True)
             unlike = F.avg_pool2d(unlike, PATCH, 1, PATCH // 2, count_include_pad=False)
-            weight = torch.exp(-(unlike - 2 * variance).clamp(min=0) / variance)  # equal patches differ by two noises
+            weight = torch.exp(
+                -(unlike - 2 * variance).clamp(min=0) / variance
+            )  # equal patches differ by two noises
             total, weights = total + weight * other, weights + weight
     return total / weights
 
 
 def noise_of(images: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B,): the deviation of what no plane explains (Immerkaer 1996), by its median: borders are few."""
+    """(B, 3, H, W) -> (B,): the deviation of what no plane explains (Immerkaer 1996), by its median: borders
+    are few."""
     curve = images.new_tensor([1.0, -2.0, 1.0])
     found = F.conv2d(images, (curve[:, None] * curve / 6).expand(3, 1, 3, 3), groups=3)
     return (1.4826 * found.abs().flatten(1).median(1).values).clamp(min=FAINT)

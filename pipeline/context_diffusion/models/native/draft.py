@@ -61,13 +61,19 @@ def shows_tones(kinds: list[str], device: torch.device) -> Tensor:
     return torch.tensor([kind in PICTURE_KINDS for kind in kinds], device=device)
 
 
-def layout_of(control_maps: Tensor, kinds: list[str], texture_of: Callable[[Tensor], Tensor] | None = None) -> Layout:
+def layout_of(
+    control_maps: Tensor, kinds: list[str], texture_of: Callable[[Tensor], Tensor] | None = None
+) -> Layout:
     """Measure queries, uint8 (N, 3, H, W). texture_of: ReliefModel.texture; None: no texture is measured."""
     tones = tones_of(control_maps)
     waves = waves_of(tones[:, 0])
     has_tones = shows_tones(kinds, tones.device)
     texture = torch.zeros_like(tones[:, 0]) if texture_of is None else texture_of(tones)
-    return Layout(tones * has_tones[:, None, None, None], waves * has_tones[:, None, None], texture * has_tones[:, None, None])
+    return Layout(
+        tones * has_tones[:, None, None, None],
+        waves * has_tones[:, None, None],
+        texture * has_tones[:, None, None],
+    )
 
 
 def look_of(images: Tensor, side: int, texture_of: Callable[[Tensor], Tensor] | None = None) -> Look:
@@ -160,7 +166,9 @@ def mirrored(fields: Tensor, height: int, width: int) -> Tensor:
     """Extend (N, S, S) to (N, H, W) by mirroring."""
     for dim, size in ((1, height), (2, width)):
         at = torch.arange(size, device=fields.device) % (2 * fields.shape[dim])
-        fields = fields.index_select(dim, torch.where(at < fields.shape[dim], at, 2 * fields.shape[dim] - 1 - at))
+        fields = fields.index_select(
+            dim, torch.where(at < fields.shape[dim], at, 2 * fields.shape[dim] - 1 - at)
+        )
     return fields
 
 

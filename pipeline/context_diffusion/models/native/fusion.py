@@ -29,7 +29,11 @@ class ContextFusion(ModelMixin, ConfigMixin):
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(grid)
         self.project = nn.Sequential(nn.LayerNorm(2 * vision_width), nn.Linear(2 * vision_width, width))
-        self.embed = nn.Sequential(nn.Linear(statistics, width), nn.SiLU(), nn.Linear(width, width)) if statistics else None
+        self.embed = (
+            nn.Sequential(nn.Linear(statistics, width), nn.SiLU(), nn.Linear(width, width))
+            if statistics
+            else None
+        )
         self.norm_context, self.norm_text = nn.LayerNorm(width), nn.LayerNorm(width)
         self.null_context = nn.Parameter(torch.randn(grid * grid, width) * 0.02)
 
@@ -54,7 +58,9 @@ class ContextFusion(ModelMixin, ConfigMixin):
             tokens = tokens + self.embed(statistics.to(tokens.dtype))[:, None]
         return self.norm_context(tokens)
 
-    def forward(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Join text (B, T, D), mask (B, T) bool, and contexts (B, slots, K, D), weights (B, slots) >= 0.
 
         Returns tokens (B, L, D) and an additive bias (B, 1, L): log(weight) for a context's tokens, ABSENT

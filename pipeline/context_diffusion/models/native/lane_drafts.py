@@ -43,7 +43,9 @@ class NativeDrafts:
         self.model = model
         self.factor = model.image_size // model.latent_shape[1]
 
-    def of(self, request: Request, branch: Branch, contexts: list[Context], cache: Cache) -> tuple[Conditions, Conditions]:
+    def of(
+        self, request: Request, branch: Branch, contexts: list[Context], cache: Cache
+    ) -> tuple[Conditions, Conditions]:
         """Return a lane's conditions, zeros for a lane without a draft, and the detail that its image is
         given at the end.
 
@@ -70,7 +72,9 @@ class NativeDrafts:
     def _no_draft(self, request: Request) -> EncodedDraft:
         height, width = (side // self.factor for side in request.query.shape[:2])
         channels = CHANNELS * self.factor**2, self.model.latent_shape[0]
-        return EncodedDraft(*(torch.zeros(1, count, height, width, device=self.model.device) for count in channels))
+        return EncodedDraft(
+            *(torch.zeros(1, count, height, width, device=self.model.device) for count in channels)
+        )
 
     def _wanted(self, request: Request, branch: Branch, row_contexts: list[Context], cache: Cache) -> Wanted:
         nothing = Wanted([], {})
@@ -86,7 +90,11 @@ class NativeDrafts:
         words = cache.get(f"words:{prompt}", lambda: self.model.known_words([prompt]))
         kinds = [kind for kind in KINDS if self.model.memory.says(kind, words)]
         if contexts:
-            kinds = [kind for kind in kinds if self.model.memory.contradict(kind, words, self._described(kind, contexts, cache))]
+            kinds = [
+                kind
+                for kind in kinds
+                if self.model.memory.contradict(kind, words, self._described(kind, contexts, cache))
+            ]
         elif kinds:
             kinds = list(KINDS)  # a draft needs colours, whatever the words leave open
         seed = request.settings.seed or 0
@@ -96,7 +104,10 @@ class NativeDrafts:
         """Return the description (1, numbers) of one kind of look, over all contexts together."""
         weights = torch.tensor([context.weight for context in contexts], device=self.model.device)[:, None]
         if kind == "texture":
-            reliefs = [cache.get(f"relief:{context.key}", partial(self._relief, context.pixels)) for context in contexts]
+            reliefs = [
+                cache.get(f"relief:{context.key}", partial(self._relief, context.pixels))
+                for context in contexts
+            ]
             return (torch.cat(reliefs) * weights).sum(0, keepdim=True) / weights.sum()
         colours = torch.cat([look.colours for look in self._looks(contexts, cache)])
         return describe_colours((colours * weights[..., None, None]).sum(0, keepdim=True))
@@ -116,7 +127,9 @@ class NativeDrafts:
         looks = self._looks(wanted.contexts, cache)
         return cache.get(f"draft:{key}:{wanted.key}", partial(self._make_draft, layout, wanted, looks))
 
-    def _make_draft(self, layout: Layout, wanted: Wanted, looks: list[Look]) -> tuple[EncodedDraft, Conditions]:
+    def _make_draft(
+        self, layout: Layout, wanted: Wanted, looks: list[Look]
+    ) -> tuple[EncodedDraft, Conditions]:
         """Return a draft, and the images by which its detail is given back: none where the model does not do
         that."""
         memory = self.model.memory
@@ -129,7 +142,9 @@ class NativeDrafts:
         if (number := wanted.recalled.get("texture")) is not None:
             waves, rest = torch.zeros_like(waves), torch.zeros_like(rest)
             relief = memory.relief(number, *layout.tones.shape[2:])
-        drafts = draft(layout, Look(colours, waves, rest), torch.tensor([weights], device=self.model.device), relief)
+        drafts = draft(
+            layout, Look(colours, waves, rest), torch.tensor([weights], device=self.model.device), relief
+        )
         encoded = self.model.encode_draft(drafts)
         if not self.model.detail_scale:
             return encoded, {}

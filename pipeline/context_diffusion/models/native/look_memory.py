@@ -1,10 +1,10 @@
-"""What a prompt says of colours and of texture, and looks that training has seen to say it with: of those that fit the
-words best the seed takes one (after retrieval-augmented diffusion, Blattmann et al. 2022, arXiv 2204.11824). A draft is
-drawn with it as with a context's.
+"""What a prompt says of colours and of texture, and looks that training has seen to say it with: of those
+that fit the words best the seed takes one (after retrieval-augmented diffusion, Blattmann et al. 2022, arXiv
+2204.11824). A draft is drawn with it as with a context's.
 
-How well words and a look fit is learned by contrast (InfoNCE, van den Oord et al. 2018), so that it is the logarithm of how
-much likelier the look is with the words than without, but for a constant: what lies low contradicts them; and words after
-which all looks are as likely as before tell nothing of them.
+How well words and a look fit is learned by contrast (InfoNCE, van den Oord et al. 2018), so that it is the
+logarithm of how much likelier the look is with the words than without, but for a constant: what lies low
+contradicts them; and words after which all looks are as likely as before tell nothing of them.
 
 B prompts  N looks  V words of the tokenizer
 """
@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from context_diffusion.models.native.draft import STEPS, WAYS, curves_of, mirrored
-from context_diffusion.models.texture_features import ANGLES, PERIODS, SHARES, SIDE, describe_textures, fine_of
+from context_diffusion.models.texture_features import (
+    ANGLES,
+    PERIODS,
+    SHARES,
+    SIDE,
+    describe_textures,
+    fine_of,
+)
 
 Kind = Literal["colours", "texture"]
 KINDS: tuple[Kind, ...] = ("colours", "texture")
@@ -31,7 +38,8 @@ NUMBERS = {"colours": 3 * PLACES, "texture": 2 * len(PERIODS) * len(SHARES) + 2 
 COMPARED, HIDDEN = 32, 128
 NEAREST = 4  # looks of which the seed takes one
 RELIEF = 256.0  # steps of a kept relief to one of tone
-VIVID = 1.5  # times as strong as training had it is a texture that words ask for: the query's own stands beside it
+# times as strong as training had it is a texture that words ask for: the query's own stands beside it
+VIVID = 1.5
 
 
 def make_network(width: int) -> nn.Sequential:
@@ -39,11 +47,11 @@ def make_network(width: int) -> nn.Sequential:
 
 
 class LookMemory(ModelMixin, ConfigMixin):
-    """A component of the native model. vocabulary: V; looks, textures: how many are kept; side: pixels of a texture. One
-    that has learned nothing takes no words for told, and nothing is recalled.
+    """A component of the native model. vocabulary: V; looks, textures: how many are kept; side: pixels of a
+    texture. One that has learned nothing takes no words for told, and nothing is recalled.
 
-    Words are compared with looks in two views: as they are kept here, and as pictures show them, where a layout has its
-    part in it."""
+    Words are compared with looks in two views: as they are kept here, and as pictures show them, where a
+    layout has its part in it."""
 
     config_name = "config.json"
     colours: Tensor  # (looks, WAYS, STEPS, 4): draft.Look's
@@ -53,7 +61,9 @@ class LookMemory(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, vocabulary: int = 128, looks: int = 512, textures: int = 128, side: int = 128) -> None:
         super().__init__()
-        self.read_kept, self.read_seen = (nn.ModuleDict({kind: make_network(vocabulary) for kind in KINDS}) for _ in range(2))
+        self.read_kept, self.read_seen = (
+            nn.ModuleDict({kind: make_network(vocabulary) for kind in KINDS}) for _ in range(2)
+        )
         self.see = nn.ModuleDict({kind: make_network(NUMBERS[kind]) for kind in KINDS})
         self.register_buffer("colours", torch.zeros(looks, WAYS, STEPS, 4))
         self.register_buffer("reliefs", torch.zeros(textures, side, side, dtype=torch.int8))
@@ -101,10 +111,18 @@ def describe_colours(colours: Tensor) -> Tensor:
 
 
 def describe_relief(lightness: Tensor) -> Tensor:
-    """(N, 1, S, S) in [0, 1] -> (N, numbers): models/texture_features.py's, whatever way it is turned, and how its values are
-    spread."""
+    """(N, 1, S, S) in [0, 1] -> (N, numbers): models/texture_features.py's, whatever way it is turned, and
+    how its values are spread."""
     found = describe_textures(lightness)
     energies = found[:, :-2].unflatten(1, (len(PERIODS), ANGLES, len(SHARES)))
     fine = fine_of(F.adaptive_avg_pool2d(lightness, SIDE)).flatten(1)
     spread = torch.quantile(fine / (fine.std(1, keepdim=True) + 0.003), fine.new_tensor(QUANTILES), dim=1).T
-    return torch.cat([energies.mean(2).flatten(1), (energies.amax(2) - energies.mean(2)).flatten(1), found[:, -2:], spread], 1)
+    return torch.cat(
+        [
+            energies.mean(2).flatten(1),
+            (energies.amax(2) - energies.mean(2)).flatten(1),
+            found[:, -2:],
+            spread,
+        ],
+        1,
+    )

@@ -1,5 +1,4 @@
-"""The native Context Diffusion model: standard diffusers and transformers components and a small fusion
-module.
+"""The native model: components of diffusers and transformers, and a small fusion module.
 
 The query's control map goes through a ControlNet without cross-attention, contexts and prompt through
 cross-attention of the U-Net (after arXiv 2312.03584, with masked and normalised fusion, a null context and
@@ -149,15 +148,18 @@ class NativeModel:
 
     def truncates(self, prompt: str | None) -> bool:
         """Return whether a prompt has more tokens than the text encoder reads."""
-        return len(self.tokenizer(prompt or "")["input_ids"]) > self.text_encoder.config.max_position_embeddings
+        return (
+            len(self.tokenizer(prompt or "")["input_ids"]) > self.text_encoder.config.max_position_embeddings
+        )
 
     def summarise_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Summarise uint8 (N, 3, S, S) as (N, K, 2·D_v) by the context encoder, and return the images'
-        statistics too."""
+        """Summarise uint8 (N, 3, S, S) as (N, K, 2·D_v), and return the images' statistics too."""
         kind = self.normalization.contexts or "none"
         values, _, _ = normalise(images, kind)
         if kind == "none":
-            centre, scale = (values.new_tensor(part)[:, None, None] for part in (self.context_mean, self.context_std))
+            centre, scale = (
+                values.new_tensor(part)[:, None, None] for part in (self.context_mean, self.context_std)
+            )
             values = (values - centre) / scale
         statistics = describe(images)[:, : self.fusion.config.statistics]
         return self.fusion.summarise(patch_tokens(self.image_encoder, values.to(self.dtype))), statistics
@@ -166,17 +168,18 @@ class NativeModel:
         """Encode contexts, uint8 (N, 3, S, S), to tokens (N, K, D)."""
         return self.fusion.encode(*self.summarise_images(images))
 
-    def fuse(self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def fuse(
+        self, text: Tensor, text_mask: Tensor, contexts: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return self.fusion(text, text_mask, contexts, weights)
 
     def encode_control(self, control_maps: Tensor, kinds: list[str]) -> Tensor:
-        """Encode control maps, uint8 (B, 3, H, W), to latents (B, C, h, w) for the ControlNet, once a row.
+        """Encode control maps, uint8 (B, 3, H, W), to latents (B, C, h, w), once a row.
 
-        Maps that show tones are normalised first (tanh keeps the order of outliers), edge maps are used as
-        they are."""
+        Maps that show tones are normalised first; tanh keeps the order of outliers."""
         normal, _, _ = normalise(control_maps, self.normalization.query)
-        picture = shows_tones(kinds, control_maps.device)
-        signed = torch.where(picture[:, None, None, None], torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1)
+        tones = shows_tones(kinds, control_maps.device)[:, None, None, None]
+        signed = torch.where(tones, torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1)
         return self._encode(signed)
 
     def control(self, latents: Tensor, timesteps: Tensor, encoded: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -226,15 +229,13 @@ class NativeModel:
         return self.relief.texture if self.relief.learned else None
 
     def encode_draft(self, drafts: Tensor) -> EncodedDraft:
-        """Encode drafts (B, CHANNELS, H, W) for the U-Net: folded pixels, and latents of the textured
-        channels, 0 without one."""
+        """Encode drafts (B, CHANNELS, H, W) for the U-Net: folded pixels, latents of textures or 0."""
         present = drafts.flatten(1).any(1)[:, None, None, None]
         latents = self._encode(drafts[:, TEXTURED]) * present
         return EncodedDraft(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
 
     def detail(self, drafts: Tensor, draft: EncodedDraft) -> tuple[Tensor, Tensor]:
-        """Return the textured drafts without noise, and their reconstructions: (B, 3, H, W) in [0, 1]
-        each."""
+        """Return the textured drafts without noise, and their reconstructions: (B, 3, H, W) in [0, 1]."""
         return denoised(drafts[:, TEXTURED] / 2 + 0.5), self.decode(draft.latents).float()
 
     def precondition(
@@ -260,20 +261,25 @@ class NativeModel:
         text = self.text_encoder.config.max_position_embeddings
         cut = (text, hidden.shape[1] - text)
         shares = [part.softmax(2).to(hidden.dtype) for part in bias.split(cut, 2)]
-        return torch.cat([(share @ part)[:, 0] for share, part in zip(shares, hidden.split(cut, 1), strict=True)], 1)
+        return torch.cat(
+            [(share @ part)[:, 0] for share, part in zip(shares, hidden.split(cut, 1), strict=True)], 1
+        )
 
     def encode_pixels(self, images: Tensor) -> Tensor:
         """Encode uint8 (B, 3, H, W) to latents (B, C, h, w) of about unit std."""
         return self._encode(images / 127.5 - 1)
 
     def _encode(self, signed: Tensor) -> Tensor:
-        """Encode values in [-1, 1]; `fold` x `fold` latents become channels of one place, so that the U-Net's
-        grid stays coarse."""
-        return F.pixel_unshuffle(self.vae.encode(signed.to(self.dtype)).latents, self.fold) * self.latent_scale
+        """Encode values in [-1, 1]; `fold` x `fold` latents become channels of one position of the U-Net."""
+        return (
+            F.pixel_unshuffle(self.vae.encode(signed.to(self.dtype)).latents, self.fold) * self.latent_scale
+        )
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to images (B, 3, H, W) in [0, 1]."""
-        sample = self.vae.decode(F.pixel_shuffle(latents.to(self.dtype) / self.latent_scale, self.fold)).sample
+        sample = self.vae.decode(
+            F.pixel_shuffle(latents.to(self.dtype) / self.latent_scale, self.fold)
+        ).sample
         return (sample / 2 + 0.5).clamp(0, 1)
 
     @property

@@ -1,8 +1,9 @@
-"""A picture's repeating texture as a few plane waves: stripes, dots, checks and hatching are sharp peaks of its spectrum,
-a layout's borders are not. Found one after the other, the strongest first (CLEAN, Högbom 1974), each by least squares.
+"""A picture's repeating texture as a few plane waves: stripes, dots, checks and hatching are sharp peaks of
+its spectrum, a layout's borders are not. Found one after the other, the strongest first (CLEAN, Högbom 1974),
+each by least squares.
 
-Where a texture lies belongs to a style as much as its period does, and a wave tells both: the contexts' waves can be
-drawn over any layout, of any size, and nothing of their own layouts comes along.
+Where a texture lies belongs to a style as much as its period does, and a wave tells both: the contexts' waves
+can be drawn over any layout, of any size, and nothing of their own layouts comes along.
 
 Every function treats its pictures one by one. N pictures  H W pixels
 """
@@ -24,8 +25,8 @@ FINER = 2  # steps of the spectrum to one of a plain Fourier transform
 
 
 def waves_of(tones: Tensor) -> Tensor:
-    """(N, H, W) -> (N, COUNT, 4): cycles a pixel across and down, and the parts of cosine and sine about the picture's
-    centre, in the units of the tones; 0 where there are fewer."""
+    """(N, H, W) -> (N, COUNT, 4): cycles a pixel across and down, and the parts of cosine and sine about the
+    picture's centre, in the units of the tones; 0 where there are fewer."""
     (height, width), device = tones.shape[1:], tones.device
     down, across = _places(height, device), _places(width, device)
     window = _hann(height, device)[:, None] * _hann(width, device)
@@ -59,7 +60,9 @@ def draw_waves(waves: Tensor, height: int, width: int) -> Tensor:
     """(N, K, 4) -> (N, H, W): their sum."""
     waves = waves.float()
     turns = 2 * math.pi * waves[..., :2]
-    across, down = (turns[..., i, None] * _places(size, waves.device) for i, size in enumerate((width, height)))
+    across, down = (
+        turns[..., i, None] * _places(size, waves.device) for i, size in enumerate((width, height))
+    )
     # c cos(a + b) + s sin(a + b), as products of what depends on one axis each
     cosine, sine = waves[..., 2, None], waves[..., 3, None]
     left = torch.cat([cosine * down.cos() + sine * down.sin(), sine * down.cos() - cosine * down.sin()], 1)
@@ -77,7 +80,9 @@ def _hann(size: int, device: torch.device) -> Tensor:
 def _level(tones: Tensor, down: Tensor, across: Tensor, window: Tensor) -> Tensor:
     """Without their mean and what rises evenly, a sky's light say, which would be taken for long waves."""
     for part in (torch.ones_like(window), down.expand_as(window), across.expand_as(window)):
-        tones = tones - part * ((tones * part * window).sum((1, 2)) / (part * part * window).sum())[:, None, None]
+        tones = (
+            tones - part * ((tones * part * window).sum((1, 2)) / (part * part * window).sum())[:, None, None]
+        )
     return tones
 
 
@@ -93,7 +98,10 @@ def _usual(strength: Tensor, radius: Tensor, usable: Tensor) -> Tensor:
     place = (radius - low) / (high - low) * RINGS
     ring = place.long().clamp(0, RINGS - 1)
     none = strength.new_full((len(strength),), math.inf)
-    medians = [strength[:, inside].median(1).values if (inside := usable & (ring == k)).any() else none for k in range(RINGS)]
+    medians = [
+        strength[:, inside].median(1).values if (inside := usable & (ring == k)).any() else none
+        for k in range(RINGS)
+    ]
     levels, place = torch.stack(medians, 1), (place - 0.5).clamp(0, RINGS - 1 - 1e-4)
     below, share = place.long(), place.frac()
     mixed = levels[:, below].log() * (1 - share) + levels[:, below + 1].log() * share
@@ -116,7 +124,10 @@ def _alone(ratio: Tensor, radius: Tensor, fy: Tensor, fx: Tensor) -> Tensor:
 
 def _summit(strength: Tensor, row: Tensor, column: Tensor, dy: int, dx: int) -> Tensor:
     """(N,) where between two steps the peak is highest, -.5 to .5: a parabola through three logarithms."""
-    rows, (last_y, last_x) = torch.arange(len(row), device=row.device), (size - 1 for size in strength.shape[1:])
+    rows, (last_y, last_x) = (
+        torch.arange(len(row), device=row.device),
+        (size - 1 for size in strength.shape[1:]),
+    )
     levels = []
     for k in (-1, 0, 1):
         y, x = row + k * dy, column + k * dx
@@ -131,7 +142,8 @@ def _fit(rest: Tensor, wave: Tensor, window: Tensor) -> Tensor:
     """(N, 2): how much of the wave's cosine and sine is in the rest, by least squares under the window."""
     cosine, sine = wave.real, wave.imag
     cc, cs, ss, rc, rs = (
-        (window * a * b).sum((1, 2)) for a, b in ((cosine, cosine), (cosine, sine), (sine, sine), (rest, cosine), (rest, sine))
+        (window * a * b).sum((1, 2))
+        for a, b in ((cosine, cosine), (cosine, sine), (sine, sine), (rest, cosine), (rest, sine))
     )
     determinant = (cc * ss - cs * cs).clamp(min=1e-9)
     return torch.stack([rc * ss - rs * cs, rs * cc - rc * cs], 1) / determinant[:, None]

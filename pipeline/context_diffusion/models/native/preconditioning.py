@@ -20,7 +20,9 @@ class EncodedDraft(NamedTuple):
     latents: Tensor  # (B, C, h, w)
 
 
-def precondition(latents: Tensor, draft: EncodedDraft, a: Tensor, s: Tensor, rest_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def precondition(
+    latents: Tensor, draft: EncodedDraft, a: Tensor, s: Tensor, rest_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the U-Net's input, and the gain and the offset that turn its output into v = gain · output +
     offset.
 
@@ -46,5 +48,7 @@ def levels(alphas: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     table = alphas.to(timesteps.device)
     times = timesteps.float().clamp(0, len(table) - 1)
     low = times.floor().long()
-    alpha = torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], times.frac())[:, None, None, None]
+    alpha = torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], times.frac())[
+        :, None, None, None
+    ]
     return alpha.sqrt(), (1 - alpha).sqrt()

@@ -1,5 +1,6 @@
-"""A picture's relief: its texture alone, in tones, told from its layout (structure and texture, after Meyer 2001; here a
-network learned which is which by pictures of layouts and styles of all kinds: training/texture_separation.py).
+"""A picture's relief: its texture alone, in tones, told from its layout (structure and texture, after Meyer
+2001; here a network learned which is which by pictures of layouts and styles of all kinds:
+training/texture_separation.py).
 
 Every function treats its pictures one by one. N pictures  H W pixels
 """
@@ -24,7 +25,10 @@ class Block(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.norm_first, self.norm_second = nn.GroupNorm(GROUPS, inputs), nn.GroupNorm(GROUPS, outputs)
-        self.first, self.second = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.first, self.second = (
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+        )
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         self.whole = nn.Linear(outputs, outputs)
         nn.init.zeros_(self.second.weight)
@@ -44,9 +48,16 @@ class ReliefModel(ModelMixin, ConfigMixin):
         super().__init__()
         self.levels = len(widths)
         self.conv_in = nn.Conv2d(2 * FOLD**2, widths[0], 3, padding=1)
-        self.down = nn.ModuleList([Block(widths[max(level - 1, 0)], widths[level]) for level in range(self.levels)])
-        self.up = nn.ModuleList([Block(widths[k + 1] + widths[k], widths[k]) for k in reversed(range(self.levels - 1))])
-        self.norm, self.conv_out = nn.GroupNorm(GROUPS, widths[0]), nn.Conv2d(widths[0], 2 * FOLD**2, 3, padding=1)
+        self.down = nn.ModuleList(
+            [Block(widths[max(level - 1, 0)], widths[level]) for level in range(self.levels)]
+        )
+        self.up = nn.ModuleList(
+            [Block(widths[k + 1] + widths[k], widths[k]) for k in reversed(range(self.levels - 1))]
+        )
+        self.norm, self.conv_out = (
+            nn.GroupNorm(GROUPS, widths[0]),
+            nn.Conv2d(widths[0], 2 * FOLD**2, 3, padding=1),
+        )
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 
@@ -57,8 +68,8 @@ class ReliefModel(ModelMixin, ConfigMixin):
         return weight.is_meta or bool(weight.any())  # where shapes alone are asked for
 
     def forward(self, tones: Tensor) -> tuple[Tensor, Tensor]:
-        """draft.tones_of's (N, 2, H, W) -> structure and texture in ranks, (N, H, W) each. They don't add up to the tones:
-        a camera's noise and uneven light are neither, nor are outlines."""
+        """draft.tones_of's (N, 2, H, W) -> structure and texture in ranks, (N, H, W) each. They don't add up
+        to the tones: a camera's noise and uneven light are neither, nor are outlines."""
         height, width = tones.shape[2:]
         multiple = FOLD * 2 ** (self.levels - 1)
         padded = F.pad(tones.to(self.dtype), (0, -width % multiple, 0, -height % multiple), mode="replicate")
@@ -74,7 +85,8 @@ class ReliefModel(ModelMixin, ConfigMixin):
         return tones[:, 0] + SMALL * found[:, 0], SMALL * found[:, 1]
 
     def texture(self, tones: Tensor) -> Tensor:
-        """(N, 2, H, W) -> (N, H, W), about 0: nothing where there is hardly any (shrinkage as in Wiener's filter)."""
+        """(N, 2, H, W) -> (N, H, W), about 0: nothing where there is hardly any (shrinkage as in Wiener's
+        filter)."""
         found = self(tones)[1]
         deviation = found.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
         return (1 - (FAINT / deviation).square()).clamp(min=0) * (found - found.mean((1, 2), keepdim=True))

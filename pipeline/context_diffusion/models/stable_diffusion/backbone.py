@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.records import Control, Pixels, Request
 from context_diffusion.engine.backbone import Conditions, Encoded
-from context_diffusion.engine.conditioning import content_key, control_scales, slots_of, to_tensor, weighted_contexts
+from context_diffusion.engine.conditioning import (
+    content_key,
+    control_scales,
+    slots_of,
+    to_tensor,
+    weighted_contexts,
+)
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.inputs.context_images import ContextPreprocessing, ImageProcessor
@@ -75,8 +81,8 @@ class StableBackbone:
             return guidance_branches(settings, differs)
         if settings.context_guidance_scale not in (None, settings.guidance_scale):
             message = (
-                "context_guidance_scale: this model reads one guidance scale, for prompt and contexts together; "
-                "leave it out, and set context_scale for the contexts' strength"
+                "context_guidance_scale: this model reads one guidance scale, for prompt and contexts "
+                "together; leave it out, and set context_scale for the contexts' strength"
             )
             raise RowError(ErrorCode.INVALID_SETTING, message)
         return [Branch(1.0, contexts=True, prompt=True)]
@@ -117,7 +123,10 @@ class StableBackbone:
         if self.encoder is None:
             return {False: {}, True: {}}
         contexts = weighted_contexts(request, self.context_slots)
-        given = [cache.get(f"context:{context.key}", partial(self.encoder.encode, context.pixels)) for context in contexts]
+        given = [
+            cache.get(f"context:{context.key}", partial(self.encoder.encode, context.pixels))
+            for context in contexts
+        ]
         given_weights = [context.weight for context in contexts]
         none = cache.get("context:", self.encoder.none)
         scale = none.new_full((1, 1, 1), request.settings.context_scale)
@@ -126,14 +135,21 @@ class StableBackbone:
             slots, padded = slots_of(tokens, weights, self.context_slots)
             bias = log_weights(padded).repeat_interleave(slots.shape[2], 1)[:, None, None].to(slots.dtype)
             attended = self.encoder.keys_and_values(slots.flatten(1, 2))
-            conditions[present] = attended | {"context_bias": bias, "context_scale": scale * bool(padded.any())}
+            conditions[present] = attended | {
+                "context_bias": bias,
+                "context_scale": scale * bool(padded.any()),
+            }
         return conditions
 
     def _time_ids(self, request: Request) -> Conditions:
         if not self.model.xl:
             return {}
         height, width = request.query.shape[:2]
-        return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)}
+        return {
+            "time_ids": torch.tensor(
+                [[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype
+            )
+        }
 
     def _guidance(self, request: Request) -> Conditions:
         """Embed the guidance scale, (1, guidance_width), as diffusers' pipelines do for an LCM."""
@@ -161,7 +177,9 @@ class StableBackbone:
         latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample(generator)
         return (latents * self.vae.config.scaling_factor).float()
 
-    def control(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions) -> list[Tensor]:
+    def control(
+        self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions
+    ) -> list[Tensor]:
         total: list[Tensor] = []
         for n, net in enumerate(self.controlnets):
             down, mid = net(
@@ -177,7 +195,9 @@ class StableBackbone:
             total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
         return total
 
-    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None) -> Tensor:
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None
+    ) -> Tensor:
         return self.unet(
             latents.to(self.dtype),
             timesteps,
@@ -223,7 +243,9 @@ class _ContextEncoder:
         }
         pipe.unet.encoder_hid_proj = None
         pipe.unet.register_to_config(encoder_hid_dim_type=None)
-        self.mean, self.std = (torch.tensor(part)[:, None, None] for part in (preprocessing.mean, preprocessing.std))
+        self.mean, self.std = (
+            torch.tensor(part)[:, None, None] for part in (preprocessing.mean, preprocessing.std)
+        )
 
     def encode(self, pixels: Pixels) -> Tensor:
         """Encode a context, uint8 (S, S, 3), to tokens (1, K, D)."""
@@ -236,7 +258,9 @@ class _ContextEncoder:
 
     def none(self) -> Tensor:
         side = self.encoder.config.image_size
-        return self._features(torch.zeros(1, 3, side, side, device=self.encoder.device, dtype=self.encoder.dtype), empty=True)
+        return self._features(
+            torch.zeros(1, 3, side, side, device=self.encoder.device, dtype=self.encoder.dtype), empty=True
+        )
 
     def _features(self, values: Tensor, empty: bool) -> Tensor:
         """Return the adapter's tokens: a plain one reads the projected embedding, Plus the patches; `empty`:

@@ -14,7 +14,11 @@ import diffusers
 import safetensors.torch
 import torch
 import transformers
-from diffusers.models.embeddings import ImageProjection, IPAdapterFullImageProjection, IPAdapterPlusImageProjection
+from diffusers.models.embeddings import (
+    ImageProjection,
+    IPAdapterFullImageProjection,
+    IPAdapterPlusImageProjection,
+)
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import nn
 
@@ -57,14 +61,19 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
     # The safety checker is loaded apart: the pipeline is never called, and XL's takes none.
     components: dict[str, Any] = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
     if parts.image_encoder:
-        components["image_encoder"] = loader(transformers.CLIPVisionModelWithProjection, parts.image_encoder, dtype_name="dtype")
+        components["image_encoder"] = loader(
+            transformers.CLIPVisionModelWithProjection, parts.image_encoder, dtype_name="dtype"
+        )
     if parts.vae:
         components["vae"] = loader.component(diffusers.AutoencoderKL, parts.vae)
     pipe = loader(kind_of_pipe, parts.base, **components)
     controlnets = [loader.component(diffusers.ControlNetModel, part) for part in parts.controlnets]
     for name, net in zip(parts.controlnets, controlnets, strict=True):
         if (width := net.config.cross_attention_dim) != pipe.unet.config.cross_attention_dim:
-            raise ModelError(f"model: controlnet {name} reads text of width {width}, base {parts.base} has another one")
+            raise ModelError(
+                f"model: controlnet {name} reads text of width {width}, that of base {parts.base} is "
+                "different"
+            )
     _fuse_loras(pipe, parts)
     if parts.ip_adapter and parts.ip_adapter_weight_name:
         _load_ip_adapter(pipe, parts, fetch(parts.ip_adapter, parts.ip_adapter_weight_name, parts.revision))
@@ -91,7 +100,7 @@ class _Loader:
         with random weights."""
         class_name = read_json(part, "config.json", self.parts.revision).get("_class_name")
         if class_name != kind.__name__:
-            raise ModelError(f"model: {part} holds a {class_name}, wanted is a {kind.__name__}")
+            raise ModelError(f"model: {part} is a {class_name}, expected a {kind.__name__}")
         return self(kind, part)
 
     def __call__(self, kind: Any, part: str, dtype_name: str = "torch_dtype", **components: Any) -> Any:
@@ -104,17 +113,24 @@ class _Loader:
         problems: list[Exception] = []
         for variant in dict.fromkeys((self.variant, None)):
             try:
-                return kind.from_pretrained(repo, **options, **components, **({"variant": variant} if variant else {}))
+                return kind.from_pretrained(
+                    repo, **options, **components, **({"variant": variant} if variant else {})
+                )
             except Exception as error:  # whatever a folder's files lead the loaders to
                 problems.append(error)
-        raise ModelError(f"model: {part} cannot be loaded as {kind.__name__}: {problems[-1]}") from problems[-1]
+        raise ModelError(f"model: {part} cannot be loaded as {kind.__name__}: {problems[-1]}") from problems[
+            -1
+        ]
 
 
 def _load_safety_checker(loader: _Loader, part: str) -> Any:
     checker, info = loader(StableDiffusionSafetyChecker, part, dtype_name="dtype", output_loading_info=True)
     if info["missing_keys"]:  # transformers would use random ones
         missing = sorted(info["missing_keys"])
-        raise ModelError(f"model: safety_checker {part} is none: it lacks {len(missing)} weights, {', '.join(missing[:3])}")
+        raise ModelError(
+            f"model: safety_checker {part} is not a safety checker: {len(missing)} weights are missing, "
+            f"{', '.join(missing[:3])}"
+        )
     return checker
 
 
@@ -131,7 +147,9 @@ def _fuse_loras(pipe: Any, parts: Parts) -> None:
             raise
         except Exception as error:
             hint = "; pip install 'context-diffusion[lora]'" if "PEFT" in str(error) else ""
-            raise ModelError(f"model: lora {name} cannot be loaded into {parts.base}: {error}{hint}") from error
+            raise ModelError(
+                f"model: lora {name} cannot be loaded into {parts.base}: {error}{hint}"
+            ) from error
 
 
 def _check_lora(pipe: Any, path: Path, adapter: str, name: str, base: str) -> None:
@@ -140,15 +158,18 @@ def _check_lora(pipe: Any, path: Path, adapter: str, name: str, base: str) -> No
     diffusers ignores keys that fit no layer, even all of them, and reports it only on a log that is muted
     here."""
     layers = [layer for component in pipe.get_list_adapters() for layer in getattr(pipe, component).modules()]
-    if not any(adapter in getattr(layer, "lora_B", {}) and layer.lora_B[adapter].weight.any() for layer in layers):
+    if not any(
+        adapter in getattr(layer, "lora_B", {}) and layer.lora_B[adapter].weight.any() for layer in layers
+    ):
         raise ModelError(
             f"model: lora {name} changes no weight of {base}: its keys fit none of its layers; "
-            "was it made for another kind of model, or saved without the prefix unet.?"
+            "was it trained for another kind of model, or saved without the prefix unet.?"
         )
     if unused := _unused_keys(path, layers, adapter):
         names = ", ".join(unused[:NAMED]) + (", ..." if unused[NAMED:] else "")
-        message = f"model: lora {name} fits {base} only in part: {len(unused)} of its keys fit no layer: {names}"
-        LOG.tell("warning", f"warning: {message}", "warning", message=message)
+        LOG.warn(
+            f"model: lora {name} fits {base} only in part: {len(unused)} of its keys fit no layer: {names}"
+        )
 
 
 def _unused_keys(path: Path, layers: list[nn.Module], adapter: str) -> list[str]:
@@ -158,7 +179,9 @@ def _unused_keys(path: Path, layers: list[nn.Module], adapter: str) -> list[str]
     for layer in layers:
         for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
             if adapter in getattr(layer, kind, {}):
-                loaded |= {(weight.dtype, _digest(weight)) for weight in getattr(layer, kind)[adapter].parameters()}
+                loaded |= {
+                    (weight.dtype, _digest(weight)) for weight in getattr(layer, kind)[adapter].parameters()
+                }
     dtypes = {dtype for dtype, _ in loaded}
     unused = []
     for key, weight in safetensors.torch.load_file(path).items():
@@ -171,24 +194,38 @@ def _unused_keys(path: Path, layers: list[nn.Module], adapter: str) -> list[str]
 def _digest(weight: torch.Tensor) -> bytes:
     """Return a digest of the values in order, for any shape: some files hold 1 x 1 convolutions for linear
     layers."""
-    return hashlib.blake2b(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
+    return hashlib.blake2b(
+        weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    ).digest()
 
 
 def _load_ip_adapter(pipe: Any, parts: Parts, path: Path) -> None:
     if pipe.image_encoder is None:
-        raise ModelError("model: ip_adapter needs image_encoder, the CLIP vision model that it was made with")
+        raise ModelError(
+            "model: ip_adapter needs image_encoder, the CLIP vision model that it was trained with"
+        )
     try:
         pipe.load_ip_adapter(str(path.parent), subfolder="", weight_name=path.name, image_encoder_folder=None)
     except Exception as error:
-        raise ModelError(f"model: ip_adapter {path} doesn't fit {parts.base}: {error}") from error
+        raise ModelError(f"model: ip_adapter {path} does not fit {parts.base}: {error}") from error
     [layer] = pipe.unet.encoder_hid_proj.image_projection_layers
     if not isinstance(layer, ADAPTERS):
         known = ", ".join(kind.__name__ for kind in ADAPTERS)
-        raise ModelError(f"model: ip_adapter {path.name} is a {type(layer).__name__}, which is not supported; known are {known}")
+        raise ModelError(
+            f"model: ip_adapter {path.name} is a {type(layer).__name__}, which is not supported; known "
+            f"are {known}"
+        )
     plain = isinstance(layer, ImageProjection)
     encoder = pipe.image_encoder.config
     width = encoder.projection_dim if plain else encoder.hidden_size
-    wanted = layer.image_embeds.in_features if plain else getattr(getattr(layer, "proj_in", None), "in_features", width)
+    wanted = (
+        layer.image_embeds.in_features
+        if plain
+        else getattr(getattr(layer, "proj_in", None), "in_features", width)
+    )
     if width != wanted:
         features = f"image_encoder {parts.image_encoder} gives {width} features"
-        raise ModelError(f"model: {features}, ip_adapter {path.name} reads {wanted}: name the encoder that it was made with")
+        raise ModelError(
+            f"model: {features}, ip_adapter {path.name} reads {wanted}: name the encoder that it was "
+            "made with"
+        )

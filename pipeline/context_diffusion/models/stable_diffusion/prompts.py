@@ -39,7 +39,11 @@ class PromptEncoder:
         return max(len(tokenizer(text, verbose=False)["input_ids"]) for tokenizer in self.tokenizers)
 
     def truncates(self, prompt: str | None) -> bool:
-        return len(self.split(prompt or "")) > self.chunks if self.chunks > 1 else self.tokens(prompt or "") > self.length
+        return (
+            len(self.split(prompt or "")) > self.chunks
+            if self.chunks > 1
+            else self.tokens(prompt or "") > self.length
+        )
 
     def split(self, prompt: str) -> list[str]:
         """Split a prompt at spaces into parts that the text encoder can read."""
@@ -70,7 +74,11 @@ class PromptEncoder:
         clip_skip."""
         zeros = self.zeros and text is None
         skip = None if negative or text is None else self.clip_skip
-        options = {"device": self.pipe.unet.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        options = {
+            "device": self.pipe.unet.device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+        }
         if not self.xl and skip:
             return self._skipped(text or "", skip), None
         if not self.xl:
@@ -82,6 +90,10 @@ class PromptEncoder:
         """Encode without the text encoder's last layers. (diffusers 0.42 cannot: it looks for them at a path
         of transformers 4.)"""
         encoder = self.pipe.text_encoder
-        ids = self.pipe.tokenizer(text, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
-        hidden = encoder(ids["input_ids"].to(encoder.device), output_hidden_states=True).hidden_states[-(skip + 1)]
+        ids = self.pipe.tokenizer(
+            text, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        hidden = encoder(ids["input_ids"].to(encoder.device), output_hidden_states=True).hidden_states[
+            -(skip + 1)
+        ]
         return getattr(encoder, "text_model", encoder).final_layer_norm(hidden)

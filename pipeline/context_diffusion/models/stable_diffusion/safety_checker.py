@@ -22,7 +22,9 @@ class SafetyChecker:
     def __init__(self, checker: Any) -> None:
         side = checker.config.vision_config.image_size
         self.checker = checker
-        self.processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        self.processor = CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        )
 
     @torch.inference_mode()
     def __call__(self, image: Pixels) -> bool:

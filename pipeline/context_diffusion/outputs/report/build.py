@@ -1,4 +1,4 @@
-"""summary.json and report.html: the figures, the pictures beside their queries and contexts, the failures."""
+"""Writes summary.json and report.html: figures, images beside their queries and contexts, and failed rows."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import groupby
 from typing import Any
+from urllib.parse import quote
 
 from context_diffusion.core.schema import CONTEXT, QUERY
 from context_diffusion.outputs.finalize import close
 from context_diffusion.outputs.output_folder import Output
-from context_diffusion.outputs.report.cards import COLUMNS, card, relative_url
+from context_diffusion.outputs.report.cards import COLUMNS, card
 from context_diffusion.outputs.report.page import render
-from context_diffusion.outputs.report.row_sample import survey
+from context_diffusion.outputs.report.row_sample import sample_rows
 from context_diffusion.outputs.report.sweep_grid import contact_sheets
-from context_diffusion.outputs.report.thumbnails import OURS, Frame, Pictures, frame_of
+from context_diffusion.outputs.report.thumbnails import OUTPUT_FILE, Frame, ImageReader, frame_of
 
-Shown = tuple[str, Frame | None]  # a query or context, and the shape in which it is shown
-PAGE_BYTES = 9 * 2**20  # rows first, then thumbnails while there is room: made pictures, queries, contexts
+FramedUri = tuple[str, Frame | None]  # a query or context, and the frame of its thumbnail
+SourceThumbnails = Callable[[Iterable[FramedUri]], Iterable[bytes | None]]
+PAGE_BYTES = 9 * 2**20  # the rows, then thumbnails while they fit: outputs, queries, contexts
 
 
 def rebuild(output: Output) -> dict[str, Any]:
-    """Counts again and writes summary.json and report.html; what only the run knew is kept."""
+    """Count again and write summary.json and report.html.
+
+    Figures that only the run could measure are kept.
+    """
     counts = output.count()
     summary = output.read_json(output.summary) if output.storage.exists(output.summary) else {}
     summary |= {"output": output.root, **vars(counts)}
@@ -36,71 +41,82 @@ def rebuild(output: Output) -> dict[str, Any]:
 
 
 def write_report(output: Output, summary: dict[str, Any]) -> None:
-    """One file that opens from disk without a network: thumbnails lie in it, everything is escaped."""
-    found, pictures = survey(output, summary["images"]), Pictures(output)
-    with ThreadPoolExecutor(pictures.threads) as threads:
-        shards = [(shard, [row for _, row in some]) for shard, some in groupby(found.places, lambda place: place[0])]
-        rows = [row for some in threads.map(lambda shard: _rows(output, pictures, *shard), shards) for row in some]
-        cards = [card(row, _beside(row)) for row in rows]
-        data = {"served": False, "of": found.rows, "histograms": found.histograms, "codes": summary["codes"], "rows": cards}
-        sheets = contact_sheets(
-            output,
-            lambda row: _data_url(pictures.made_thumbnail(row)),
-            lambda uri, frame: _data_url(pictures.source_thumbnail(uri, frame)),
-        )
+    """Write report.html, one file that opens from disk without a network: it contains its thumbnails."""
+    sample = sample_rows(output, summary["images"])
+    images = ImageReader(output)
+    by_shard = groupby(sample.positions, lambda position: position[0])
+    chosen = [(shard, [number for _, number in positions]) for shard, positions in by_shard]
+    sheets = contact_sheets(
+        output,
+        lambda row: _data_url(images.output_thumbnail(row)),
+        lambda uri, frame: _data_url(images.source_thumbnail(uri, frame)),
+    )
+    with ThreadPoolExecutor(images.threads) as threads:
+        parts = threads.map(lambda shard_rows: _read_rows(output, images, *shard_rows), chosen)
+        rows = [row for part in parts for row in part]
+        data = {
+            "served": False,
+            "entries": sample.rows,
+            "histograms": sample.histograms,
+            "codes": summary["codes"],
+            "rows": [card(row, _relative_url(row)) for row in rows],
+        }
         room = PAGE_BYTES - len(render(summary, data, sheets))
-        data["pictures"] = _add_thumbnails(
-            rows, cards, lambda shown: threads.map(lambda one: pictures.source_thumbnail(*one), shown), room
-        )
+
+        def source_thumbnails(sources: Iterable[FramedUri]) -> Iterable[bytes | None]:
+            return threads.map(lambda source: images.source_thumbnail(*source), sources)
+
+        data["thumbnails"] = _add_thumbnails(rows, data["rows"], source_thumbnails, room)
     output.storage.replace(output.report, render(summary, data, sheets))
 
 
-def _rows(output: Output, pictures: Pictures, shard: int, chosen: list[int]) -> list[dict[str, Any]]:
-    """Rows of one part, each with the thumbnail of its picture, not the picture itself, under `image`."""
-    part = output.read_part(shard, [*COLUMNS, *pictures.columns])
-    rows = part.take(chosen).to_pylist()
+def _read_rows(output: Output, images: ImageReader, shard: int, numbers: list[int]) -> list[dict[str, Any]]:
+    """Read rows of one part. Their `image` is a thumbnail."""
+    part = output.read_part(shard, [*COLUMNS, *images.columns])
+    rows = part.take(numbers).to_pylist()
     for row in rows:
-        row["image"] = pictures.made_thumbnail(row) if row["status"] == "ok" else None
+        row["image"] = images.output_thumbnail(row) if row["status"] == "ok" else None
     return rows
 
 
-def _beside(row: dict[str, Any]) -> str | None:
-    """The URL of a picture file that lies beside the page, in OUTPUT."""
+def _relative_url(row: dict[str, Any]) -> str | None:
+    """Return the URL of an image file, relative to the page; None for an image in a tar or a part."""
     name = row["file_name"]
-    return relative_url(name) if name and OURS.fullmatch(name) and ".tar/" not in name else None
+    return quote(name, safe="/") if name and OUTPUT_FILE.fullmatch(name) and ".tar/" not in name else None
 
 
 def _add_thumbnails(
-    rows: list[dict[str, Any]],
-    cards: list[dict[str, Any]],
-    thumbnails: Callable[[Iterable[Shown]], Iterable[bytes | None]],
-    room: int,
+    rows: list[dict[str, Any]], cards: list[dict[str, Any]], source_thumbnails: SourceThumbnails, room: int
 ) -> list[str]:
-    """Sets each card's `made` and `picture`s to places in the list of data: URLs that it gives back; contexts repeat, each
-    file stands in it once, and a query once more where it was cut to its picture's shape. room: bytes."""
-    made: list[str] = []
+    """Set each `thumbnail` of the cards to a position in the returned list of data: URLs; None if it is full.
 
-    def keep(data: bytes | None) -> int | None:
+    room: of the list, in bytes. Equal thumbnails of queries and contexts are stored once.
+    """
+    urls: list[str] = []
+
+    def store(data: bytes | None) -> int | None:
         nonlocal room
         url = _data_url(data)
         if url is None or len(url) > room:
             return None
         room -= len(url) + 3
-        made.append(url)
-        return len(made) - 1
+        urls.append(url)
+        return len(urls) - 1
 
-    for shown, row in zip(cards, rows, strict=True):
-        shown["made"] = keep(row["image"])
-    sources: list[tuple[dict[str, Any], Shown]] = []
-    for shown, row in zip(cards, rows, strict=True):
-        sources.append((shown[QUERY], (row[QUERY], frame_of(row))))
-    for shown, row in zip(cards, rows, strict=True):  # of many contexts the first are shown
-        sources += [(source, (uri, None)) for source, uri in zip(shown[CONTEXT], row[CONTEXT] or [], strict=False)]
-    once = dict.fromkeys(wanted for _, wanted in sources)
-    kept = dict(zip(once, map(cache(keep), thumbnails(once)), strict=True))
-    for source, wanted in sources:
-        source["picture"] = kept[wanted]
-    return made
+    pairs = list(zip(cards, rows, strict=True))
+    for row_card, row in pairs:
+        row_card["thumbnail"] = store(row["image"])
+    sources: list[tuple[dict[str, Any], FramedUri]] = []
+    for row_card, row in pairs:
+        sources.append((row_card[QUERY], (row[QUERY], frame_of(row))))
+    for row_card, row in pairs:  # a card shows the first contexts only
+        contexts = zip(row_card[CONTEXT], row[CONTEXT] or [], strict=False)
+        sources += [(context, (uri, None)) for context, uri in contexts]
+    unique = dict.fromkeys(framed_uri for _, framed_uri in sources)
+    stored = dict(zip(unique, map(cache(store), source_thumbnails(unique)), strict=True))
+    for source, framed_uri in sources:
+        source["thumbnail"] = stored[framed_uri]
+    return urls
 
 
 def _data_url(thumbnail: bytes | None) -> str | None:

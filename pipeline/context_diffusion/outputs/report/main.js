@@ -1,46 +1,49 @@
-// What the page shows and how it is moved through: filters, pages, keys, links to rows.
+// Navigation of the page: filters, pages, keys, links to rows.
 const form = document.getElementById("filters"), cards = document.getElementById("cards"), count = document.getElementById("count");
 const number = value => value.toLocaleString("en");
-let offset = 0, found = { total: 0, rows: [] }, asked = 0, typing = 0;
+let offset = 0;
+let page = { total: 0, rows: [] };
+let requests = 0;  // sent so far: only the answer to the last one is shown
+let typing = 0;  // the timer that waits for the end of typing
 
-function question() {
+function currentQuery() {
   const value = name => form.elements[name].value;
   const [sort, order] = value("sort").split(" ");
-  const edge = (name, otherwise) => value(name) === "" || Number.isNaN(+value(name)) ? otherwise : +value(name);
+  const bound = (name, fallback) => value(name) === "" || Number.isNaN(+value(name)) ? fallback : +value(name);
   return { text: value("text").trim(), status: value("status"), code: value("code"), score: value("score"),
-    low: edge("low", 0), high: edge("high", 1), sort: sort || "", order: order || "asc", offset, limit: PAGE };
+    low: bound("low", 0), high: bound("high", 1), sort: sort || "", order: order || "asc", offset, limit: PAGE };
 }
 
-function told() {
-  const here = data.served ? data.of : data.rows.length;
-  const range = found.total ? `${number(offset + 1)}–${number(offset + found.rows.length)} of ${number(found.total)}` : "None";
-  const match = found.total < here ? ` that match, of ${number(here)}` : "";
-  const sample = here < data.of ? ` on this page; OUTPUT has ${number(data.of)}, context-diffusion view OUTPUT shows them all` : "";
-  return range + match + sample;
+function countText() {
+  const onPage = data.served ? data.entries : data.rows.length;
+  const range = page.total ? `${number(offset + 1)}–${number(offset + page.rows.length)} of ${number(page.total)}` : "None";
+  const matching = page.total < onPage ? ` matching, ${number(onPage)} in total` : "";
+  const sample = onPage < data.entries ? ` on this page; OUTPUT has ${number(data.entries)}: run context-diffusion view OUTPUT to see all` : "";
+  return range + matching + sample;
 }
 
 async function show(from = 0) {
-  const mine = ++asked;
+  const requestNumber = ++requests;
   offset = from;
   let answer;
   try {
-    answer = await source.find(question());
+    answer = await source.find(currentQuery());
   } catch (error) {
-    if (mine === asked) count.textContent = "The rows cannot be had: " + error.message;
+    if (requestNumber === requests) count.textContent = "Loading the rows failed: " + error.message;
     return;
   }
-  if (mine !== asked) return;  // a later question was asked meanwhile
-  found = answer;
-  cards.replaceChildren(...found.rows.map(card));
-  count.textContent = told();
+  if (requestNumber !== requests) return;
+  page = answer;
+  cards.replaceChildren(...page.rows.map(card));
+  count.textContent = countText();
   document.getElementById("previous").disabled = offset === 0;
-  document.getElementById("next").disabled = offset + PAGE >= found.total;
-  const { score, low, high } = question();
+  document.getElementById("next").disabled = offset + PAGE >= page.total;
+  const { score, low, high } = currentQuery();
   for (const bar of document.querySelectorAll(".bars button"))
     bar.setAttribute("aria-pressed", String(bar.dataset.score === score && +bar.dataset.low >= low && +bar.dataset.high <= high));
 }
 
-function choose(values) {
+function filterBy(values) {
   form.reset();
   for (const [name, value] of Object.entries(values)) form.elements[name].value = value;
   document.getElementById("gallery-title").scrollIntoView();
@@ -50,33 +53,36 @@ function choose(values) {
 async function openLinked() {
   const match = /^#row=([^/]*)\/(\d+)$/.exec(location.hash);
   if (!match) return dialog.open && dialog.close();
-  let row = null, why = "";
+  let row = null;
+  let reason = "";
   try {
-    const [id, index] = [decodeURIComponent(match[1]), +match[2]];
-    row = found.rows.find(one => one.id === id && (one.index ?? 0) === index) || await source.row(id, index);
+    const id = decodeURIComponent(match[1]);
+    const index = +match[2];
+    row = page.rows.find(candidate => candidate.id === id && (candidate.index ?? 0) === index) || await source.row(id, index);
   } catch (error) {
-    why = ": " + error.message;
+    reason = ": " + error.message;
   }
-  if (row) fill(row);
-  else count.textContent = "The row of this link is not on this page" + (data.served ? why : "; context-diffusion view OUTPUT has all");
+  if (row) openDialog(row);
+  else count.textContent = "The linked row is not on this page" + (data.served ? reason : "; run context-diffusion view OUTPUT to see all rows");
 }
 
 async function step(by) {
-  const here = found.rows.findIndex(row => permalink(row) === location.hash);
-  let at = here + by;
-  if (here < 0) return;
-  if (at < 0 || at >= found.rows.length) {
+  const current = page.rows.findIndex(row => permalink(row) === location.hash);
+  let next = current + by;
+  if (current < 0) return;
+  if (next < 0 || next >= page.rows.length) {
     const from = offset + (by < 0 ? -PAGE : PAGE);
-    if (from < 0 || from >= found.total) return;
+    if (from < 0 || from >= page.total) return;
     await show(from);
-    at = by < 0 ? found.rows.length - 1 : 0;
+    next = by < 0 ? page.rows.length - 1 : 0;
   }
-  location.replace(permalink(found.rows[at]));
+  location.replace(permalink(page.rows[next]));
 }
 
 function move(by) {
-  const links = [...cards.querySelectorAll("a.open")], here = links.indexOf(document.activeElement);
-  const next = links[here < 0 ? 0 : Math.min(Math.max(here + by, 0), links.length - 1)];
+  const links = [...cards.querySelectorAll("a.open")];
+  const current = links.indexOf(document.activeElement);
+  const next = links[current < 0 ? 0 : Math.min(Math.max(current + by, 0), links.length - 1)];
   if (next) next.focus();
 }
 
@@ -84,7 +90,7 @@ function columns() {
   return getComputedStyle(cards).gridTemplateColumns.split(" ").length;
 }
 
-function pressed(event) {
+function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const keys = dialog.open
     ? { ArrowLeft: () => step(-1), ArrowRight: () => step(1), "+": () => resize(1), "=": () => resize(1), "-": () => resize(-1), 0: () => resize(-STEPS.length) }
@@ -95,15 +101,15 @@ function pressed(event) {
   keys[event.key]();
 }
 
-function theme(dark) {
+function setTheme(dark) {
   document.documentElement.style.colorScheme = dark ? "dark" : "light";
   document.getElementById("theme").textContent = dark ? "Light" : "Dark";
 }
 
-function fillIn() {
+function fillControls() {
   const add = (name, value, text) => form.elements[name].append(element("option", { value }, text));
   for (const code of Object.keys(data.codes)) add("code", code, code);
-  add("sort", "", "as in the output");
+  add("sort", "", "OUTPUT order");
   for (const { name } of data.histograms) {
     add("score", name, label(name));
     add("sort", name + " asc", label(name) + ", worst first");
@@ -114,11 +120,11 @@ function fillIn() {
   for (const part of form.querySelectorAll(".scored")) part.hidden = !data.histograms.length;
   document.getElementById("scores").hidden = !data.histograms.length;
   document.querySelector(".histograms").append(...data.histograms.map(score =>
-    histogram(score, (name, low, high) => choose({ score: name, low, high }))));
-  const codes = Object.entries(data.codes).sort((one, other) => other[1] - one[1]);
+    histogram(score, (name, low, high) => filterBy({ score: name, low, high }))));
+  const codes = Object.entries(data.codes).sort((first, second) => second[1] - first[1]);
   document.getElementById("failures").hidden = !codes.length;
-  document.querySelector("#failures tbody").append(...codes.map(([code, many]) =>
-    failure(code, many, reasons(code), chosen => choose({ code: chosen }))));
+  document.querySelector("#failures tbody").append(...codes.map(([code, rows]) =>
+    failure(code, rows, reasons(code), selected => filterBy({ code: selected }))));
 }
 
 function reasons(code) {
@@ -130,17 +136,17 @@ form.addEventListener("submit", event => event.preventDefault());
 form.addEventListener("input", () => { clearTimeout(typing); typing = setTimeout(show, data.served ? 200 : 60); });
 form.addEventListener("reset", () => setTimeout(show));
 dialog.addEventListener("close", () => {
-  const link = [...cards.querySelectorAll("a.open")].find(one => one.getAttribute("href") === location.hash);
+  const link = [...cards.querySelectorAll("a.open")].find(anchor => anchor.getAttribute("href") === location.hash);
   history.replaceState(null, "", location.pathname + location.search);
   if (link) link.focus();
 });
 for (const [id, action] of Object.entries({
   previous: () => show(offset - PAGE), next: () => show(offset + PAGE), back: () => step(-1), forward: () => step(1),
   smaller: () => resize(-1), larger: () => resize(1), close: () => dialog.close(),
-  theme: () => theme(document.getElementById("theme").textContent === "Dark"),
+  theme: () => setTheme(document.getElementById("theme").textContent === "Dark"),
 })) document.getElementById(id).addEventListener("click", action);
-addEventListener("keydown", pressed);
+addEventListener("keydown", onKey);
 addEventListener("hashchange", openLinked);
 if (matchMedia("(prefers-color-scheme: dark)").matches) document.getElementById("theme").textContent = "Light";
-fillIn();
+fillControls();
 show().then(openLinked);

@@ -1,6 +1,7 @@
-"""Figures and rows -> one HTML file: markup, style, script and data in it; nothing in it may call the network.
+"""Renders the report as one HTML file that contains its markup, style, script and data, and needs no network.
 
-Texts of manifests are data: Jinja escapes what it sets, the script sets text alone, and the page's policy runs no other.
+Texts of manifests are untrusted: Jinja escapes what it inserts, the script sets plain text only, and the
+page's Content Security Policy runs no other script.
 """
 
 from __future__ import annotations
@@ -16,12 +17,18 @@ from context_diffusion.outputs.html_templates import templates
 SCRIPTS = ("source.js", "gallery.js", "zoom.js", "main.js")
 
 
-def render(summary: dict[str, Any], data: dict[str, Any], sheets: Markup | None = None, connect: str = "'none'") -> bytes:
-    """data: what source.js reads. sheets: outputs/report/sweep_grid.py's. connect: where the script may ask for rows, by the
-    Content Security Policy."""
-    environment = templates()
+def render(
+    summary: dict[str, Any], data: dict[str, Any], sheets: Markup | None = None, connect: str = "'none'"
+) -> bytes:
+    """Render the page.
+
+    data: what source.js reads; sheets: from sweep_grid.py; connect: where the script may request rows, as a
+    source of the Content Security Policy.
+    """
+    environment = templates("context_diffusion.outputs.report")
     assert environment.loader
-    script = "\n".join(["'use strict';", *(environment.loader.get_source(environment, name)[0] for name in SCRIPTS)])
+    script_files = [environment.loader.get_source(environment, name)[0] for name in SCRIPTS]
+    script = "\n".join(["'use strict';", *script_files])
     style = environment.loader.get_source(environment, "report.css")[0]
     page = environment.get_template("report.html.j2").render(
         summary=summary,
@@ -29,12 +36,12 @@ def render(summary: dict[str, Any], data: dict[str, Any], sheets: Markup | None 
         sheets=sheets or Markup(),
         script=script,
         style=style,
-        script_hash=_digest(script),
+        script_hash=_script_hash(script),
         connect=connect,
     )
     return page.encode("utf-8", "replace")
 
 
-def _digest(text: str) -> str:
-    """As a Content Security Policy names an inline script."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+def _script_hash(script: str) -> str:
+    """Return the hash that allows an inline script in a Content Security Policy."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""Contact sheets of a job with a matrix: of each of the first rows a grid of its images, the axes with names and values."""
+"""Renders the contact sheets of a job with a matrix: a labelled grid of images for each of the first rows."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ from context_diffusion.outputs.html_templates import templates
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.outputs.report.thumbnails import Frame, frame_of
 
-ROWS, IMAGES = 24, 480  # on the page, at most; of one row all
-COLUMNS = [ID, "index", "status", "file_name", "image", QUERY, CONTEXT, PROMPT, "width", "height", "seed", "num_images"]
+ROWS = 24  # on the page, at most
+IMAGES = 480  # on the page, at most; but the first row is shown whole
+COLUMNS = [
+    ID, "index", "status", "file_name", "image", QUERY, CONTEXT, PROMPT, "width", "height", "seed",
+    "num_images",
+]  # fmt: skip
 Row = dict[str, Any]
+OutputThumbnail = Callable[[Row], str | None]
 SourceThumbnail = Callable[[str, Frame | None], str | None]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How a matrix is laid out: its first axis goes down, the others go across; one alone goes across.
+    """The layout of a matrix: its first axis goes down and the others go across; a single axis goes across.
 
-    across: of each axis its name, the columns that a value spans, and the values from left to right. down: name and values.
+    across: the name of each axis, the columns that each value spans, and the values from left to right; down:
+    name and values.
     """
 
     across: list[tuple[str, int, list[str]]]
@@ -36,23 +42,34 @@ class Grid:
 
     @classmethod
     def of(cls, matrix: Matrix) -> Grid:
-        axes = [(name, [_told(value) for value in values]) for name, values in matrix.items()]
-        down, beside = (axes[0], axes[1:]) if len(axes) > 1 else (("", [""]), axes)
-        width, across, before = math.prod(len(values) for _, values in beside), [], 1
-        for name, values in beside:
-            across.append((name, width // before // len(values), values * before))
-            before *= len(values)
+        axes = [(name, [_label(value) for value in values]) for name, values in matrix.items()]
+        down = axes[0] if len(axes) > 1 else ("", [""])
+        across_axes = axes[1:] if len(axes) > 1 else axes
+        width = math.prod(len(values) for _, values in across_axes)
+        across = []
+        repeats = 1
+        for name, values in across_axes:
+            across.append((name, width // repeats // len(values), values * repeats))
+            repeats *= len(values)
         return cls(across, down, width)
 
     def lines(self, images: list[Row]) -> list[tuple[str, list[list[Row]]]]:
-        """A row's images by index -> for each value that goes down its cells, each of num_images images."""
+        """Arrange a row's images, ordered by index.
+
+        Returns each value of the axis down with its cells of images.
+        """
         cells = _cut(images, images[0]["num_images"])
         return list(zip(self.down[1], _cut(cells, self.width), strict=True))
 
 
-def contact_sheets(output: Output, made: Callable[[Row], str | None], source: SourceThumbnail) -> Markup:
-    """HTML; nothing where the job has no matrix. made: a row of data/ -> its thumbnail as a data: URL; source: the same of a
-    query's or context's URI, and the query's frame; None: it is gone."""
+def contact_sheets(
+    output: Output, output_thumbnail: OutputThumbnail, source_thumbnail: SourceThumbnail
+) -> Markup:
+    """Render the HTML of the sheets; empty if the job has no matrix.
+
+    output_thumbnail: the thumbnail of a row of data/; source_thumbnail: that of a query or context by its URI
+    and frame. Both return a data: URL, or None if the image is missing.
+    """
     matrix: Matrix = output.read_json(output.plan)["job"].get("matrix") or {}
     if not matrix:
         return Markup()
@@ -60,29 +77,29 @@ def contact_sheets(output: Output, made: Callable[[Row], str | None], source: So
     sheets = [
         {
             **images[0],
-            "query": source(images[0][QUERY], frame_of(images[0])),
-            "contexts": [source(uri, None) for uri in images[0][CONTEXT]],
-            "lines": grid.lines([image | {"made": made(image)} for image in images]),
+            "query": source_thumbnail(images[0][QUERY], frame_of(images[0])),
+            "contexts": [source_thumbnail(uri, None) for uri in images[0][CONTEXT]],
+            "lines": grid.lines([image | {"thumbnail": output_thumbnail(image)} for image in images]),
         }
         for images in _first_rows(output)
     ]
-    template = templates().get_template("contact_sheet.html.j2")
+    template = templates("context_diffusion.outputs.report").get_template("contact_sheet.html.j2")
     return Markup(template.render(sheets=sheets, grid=grid, seeds="seed" not in matrix))
 
 
 def _first_rows(output: Output) -> list[list[Row]]:
-    """Of the first rows that were made all images, as far as the page has room."""
+    """Return all images of each of the first successful rows, up to ROWS and IMAGES."""
     rows: list[list[Row]] = []
     for shard in sorted(output.finished()):
-        images: dict[str, list[Row]] = {}
+        by_row: dict[str, list[Row]] = {}
         for row in output.read_part(shard, COLUMNS).to_pylist():
             if row["status"] == "ok":
-                images.setdefault(row[ID], []).append(row)
-        for found in images.values():
+                by_row.setdefault(row[ID], []).append(row)
+        for images in by_row.values():
             room = IMAGES - sum(map(len, rows))
-            if len(rows) == ROWS or (rows and len(found) > room):
+            if len(rows) == ROWS or (rows and len(images) > room):
                 return rows
-            rows.append(sorted(found, key=lambda row: row["index"]))
+            rows.append(sorted(images, key=lambda image: image["index"]))
     return rows
 
 
@@ -90,7 +107,9 @@ def _cut(values: list[T], size: int) -> list[list[T]]:
     return [values[begin : begin + size] for begin in range(0, len(values), size)]
 
 
-def _told(value: Any) -> str:
+def _label(value: Any) -> str:
     if value is None:
-        return "left out"
-    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+        return "default"
+    if isinstance(value, str):
+        return value
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)

@@ -1,7 +1,8 @@
-"""The images that the report and the viewer show: outputs, queries and contexts; whole or as thumbnails.
+"""Reads the images that the report and the viewer show, in full or as thumbnails: outputs, queries, contexts.
 
-The URIs of rows are untrusted here too: sources are read under the rules of OUTPUT's job, and a file_name can
-only name a file in images/ or webdataset/ of OUTPUT."""
+The names in a row are untrusted: sources are read under the rules of OUTPUT's job, and a file_name must lie
+in images/ or webdataset/ of OUTPUT.
+"""
 
 from __future__ import annotations
 
@@ -21,91 +22,102 @@ from context_diffusion.inputs.image_sources import INLINE, read_bytes
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
-MADE_SIDE, SOURCE_SIDE = 256, 128  # pixels of a thumbnail's longer side
+OUTPUT_SIDE = 256  # pixels of the longer side of an output's thumbnail
+SOURCE_SIDE = 128  # pixels of the longer side of a query's or context's thumbnail
 THREADS = 4  # each may decode an image of limits.max_pixels
-PATIENCE_S, PATIENCE = 5.0, 3  # timeout of a source; failures after which no source is read any more
-Frame = tuple[int, int]  # width and height at which an image is shown, cropped or padded by the job's `fit`
-OURS = re.compile(r"(images/part-\d{5,}|webdataset/part-\d{5,}\.tar)/[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+SOURCE_TIMEOUT_S = 5.0
+MAX_UNAVAILABLE = 3  # sources that storage could not provide, before no more are read
+Frame = tuple[int, int]  # width and height of a query's thumbnail, to which the job's `fit` crops or pads it
+OUTPUT_FILE = re.compile(r"(images/part-\d{5,}|webdataset/part-\d{5,}\.tar)/[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
-class Pictures:
-    """The images of one OUTPUT. Threads may share it."""
+class ImageReader:
+    """Reads the images of one OUTPUT. It may be used by several threads."""
 
     def __init__(self, output: Output) -> None:
         plan = output.read_json(output.plan)
         job = GenerateJob.model_validate(plan["job"])
-        self._output, self._limits = output, job.limits
-        # Columns needed to read a row's image; only one thread at a time holds a part's images.
+        self._output = output
+        self._limits = job.limits
+        self._fit = job.fit
+        self._base = output.base()
+        self._allow = plan["allow"]
+        self._storage = Storage(job.storage_options, deadline_s=SOURCE_TIMEOUT_S)
+        self._unavailable = 0
+        self._tar_lock = threading.Lock()
+        # Columns that contain the images. A part with images is held in memory by one thread at a time.
         self.columns = ["image"] if job.images_in == "parquet" else []
         self.threads = 1 if self.columns else THREADS
-        self._fit, self._base = job.fit, output.base()
-        self._allow = plan["allow"]
-        self._storage = Storage(job.storage_options, deadline_s=PATIENCE_S)
-        self._in_vain, self._tars = 0, threading.Lock()
 
-    def made(self, row: dict[str, Any]) -> tuple[bytes, str]:
+    def output_image(self, row: dict[str, Any]) -> tuple[bytes, str]:
         """Return a finished row's image file and its media type. Raises RowError, StorageError."""
-        data = self._made(row)
+        data = self._output_bytes(row)
         name = row["file_name"] or row["id"]
         return data, Image.MIME[open_image(data, Limits(), name).format or "PNG"]
 
-    def _made(self, row: dict[str, Any]) -> bytes:
+    def _output_bytes(self, row: dict[str, Any]) -> bytes:
         name = row["file_name"]
         if row.get("image"):
-            return self._output.picture(row)
-        if not name or not OURS.fullmatch(name):
-            raise RowError(ErrorCode.MISSING_FILE, f"{row['id']}: {str(name)[:200]!r} is not a picture of this OUTPUT")
+            return self._output.image(row)
+        if not name or not OUTPUT_FILE.fullmatch(name):
+            message = f"{row['id']}: {str(name)[:200]!r} is not an image of this OUTPUT"
+            raise RowError(ErrorCode.MISSING_FILE, message)
         try:
             if ".tar/" not in name:
-                return self._output.picture(row)
-            with self._tars:  # only one tar is held open
-                return self._output.picture(row)
+                return self._output.image(row)
+            with self._tar_lock:  # Output holds one tar at a time
+                return self._output.image(row)
         except (FileNotFoundError, KeyError):
-            raise RowError(ErrorCode.MISSING_FILE, f"{name} is gone from {self._output.root}") from None
+            raise RowError(ErrorCode.MISSING_FILE, f"{name} is missing from {self._output.root}") from None
 
-    def made_thumbnail(self, row: dict[str, Any]) -> bytes | None:
-        """Return a WebP thumbnail of an output; None: the image is missing or damaged."""
+    def output_thumbnail(self, row: dict[str, Any]) -> bytes | None:
+        """Return a WebP thumbnail of a row's image; None if the image is missing or damaged."""
         try:
-            return thumbnail(self._made(row), MADE_SIDE, Limits())
+            return thumbnail(self._output_bytes(row), OUTPUT_SIDE, Limits())
         except RowError:
             return None
 
     def source_thumbnail(self, uri: str | None, frame: Frame | None = None) -> bytes | None:
-        """Return a WebP thumbnail of a query or context; None: it was inline in the manifest, is missing or
-        not allowed.
+        """Return a WebP thumbnail of a query or context; None if it was inline, is missing or is not allowed.
 
-        frame: for a query, `frame_of` its row; default: the whole image."""
-        if uri is None or uri == INLINE or self._in_vain >= PATIENCE:
+        frame: of a query, from frame_of; default: the whole image.
+        """
+        if uri is None or uri == INLINE or self._unavailable >= MAX_UNAVAILABLE:
             return None
+        source = {"bytes": None, "path": resolve(uri, self._base)}
         try:
-            data = read_bytes({"bytes": None, "path": resolve(uri, self._base)}, self._allow, self._limits, self._storage)
+            data = read_bytes(source, self._allow, self._limits, self._storage)
             return thumbnail(data, SOURCE_SIDE, self._limits, frame, self._fit)
         except StorageError:
-            self._in_vain += 1
+            self._unavailable += 1
         except ContextDiffusionError:
             pass
         return None
 
 
 def frame_of(row: dict[str, Any]) -> Frame | None:
-    """Return the size at which a row's query is shown: its output's shape. None: the row has no output."""
+    """Return the frame with the shape in which the model was given a row's query; None for a failed row."""
     if row["status"] != "ok" or not row["width"] or not row["height"]:
         return None
-    return _within(SOURCE_SIDE, row["width"], row["height"])
+    return _size_within(SOURCE_SIDE, row["width"], row["height"])
 
 
-def thumbnail(data: bytes, side: int, limits: Limits, frame: Frame | None = None, fit: Fit = "stretch") -> bytes:
-    """Return a WebP thumbnail whose longer side has `side` pixels, or as many as the image has; with a frame,
-    resized to it by `fit`. Raises RowError."""
+def thumbnail(
+    data: bytes, side: int, limits: Limits, frame: Frame | None = None, fit: Fit = "stretch"
+) -> bytes:
+    """Encode a WebP thumbnail of at most `side` pixels, or of a frame, to which `fit` brings the image.
+
+    Raises RowError.
+    """
 
     def size(width: int, height: int) -> Size:
-        return frame or _within(side, width, height)
+        return frame or _size_within(side, width, height)
 
     sink = io.BytesIO()
     Image.fromarray(decode_resized(data, limits, "thumbnail", size, fit)).save(sink, "WEBP", quality=82)
     return sink.getvalue()
 
 
-def _within(side: int, width: int, height: int) -> Size:
+def _size_within(side: int, width: int, height: int) -> Size:
     factor = min(1.0, side / max(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))

@@ -50,7 +50,9 @@ class Samples:
 class BatchSource(Protocol):
     """A source of batches."""
 
-    def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
+    def samples(
+        self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]
+    ) -> Samples:
         """Draw a batch of `size` samples by rng alone; return the samples numbered by `rows`."""
 
 
@@ -81,6 +83,10 @@ def cropped(samples: Samples, rows: NDArray[np.int64], size: int, generator: tor
     def cut(fields: Tensor) -> Tensor:
         f = fields.shape[-1] // (2 * side)  # pixels of these fields per latent
         parts = zip(fields, places, strict=True)
-        return torch.stack([field[:, f * y : f * (y + side), f * x : f * (x + side)] for field, (y, x) in parts])
+        return torch.stack(
+            [field[:, f * y : f * (y + side), f * x : f * (x + side)] for field, (y, x) in parts]
+        )
 
-    return replace(samples, latents=cut(samples.latents), controls=cut(samples.controls), drafts=cut(samples.drafts))
+    return replace(
+        samples, latents=cut(samples.latents), controls=cut(samples.controls), drafts=cut(samples.drafts)
+    )

@@ -21,7 +21,14 @@ from context_diffusion.image_tensors import channels_first
 from context_diffusion.inputs.decode import resize
 from context_diffusion.models.native.draft import Layout, Look, draft
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.training.data.batches import CONTEXTS, SAMPLE_SETTINGS, BatchSource, Hints, Samples, Summaries
+from context_diffusion.training.data.batches import (
+    CONTEXTS,
+    SAMPLE_SETTINGS,
+    BatchSource,
+    Hints,
+    Samples,
+    Summaries,
+)
 from context_diffusion.training.data.layouts import Rng
 from context_diffusion.training.data.pools import Pool, Pools, draw_batch
 from context_diffusion.training.data.styles import TEXTURES
@@ -44,7 +51,9 @@ class EncodedPool:
     layouts: Layout  # float16, of the control maps
     looks: Look  # float16, of the targets
 
-    def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
+    def samples(
+        self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]
+    ) -> Samples:
         pool = self.pool
         batch = draw_batch(pool, rng, size, context_dropout, prompt_dropout).at(rows)
         contexts = batch.contexts[np.arange(CONTEXTS) < batch.counts[:, None]]
@@ -80,7 +89,9 @@ def encode_pool(model: NativeModel, pool: Pool) -> EncodedPool:
         controls,
         torch.from_numpy(palettes).to(model.device),
         textures.to(model.device),
-        as_images(model, pool.targets) if (summaries := summarise(model, pool.targets)) is None else summaries,
+        as_images(model, pool.targets)
+        if (summaries := summarise(model, pool.targets)) is None
+        else summaries,
         Layout(*layouts),
         looks(model, pool.targets),
     )
@@ -88,11 +99,17 @@ def encode_pool(model: NativeModel, pool: Pool) -> EncodedPool:
 
 def encode(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
     """Encode images, uint8 (H, W, 3) each, to float16 latents (N, C, h, w); each worker encodes its share."""
-    return _in_parts(model, len(pictures), lambda part: [model.encode_pixels(as_images(model, [pictures[i] for i in part]))])[0]
+    return _in_parts(
+        model,
+        len(pictures),
+        lambda part: [model.encode_pixels(as_images(model, [pictures[i] for i in part]))],
+    )[0]
 
 
 @torch.no_grad()
-def encode_controls(model: NativeModel, maps: Sequence[Pixels] | Pixels, kinds: Sequence[str]) -> tuple[Tensor, Layout]:
+def encode_controls(
+    model: NativeModel, maps: Sequence[Pixels] | Pixels, kinds: Sequence[str]
+) -> tuple[Tensor, Layout]:
     """Encode control maps, uint8 (H, W, 3) each, to float16 latents (N, C, h, w) and layouts; this worker
     encodes all."""
     images = as_images(model, maps)
@@ -112,7 +129,9 @@ def summarise(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Summar
     side = model.context_size
 
     def see(part: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        return model.summarise_images(as_images(model, [resize(pictures[i], side, side, "crop") for i in part]))
+        return model.summarise_images(
+            as_images(model, [resize(pictures[i], side, side, "crop") for i in part])
+        )
 
     return tuple(_in_parts(model, len(pictures), see))
 
@@ -150,7 +169,9 @@ def as_images(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor
 
 
 @torch.no_grad()
-def _in_parts(model: NativeModel, rows: int, see: Callable[[NDArray[np.int64]], Iterable[Tensor]]) -> list[Tensor]:
+def _in_parts(
+    model: NativeModel, rows: int, see: Callable[[NDArray[np.int64]], Iterable[Tensor]]
+) -> list[Tensor]:
     """Call `see` for rows 0 to `rows`, given by index, some at a time, each worker for its share; gather the
     results as float16."""
     workers = Workers.here()
@@ -158,11 +179,15 @@ def _in_parts(model: NativeModel, rows: int, see: Callable[[NDArray[np.int64]], 
     mine = workers.share(np.arange(rows))
     seen_rows = mine if len(mine) else np.arange(1)  # fewer rows than workers: the first row gives the shapes
     with mixed_precision(model.device):
-        parts = [[seen.half() for seen in see(seen_rows[i : i + size])] for i in range(0, len(seen_rows), size)]
+        parts = [
+            [seen.half() for seen in see(seen_rows[i : i + size])] for i in range(0, len(seen_rows), size)
+        ]
     return [workers.gather(torch.cat(column)[: len(mine)], rows) for column in zip(*parts, strict=True)]
 
 
-def pool_requests(pool: Pool, count: int, settings: Settings, prompts: bool = True) -> tuple[list[Request], NDArray[np.int64]]:
+def pool_requests(
+    pool: Pool, count: int, settings: Settings, prompts: bool = True
+) -> tuple[list[Request], NDArray[np.int64]]:
     """Draw rows of a pool; return them and the index of each one's target."""
     batch = draw_batch(pool, np.random.default_rng(11), count, 0.0, 0.5 if prompts else 1.0)
     requests = [

@@ -50,8 +50,14 @@ def random_tones(rng: Rng, count: int) -> Tone:
 def _figure(rng: Rng, centre: NDArray[np.float64], radius: float) -> NDArray[np.int32]:
     """Draw a polygon's corners: from triangle to nearly round, star or blob, turned at random."""
     corners = int(rng.choice([3, 4, 4, 5, 6, 8, 24]))
-    angles = np.sort(rng.uniform(0, 2 * np.pi, corners)) if rng.random() < 0.3 else np.arange(corners) * 2 * np.pi / corners
-    radii = radius * np.where(np.arange(corners) % 2 == 0, 1.0, rng.uniform(0.4, 1.0) if rng.random() < 0.4 else 1.0)
+    angles = (
+        np.sort(rng.uniform(0, 2 * np.pi, corners))
+        if rng.random() < 0.3
+        else np.arange(corners) * 2 * np.pi / corners
+    )
+    radii = radius * np.where(
+        np.arange(corners) % 2 == 0, 1.0, rng.uniform(0.4, 1.0) if rng.random() < 0.4 else 1.0
+    )
     angles = angles + rng.uniform(0, 2 * np.pi)
     points = centre + np.stack([np.cos(angles), np.sin(angles) * rng.uniform(0.5, 1)], 1) * radii[:, None]
     return (points * 16).astype(np.int32)  # 4 fractional bits for cv2's anti-aliased fill
@@ -95,8 +101,13 @@ def lines(rng: Rng, size: int) -> Tone:
     canvas = np.where(smooth_noise(rng, size, 2) > rng.uniform(-1, 3), tones[0], tones[1]).astype(np.float32)
     for _ in range(int(rng.integers(2, 14))):
         steps = np.cumsum(rng.normal(0, rng.uniform(0.1, 0.7), 40))
-        walk = np.cumsum(np.stack([np.cos(steps), np.sin(steps)], 1), 0) * size / 25 + rng.uniform(0, 1, 2) * size
-        cv2.polylines(canvas, [walk.astype(np.int32)], False, float(rng.choice(tones[2:])), int(rng.integers(1, 7)))
+        walk = (
+            np.cumsum(np.stack([np.cos(steps), np.sin(steps)], 1), 0) * size / 25
+            + rng.uniform(0, 1, 2) * size
+        )
+        cv2.polylines(
+            canvas, [walk.astype(np.int32)], False, float(rng.choice(tones[2:])), int(rng.integers(1, 7))
+        )
     return canvas
 
 
@@ -128,7 +139,10 @@ def landscape(rng: Rng, size: int) -> Tone:
     horizon = rng.uniform(0.25, 0.55)
     for ridge in range(ridges):
         height = horizon + (1 - horizon) * ridge / ridges
-        profile = height * size + rng.uniform(0.02, 0.1) * size * smooth_noise(rng, size, int(rng.integers(2, 12)))[0]
+        profile = (
+            height * size
+            + rng.uniform(0.02, 0.1) * size * smooth_noise(rng, size, int(rng.integers(2, 12)))[0]
+        )
         canvas[np.arange(size)[:, None] > profile[None]] = tones[ridge + 1]
     if rng.random() < 0.3:
         _reflect(rng, canvas, int(rng.uniform(0.55, 0.8) * size))
@@ -137,7 +151,12 @@ def landscape(rng: Rng, size: int) -> Tone:
         wide = int(tall * rng.uniform(0.2, 0.5))
         corners = [(foot - wide, base), (foot, base - tall), (foot + wide, base)]
         if rng.random() < 0.4:
-            corners = [(foot - wide, base), (foot - wide, base - tall), (foot + wide, base - tall), (foot + wide, base)]
+            corners = [
+                (foot - wide, base),
+                (foot - wide, base - tall),
+                (foot + wide, base - tall),
+                (foot + wide, base),
+            ]
         cv2.fillPoly(canvas, [np.array(corners, np.int32)], float(tones[-1]))
     return canvas
 
@@ -162,7 +181,10 @@ def solids(rng: Rng, size: int) -> Tone:
         radius = rng.uniform(0.05, 0.4) / np.sqrt(count / 4)
         turn, flat = rng.uniform(0, np.pi), rng.uniform(0.4, 1)
         dx, dy = x - rng.uniform(-0.45, 0.45), y - rng.uniform(-0.45, 0.45)
-        across, down = (dx * np.cos(turn) + dy * np.sin(turn)) / radius, (dy * np.cos(turn) - dx * np.sin(turn)) / radius / flat
+        across, down = (
+            (dx * np.cos(turn) + dy * np.sin(turn)) / radius,
+            (dy * np.cos(turn) - dx * np.sin(turn)) / radius / flat,
+        )
         inside = across**2 + down**2
         height = np.sqrt(np.clip(1 - inside, 0, 1))
         lit = np.clip(across * light[0] + down * light[1] + height * light[2], 0, 1)
@@ -181,7 +203,10 @@ def fields(rng: Rng, size: int) -> Tone:
 
 def composite(rng: Rng, size: int) -> Tone:
     """Join two layouts along the outline of a blob."""
-    first, second = (FAMILIES[name](rng, size) for name in rng.choice(["regions", "figures", "fields", "lines", "solids"], 2))
+    first, second = (
+        FAMILIES[name](rng, size)
+        for name in rng.choice(["regions", "figures", "fields", "lines", "solids"], 2)
+    )
     mask = smooth_noise(rng, size, int(rng.integers(2, 4))) > rng.uniform(-0.3, 0.6)
     return np.where(mask, 0.5 * first, 0.5 + 0.5 * second).astype(np.float32)
 

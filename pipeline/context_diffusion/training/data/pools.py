@@ -37,7 +37,9 @@ class Ahead(Generic[Value]):
         self._processes = processes
         self._futures: dict[int, Future[Value]] = {}
         # spawn: a fork of a process that has threads, torch's among them, may hang
-        self._executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) if processes else None
+        self._executor = (
+            ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) if processes else None
+        )
 
     def at(self, number: int) -> Value:
         if self._executor is None:
@@ -124,7 +126,11 @@ def shift_exposure(rng: Rng, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def make_query(rng: Rng, tone: Tone) -> NDArray[np.uint8]:
     """Draw a layout as a query, uint8 (S, S, 3): in grey or in any style, changed as by a camera."""
     grey = rng.random() < NEUTRAL_SHARE
-    image = np.repeat((tone * 255).astype(np.uint8)[..., None], 3, 2) if grey else dress(tone, make_style(rng), rng)
+    image = (
+        np.repeat((tone * 255).astype(np.uint8)[..., None], 3, 2)
+        if grey
+        else dress(tone, make_style(rng), rng)
+    )
     return shift_exposure(rng, image)
 
 
@@ -145,7 +151,18 @@ def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: 
             controls.append(control_map(query, kind))
             kinds.append(kind)
     families = [family for family, _ in layouts]
-    return Pool(chosen, parents, varied, families, targets, layout_of, np.stack(queries), np.stack(controls), kinds, held_out)
+    return Pool(
+        chosen,
+        parents,
+        varied,
+        families,
+        targets,
+        layout_of,
+        np.stack(queries),
+        np.stack(controls),
+        kinds,
+        held_out,
+    )
 
 
 @dataclass(frozen=True)
@@ -195,7 +212,9 @@ class Pools:
     def __init__(self, job: TrainingJob, image_size: int) -> None:
         self.job = job
         self.image_size = image_size
-        self._ahead = Ahead(partial(make_pool, styles=job.styles, pictures=job.pictures, size=image_size), job.processes)
+        self._ahead = Ahead(
+            partial(make_pool, styles=job.styles, pictures=job.pictures, size=image_size), job.processes
+        )
         self._current: tuple[int, Pool] | None = None
         self._validation: Pool | None = None
 

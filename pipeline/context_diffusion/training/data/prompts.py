@@ -66,7 +66,9 @@ FILLERS = [
 
 
 def vocabulary() -> list[str]:
-    words = [w for table in (PALETTE_WORDS, TEXTURE_WORDS, THING_WORDS) for names in table.values() for w in names]
+    words = [
+        w for table in (PALETTE_WORDS, TEXTURE_WORDS, THING_WORDS) for names in table.values() for w in names
+    ]
     return [*words, *FILLERS]
 
 
@@ -87,7 +89,9 @@ def describe(rng: Rng, style: Style, family: str, must: str | None = None, held_
     wordings = [
         f"{surface} {colour} {thing}",
         f"{thing} in {colour} colours {surface}" if colour else f"{surface} {thing}",
-        f"a {colour} picture of {thing} with {surface} texture" if thing and surface else f"{colour} {thing} {surface}",
+        f"a {colour} picture of {thing} with {surface} texture"
+        if thing and surface
+        else f"{colour} {thing} {surface}",
         f"{colour} tones and {surface} texture" if colour and surface else f"{thing} {colour} {surface}",
     ]
     if held_out:

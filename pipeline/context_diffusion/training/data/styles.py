@@ -69,7 +69,9 @@ def make_lut(rng: Rng, palette: str) -> NDArray[np.float32]:
         lab = np.stack([lightness, *(128 + rng.normal(0, 32, (2, 5)).astype(np.float32))], 1)
         lab[:, 1:] = 128 + np.cumsum(lab[:, 1:] - 128, 0) * rng.uniform(0.4, 0.8)
     else:
-        stops = np.array([[int(stop[i : i + 2], 16) for i in (0, 2, 4)] for stop in PALETTES[palette]], np.uint8)
+        stops = np.array(
+            [[int(stop[i : i + 2], 16) for i in (0, 2, 4)] for stop in PALETTES[palette]], np.uint8
+        )
         lab = cv2.cvtColor(stops[None], cv2.COLOR_RGB2LAB)[0].astype(np.float32)
         lab += rng.normal(0, (6, 4, 4), (5, 3)).astype(np.float32)
     # Mostly the palette's own contrast, sometimes a third of it; over- and under-exposed by up to two
@@ -116,9 +118,13 @@ def vary(rng: Rng, style: Style) -> tuple[str, Style]:
     """Return (`palette` or `texture`, the style with another one of it); from it the model learns to follow
     the prompt."""
     if rng.random() < 0.5:
-        palette = str(rng.choice([p for p in PALETTES if p != style.palette and (p, style.texture) not in HELD_OUT]))
+        palette = str(
+            rng.choice([p for p in PALETTES if p != style.palette and (p, style.texture) not in HELD_OUT])
+        )
         return "palette", replace(style, palette=palette, lut=make_lut(rng, palette))
-    texture = str(rng.choice([t for t in TEXTURES if t != style.texture and (style.palette, t) not in HELD_OUT]))
+    texture = str(
+        rng.choice([t for t in TEXTURES if t != style.texture and (style.palette, t) not in HELD_OUT])
+    )
     return "texture", replace(style, texture=texture)
 
 
@@ -128,7 +134,8 @@ def _strokes(rng: Rng, size: int, period: float, angle: float) -> Tone:
     places = np.linspace(-length / 2, length / 2, length)
     kernel = np.zeros((length, length), np.float32)
     kernel[
-        (length // 2 + 0.98 * places * np.sin(angle)).astype(int), (length // 2 + 0.98 * places * np.cos(angle)).astype(int)
+        (length // 2 + 0.98 * places * np.sin(angle)).astype(int),
+        (length // 2 + 0.98 * places * np.cos(angle)).astype(int),
     ] = 1
     noise = cv2.GaussianBlur(rng.standard_normal((size, size), dtype=np.float32), (0, 0), 0.8)
     field = cv2.filter2D(noise, -1, kernel, borderType=cv2.BORDER_REFLECT)

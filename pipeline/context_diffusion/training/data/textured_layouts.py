@@ -15,7 +15,10 @@ from context_diffusion.training.data.layouts import FAMILIES, Rng, Tone, finishe
 
 def bands(rng: Rng, size: int) -> Tone:
     """Draw level bands of a smooth field, as on a map."""
-    field, tones = smooth_noise(rng, size, int(rng.integers(1, 6))), random_tones(rng, int(rng.integers(2, 6)))
+    field, tones = (
+        smooth_noise(rng, size, int(rng.integers(1, 6))),
+        random_tones(rng, int(rng.integers(2, 6))),
+    )
     return tones[np.floor(field * rng.uniform(1, 5) + rng.random()).astype(int) % len(tones)]
 
 
@@ -41,7 +44,9 @@ def streets(rng: Rng, size: int) -> Tone:
     """Draw straight roads in two or three directions, crossing or ending."""
     tones = random_tones(rng, 4)
     canvas, length = _ground(rng, size, tones), rng.uniform(0.05, 0.6) * size
-    turns = (rng.uniform(0, np.pi) + np.array([0, np.pi / 2, rng.uniform(0.3, 1.2)]))[: int(rng.integers(2, 4))]
+    turns = (rng.uniform(0, np.pi) + np.array([0, np.pi / 2, rng.uniform(0.3, 1.2)]))[
+        : int(rng.integers(2, 4))
+    ]
     for _ in range(int(rng.integers(4, 70))):
         turn, half = rng.choice(turns), rng.uniform(0.2, 1) * length
         at, way = rng.uniform(0, 1, 2) * size, np.array([np.cos(turn), np.sin(turn)]) * half
@@ -73,10 +78,15 @@ def letters(rng: Rng, size: int) -> Tone:
     tones = random_tones(rng, 4)
     canvas = _ground(rng, size, tones)
     for _ in range(int(rng.integers(2, 25))):
-        word, scale = "".join(map(chr, rng.integers(33, 127, int(rng.integers(1, 8))))), rng.uniform(0.4, 5) * size / 256
+        word, scale = (
+            "".join(map(chr, rng.integers(33, 127, int(rng.integers(1, 8))))),
+            rng.uniform(0.4, 5) * size / 256,
+        )
         place = tuple(int(v) for v in rng.uniform(-0.1, 1, 2) * size)
         mask = np.zeros((size, size), np.uint8)
-        cv2.putText(mask, word, place, int(rng.integers(0, 8)), scale, 255, max(1, int(scale * rng.uniform(1, 5))))
+        cv2.putText(
+            mask, word, place, int(rng.integers(0, 8)), scale, 255, max(1, int(scale * rng.uniform(1, 5)))
+        )
         canvas[mask > 127] = rng.choice(tones[2:])
     return canvas
 
@@ -87,7 +97,11 @@ def rays(rng: Rng, size: int) -> Tone:
     first = smooth_noise(rng, size, 2) > rng.uniform(-1.5, 1.5)
     sides = []
     for _ in range(2):
-        turn = np.arctan2(y - rng.uniform(0, size), x - rng.uniform(0, size)) / (2 * np.pi) * int(rng.integers(4, 40))
+        turn = (
+            np.arctan2(y - rng.uniform(0, size), x - rng.uniform(0, size))
+            / (2 * np.pi)
+            * int(rng.integers(4, 40))
+        )
         tones = random_tones(rng, int(rng.integers(2, 4)))
         sides.append(tones[np.floor(turn).astype(int) % len(tones)])
     return np.where(first, *sides).astype(np.float32)
@@ -118,7 +132,10 @@ def nets(rng: Rng, size: int) -> Tone:
     canvas, width, bend = _ground(rng, size, tones), int(rng.integers(2, 12)), rng.uniform(0.05, 0.6)
     for _ in range(int(rng.integers(8, 60))):
         turns = np.cumsum(rng.normal(0, bend, 40)) + rng.uniform(0, 2 * np.pi)
-        walk = np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1), 0) * size / 40 + rng.uniform(0, 1, 2) * size
+        walk = (
+            np.cumsum(np.stack([np.cos(turns), np.sin(turns)], 1), 0) * size / 40
+            + rng.uniform(0, 1, 2) * size
+        )
         cv2.polylines(canvas, [walk.astype(np.int32)], False, float(rng.choice(tones[2:])), width)
     return canvas
 
@@ -139,7 +156,10 @@ def varied_layout(rng: Rng, size: int) -> Tone:
     double = 2 * size  # the area filter of `finished` is the anti-aliasing
     tone = _any(rng, double)
     if rng.random() < 0.25:
-        first, apart = smooth_noise(rng, double, int(rng.integers(1, 4))) > rng.uniform(-0.6, 0.6), 0.4 * (rng.random() < 0.5)
+        first, apart = (
+            smooth_noise(rng, double, int(rng.integers(1, 4))) > rng.uniform(-0.6, 0.6),
+            0.4 * (rng.random() < 0.5),
+        )
         tone = np.where(first, (1 - apart) * tone, apart + (1 - apart) * _any(rng, double))
     tone = tone.astype(np.float32)
     if rng.random() < 0.4:
@@ -148,6 +168,8 @@ def varied_layout(rng: Rng, size: int) -> Tone:
     if rng.random() < 0.25:
         y, x = np.mgrid[:double, :double].astype(np.float32)
         strong, bumps = rng.uniform(2, 14), int(rng.integers(2, 6))
-        right, down = ((axis + strong * smooth_noise(rng, double, bumps)).astype(np.float32) for axis in (x, y))
+        right, down = (
+            (axis + strong * smooth_noise(rng, double, bumps)).astype(np.float32) for axis in (x, y)
+        )
         tone = np.asarray(cv2.remap(tone, right, down, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT))
     return finished(rng, tone, size)

@@ -38,7 +38,9 @@ class Gallery:
     looks: Look
     encode_controls: Callable[[Sequence[Pixels], Sequence[str]], tuple[Tensor, Layout]]
 
-    def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
+    def samples(
+        self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]
+    ) -> Samples:
         numbers = rng.integers(0, len(self.examples), size)[rows]
         seeds = rng.integers(0, 2**63, size)[rows]
         contexts: list[int] = []
@@ -46,7 +48,9 @@ class Gallery:
         for number, seed in zip(numbers, seeds, strict=True):
             sample_rng = np.random.default_rng(seed)
             example = self.examples[number]
-            sample_contexts = [] if sample_rng.random() < context_dropout else self.contexts(example, sample_rng)
+            sample_contexts = (
+                [] if sample_rng.random() < context_dropout else self.contexts(example, sample_rng)
+            )
             contexts += sample_contexts
             counts.append(len(sample_contexts))
             prompts.append(example.prompt if sample_rng.random() >= prompt_dropout else "")
@@ -72,7 +76,9 @@ class Gallery:
 
     def draw_kind(self, rng: Rng) -> str:
         """Draw a kind of control map among the job's, as often as in training from scratch."""
-        shares = np.array([share * (kind in self.kinds) for kind, share in zip(KINDS, KIND_SHARES, strict=True)])
+        shares = np.array(
+            [share * (kind in self.kinds) for kind, share in zip(KINDS, KIND_SHARES, strict=True)]
+        )
         return str(rng.choice(KINDS, p=shares / shares.sum()))
 
     def query(self, example: Example, rng: Rng) -> Pixels:
@@ -81,7 +87,11 @@ class Gallery:
         if example.query is not None:
             return shift_exposure(rng, self.pixels[example.query])
         grey = control_map(self.pixels[example.target], "gray")
-        other = dress((grey[..., 0] / 255).astype(np.float32), make_style(rng), rng) if rng.random() < 0.5 else grey
+        other = (
+            dress((grey[..., 0] / 255).astype(np.float32), make_style(rng), rng)
+            if rng.random() < 0.5
+            else grey
+        )
         return shift_exposure(rng, other)
 
 
@@ -93,7 +103,9 @@ class Mixed:
     user: BatchSource
     keep: float
 
-    def samples(self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]) -> Samples:
+    def samples(
+        self, rng: Rng, size: int, context_dropout: float, prompt_dropout: float, rows: NDArray[np.int64]
+    ) -> Samples:
         first = round(self.keep * size)
         parts = []
         # A generator each: the draws of one source must not depend on which rows of the other this worker
@@ -112,7 +124,9 @@ def join(first: Samples, *others: Samples) -> Samples:
     """Join batches, one after the other; the hints are those of the first."""
     for other in others:
         if isinstance(first.contexts, tuple):
-            contexts: Tensor | Summaries = tuple(map(torch.cat, zip(first.contexts, other.contexts, strict=True)))
+            contexts: Tensor | Summaries = tuple(
+                map(torch.cat, zip(first.contexts, other.contexts, strict=True))
+            )
         else:
             assert isinstance(other.contexts, Tensor), "both see contexts as pixels, or neither"
             contexts = torch.cat([first.contexts, other.contexts])

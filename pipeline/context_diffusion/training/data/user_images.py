@@ -113,10 +113,13 @@ def _read_folder(job: FinetuneJob, read: _Reader) -> None:
     names = [name for name in sorted(storage.list(root)) if not name.startswith(".")]
     styles = [name for name in names if storage.is_folder(f"{root}/{name}")]
     if not styles:
-        hint = next((f"; or did you mean the manifest {root}/{n}?" for n in names if n.endswith(tuple(FORMATS))), "")
-        raise ManifestError(f"data: {root} has no sub-folders; each style's pictures stand in one of their own{hint}")
+        manifest = next((name for name in names if name.endswith(tuple(FORMATS))), None)
+        hint = f", or did you mean the manifest {root}/{manifest}?" if manifest else ""
+        raise ManifestError(f"data: {root} has no sub-folders; put the images of each style into one{hint}")
     for style in styles:
-        files = [uri for uri in storage.files(f"{root}/{style}") if not uri.rsplit("/", 1)[-1].startswith(".")]
+        files = [
+            uri for uri in storage.files(f"{root}/{style}") if not uri.rsplit("/", 1)[-1].startswith(".")
+        ]
         indices = [read({"bytes": None, "path": uri}, uri, [root]) for uri in files]
         readable = list(dict.fromkeys(index for index in indices if index is not None))
         if len(readable) < 2:
@@ -131,8 +134,8 @@ def _read_folder(job: FinetuneJob, read: _Reader) -> None:
     if few:
         reasons = "".join(f"\n  {reason}" for reason in list(pictures.skipped.values())[:10])
         raise ManifestError(
-            f"data: a style needs two different pictures that can be read, for one shows the other's style: {root} has fewer "
-            f"in {', '.join(few)}. Add pictures or remove the folder{reasons}"
+            "data: a style needs at least two different readable images, since one shows the style of the "
+            f"other; {root} has fewer in {', '.join(few)}. Add images or remove the folder{reasons}"
         )
 
 
@@ -162,7 +165,8 @@ def _rows(job: FinetuneJob, storage: Storage) -> Iterator[tuple[str, str, Row]]:
         file = open_file(uri, storage)
         if missing := [name for name in needed if file.columns and name not in file.columns]:
             raise ManifestError(
-                f"{uri}: no column {', '.join(missing)} among {', '.join(file.columns)}; `columns: {{{TARGET}: NAME}}` renames"
+                f"{uri}: no column {', '.join(missing)} among {', '.join(file.columns)}; `columns: "
+                f"{{{TARGET}: NAME}}` renames"
             )
         for number, row in enumerate(raw_rows(file, storage), 1):
             yield f"{uri}: row {number}", parent(uri), row

@@ -30,8 +30,8 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(path.parent).free / 2**20
         raise StorageError(
-            f"{path}: cannot be written, {free:.0f} MiB are free there: {error}. The last checkpoint is whole: make room, "
-            "and the same command goes on from it"
+            f"{path}: cannot be written ({free:.0f} MiB are free): {error}. Free some space, then rerun the "
+            "same command to resume from the last checkpoint"
         ) from error
 
 
@@ -65,15 +65,18 @@ def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], path
     architecture."""
     current = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     saved = {name: tuple(value.shape) for name, value in weights.items()}
-    differing = [name for name in sorted(current.keys() | saved.keys()) if current.get(name) != saved.get(name)]
+    differing = [
+        name for name in sorted(current.keys() | saved.keys()) if current.get(name) != saved.get(name)
+    ]
     if differing:
         examples = [
-            f"{name} is {saved.get(name, 'absent')} there and {current.get(name, 'absent')} here" for name in differing[:3]
+            f"{name} is {saved.get(name, 'absent')} there and {current.get(name, 'absent')} here"
+            for name in differing[:3]
         ]
         more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ModelError(
-            f"{path}: a checkpoint of another architecture: {'; '.join(examples)}{more}. Name the model or architecture that it "
-            "began with, or another `output:`, or remove that file to begin anew"
+            f"{path}: the checkpoint has another architecture: {'; '.join(examples)}{more}. Use the model or "
+            "architecture that it was started with, another `output:`, or remove the file to start again"
         )
     module.load_state_dict(weights)
 
@@ -85,14 +88,19 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ModelError(f"{path}: not a readable checkpoint ({error}); remove it to start that stage anew") from error
+        raise ModelError(
+            f"{path}: the checkpoint cannot be read ({error}); remove it to start that stage again"
+        ) from error
 
 
 def check_origin(path: Path, then: dict[str, str], now: dict[str, str]) -> None:
     """Raise ModelError if a checkpoint began with something else than this run."""
     if changed := [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]:
         changes = ", ".join(f"{name} (digest {then.get(name)} then, {now.get(name)} now)" for name in changed)
-        raise ModelError(f"{path} began with another {changes}: name another `output:`, or remove that file to begin anew")
+        raise ModelError(
+            f"{path} was started with another {changes}: use another `output:`, or remove the file to "
+            "start again"
+        )
 
 
 class Metrics:
@@ -114,7 +122,9 @@ class StageSchedule:
     On a CPU these are processor time, so that a run that is paused or shares its machine is not cut short; on
     a GPU they are wall-clock time."""
 
-    def __init__(self, minutes: float, max_steps: int | None, threads: int, device: torch.device, spent: float = 0.0) -> None:
+    def __init__(
+        self, minutes: float, max_steps: int | None, threads: int, device: torch.device, spent: float = 0.0
+    ) -> None:
         self.seconds, self.max_steps, self.spent = minutes * 60, max_steps, spent
         self.now, self.threads = (time.process_time, threads) if device.type == "cpu" else (time.monotonic, 1)
         self.started = self.now()

@@ -60,7 +60,10 @@ class Workers:
         if self.count == 1 or not tensors:
             return
         flat = _flatten_dense_tensors(
-            [tensor if i % self.count == self.rank else torch.zeros_like(tensor) for i, tensor in enumerate(tensors)]
+            [
+                tensor if i % self.count == self.rank else torch.zeros_like(tensor)
+                for i, tensor in enumerate(tensors)
+            ]
         )
         _add_up(flat)
         for tensor, whole in zip(tensors, _unflatten_dense_tensors(flat, tensors), strict=True):
@@ -81,4 +84,4 @@ def _add_up(values: Tensor) -> None:
     try:
         distributed.all_reduce(values)
     except RuntimeError as error:  # gloo's and NCCL's
-        raise ClusterError(f"another worker cannot be reached any more: {error}") from error
+        raise ClusterError(f"another worker can no longer be reached: {error}") from error

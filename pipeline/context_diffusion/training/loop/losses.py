@@ -18,7 +18,12 @@ def image_loss(decoded: Tensor, true: Tensor) -> Tensor:
     lost."""
     error = decoded - true
     weight = local_weight(true)
-    loss = error.abs().mean() + error.square().mean() + F.avg_pool2d(error, 8).square().mean() + (error.abs() * weight).mean()
+    loss = (
+        error.abs().mean()
+        + error.square().mean()
+        + F.avg_pool2d(error, 8).square().mean()
+        + (error.abs() * weight).mean()
+    )
     for axis in (2, 3):
         steps = error.diff(dim=axis).abs()
         loss = loss + steps.mean() + (steps * weight.narrow(axis, 1, weight.shape[axis] - 1)).mean()
@@ -29,7 +34,8 @@ def local_weight(true: Tensor, window: int = 11) -> Tensor:
     """Return weights (B, 1, H, W), at most 3, smaller where lightness varies much within the window."""
     lightness = true.mean(1, keepdim=True)
     mean, square = (
-        F.avg_pool2d(part, window, 1, window // 2, count_include_pad=False) for part in (lightness, lightness.square())
+        F.avg_pool2d(part, window, 1, window // 2, count_include_pad=False)
+        for part in (lightness, lightness.square())
     )
     return 0.3 / ((square - mean.square()).clamp(min=0).sqrt() + 0.1)
 
@@ -59,7 +65,9 @@ def noised(latents: Tensor, noise: Tensor, alphas: Tensor) -> tuple[Tensor, Tens
     return signal * latents + sigma * noise, signal * noise - sigma * latents
 
 
-def v_loss(output: Tensor, target: Tensor, alphas: Tensor, min_snr: float, has_draft: Tensor, rest: float) -> Tensor:
+def v_loss(
+    output: Tensor, target: Tensor, alphas: Tensor, min_snr: float, has_draft: Tensor, rest: float
+) -> Tensor:
     """Return the squared error of v, weighted by min(1, gamma / (SNR + 1)).
 
     This is min-SNR's weight (Hang et al. 2023) for little noise, but 1 for much noise, where v is the image

@@ -39,7 +39,10 @@ class _Muon(Muon):
             return Muon._orthogonalize(group, updates)
         matrices = [update.reshape(update.size(0), -1) for update in updates]
         steps, weights = group["ns_steps"], group["ns_coeffs"]
-        return [zero_power_via_newton_schulz_5(m, num_steps=steps, weights=weights, dtype=torch.float32) for m in matrices]
+        return [
+            zero_power_via_newton_schulz_5(m, num_steps=steps, weights=weights, dtype=torch.float32)
+            for m in matrices
+        ]
 
 
 class Optimizer:
@@ -48,11 +51,15 @@ class Optimizer:
     At equal steps Muon's loss was 7 % lower than AdamW's, and the palette was right in .89 instead of .72 of
     the rows."""
 
-    def __init__(self, modules: nn.Module, heads: nn.Module, stage: DiffusionSteps | ReliefSteps, workers: Workers) -> None:
+    def __init__(
+        self, modules: nn.Module, heads: nn.Module, stage: DiffusionSteps | ReliefSteps, workers: Workers
+    ) -> None:
         named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
         inner = [p.ndim >= 2 and not any(layer in name for layer in OUTER_LAYERS) for name, p in named]
         self.matrices = [p for (_, p), within in zip(named, inner, strict=True) if within]
-        others = [p for (_, p), within in zip(named, inner, strict=True) if not within] + list(heads.parameters())
+        others = [p for (_, p), within in zip(named, inner, strict=True) if not within] + list(
+            heads.parameters()
+        )
         self.stage = stage
         self.workers = workers
         # Largest first, one to each worker in turn, so that all have about equal work.
@@ -83,7 +90,9 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adamw.load_state_dict(state["adamw"])
         for parameter, buffer in self.workers.share(list(zip(self.matrices, state["momentum"], strict=True))):
-            self.muon.state[parameter]["momentum_buffer"] = buffer.to(parameter).clone(memory_format=torch.preserve_format)
+            self.muon.state[parameter]["momentum_buffer"] = buffer.to(parameter).clone(
+                memory_format=torch.preserve_format
+            )
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         momentum = self.muon.state[parameter].get("momentum_buffer") if parameter in self.muon.state else None
@@ -123,7 +132,9 @@ class Clipping:
 
     All workers agree, since they have the same gradients."""
 
-    def __init__(self, measured: Sequence[nn.Parameter], others: Sequence[nn.Parameter], device: torch.device) -> None:
+    def __init__(
+        self, measured: Sequence[nn.Parameter], others: Sequence[nn.Parameter], device: torch.device
+    ) -> None:
         """Clip `measured`; `others` are not clipped, but zeroed together with them."""
         self.measured = measured
         self.others = others
@@ -144,7 +155,9 @@ class Clipping:
         self._count.zero_()
         if count > LOOK // 2:
             raise ModelError(
-                f"the gradients of {count} of the last {LOOK} steps are not finite, nothing is learned any more: lower "
-                "learning_rate and matrix_learning_rate. The last checkpoint is whole, and the same command goes on from it"
+                f"the gradients of {count} of the last {LOOK} steps are not finite, so nothing is learned: "
+                "lower learning_rate and matrix_learning_rate, then rerun the same command to resume "
+                "from the "
+                "last checkpoint"
             )
         return count
