@@ -50,7 +50,9 @@ def listener(says: bytes = b"") -> Iterator[str]:
                 except OSError:
                     return
                 if says:
-                    held.pop().sendall(says)  # and it hangs up
+                    with held.pop() as connection:
+                        connection.recv(65536)  # else its end is a reset, which the answer may be lost by
+                        connection.sendall(says)
 
         threading.Thread(target=serve, daemon=True).start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"

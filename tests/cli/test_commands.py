@@ -247,7 +247,7 @@ def test_doctor_says_what_forbids_the_download_of_weights(tmp_path: Path) -> Non
     code, out, _ = call("doctor", "--model", "sd15", RAY_ADDRESS="", **away)
     [check] = [check for check in json.loads(out)["checks"] if not check["ok"]]
     assert (code, check["name"]) == (2, "model")
-    assert f"the hub at {away['HF_ENDPOINT']} is out of reach: ConnectError" in check["told"]
+    assert f"the hub at {away['HF_ENDPOINT']} cannot be reached: ConnectError" in check["told"]
     with hub_of(tmp_path / "hub") as (endpoint, _):  # it has none of them
         code, out, _ = call("doctor", "--model", "sd15", RAY_ADDRESS="", **away | {"HF_ENDPOINT": endpoint})
         assert code == 2

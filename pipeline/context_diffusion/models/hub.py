@@ -32,25 +32,27 @@ def commit_of(repo: str, revision: str | None) -> str:
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     try:
-        commit = HfApi().model_info(repo, revision=revision).sha
+        return _newest_commit(repo, revision)
+    except ConnectionError as error:
+        folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+        cached = folder / "refs" / (revision or "main")
+        if not cached.is_file():
+            raise ModelError(f"model: {repo} is not in the cache, and {error}") from error
+        return cached.read_text().strip()
+
+
+def _newest_commit(repo: str, revision: str | None = None, timeout_s: float | None = None) -> str:
+    """Ask the hub. Raises ModelError if it refuses, ConnectionError if it cannot be reached."""
+    try:
+        return str(HfApi().model_info(repo, revision=revision, timeout=timeout_s).sha)
     except HFValidationError as error:
         raise ModelError(f"model: {repo!r} not found: expected a folder or a hub id ({error})") from error
     except HfHubHTTPError as error:
+        refusal = f"the hub has no {repo} at {revision or 'main'} ({one_line(str(error))})"
         hint = "check the name and the revision; a private or gated one needs HF_TOKEN"
-        raise ModelError(f"model: the hub has no {repo} at {revision or 'main'} ({error}); {hint}") from error
+        raise ModelError(f"model: {refusal}; {hint}") from error
     except Exception as error:  # what a network's absence leads the client to
-        cached = (
-            Path(constants.HF_HUB_CACHE)
-            / f"models--{repo.replace('/', '--')}"
-            / "refs"
-            / (revision or "main")
-        )
-        if not cached.is_file():
-            raise ModelError(
-                f"model: {repo} is not in the cache, and the hub cannot be reached: {_hint(error)}"
-            ) from error
-        commit = cached.read_text().strip()
-    return str(commit)
+        raise ConnectionError(f"the hub at {constants.ENDPOINT} cannot be reached: {_hint(error)}") from error
 
 
 def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
@@ -91,16 +93,10 @@ def fetch_optional(part: str, name: str, revision: dict[str, str]) -> Path | Non
 
 def obstacle_to(repo: str, timeout_s: float) -> str | None:
     """Return why a repository cannot be downloaded now; None: it can. Downloads nothing."""
-    if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE forbids the download"
     try:
-        HfApi().model_info(repo, timeout=timeout_s)
-    except HfHubHTTPError as error:
-        return f"the hub refuses {repo}: {one_line(str(error))}; a private or gated one needs HF_TOKEN"
-    except Exception as error:  # what a network's absence leads the client to
-        return (
-            f"the hub at {constants.ENDPOINT} is out of reach: {type(error).__name__}: {one_line(str(error))}"
-        )
+        _newest_commit(repo, timeout_s=timeout_s)
+    except (ModelError, ConnectionError) as error:
+        return str(error)
     return None
 
 
