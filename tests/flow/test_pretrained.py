@@ -71,7 +71,7 @@ def test_a_manifest_by_stable_diffusion_with_two_controlnets_and_maps_of_its_own
     assert 0.5 < summary["occupancy"] <= 1
     parts = sorted((tmp_path / "out" / "data").iterdir())
     made = {row["id"]: row for part in parts for row in pq.read_table(part).to_pylist()}
-    assert "1 pictures" in made["one map"]["error_message"]
+    assert "1 images" in made["one map"]["error_message"]
     assert [made[name]["prompt_truncated"] for name in ("plain", "cut")] == [False, True]
     assert made["plain"]["control"] == "canny+gray"
     assert made["plain"]["controlnet_conditioning_scale"] == pytest.approx([0.8, 0.4])

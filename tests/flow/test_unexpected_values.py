@@ -36,7 +36,7 @@ def test_a_metric_that_ray_refuses_is_missed(
     metrics = Metrics("images", output="/data/josé/日本")
     metrics.count("images", 3)
     assert not caplog.records
-    monkeypatch.setattr(metrics._known["images"], "inc", lambda *_: 1 / 0)
+    monkeypatch.setattr(metrics._metrics["images"], "inc", lambda *_: 1 / 0)
     metrics.count("images", 1)
     assert "was not recorded" in caplog.text
 
