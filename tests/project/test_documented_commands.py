@@ -139,20 +139,23 @@ def test_the_commands_run_on_the_result_of_make_demo(demo: Path) -> None:
             *(image if word in IMAGES else word for word in arguments),
         ]
         done = subprocess.run(command, cwd=demo, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, f"{arguments}: {done.stderr[-2000:]}"
         result = json.loads(done.stdout.splitlines()[-1])
-        assert result["exit"] == 0, arguments
+        allowed = (0, 3) if "failed" in result or "problems" in result else (0,)  # one row fails on purpose
+        assert result["exit"] == done.returncode, arguments
+        assert done.returncode in allowed, f"{arguments}: {done.stderr[-2000:]}"
         if arguments[0] in ("run", "status"):
-            assert result["rows"] == 28
+            assert result["rows"] == 26
         if arguments[:2] == ("run", "jobs/demo.yaml"):
-            assert (result["ok"], result["skipped"]) == (28, 28), "nothing was left to do"
+            assert (result["ok"], result["failed"]) == (25, 1)
+            assert result["skipped"] == 26, "nothing was left to do"
         ran.append(arguments[0])
     images = [np.asarray(Image.open(path)) for path in (demo / "build" / "demo" / "images").rglob("*.png")]
-    assert len(images) == 28
+    assert len(images) == 25
     assert min(pixels.std() for pixels in images) > 20, "an image of almost one colour shows nothing"
     assert set(ran) == COMMANDS.keys() - ELSEWHERE.keys() - {
+        "init",
         "manifest",
         "preview",
-    }  # those two are in sh blocks
+    }  # those three are in sh blocks
     assert (demo / "build/compacted").exists()
     assert (demo / "build/demo-scores/scores.parquet").exists()

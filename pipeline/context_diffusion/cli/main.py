@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import sys
 import traceback
 from contextlib import suppress
@@ -146,6 +147,7 @@ def run(
         "accept_change": accept_change,
         "retry_failed": retry_failed,
         "extend": extend,
+        "job_file": job,
     }
     summaries: list[dict[str, Any]] = []
     for number, loaded in enumerate(jobs, 1):
@@ -185,7 +187,23 @@ def _report_end(job: StrictModel, file: str, summary: dict[str, Any]) -> None:
     if "error" in summary:
         print_error(summary["error"])
     else:
-        LOG.emit("finished", **summary)
+        lines = _result_lines(job) if isinstance(job, GenerateJob) else []
+        LOG.emit("finished", "\n".join(lines) or None, **summary)
+
+
+def _result_lines(job: GenerateJob) -> list[str]:
+    """Return where a finished job's images and report are, and the command that shows all rows."""
+    from importlib.util import find_spec
+
+    output = job.output.rstrip("/")
+    folder = {"webdataset": "webdataset", "parquet": "data"}.get(job.images_in, "images")
+    has_viewer = find_spec("duckdb") and find_spec("starlette")
+    install = "" if has_viewer else "  (needs: pip install 'context-diffusion[view]')"
+    return [
+        f"images: {output}/{folder}" + (", column image" if folder == "data" else ""),
+        f"report: {output}/report.html",
+        f"view:   context-diffusion view {shlex.quote(output)}{install}",
+    ]
 
 
 def _report_failures(job: GenerateJob, file: str, summary: dict[str, Any]) -> None:
@@ -241,7 +259,8 @@ def _train(job: TrainingJob, address: str | None) -> dict[str, Any]:
 
 # In the order of work, which is the order of the help.
 for command in (
-    *(setup_commands.doctor, setup_commands.manifest, setup_commands.validate, image_commands.preview, run),
+    *(setup_commands.doctor, setup_commands.init, setup_commands.manifest, setup_commands.validate),
+    *(image_commands.preview, run),
     *(cluster_commands.submit, cluster_commands.status, cluster_commands.stop, cluster_commands.warm),
     *(output_commands.report, output_commands.view, output_commands.verify, output_commands.compact),
     image_commands.reproduce,

@@ -1,4 +1,4 @@
-"""The commands before a run: `doctor`, `manifest`, `validate`."""
+"""The commands before a run: `doctor`, `init`, `manifest`, `validate`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ from context_diffusion.cli.options import (
     title_of,
 )
 from context_diffusion.core.errors import EXIT_JOB, EXIT_OK, REMEDIES, ErrorCode, JobError
+
+PairMode = Literal["all", "zip", "random"]
+PAIR_HELP = "all: each query with each context; zip: in order; random: contexts drawn for each query"
+QUERIES_HELP = "the folder of query images, a path or URL"
+CONTEXTS_HELP = "the folder of context images, or of sub-folders with one row's contexts each"
+Prompts = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="a text file with one prompt per line, paired as the images are"),
+]
+ContextsPerRow = Annotated[
+    int | None, typer.Option(min=1, help="number of contexts; default: 1, of a sub-folder all")
+]
+PairSeed = Annotated[int, typer.Option(help="seed of random choices")]
 
 
 def doctor(
@@ -48,29 +61,46 @@ def doctor(
     raise typer.Exit(code)
 
 
+def init(
+    queries: Annotated[str, typer.Argument(metavar="QUERIES", help=QUERIES_HELP)],
+    contexts: Annotated[str, typer.Argument(metavar="CONTEXTS", help=CONTEXTS_HELP)],
+    pair: Annotated[PairMode, typer.Option(help=PAIR_HELP)] = "all",
+    model: Annotated[str, typer.Option(help="bundled, sd15, sdxl, a folder or a hub id")] = "bundled",
+    output: Annotated[str, typer.Option(metavar="DIR", help="the folder of the job's results")] = "out",
+    job: Annotated[str, typer.Option(metavar="FILE", help="the job file to write, .yaml")] = "job.yaml",
+    rows: Annotated[
+        str, typer.Option(metavar="FILE", help="the manifest to write: .parquet, .jsonl or .csv")
+    ] = "rows.parquet",
+    prompts: Prompts = None,
+    contexts_per_row: ContextsPerRow = None,
+    seed: PairSeed = 0,
+) -> None:
+    """Write a manifest and a commented job file from two folders of images.
+
+    The job file can be run as it is; its comments show the keys that are changed most.
+
+    Example: context-diffusion init photos paintings --pair zip --output out
+    """
+    from context_diffusion.cli.job_template import write_job
+    from context_diffusion.inputs.from_folders import Pairing
+
+    pairing = Pairing(queries, contexts, pair, contexts_per_row, prompts, seed)
+    summary = write_job(pairing, rows, job, model, output)
+    stderr.print(f"{summary['rows']} rows: {summary['manifest']}")
+    stderr.print(f"job file: {job}")
+    stderr.print(f"check it: context-diffusion validate {job} --sample 2 --pictures sample.png")
+    stderr.print(f"run it:   context-diffusion run {job}")
+    print_summary({**summary, "exit": EXIT_OK})
+
+
 def manifest(
-    queries: Annotated[str, typer.Option(metavar="DIR", help="the folder of query images, a path or URL")],
-    contexts: Annotated[
-        str,
-        typer.Option(
-            metavar="DIR", help="the folder of context images, or of sub-folders with one row's contexts each"
-        ),
-    ],
-    pair: Annotated[
-        Literal["all", "zip", "random"],
-        typer.Option(
-            help="all: each query with each context; zip: in order; random: contexts drawn for each query"
-        ),
-    ],
+    queries: Annotated[str, typer.Option(metavar="DIR", help=QUERIES_HELP)],
+    contexts: Annotated[str, typer.Option(metavar="DIR", help=CONTEXTS_HELP)],
+    pair: Annotated[PairMode, typer.Option(help=PAIR_HELP)],
     out: Annotated[str, typer.Option(metavar="FILE", help="the manifest to write: .parquet, .jsonl or .csv")],
-    prompts: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="a text file with one prompt per line, paired as the images are"),
-    ] = None,
-    contexts_per_row: Annotated[
-        int | None, typer.Option(min=1, help="number of contexts; default: 1, of a sub-folder all")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="seed of random choices")] = 0,
+    prompts: Prompts = None,
+    contexts_per_row: ContextsPerRow = None,
+    seed: PairSeed = 0,
 ) -> None:
     """Write a manifest from two folders of images.
 

@@ -27,12 +27,16 @@ from context_diffusion.storage.filesystem import Storage
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the command line that apply to a run."""
+    """The options of the command line that apply to a run.
+
+    job_file: as the command named it, for the commands that the report shows.
+    """
 
     address: str | None = None
     accept_change: bool = False
     retry_failed: bool = False
     extend: bool = False
+    job_file: str | None = None
 
 
 def run_generate(
@@ -62,7 +66,8 @@ def run_generate(
         if counts.rows != plan.rows:
             message = f"{output.root} has {counts.rows} rows, the manifest {plan.rows}"
             raise ClusterError(f"{message}: rerun the same command to resume")
-    return _finish(output, before, counts, time.perf_counter() - started, occupancy)
+    seconds = time.perf_counter() - started
+    return _finish(options, output, before, counts, seconds, occupancy)
 
 
 def _generate_missing(
@@ -128,7 +133,12 @@ def _check_failures(job: GenerateJob, plan: Plan, counts: Counts) -> None:
 
 
 def _finish(
-    output: Output, before: Counts, counts: Counts, seconds: float, occupancy: float | None
+    options: Options,
+    output: Output,
+    before: Counts,
+    counts: Counts,
+    seconds: float,
+    occupancy: float | None,
 ) -> dict[str, Any]:
     """Write summary.json, report.html, checksums.parquet and at last _SUCCESS, unless OUTPUT is finished.
 
@@ -139,9 +149,11 @@ def _finish(
         "output": output.root,
         **asdict(counts),
         "skipped": before.rows,
+        "images_made": images,
         "seconds": round(seconds, 2),
         "images_per_second": round(images / seconds, 3),
         "occupancy": occupancy,
+        "job_file": options.job_file,
         "exit": EXIT_ROWS_FAILED if counts.failed else EXIT_OK,
     }
     if not finished:

@@ -107,7 +107,9 @@ def watched(request: pytest.FixtureRequest, chromium: Any, urls: dict[str, str])
 
 
 def rows(output: Output, wanted: Callable[[dict[str, Any]], bool]) -> list[str]:
-    return [row["id"] for _, part in output.read_parts() for row in part.to_pylist() if wanted(row)]
+    """The ids of these rows, failed ones first."""
+    found = [row for _, part in output.read_parts() for row in part.to_pylist() if wanted(row)]
+    return [row["id"] for row in sorted(found, key=lambda row: row["status"] != "failed")]
 
 
 def test_pictures_load(watched: Watched, output: Output) -> None:
@@ -223,6 +225,63 @@ def test_the_picture_is_shown_whole_with_all_that_made_it(watched: Watched, outp
     assert page.locator("aside img").count() == 1 + len(row["context"])
 
 
+def test_a_term_is_explained_by_hover_focus_and_tap(watched: Watched) -> None:
+    page = watched.open()
+    tip = page.locator("#tip")
+    for name, words in (("occupancy", "batch"), ("style", "contexts'"), ("layout", "edges")):
+        button = page.locator("button.term", has_text=name).first
+        button.hover()
+        assert words in tip.inner_text()
+        page.mouse.move(0, 0)
+        assert not tip.is_visible()
+        button.focus()
+        assert words in tip.inner_text()
+        page.keyboard.press("Escape")
+        assert not tip.is_visible()
+        button.click()
+        box = tip.bounding_box()
+        assert 0 <= box["x"] < box["x"] + box["width"] <= 1280
+    page.locator("#cards .code").first.hover()
+    assert "To fix it: " in tip.inner_text()
+    page.evaluate("location.hash = '#row=row-011/0'")
+    page.wait_for_selector("dialog[open]")
+    page.locator("aside button.term", has_text="layout score").focus()
+    assert "edges" in tip.inner_text()
+    page.keyboard.press("Escape")
+    assert not tip.is_visible()
+    assert page.locator("dialog").is_visible()
+
+
+def test_commands_can_be_copied(watched: Watched, output: Output) -> None:
+    page = watched.open()
+    copied = "const copied = []; navigator.clipboard.writeText = async text => { window.copied = text; };"
+    page.evaluate(copied)
+    page.click("#retry button")
+    watched.becomes("window.copied", "context-diffusion run JOB --retry-failed")
+    assert page.locator("#retry button").inner_text() == "Copied"
+    page.evaluate("location.hash = '#row=row-011/0'")
+    page.wait_for_selector("dialog[open]")
+    page.evaluate("navigator.clipboard.writeText = async () => { throw new Error('not allowed'); }")
+    page.click("aside .copy button")
+    selected = f"context-diffusion reproduce {output.root}/images/"
+    page.wait_for_function("text => String(getSelection()).startsWith(text)", arg=selected)
+    assert page.locator("aside .copy button").inner_text() == "Press Ctrl+C"
+
+
+def test_a_card_names_its_files_and_a_bar_its_count(watched: Watched, output: Output) -> None:
+    page = watched.open()
+    [row] = [row for _, part in output.read_parts() for row in part.to_pylist() if row["id"] == "row-011"]
+    names = page.locator("article", has_text="row-011").locator(".names").all_inner_texts()
+    assert names == [row["query"], ", ".join(row["context"])]
+    bars = page.locator(".bars button[data-score=style_score]:enabled")
+    for bar in bars.all():
+        assert f": {bar.inner_text()} images" in bar.get_attribute("aria-label")
+    first = page.locator("article").first
+    assert "failed" in first.get_attribute("class")
+    page.click("summary")
+    assert "layout" in page.locator(".settings").inner_text()
+
+
 @pytest.mark.parametrize("row", [ODD_ID, ATTACK, "row-065"])
 def test_a_link_leads_to_its_row(watched: Watched, row: str) -> None:
     page = watched.open(f"#row={quote(row, safe='')}/0")
@@ -236,7 +295,7 @@ def test_a_link_leads_to_its_row(watched: Watched, row: str) -> None:
 def test_what_a_manifest_says_stays_text(watched: Watched) -> None:
     page = watched.open()
     assert ATTACK in page.evaluate(SHOWN)
-    assert page.locator("#cards .prompt").first.inner_text() == ATTACK
+    assert page.locator("#cards .prompt").first.inner_text() == "prompt leads" + ATTACK
     assert ATTACK[:40] in page.locator("#failures").inner_text()
     page.fill("[name=text]", "hacked")
     watched.told("1–3 of 3")

@@ -14,11 +14,13 @@ from urllib.parse import quote
 from context_diffusion.core.schema import CONTEXT, QUERY
 from context_diffusion.outputs.finalize import close
 from context_diffusion.outputs.output_folder import Output
-from context_diffusion.outputs.report.cards import COLUMNS, card
+from context_diffusion.outputs.report.cards import COLUMNS, card, has_own_file
+from context_diffusion.outputs.report.glossary import glossary
+from context_diffusion.outputs.report.job_facts import job_facts
 from context_diffusion.outputs.report.page import render
 from context_diffusion.outputs.report.row_sample import sample_rows
 from context_diffusion.outputs.report.sweep_grid import contact_sheets
-from context_diffusion.outputs.report.thumbnails import OUTPUT_FILE, Frame, ImageReader, frame_of
+from context_diffusion.outputs.report.thumbnails import Frame, ImageReader, frame_of
 
 FramedUri = tuple[str, Frame | None]  # a query or context, and the frame of its thumbnail
 SourceThumbnails = Callable[[Iterable[FramedUri]], Iterable[bytes | None]]
@@ -43,6 +45,7 @@ def rebuild(output: Output) -> dict[str, Any]:
 def write_report(output: Output, summary: dict[str, Any]) -> None:
     """Write report.html, one file that opens from disk without a network: it contains its thumbnails."""
     sample = sample_rows(output, summary["images"])
+    facts = job_facts(output, summary, sample.last_image)
     images = ImageReader(output)
     by_shard = groupby(sample.positions, lambda position: position[0])
     chosen = [(shard, [number for _, number in positions]) for shard, positions in by_shard]
@@ -59,15 +62,16 @@ def write_report(output: Output, summary: dict[str, Any]) -> None:
             "entries": sample.rows,
             "histograms": sample.histograms,
             "codes": summary["codes"],
-            "rows": [card(row, _relative_url(row)) for row in rows],
+            "glossary": glossary(),
+            "rows": [card(row, _relative_url(row), output.root) for row in rows],
         }
-        room = PAGE_BYTES - len(render(summary, data, sheets))
+        room = PAGE_BYTES - len(render(summary, facts, data, sheets))
 
         def source_thumbnails(sources: Iterable[FramedUri]) -> Iterable[bytes | None]:
             return threads.map(lambda source: images.source_thumbnail(*source), sources)
 
         data["thumbnails"] = _add_thumbnails(rows, data["rows"], source_thumbnails, room)
-    output.storage.replace(output.report, render(summary, data, sheets))
+    output.storage.replace(output.report, render(summary, facts, data, sheets))
 
 
 def _read_rows(output: Output, images: ImageReader, shard: int, numbers: list[int]) -> list[dict[str, Any]]:
@@ -82,7 +86,7 @@ def _read_rows(output: Output, images: ImageReader, shard: int, numbers: list[in
 def _relative_url(row: dict[str, Any]) -> str | None:
     """Return the URL of an image file, relative to the page; None for an image in a tar or a part."""
     name = row["file_name"]
-    return quote(name, safe="/") if name and OUTPUT_FILE.fullmatch(name) and ".tar/" not in name else None
+    return quote(name, safe="/") if has_own_file(name) else None
 
 
 def _add_thumbnails(

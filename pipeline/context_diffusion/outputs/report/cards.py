@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from datetime import datetime
 from typing import Any
 
@@ -15,20 +16,23 @@ from context_diffusion.core.schema import (
     SCORE_COLUMNS,
     SETTING_TYPES,
 )
+from context_diffusion.core.settings import Settings
+from context_diffusion.engine.guidance import words_lead
+from context_diffusion.outputs.report.thumbnails import OUTPUT_FILE
 
 CONTEXTS = 8  # contexts of a row that are shown, at most
 MAX_CHARACTERS = {"error_message": 500, PROMPT: 1000, NEGATIVE_PROMPT: 300}
 URI_CHARACTERS = 200
+GUIDANCE = ("guidance_scale", "context_guidance_scale")
 FIELDS = (ID, "index", "status", "error_code", "width", "height", "seconds")
 DETAILS = (*SETTING_TYPES, "control", "fit", "model", "device", "lanes", "prompt_truncated", "created_at")
 COLUMNS = [*FIELDS, *MAX_CHARACTERS, "file_name", QUERY, CONTEXT, *DETAILS, *SCORE_COLUMNS]
 
 
-def card(row: dict[str, Any], full_image: str | None) -> dict[str, Any]:
+def card(row: dict[str, Any], full_image: str | None, root: str) -> dict[str, Any]:
     """Return what the page shows of a row, without thumbnails.
 
-    full_image: the URL of the row's image file.
-
+    full_image: the URL of the row's image file; root: of OUTPUT.
     """
     contexts = row.get(CONTEXT) or []
     return {
@@ -41,7 +45,28 @@ def card(row: dict[str, Any], full_image: str | None) -> dict[str, Any]:
         "more_contexts": max(0, len(contexts) - CONTEXTS),
         "thumbnail": None,
         "full_image": full_image,
+        "prompt_leads": _prompt_leads(row),
+        "reproduce": _reproduce_command(row, root),
     }
+
+
+def has_own_file(name: str | None) -> bool:
+    """Return whether a row's image is a file, not a member of a tar or a cell of a part."""
+    return bool(name and OUTPUT_FILE.fullmatch(name) and ".tar/" not in name)
+
+
+def _prompt_leads(row: dict[str, Any]) -> bool:
+    """Return whether a finished row's prompt goes before its contexts."""
+    if row["status"] != "ok" or not row.get(PROMPT) or not row.get(CONTEXT):
+        return False
+    scales = {name: row[name] for name in GUIDANCE if row.get(name) is not None}
+    return words_lead(Settings(**scales))
+
+
+def _reproduce_command(row: dict[str, Any], root: str) -> str | None:
+    name = row["file_name"]
+    file = shlex.quote(f"{root}/{name}")
+    return f"context-diffusion reproduce {file}" if has_own_file(name) else None
 
 
 def _cut(text: str | None, longest: int) -> str | None:

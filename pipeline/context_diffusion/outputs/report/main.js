@@ -107,9 +107,10 @@ function setTheme(dark) {
 }
 
 function fillControls() {
+  const codes = Object.entries(data.codes).sort((first, second) => second[1] - first[1]);
   const add = (name, value, text) => form.elements[name].append(element("option", { value }, text));
-  for (const code of Object.keys(data.codes)) add("code", code, code);
-  add("sort", "", "OUTPUT order");
+  for (const [code] of codes) add("code", code, code);
+  add("sort", "", codes.length ? "failed rows first" : "OUTPUT order");
   for (const { name } of data.histograms) {
     add("score", name, label(name));
     add("sort", name + " asc", label(name) + ", worst first");
@@ -121,8 +122,8 @@ function fillControls() {
   document.getElementById("scores").hidden = !data.histograms.length;
   document.querySelector(".histograms").append(...data.histograms.map(score =>
     histogram(score, (name, low, high) => filterBy({ score: name, low, high }))));
-  const codes = Object.entries(data.codes).sort((first, second) => second[1] - first[1]);
   document.getElementById("failures").hidden = !codes.length;
+  document.getElementById("retry").append(copyButton(retryCommand));
   document.querySelector("#failures tbody").append(...codes.map(([code, rows]) =>
     failure(code, rows, reasons(code), selected => filterBy({ code: selected }))));
 }

@@ -13,17 +13,23 @@ from typing import Any
 from markupsafe import Markup
 
 from context_diffusion.outputs.html_templates import templates
+from context_diffusion.outputs.report.glossary import glossary
+from context_diffusion.outputs.report.job_facts import Facts
 
-SCRIPTS = ("source.js", "gallery.js", "zoom.js", "main.js")
+SCRIPTS = ("source.js", "tips.js", "gallery.js", "zoom.js", "main.js")
 
 
 def render(
-    summary: dict[str, Any], data: dict[str, Any], sheets: Markup | None = None, connect: str = "'none'"
+    summary: dict[str, Any],
+    facts: Facts,
+    data: dict[str, Any],
+    sheets: Markup | None = None,
+    connect: str = "'none'",
 ) -> bytes:
     """Render the page.
 
-    data: what source.js reads; sheets: from sweep_grid.py; connect: where the script may request rows, as a
-    source of the Content Security Policy.
+    facts: from job_facts.py; data: what source.js reads; sheets: from sweep_grid.py; connect: where the
+    script may request rows, as a source of the Content Security Policy.
     """
     environment = templates("context_diffusion.outputs.report")
     assert environment.loader
@@ -32,6 +38,8 @@ def render(
     style = environment.loader.get_source(environment, "report.css")[0]
     page = environment.get_template("report.html.j2").render(
         summary=summary,
+        facts=facts,
+        tips=glossary(),
         data=data,
         sheets=sheets or Markup(),
         script=script,

@@ -63,5 +63,9 @@ class RowQuery:
         return " and ".join(["true", *(test for test, _ in tests)]), [value for _, value in tests]
 
     def order_by(self) -> str:
-        """Return the sort keys. Rows without a value come last, equal ones in OUTPUT's order."""
-        return (f"{self.sort} {self.order} nulls last, " if self.sort else "") + "part, number"
+        """Return the sort keys.
+
+        Rows without a value come last, equal ones in OUTPUT's order; without a sort, failed rows come first.
+        """
+        first = f"{self.sort} {self.order} nulls last" if self.sort else "status = 'failed' desc"
+        return f"{first}, part, number"

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
@@ -119,6 +120,11 @@ class RowIndex:
                     count(*) filter (status = 'ok'), count(*) from data"""
         [[rows, failed, images, entries]] = self._cursor().execute(select).fetchall()
         return {"rows": rows, "ok": rows - failed, "failed": failed, "images": images, "entries": entries}
+
+    def last_image(self) -> datetime | None:
+        """Return when the last image was generated."""
+        [[last]] = self._cursor().execute("select epoch_ms(max(created_at)) from data").fetchall()
+        return None if last is None else datetime.fromtimestamp(last / 1000, UTC)
 
     def contains(self, position: Position) -> bool:
         select = "select 1 from data where part = ? and number = ?"

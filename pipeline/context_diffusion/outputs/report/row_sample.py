@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from context_diffusion.core.schema import ID, SCORE_COLUMNS
@@ -22,7 +24,7 @@ EVEN = 120  # rows at even distances
 EXTREME = 10  # the worst, and as many of the best, by each score
 FAILED = 8  # rows of each error code
 BINS = 20  # of a histogram, over 0 to 1
-SAMPLED = [ID, "index", "status", "error_code", *SCORE_COLUMNS]
+SAMPLED = [ID, "index", "status", "error_code", "created_at", *SCORE_COLUMNS]
 Position = tuple[int, int]  # shard, number of the row in its part
 
 
@@ -59,14 +61,15 @@ class ScoreStatistics:
 class RowSample:
     """The chosen rows.
 
-    scores: by column, only those that some row has; failures: by error code; rows: of OUTPUT.
-
+    scores: by column, only those that some row has; failures: by error code; rows: of OUTPUT; last_image:
+    when it was generated.
     """
 
     scores: dict[str, ScoreStatistics] = field(default_factory=lambda: defaultdict(ScoreStatistics))
     even: list[Position] = field(default_factory=list)
     failures: dict[str, list[Position]] = field(default_factory=lambda: defaultdict(list))
     rows: int = 0
+    last_image: datetime | None = None
 
     @property
     def positions(self) -> list[Position]:
@@ -91,6 +94,8 @@ def sample_rows(output: Output, images: int) -> RowSample:
         sample.even += [(shard, int(rows[number - seen])) for number in chosen[first:last]]
         seen += len(rows)
         sample.rows += len(part)
+        if (latest := pc.max(part["created_at"]).as_py()) is not None:
+            sample.last_image = max(latest, sample.last_image or latest)
         for name in SCORE_COLUMNS:
             if name in part.column_names and part[name].null_count < len(part):
                 sample.scores[name].add(shard, part[name].cast(pa.float64()).to_numpy())

@@ -26,7 +26,8 @@ function matches(row, query) {
 }
 
 function sorted(rows, sort, order) {
-  if (!sort) return rows;
+  const failedFirst = (first, second) => (second.status === "failed") - (first.status === "failed");
+  if (!sort) return rows.slice().sort(failedFirst);
   const sign = order === "desc" ? -1 : 1;
   return rows.slice().sort((first, second) => {
     const a = valueOf(first, sort);

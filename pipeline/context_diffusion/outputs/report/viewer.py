@@ -30,6 +30,8 @@ from context_diffusion.core.schema import CONTEXT, QUERY
 from context_diffusion.inputs.image_sources import INLINE
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.outputs.report.cards import CONTEXTS, card
+from context_diffusion.outputs.report.glossary import glossary
+from context_diffusion.outputs.report.job_facts import job_facts
 from context_diffusion.outputs.report.page import render
 from context_diffusion.outputs.report.query import RowQuery
 from context_diffusion.outputs.report.row_index import RowIndex
@@ -65,14 +67,17 @@ class Viewer:
             else {}
         )
         summary |= {"output": self.output.root, **counts}
+        facts = job_facts(self.output, summary, self.index.last_image())
         data = {
             "served": True,
             "entries": entries,
             "codes": self.index.codes(),
             "reasons": self.index.reasons(),
             "histograms": list(self.index.histograms()),
+            "glossary": glossary(),
         }
-        return Response(render(summary, data, connect="'self'"), media_type="text/html", headers=HEADERS)
+        page = render(summary, facts, data, connect="'self'")
+        return Response(page, media_type="text/html", headers=HEADERS)
 
     def rows(self, request: Request) -> Response:
         try:
@@ -97,7 +102,7 @@ class Viewer:
     def _card(self, position: Position, row: dict[str, Any]) -> dict[str, Any]:
         url = f"image/{position[0]}/{position[1]}"
         ok = row["status"] == "ok"
-        row_card = card(row, f"{url}/full" if ok else None)
+        row_card = card(row, f"{url}/full" if ok else None, self.output.root)
         row_card["thumbnail"] = f"{url}/output" if ok else None
         for name, source in (("query", row_card[QUERY]), *enumerate(row_card[CONTEXT])):
             source["thumbnail"] = f"{url}/{name}" if source["uri"] not in (None, INLINE) else None

@@ -1,6 +1,7 @@
 // The dialog of one row: its image at any zoom, its inputs and all its settings.
 const dialog = document.getElementById("zoom"), stage = dialog.querySelector(".stage");
 const STEPS = [0, 1, 2, 4, 8];  // 0: as large as the window allows
+const retryCommand = document.getElementById("retry").dataset.command;
 let scale = 0;
 let standalone = false;  // the page was copied without its OUTPUT, so no full images can be loaded
 
@@ -33,9 +34,11 @@ function stageContent(row) {
 function details(row) {
   const size = row.width ? { size: row.width + " × " + row.height } : {};
   const seconds = row.seconds === null ? {} : { seconds: row.seconds };
-  const fields = { status: row.status, ...row.scores, ...size, ...seconds, ...row.settings };
+  const code = row.error_code ? { "error code": row.error_code } : {};
+  const fields = { status: row.status, ...code, ...Object.fromEntries(scoreEntries(row)), ...size, ...seconds, ...row.settings };
   return element("dl", { className: "details" }, ...Object.entries(fields).map(([name, value]) => element("div", {},
-    element("dt", {}, name.replaceAll("_", " ")), element("dd", {}, Array.isArray(value) ? value.join(", ") : String(value ?? "–")))));
+    element("dt", {}, term(name.replaceAll("_", " "), name)),
+    element("dd", {}, name === "error code" ? term(value, value) : Array.isArray(value) ? value.map(rounded).join(", ") : String(rounded(value) ?? "–")))));
 }
 
 function openDialog(row) {
@@ -45,11 +48,13 @@ function openDialog(row) {
   resize(0);
   const moreContexts = row.more_contexts ? element("p", { className: "dim" }, `and ${row.more_contexts} more contexts`) : null;
   dialog.querySelector("aside").replaceChildren(...[
-    row.prompt ? element("p", { className: "prompt" }, row.prompt) : null,
+    promptText(row, "button"),
     row.negative_prompt ? element("p", { className: "dim" }, "negative prompt: " + row.negative_prompt) : null,
     element("div", { className: "row-sources" }, ...sources(row)),
     moreContexts,
     details(row),
+    row.reproduce ? element("p", {}, "Generate it again and compare:", copyButton(row.reproduce)) : null,
+    row.status === "failed" ? element("p", {}, "After fixing the cause:", copyButton(retryCommand)) : null,
     element("p", {}, element("a", { href: permalink(row) }, "Link to this row")),
   ].filter(Boolean));
   if (!dialog.open) dialog.showModal();
