@@ -112,10 +112,10 @@ def inputs(size: int) -> tuple[dict[str, Pixels], dict[str, Pixels]]:
     """Queries and contexts by name, (size, size, 3) and as large as they come."""
     motorcycle = skimage.data.stereo_motorcycle()[0]
     large = {name: photograph(name, DRAWN) for name in PHOTOGRAPHS}
-    large["motorcycle"] = motorcycle[:, 120:620]
-    landscape = painted(3, [(120, 120, 120)], photograph("coffee", DRAWN))
-    large |= {"painting": landscape, "drawn text": text(), "lines": lines(), "icons": icons(), "night": night()}
-    large |= {"very dark": exposed(photograph("rocket", DRAWN), -4), "very bright": exposed(photograph("chelsea", DRAWN), 2)}
+    large["motorcycle"] = np.asarray(Image.fromarray(motorcycle[:, 120:620]).resize((DRAWN, DRAWN), 3))
+    painting = painted(3, [(120, 120, 120)], large["motorcycle"][:, ::-1][:DRAWN])
+    large |= {"painting": painting, "drawn text": text(), "lines": lines(), "icons": icons(), "night": night()}
+    large |= {"very dark": exposed(large["rocket"][:, ::-1], -4), "very bright": exposed(large["chelsea"][::-1], 2)}
     queries = {name: np.asarray(Image.fromarray(image).resize((size, size), 3)) for name, image in large.items()}
     contexts = {name: photograph(name, DRAWN) for name in CONTEXT_PHOTOGRAPHS}
     contexts["strokes"] = painted(5, [(200, 90, 80), (70, 140, 90), (80, 110, 200), (190, 150, 60), (150, 80, 160)])
@@ -159,7 +159,7 @@ def texture_distance(image: Pixels, context: Pixels) -> float:
                         minlength=10) / pixels[..., 0].size
             for pixels in (image, context)
         )  # fmt: skip
-        distances.append(0.5 * ((first - second) ** 2 / np.maximum(first + second, 1e-9)).sum())
+        distances.append(((first - second) ** 2 / np.maximum(first + second, 1e-9)).sum())
     return float(np.mean(distances))
 
 
