@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from context_diffusion.core.records import Request
+from context_diffusion.core.records import Pixels, Request
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.conditioning import Context, content_key, control_scales, slots_of, to_tensor, weighted_contexts
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.inputs.context_images import ContextPreprocessing, SquareCrop
 from context_diffusion.models.attention import attend_by_lanes, keys_and_values
-from context_diffusion.models.native.detail_transfer import give_back
 from context_diffusion.models.native.lane_drafts import NativeDrafts
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.preconditioning import EncodedDraft
@@ -134,9 +133,15 @@ class NativeBackbone:
 
         detail: of NativeDrafts.of; empty: the row has no draft, or its detail is not asked for."""
         if detail:
-            image = give_back(image, detail["draft"], detail["copy"], detail["share"])
+            rest = self.model.rest_scale * (image - detail["copy"])
+            image = torch.lerp(image, detail["draft"] + rest, detail["share"]).clamp(0, 1)
         if not self.model.restores:
             return image
         pixels = torch.cat([to_tensor(context.pixels) for context in contexts]).to(image.device)
         weights = torch.tensor([context.weight for context in contexts], device=image.device)
         return self.model.restore(image, pixels, weights)
+
+    def draft_image(self, request: Request) -> Pixels:
+        """Return the draft of a row, uint8 (H, W, 3): its image before the diffusion model."""
+        image = self.drafts.image_of(request)[0].permute(1, 2, 0)
+        return (image * 255).round().byte().cpu().numpy()

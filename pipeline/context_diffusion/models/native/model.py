@@ -30,7 +30,7 @@ from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD
 from context_diffusion.models.context_encoders import patch_tokens
 from context_diffusion.models.native import checkpoint
 from context_diffusion.models.native.detail_transfer import denoised
-from context_diffusion.models.native.draft import TEXTURED, Layout, Look, layout_of, look_of, shows_tones
+from context_diffusion.models.native.draft import TEXTURED, VIVID, Layout, Look, layout_of, look_of, shows_tones, tones_of
 from context_diffusion.models.native.fusion import ContextFusion
 from context_diffusion.models.native.look_memory import LookMemory
 from context_diffusion.models.native.preconditioning import EncodedDraft, levels, precondition
@@ -220,6 +220,12 @@ class NativeModel:
     def layout(self, control_maps: Tensor, kinds: list[str]) -> Layout:
         """Measure what drafts need of queries, uint8 (N, 3, H, W)."""
         return layout_of(control_maps, kinds, self._texture_of)
+
+    def texture(self, images: Tensor, side: int) -> Tensor:
+        """Measure the texture of contexts, uint8 (N, 3, S, S), as they look `side` pixels large: (N, side, side), in ranks."""
+        tones = F.interpolate(tones_of(images), (side, side), mode="bilinear", align_corners=False, antialias=True)
+        texture = VIVID * self.relief.texture(tones) if self.relief.learned else torch.zeros_like(tones[:, 0])
+        return texture - texture.mean((1, 2), keepdim=True)
 
     @property
     def _texture_of(self) -> Callable[[Tensor], Tensor] | None:
