@@ -57,11 +57,10 @@ class NativeDrafts:
         self.factor = model.image_size // model.latent_shape[1]
 
     def of(self, request: Request, branch: Branch, contexts: list[Context], cache: Cache) -> tuple[Conditions, Conditions]:
-        """Return a lane's conditions, zeros for a lane without a draft, and the detail that its image is
-        given at the end.
+        """Return a lane's conditions, zeros for a lane without a draft, and the detail of which its image is made.
 
-        The detail has the images `draft` and `copy`, and the `share` of their difference; it is empty where
-        there is no draft or the model gives no detail back."""
+        The detail has the images `drafts` and `copies`, the autoencoder's reconstruction, the `share` of the draft in
+        the image and the `rest_scale` of what the diffusion model changed; it is empty where there is no draft."""
         scale = min(request.settings.context_scale, 1.0)
         weighted = [context for context in contexts if context.weight and scale]
         wanted = self._wanted(request, branch, weighted, cache)
@@ -69,8 +68,16 @@ class NativeDrafts:
             return self._lane(self._no_draft(request), 1.0), {}
         encoded, detail = self._draft_of(request, wanted, cache)
         share = 1.0 if "colours" in wanted.recalled else scale
-        strength = share * min(control_scales(request, 1)[0], 1.0)
-        detail = detail | {"share": encoded.pixels.new_full((1, 1, 1, 1), strength)}
+        if not detail:
+            return self._lane(encoded, share), {}
+        strength = self.model.detail_scale * share * min(control_scales(request, 1)[0], 1.0)
+        # Image to image starts from the query: the less noise it has had, the more of the decoded image is the answer.
+        kept = 1.0 if request.settings.strength is None else request.settings.strength
+        rest_scale = 1 - kept + kept * self.model.rest_scale
+        detail = detail | {
+            "share": encoded.pixels.new_full((1, 1, 1, 1), strength),
+            "rest_scale": encoded.pixels.new_full((1, 1, 1, 1), rest_scale),
+        }
         return self._lane(encoded, share), detail
 
     def _lane(self, encoded: EncodedDraft, share: float) -> Conditions:
@@ -117,10 +124,10 @@ class NativeDrafts:
         return [cache.get(f"look:{context.key}", partial(self._look, context.pixels)) for context in contexts]
 
     def _look(self, pixels: Any) -> Look:
-        return self.model.look(to_tensor(pixels).to(self.model.device))
+        return self.model.look(self.model.context_pixels(to_tensor(pixels)))
 
     def _relief(self, pixels: Any) -> Tensor:
-        return describe_relief(lightness_of(to_tensor(pixels).to(self.model.device).float()) / 255)
+        return describe_relief(lightness_of(self.model.context_pixels(to_tensor(pixels)).float()) / 255)
 
     def image_of(self, request: Request) -> Tensor:
         """Return a row's draft alone, (1, 3, H, W) in [0, 1]. Raises ValueError for a row without a draft."""
@@ -128,7 +135,7 @@ class NativeDrafts:
         _, detail = self.of(request, Branch(1.0, contexts=True, prompt=True), contexts, Cache(2**26))
         if not detail:
             raise ValueError(f"row {request.id}: no draft without contexts and a control map that shows tones")
-        return detail["draft"]
+        return detail["drafts"]
 
     def _draft_of(self, request: Request, wanted: Wanted, cache: Cache) -> tuple[EncodedDraft, Conditions]:
         control = request.controls[0]
@@ -181,7 +188,9 @@ class NativeDrafts:
         drafts = draft(layout, Look(colours, waves, rest), torch.tensor([weights], device=self.model.device), relief)
         drafts[:, TEXTURED] = 2 * image - 1
         encoded = self.model.encode_draft(drafts)
-        return encoded, {"draft": image, "copy": self.model.decode(encoded.latents).float()}
+        if not self.model.detail_scale:
+            return encoded, {}
+        return encoded, {"drafts": image, "copies": self.model.decode(encoded.latents).float()}
 
     def _tones(self, control: Control) -> Layout:
         return self.model.layout(to_tensor(control.pixels).to(self.model.device), [control.kind])

@@ -29,7 +29,6 @@ from context_diffusion.core.training_job import SMALL, Normalization
 from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD
 from context_diffusion.models.context_encoders import patch_tokens
 from context_diffusion.models.native import checkpoint
-from context_diffusion.models.native.detail_transfer import denoised
 from context_diffusion.models.native.draft import TEXTURED, VIVID, Layout, Look, layout_of, look_of, shows_tones, tones_of
 from context_diffusion.models.native.fusion import ContextFusion
 from context_diffusion.models.native.look_memory import LookMemory
@@ -67,7 +66,8 @@ class NativeModel:
     noise_scale: float = 1.0
     # factor of what the U-Net adds to a draft: a barely trained one blurs more than it improves
     rest_scale: float = 1.0
-    # share of the detail given back that the autoencoder lost: models/native/detail_transfer.py
+    latent_rest: float = 1.0
+    # share of the draft's own pixels in the image: models/native/detail_transfer.py
     detail_scale: float = 1.0
     normalization: Normalization = field(default_factory=lambda: Normalization(contexts="channel"))
 
@@ -221,11 +221,27 @@ class NativeModel:
         """Measure what drafts need of queries, uint8 (N, 3, H, W)."""
         return layout_of(control_maps, kinds, self._texture_of)
 
+    def context_pixels(self, images: Tensor) -> Tensor:
+        """Resize contexts, uint8 (N, 3, S, S), to `context_size`, on the model's device."""
+        images = images.to(self.device)
+        if images.shape[-1] == self.context_size:
+            return images
+        return self._resized(images.float(), self.context_size).round().clamp(0, 255).to(torch.uint8)
+
     def texture(self, images: Tensor, side: int) -> Tensor:
-        """Measure the texture of contexts, uint8 (N, 3, S, S), as they look `side` pixels large: (N, side, side), in ranks."""
-        tones = F.interpolate(tones_of(images), (side, side), mode="bilinear", align_corners=False, antialias=True)
-        texture = VIVID * self.relief.texture(tones) if self.relief.learned else torch.zeros_like(tones[:, 0])
+        """Measure the texture of contexts, uint8 (N, 3, S, S), as it looks on images of `side` pixels: (N, side, side), in
+        ranks. Finer than their pixels there is none."""
+        images = images.to(self.device)
+        small = self._resized(images.float(), min(side, images.shape[-1])).round().clamp(0, 255)
+        texture = VIVID * self.relief.texture(tones_of(small)) if self.relief.learned else torch.zeros_like(small[:, 0])
+        texture = self._resized(texture[:, None], side)[:, 0]
         return texture - texture.mean((1, 2), keepdim=True)
+
+    @staticmethod
+    def _resized(images: Tensor, side: int) -> Tensor:
+        if images.shape[-1] == side:
+            return images
+        return F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=True)
 
     @property
     def _texture_of(self) -> Callable[[Tensor], Tensor] | None:
@@ -237,11 +253,6 @@ class NativeModel:
         present = drafts.flatten(1).any(1)[:, None, None, None]
         latents = self._encode(drafts[:, TEXTURED]) * present
         return EncodedDraft(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
-
-    def detail(self, drafts: Tensor, draft: EncodedDraft) -> tuple[Tensor, Tensor]:
-        """Return the textured drafts without noise, and their reconstructions: (B, 3, H, W) in [0, 1]
-        each."""
-        return denoised(drafts[:, TEXTURED] / 2 + 0.5), self.decode(draft.latents).float()
 
     def precondition(
         self, latents: Tensor, timesteps: Tensor, draft: EncodedDraft | None, rest_scale: float = 1.0
