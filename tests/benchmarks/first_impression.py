@@ -210,7 +210,9 @@ def draw_page(queries: dict[str, Pixels], contexts: dict[str, Pixels], images: d
     Image.fromarray(sheet).save(page)
 
 
-def maker(model: ContextDiffusion, size: int, draft_only: bool, settings: dict[str, object]) -> Callable[[Pixels, Pixels], Pixels]:
+def maker(
+    model: ContextDiffusion, size: int, draft_only: bool, settings: dict[str, object]
+) -> Callable[[Pixels, Pixels], Pixels]:
     """Return what makes one image of a query and a context."""
     asked = {"width": size, "height": size, "seed": 0} | settings
 

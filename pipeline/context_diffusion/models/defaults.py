@@ -16,6 +16,7 @@ from context_diffusion.core.settings import SchedulerName, Settings
 
 SD15: dict[str, Any] = {"num_inference_steps": 30, "guidance_scale": 7.5, "scheduler": "dpmpp_2m", "context_scale": 0.6}
 SDXL: dict[str, Any] = {"num_inference_steps": 40, "guidance_scale": 5.0, "scheduler": "euler", "context_scale": 0.6}
+NATIVE_SETTINGS: dict[str, Any] = {"num_inference_steps": 4}  # the draft is most of the image: more steps look alike
 # A base's own scheduler, by its class in diffusers.
 SCHEDULERS: dict[str, SchedulerName] = {
     "DDIMScheduler": "ddim",

@@ -12,8 +12,14 @@ from typing import Any
 
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.model_parts import PRESETS, Parts, parts_of
-from context_diffusion.inputs.context_images import ContextPreprocessing, ImageProcessor, SquareCrop, image_processor, TEXTURE_PIXELS
-from context_diffusion.models.defaults import Defaults, stable_diffusion_defaults
+from context_diffusion.inputs.context_images import (
+    TEXTURE_PIXELS,
+    ContextPreprocessing,
+    ImageProcessor,
+    SquareCrop,
+    image_processor,
+)
+from context_diffusion.models.defaults import NATIVE_SETTINGS, Defaults, stable_diffusion_defaults
 from context_diffusion.models.hub import commit_of, fetch, fetch_optional, split
 
 BUNDLED = Path(__file__).parent / "native" / "bundled"
@@ -81,7 +87,8 @@ def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None 
     for part in COMPONENTS:
         if not (folder / part).is_dir():
             raise ModelError(f"model: {folder} lacks the component {part}/; copy the whole model folder")
-    return ResolvedModel(name, folder, parts, digest(folder), index["image_size"], SquareCrop(max(index["context_size"], TEXTURE_PIXELS)))
+    contexts = SquareCrop(max(index["context_size"], TEXTURE_PIXELS))
+    return ResolvedModel(name, folder, parts, digest(folder), index["image_size"], contexts, Defaults(NATIVE_SETTINGS))
 
 
 def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> ResolvedModel:

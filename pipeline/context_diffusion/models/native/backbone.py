@@ -118,7 +118,7 @@ class NativeBackbone:
         if residuals is not None:
             *down, mid, scale = residuals
             draft = EncodedDraft(lanes["draft"] * scale, lanes["draft_latents"] * scale) if self.model.drafts else None
-        given, gain, known = self.model.precondition(latents, timesteps, draft, self.model.latent_rest)
+        given, gain, known = self.model.precondition(latents, timesteps, draft)
         output = self.unet(
             given,
             timesteps,

@@ -24,6 +24,7 @@ STRETCH = (0.01, 0.99)  # quantiles of the query's lightness that become 0 and 1
 PLACE = (0.6, 3.0, 3.0)  # Lab units over the image: what pixels of equal colour are ordered by
 RADII, EPSILONS = (5, 2), (40.0, 15.0)  # of the two passes of the guided filter; squared units of lightness
 MIN_RISE = 0.2  # of lightness with the query's: less makes a query of few tones vanish
+MAX_LIFT = 15.0  # lightness by which an image is lifted where that needs room
 HUES = 60.0  # squared chroma within a tone from which a context has several hues per tone
 RGB_TO_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
 XYZ_TO_RGB = ((3.2404542, -1.5371385, -0.4985314), (-0.9692660, 1.8760108, 0.0415560), (0.0556434, -0.2040259, 1.0572252))
@@ -81,7 +82,11 @@ def hues_per_tone(palette: Tensor) -> float:
 def stretched(lab: Tensor) -> Tensor:
     """Stretch the lightness of (1, 3, H, W) to 0 to 100; chroma stays."""
     lightness = lab[:, :1]
-    values = F.adaptive_avg_pool2d(lightness, 2 * SIDE).flatten().sort().values if lightness.numel() > 4 * SIDE**2 else lightness.flatten().sort().values
+    values = (
+        F.adaptive_avg_pool2d(lightness, 2 * SIDE).flatten().sort().values
+        if lightness.numel() > 4 * SIDE**2
+        else lightness.flatten().sort().values
+    )
     low, high = (values[int(share * (len(values) - 1))] for share in STRETCH)
     light = ((lightness - low) / (high - low).clamp(min=1) * 100).clamp(0, 100)
     return torch.cat([light, lab[:, 1:]], 1)
@@ -104,7 +109,7 @@ def transported(query: Tensor, palette: Tensor) -> Tensor:
         small_result = small_result + slope * guide + offset
         slope, offset = (F.interpolate(part, (height, width), mode="bilinear", align_corners=False) for part in (slope, offset))
         result = result + slope * full_guide + offset
-    return _risen(result, full_guide)
+    return result
 
 
 def _places(images: Tensor) -> Tensor:
@@ -138,7 +143,9 @@ def _rotations() -> list[list[list[float]]]:
         if number in (0, AXES - 1):
             turn = tilt = 0.0
         c, s, d, e = math.cos(turn), math.sin(turn), math.cos(tilt), math.sin(tilt)
-        found.append([[d, -e * c, -e * s], [e * c, d * c * c + s * s, (d - 1) * c * s], [e * s, (d - 1) * c * s, d * s * s + c * c]])
+        found.append(
+            [[d, -e * c, -e * s], [e * c, d * c * c + s * s, (d - 1) * c * s], [e * s, (d - 1) * c * s, d * s * s + c * c]]
+        )
     return found
 
 
@@ -154,10 +161,10 @@ def _box(values: Tensor, radius: int) -> Tensor:
     return F.avg_pool2d(values, 2 * radius + 1, 1, radius, count_include_pad=False)
 
 
-def _risen(lab: Tensor, guide: Tensor) -> Tensor:
+def risen(lab: Tensor, guide: Tensor) -> Tensor:
     """Let lightness rise with the guide's by MIN_RISE at least, within 0 to 100."""
     light, away = lab[:, :1], guide - guide.mean()
     rise = (light * away).mean() / away.square().mean().clamp(min=1)
     light = light + (MIN_RISE - rise).clamp(min=0) * away
-    light = light + (-light.amin()).clamp(min=0, max=15) * (rise < MIN_RISE)
+    light = light + (-light.amin()).clamp(min=0, max=MAX_LIFT) * (rise < MIN_RISE)  # black leaves no room below it
     return torch.cat([light.clamp(0, 100), lab[:, 1:]], 1)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from context_diffusion.models.native.colour_transport import hues_per_tone, lab_of, rgb_of, stretched, transported
+from context_diffusion.models.native.colour_transport import hues_per_tone, lab_of, rgb_of, risen, stretched, transported
 from context_diffusion.models.native.draft import RATE, coloured, curves_of
 
-TEXTURE, CHROMA = 1.2, 0.5  # factors of the contexts' texture: its lightness, and its chroma beside that
+TEXTURE, CHROMA = 1.0, 0.5  # factors of the contexts' texture: its lightness, and its chroma beside that
 BORDER = 0.5  # factor of the query's finest lightness at its borders
 STRONG = 9.0  # gradient of lightness, of 0 to 100 a pixel, that counts half as a border
 SPARED = 0.7  # share of the texture that a strong border loses
-FINE = 2.0  # std in pixels of the blur that fine lightness is without
+FINE = 0.0156  # std, in shorter sides of the image, of the blur that fine lightness is without
+HALO = 8.0  # lightness; fainter differences would be halos beside a border
 
 
 def draft_image(query: Tensor, tones: Tensor, colours: Tensor, palette: Tensor | None, texture: Tensor) -> Tensor:
@@ -32,12 +33,14 @@ def draft_image(query: Tensor, tones: Tensor, colours: Tensor, palette: Tensor |
     plain = _by_curves(tones, curves)
     hues = 0.0 if palette is None else hues_per_tone(palette)
     result = plain if palette is None else torch.lerp(plain, transported(lab, palette), hues)
+    result = risen(result, lab[:, :1])
     rate = tones.new_tensor(RATE)[:, None, None]
     added = _by_curves((tones + texture * rate).clamp(0, 1), curves) - plain
     added = added * added.new_tensor([1.0, *[CHROMA * (1 - hues)] * 2])[:, None, None]
     borders = border_strength(lab[:, :1])
     result = result + TEXTURE * (1 - SPARED * borders) * added
-    fine = lab[:, :1] - blurred(lab[:, :1], FINE)
+    fine = lab[:, :1] - blurred(lab[:, :1], FINE * min(lab.shape[2:]))
+    fine = fine * fine.square() / (fine.square() + HALO**2)
     lightness = result[:, :1] + BORDER * borders * fine
     return rgb_of(torch.cat([lightness.clamp(0, 100), result[:, 1:]], 1))
 

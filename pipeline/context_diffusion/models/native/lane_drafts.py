@@ -163,7 +163,11 @@ class NativeDrafts:
             parts = [cache.get(f"texture:{c.key}:{side}", partial(self._texture, c.pixels, side)) for c in wanted.contexts]
             shares = (weights / weights.sum()).tolist()
             drawn = [synthesise(part[0], height, width, seed) for part in parts]
-            texture = average_textures(torch.stack(drawn)[None], weights.new_tensor([shares]))[0] if drawn else layout.tones.new_zeros(height, width)
+            texture = (
+                average_textures(torch.stack(drawn)[None], weights.new_tensor([shares]))[0]
+                if drawn
+                else layout.tones.new_zeros(height, width)
+            )
         query = to_tensor(request.query).to(self.model.device)
         return draft_image(query, layout.tones.float(), colours, palette, texture)
 
