@@ -82,11 +82,8 @@ def hues_per_tone(palette: Tensor) -> float:
 def stretched(lab: Tensor) -> Tensor:
     """Stretch the lightness of (1, 3, H, W) to 0 to 100; chroma stays."""
     lightness = lab[:, :1]
-    values = (
-        F.adaptive_avg_pool2d(lightness, 2 * SIDE).flatten().sort().values
-        if lightness.numel() > 4 * SIDE**2
-        else lightness.flatten().sort().values
-    )
+    many = lightness.numel() > 4 * SIDE**2
+    values = (F.adaptive_avg_pool2d(lightness, 2 * SIDE) if many else lightness).flatten().sort().values
     low, high = (values[int(share * (len(values) - 1))] for share in STRETCH)
     light = ((lightness - low) / (high - low).clamp(min=1) * 100).clamp(0, 100)
     return torch.cat([light, lab[:, 1:]], 1)
