@@ -30,8 +30,8 @@ from context_diffusion.engine.engine import Engine
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.detail_transfer import give_back
+from context_diffusion.models.native.draft import TEXTURED
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.native.preconditioning import EncodedDraft
 from context_diffusion.models.resolve import model_folder
 from context_diffusion.pipeline import SHAPES
 from context_diffusion.training.data.encoded_pools import drafts as drafts_of
@@ -77,7 +77,7 @@ def batch(model: NativeModel, requests: list[Request]) -> None:
     layouts = layouts.repeat(branches, 1, 1, 1)
     made = drafts(model, requests)
     drawn = model.encode_draft(torch.cat([made * 0, made]) if guided else made)
-    detail = model.detail(made, EncodedDraft(drawn.pixels[-count:], drawn.latents[-count:]))
+    copies = model.decode(drawn.latents[-count:])
     noise = [
         torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(n)) for n in range(count)
     ]
@@ -91,7 +91,7 @@ def batch(model: NativeModel, requests: list[Request]) -> None:
             without, with_them = output.chunk(2)
             output = without + scales * (with_them - without)
         latents = scheduler.step(output, timestep, latents).prev_sample
-    give_back(model.decode(latents), *detail)
+    give_back(model.decode(latents), made[:, TEXTURED] / 2 + 0.5, copies, 1.0, model.rest_scale)
 
 
 def drafts(model: NativeModel, requests: list[Request]) -> Tensor:

@@ -23,7 +23,8 @@ from context_diffusion.engine.scheduler_tables import SAMPLERS
 from context_diffusion.engine.service import EngineService
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.detail_transfer import give_back
-from context_diffusion.models.native.draft import Look, draft
+from context_diffusion.models.native.draft import TEXTURED, Look, draft
+from context_diffusion.models.native.lane_drafts import NativeDrafts
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import model_folder
 from context_diffusion.pipeline import SHAPES
@@ -154,6 +155,8 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
     layout = model.encode_control(pixels[1:], ["gray"])
     look = Look(*(part[:, None] for part in model.look(pixels[:1])))
     seen = draft(model.layout(pixels[1:], ["gray"]), look, torch.ones(1, 1))
+    image = NativeDrafts(model).image_of(one)
+    seen[:, TEXTURED] = 2 * image - 1
     drafts = [model.encode_draft(seen * 0), model.encode_draft(seen), model.encode_draft(seen)]
     for timestep in scheduler.timesteps:
         time = timestep[None].float()
@@ -164,7 +167,7 @@ def test_the_engine_is_a_plain_diffusers_loop() -> None:
         )
         guided = e0 + 2.0 * (e_context - e0) + 3.0 * (e_both - e_context)
         latents = scheduler.step(guided, timestep, latents).prev_sample
-    image = give_back(model.decode(latents), *model.detail(seen, drafts[1]))
+    image = give_back(model.decode(latents), image, model.decode(drafts[1].latents), 1.0, model.rest_scale)
     byhand = (image[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     assert moved(alone(one), byhand) <= 1
 

@@ -19,6 +19,8 @@ from context_diffusion.core.job_base import Limits
 from context_diffusion.core.records import Pixels
 from context_diffusion.inputs.decode import decode_image, decode_resized, resize
 
+# Side of the contexts of native models, at least: a texture is read at the scale of the output.
+TEXTURE_PIXELS = 256
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # openai/CLIP
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 

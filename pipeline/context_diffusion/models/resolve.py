@@ -13,12 +13,13 @@ from typing import Any
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.model_parts import PRESETS, Parts, parts_of
 from context_diffusion.inputs.context_images import (
+    TEXTURE_PIXELS,
     ContextPreprocessing,
     ImageProcessor,
     SquareCrop,
     image_processor,
 )
-from context_diffusion.models.defaults import Defaults, stable_diffusion_defaults
+from context_diffusion.models.defaults import NATIVE_SETTINGS, Defaults, stable_diffusion_defaults
 from context_diffusion.models.hub import commit_of, fetch, fetch_optional, split
 
 BUNDLED = Path(__file__).parent / "native" / "bundled"
@@ -60,10 +61,10 @@ def model_folder(model: str) -> Path:
     missing."""
     folder = BUNDLED if model == "bundled" else Path(model)
     if not folder.is_dir():
-        raise ModelError(f"model: {model!r} not found: expected `bundled` or a folder")
+        raise ModelError(f"model: {model!r} is neither `bundled` nor a folder that is here")
     if not (folder / "model_index.json").is_file():
         raise ModelError(
-            f"model: {folder} has no model_index.json; expected the folder model/ that `kind: train` writes"
+            f"model: {folder} has no model_index.json; name the folder that `kind: train` left as model/"
         )
     return folder
 
@@ -79,14 +80,13 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
                 return _native(model, model_folder(model), index)
         elif model.startswith((".", "/", "~")) or "/" not in model:
             raise ModelError(
-                f"model: {model!r} not found: expected a folder, a hub id or one of bundled, "
-                f"{', '.join(PRESETS)}"
+                f"model: {model!r} is no folder that is here, and none of bundled, {', '.join(PRESETS)}"
             )
     parts = parts_of(model)
     away = [part for part in parts.all if not Path(part).exists()]
     for part in away:
         if part.startswith((".", "/", "~")):
-            raise ModelError(f"model: {part} not found: check the path")
+            raise ModelError(f"model: {part} is not here: check the path")
     hub = {split(part)[0] for part in away}
     known = (commits or {}) | parts.revision
     parts = parts.model_copy(
@@ -103,8 +103,9 @@ def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None 
     for part in COMPONENTS:
         if not (folder / part).is_dir():
             raise ModelError(f"model: {folder} has no component {part}/; copy the whole model folder")
+    contexts = SquareCrop(max(index["context_size"], TEXTURE_PIXELS))
     return ResolvedModel(
-        name, folder, parts, digest(folder), index["image_size"], SquareCrop(index["context_size"])
+        name, folder, parts, digest(folder), index["image_size"], contexts, Defaults(NATIVE_SETTINGS)
     )
 
 
@@ -150,7 +151,7 @@ def _parsed(path: Path, part: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"model: {part}: {path.name} cannot be read ({error})") from error
+        raise ModelError(f"model: {part}: no readable {path.name} ({error})") from error
 
 
 def _revision(parts: Parts) -> str:

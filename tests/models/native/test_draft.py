@@ -117,7 +117,7 @@ def test_edge_maps_have_no_tones() -> None:
 def test_only_the_lane_that_sees_the_contexts_sees_the_draft(
     changes: dict[str, object], drawn: list[bool]
 ) -> None:
-    one = request(1, **({"guidance_scale": 2.0} | changes))
+    one = request(1, **({"context_guidance_scale": 2.0} | changes))
     backbone = NativeBackbone(tiny_model())
     encoded = backbone.encode(one, backbone.branches(one), Cache(2**20))
     assert [bool(lane["draft"].any()) for lane in encoded.lanes] == drawn

@@ -108,7 +108,7 @@ def drafts(one: Request, branch: Branch = BOTH) -> torch.Tensor:
     found, kept = NativeDrafts(bundled()).of(one, branch, weighted_contexts(one, 8), Cache(10**9))
     pixels = torch.nn.functional.pixel_shuffle(found["draft"], 4)[0, 6:9]
     if kept:
-        assert kept["draft"].shape[-2:] == pixels.shape[-2:]
+        assert kept["drafts"].shape[-2:] == pixels.shape[-2:]
     return pixels
 
 

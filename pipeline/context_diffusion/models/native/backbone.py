@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from context_diffusion.core.records import Request
+from context_diffusion.core.records import Pixels, Request
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.conditioning import (
     Context,
@@ -22,7 +22,7 @@ from context_diffusion.engine.conditioning import (
 )
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, guidance_branches
-from context_diffusion.inputs.context_images import ContextPreprocessing, SquareCrop
+from context_diffusion.inputs.context_images import TEXTURE_PIXELS, ContextPreprocessing, SquareCrop
 from context_diffusion.models.attention import attend_by_lanes, keys_and_values
 from context_diffusion.models.native.detail_transfer import give_back
 from context_diffusion.models.native.lane_drafts import NativeDrafts
@@ -47,13 +47,19 @@ class NativeBackbone:
         self.image_size = model.image_size
         self.context_slots = model.context_slots
         self.noise_scale = model.noise_scale
-        self.contexts: ContextPreprocessing = SquareCrop(model.context_size)
+        self.contexts: ContextPreprocessing = SquareCrop(max(model.context_size, TEXTURE_PIXELS))
         self.tiles = False
         self.latent_channels = model.latent_shape[0]
         self.latent_factor = model.image_size // model.latent_shape[1]
 
     def branches(self, request: Request) -> list[Branch]:
-        return guidance_branches(request.settings, (request.prompt or "") != (request.negative_prompt or ""))
+        """Return the row's branches: one where it has no prompt, since its draft shows the contexts already,
+        unless context_guidance_scale asks for more."""
+        has_prompt = (request.prompt or "") != (request.negative_prompt or "")
+        settings = request.settings
+        if not has_prompt and settings.context_guidance_scale is None:
+            settings = settings.model_copy(update={"guidance_scale": 1.0})
+        return guidance_branches(settings, has_prompt)
 
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         model = self.model
@@ -93,7 +99,7 @@ class NativeBackbone:
         )
 
     def _context(self, pixels: Any) -> Tensor:
-        return self.model.encode_images(to_tensor(pixels).to(self.model.device))
+        return self.model.encode_images(self.model.context_pixels(to_tensor(pixels)))
 
     def _layout(self, request: Request, cache: Cache) -> Conditions | None:
         if not request.controls:
@@ -136,7 +142,7 @@ class NativeBackbone:
                 if self.model.drafts
                 else None
             )
-        given, gain, known = self.model.precondition(latents, timesteps, draft, self.model.rest_scale)
+        given, gain, known = self.model.precondition(latents, timesteps, draft)
         output = self.unet(
             given,
             timesteps,
@@ -153,14 +159,20 @@ class NativeBackbone:
         return self.model.decode(latents).float()
 
     def _finish(self, contexts: list[Context], detail: Conditions, image: Tensor) -> Tensor:
-        """Give an image (1, 3, H, W) the detail of its draft, and the statistics of its contexts where the
-        model does.
+        """Return draft + rest_scale · (image - the autoencoder's copy of the draft), so that nothing of the
+        draft is lost in the autoencoder; and give the image the statistics of its contexts where the model
+        does.
 
-        detail: of NativeDrafts.of; empty: the row has no draft, or its detail is not asked for."""
+        image: decoded, (1, 3, H, W). detail: of NativeDrafts.of; empty: the row has no draft."""
         if detail:
-            image = give_back(image, detail["draft"], detail["copy"], detail["share"])
+            image = give_back(image, **detail)
         if not self.model.restores:
             return image
         pixels = torch.cat([to_tensor(context.pixels) for context in contexts]).to(image.device)
         weights = torch.tensor([context.weight for context in contexts], device=image.device)
         return self.model.restore(image, pixels, weights)
+
+    def draft_image(self, request: Request) -> Pixels:
+        """Return the draft of a row, uint8 (H, W, 3): its image before the diffusion model."""
+        image = self.drafts.image_of(request)[0].permute(1, 2, 0)
+        return (image * 255).round().byte().cpu().numpy()

@@ -1,8 +1,7 @@
-"""What the autoencoder loses of a draft, given back to the picture wherever it has followed the draft: an
-autoencoder of few latents keeps neither a whisker nor a thin line, and the draft (models/native/draft.py) has
-them at full resolution.
+"""The finished image from the draft and what the diffusion model changed of it, so that nothing of the draft
+is lost in the autoencoder; and images without a camera's noise.
 
-Every function treats its pictures one by one. B pictures  H W pixels
+Every function treats its images one by one. B images  H W pixels
 """
 
 from __future__ import annotations
@@ -11,22 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# of colours in [0, 1]: how far from the draft's copy a picture may lie and still be said to follow it
-FAR = 0.12
-BLUR = 7  # pixels over which that is asked
 REACH, PATCH = 3, 3  # pixels: how far away what is alike is looked for, and by patches of what size
 FAINT = 1e-3  # noise of less than a quarter of a step of 255 is none
 
 
-def give_back(images: Tensor, drafts: Tensor, copies: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """(B, 3, H, W) in [0, 1] each; copies: what the autoencoder makes of the drafts; scale: of what is given
-    back."""
-    away = (
-        F.avg_pool2d(images - copies, BLUR, 1, BLUR // 2, count_include_pad=False)
-        .square()
-        .sum(1, keepdim=True)
-    )
-    return (images + scale * torch.exp(-away / FAR**2) * (drafts - copies)).clamp(0, 1)
+def give_back(
+    images: Tensor, drafts: Tensor, copies: Tensor, share: Tensor | float, rest_scale: Tensor | float
+) -> Tensor:
+    """Return drafts + rest_scale · (images - copies), mixed with images where `share` is below 1; (B, 3, H,
+    W) in [0, 1].
+
+    images: decoded. copies: what the autoencoder makes of the drafts. What it loses of both is the same, and
+    cancels."""
+    return (images + share * (drafts + rest_scale * (images - copies) - images)).clamp(0, 1)
 
 
 def denoised(images: Tensor) -> Tensor:

@@ -132,15 +132,15 @@ def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None =
     waves = looks.waves.float() * torch.stack([torch.ones_like(shares)] * 2 + [shares] * 2, 2)[:, :, None]
     theirs = draw_waves(waves.flatten(1, 2), height, width)[:, None]
     query_waves = draw_waves(layouts.waves, height, width)[:, None]
-    theirs = theirs + mirrored(_rest(looks.rest.float(), shares), height, width)[:, None]
+    theirs = theirs + mirrored(average_textures(looks.rest.float(), shares), height, width)[:, None]
     goes = plainness(theirs)
     theirs = theirs if relief is None else theirs + relief[:, None]
     theirs = theirs - theirs.mean((2, 3), keepdim=True)  # the curve of colours contains the texture's mean
     tones = (tones - goes * layouts.texture.float()[:, None] * rate).clamp(0, 1)
     textured = (tones + theirs * rate).clamp(0, 1)
     parts = [
-        *_coloured(tones, curves),
-        torch.stack(_coloured(textured, curves)).mean(0),
+        *coloured(tones, curves),
+        torch.stack(coloured(textured, curves)).mean(0),
         WAVE_SCALE * theirs,
         WAVE_SCALE * query_waves,
     ]
@@ -154,7 +154,7 @@ def plainness(textures: Tensor) -> Tensor:
     return (2 - textures.std((2, 3), correction=0, keepdim=True) / PLAIN).clamp(0, 1)
 
 
-def _rest(rests: Tensor, shares: Tensor) -> Tensor:
+def average_textures(rests: Tensor, shares: Tensor) -> Tensor:
     """Average the rests (B, M, S, S) of several contexts to (B, S, S), scaled to the strength of one:
     averaging cancels them."""
     mean = (rests * shares[..., None, None]).sum(1)
@@ -181,7 +181,7 @@ def curves_of(colours: Tensor) -> Tensor:
     return 2 * sums[..., :3] / sums[..., 3:].clamp(min=1e-30) - 1
 
 
-def _coloured(tones: Tensor, curves: Tensor) -> list[Tensor]:
+def coloured(tones: Tensor, curves: Tensor) -> list[Tensor]:
     """Colour tones (B, WAYS, H, W) by the curves of each way, (B, 3, H, W) each."""
     at = (tones * STEPS - 0.5).clamp(0, STEPS - 1).flatten(2)
     low = at.floor().clamp(max=STEPS - 2)

@@ -12,14 +12,33 @@ from torch import Tensor
 
 from context_diffusion.core.records import Control, Request
 from context_diffusion.engine.backbone import Conditions
-from context_diffusion.engine.conditioning import Context, content_key, control_scales, to_tensor
+from context_diffusion.engine.conditioning import (
+    Context,
+    content_key,
+    control_scales,
+    to_tensor,
+    weighted_contexts,
+)
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, words_lead
-from context_diffusion.models.native.draft import CHANNELS, PICTURE_KINDS, STEPS, WAYS, Layout, Look, draft
+from context_diffusion.models.native.colour_transport import mixed_palettes, palette_of
+from context_diffusion.models.native.draft import (
+    CHANNELS,
+    PICTURE_KINDS,
+    STEPS,
+    TEXTURED,
+    WAYS,
+    Layout,
+    Look,
+    average_textures,
+    draft,
+)
+from context_diffusion.models.native.draft_image import draft_image
 from context_diffusion.models.native.look_memory import KINDS, Kind, describe_colours, describe_relief
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.plane_waves import COUNT
 from context_diffusion.models.native.preconditioning import EncodedDraft
+from context_diffusion.models.native.texture_synthesis import synthesise
 from context_diffusion.models.normalization import lightness_of
 
 BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4), torch.zeros(1, 1, 1))
@@ -46,21 +65,30 @@ class NativeDrafts:
     def of(
         self, request: Request, branch: Branch, contexts: list[Context], cache: Cache
     ) -> tuple[Conditions, Conditions]:
-        """Return a lane's conditions, zeros for a lane without a draft, and the detail that its image is
-        given at the end.
+        """Return a lane's conditions, zeros for a lane without a draft, and the detail of which its image is
+        made.
 
-        The detail has the images `draft` and `copy`, and the `share` of their difference; it is empty where
-        there is no draft or the model gives no detail back."""
+        The detail has the images `drafts` and `copies`, the autoencoder's reconstruction, the `share` of the
+        draft in the image and the `rest_scale` of what the diffusion model changed; it is empty where there
+        is no draft."""
         scale = min(request.settings.context_scale, 1.0)
         weighted = [context for context in contexts if context.weight and scale]
         wanted = self._wanted(request, branch, weighted, cache)
         if not (wanted.contexts or wanted.recalled):
             return self._lane(self._no_draft(request), 1.0), {}
-        encoded, detail = self._draft_of(request.controls[0], wanted, cache)
+        encoded, detail = self._draft_of(request, wanted, cache)
         share = 1.0 if "colours" in wanted.recalled else scale
-        if detail:
-            strength = self.model.detail_scale * share * min(control_scales(request, 1)[0], 1.0)
-            detail = detail | {"share": encoded.pixels.new_full((1, 1, 1, 1), strength)}
+        if not detail:
+            return self._lane(encoded, share), {}
+        strength = self.model.detail_scale * share * min(control_scales(request, 1)[0], 1.0)
+        # Image to image starts from the query: the less noise it has had, the more of the decoded image is
+        # the answer.
+        kept = 1.0 if request.settings.strength is None else request.settings.strength
+        rest_scale = 1 - kept + kept * self.model.rest_scale
+        detail = detail | {
+            "share": encoded.pixels.new_full((1, 1, 1, 1), strength),
+            "rest_scale": encoded.pixels.new_full((1, 1, 1, 1), rest_scale),
+        }
         return self._lane(encoded, share), detail
 
     def _lane(self, encoded: EncodedDraft, share: float) -> Conditions:
@@ -116,22 +144,78 @@ class NativeDrafts:
         return [cache.get(f"look:{context.key}", partial(self._look, context.pixels)) for context in contexts]
 
     def _look(self, pixels: Any) -> Look:
-        return self.model.look(to_tensor(pixels).to(self.model.device))
+        return self.model.look(self.model.context_pixels(to_tensor(pixels)))
 
     def _relief(self, pixels: Any) -> Tensor:
-        return describe_relief(lightness_of(to_tensor(pixels).to(self.model.device).float()) / 255)
+        return describe_relief(lightness_of(self.model.context_pixels(to_tensor(pixels)).float()) / 255)
 
-    def _draft_of(self, control: Control, wanted: Wanted, cache: Cache) -> tuple[EncodedDraft, Conditions]:
-        key = f"{control.kind}:{content_key(control.pixels)}"
+    def image_of(self, request: Request) -> Tensor:
+        """Return a row's draft alone, (1, 3, H, W) in [0, 1]. Raises ValueError for a row without a draft."""
+        contexts = weighted_contexts(request, self.model.context_slots)
+        _, detail = self.of(request, Branch(1.0, contexts=True, prompt=True), contexts, Cache(2**26))
+        if not detail:
+            raise ValueError(
+                f"row {request.id}: no draft without contexts and a control map that shows tones"
+            )
+        return detail["drafts"]
+
+    def _draft_of(self, request: Request, wanted: Wanted, cache: Cache) -> tuple[EncodedDraft, Conditions]:
+        control = request.controls[0]
+        key = f"{control.kind}:{content_key(control.pixels)}:{content_key(request.query)}"
         layout = cache.get(f"tones:{key}", partial(self._tones, control))
         looks = self._looks(wanted.contexts, cache)
-        return cache.get(f"draft:{key}:{wanted.key}", partial(self._make_draft, layout, wanted, looks))
+        seed = request.settings.seed or 0
+        image = cache.get(
+            f"image:{key}:{wanted.key}:{seed}", lambda: self._image(request, layout, wanted, looks, cache)
+        )
+        return cache.get(
+            f"draft:{key}:{wanted.key}:{seed}", partial(self._make_draft, layout, wanted, looks, image)
+        )
+
+    def _image(
+        self, request: Request, layout: Layout, wanted: Wanted, looks: list[Look], cache: Cache
+    ) -> Tensor:
+        """Return the draft as an image (1, 3, H, W): models/native/draft_image.py."""
+        memory, (height, width) = self.model.memory, request.query.shape[:2]
+        weights = torch.tensor([context.weight for context in wanted.contexts], device=self.model.device)
+        if (number := wanted.recalled.get("colours")) is not None:
+            colours, palette = memory.colours[number][None].float(), None
+        else:
+            colours = (torch.cat([look.colours for look in looks]) * weights[:, None, None, None]).sum(
+                0, keepdim=True
+            )
+            palettes = [
+                cache.get(f"palette:{c.key}", partial(self._palette, c.pixels)) for c in wanted.contexts
+            ]
+            palette = mixed_palettes(palettes, weights.tolist())
+        seed, side = request.settings.seed or 0, min(height, width)
+        if (number := wanted.recalled.get("texture")) is not None:
+            texture = synthesise(memory.relief(number, side, side)[0], height, width, seed)
+        else:
+            parts = [
+                cache.get(f"texture:{c.key}:{side}", partial(self._texture, c.pixels, side))
+                for c in wanted.contexts
+            ]
+            shares = (weights / weights.sum()).tolist()
+            drawn = [synthesise(part[0], height, width, seed) for part in parts]
+            texture = (
+                average_textures(torch.stack(drawn)[None], weights.new_tensor([shares]))[0]
+                if drawn
+                else layout.tones.new_zeros(height, width)
+            )
+        query = to_tensor(request.query).to(self.model.device)
+        return draft_image(query, layout.tones.float(), colours, palette, texture)
+
+    def _palette(self, pixels: Any) -> Tensor:
+        return palette_of(to_tensor(pixels).to(self.model.device))
+
+    def _texture(self, pixels: Any, side: int) -> Tensor:
+        return self.model.texture(to_tensor(pixels).to(self.model.device), side)
 
     def _make_draft(
-        self, layout: Layout, wanted: Wanted, looks: list[Look]
+        self, layout: Layout, wanted: Wanted, looks: list[Look], image: Tensor
     ) -> tuple[EncodedDraft, Conditions]:
-        """Return a draft, and the images by which its detail is given back: none where the model does not do
-        that."""
+        """Return a draft, and the images that the finished image is made of."""
         memory = self.model.memory
         weights = [context.weight for context in wanted.contexts] or [1.0]
         relief = None
@@ -145,11 +229,11 @@ class NativeDrafts:
         drafts = draft(
             layout, Look(colours, waves, rest), torch.tensor([weights], device=self.model.device), relief
         )
+        drafts[:, TEXTURED] = 2 * image - 1
         encoded = self.model.encode_draft(drafts)
         if not self.model.detail_scale:
             return encoded, {}
-        whole, copy = self.model.detail(drafts, encoded)
-        return encoded, {"draft": whole, "copy": copy}
+        return encoded, {"drafts": image, "copies": self.model.decode(encoded.latents).float()}
 
     def _tones(self, control: Control) -> Layout:
         return self.model.layout(to_tensor(control.pixels).to(self.model.device), [control.kind])

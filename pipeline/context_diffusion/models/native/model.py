@@ -1,4 +1,5 @@
-"""The native model: components of diffusers and transformers, and a small fusion module.
+"""The native Context Diffusion model: standard diffusers and transformers components and a small fusion
+module.
 
 The query's control map goes through a ControlNet without cross-attention, contexts and prompt through
 cross-attention of the U-Net (after arXiv 2312.03584, with masked and normalised fusion, a null context and
@@ -28,8 +29,16 @@ from context_diffusion.core.training_job import SMALL, Normalization
 from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD
 from context_diffusion.models.context_encoders import patch_tokens
 from context_diffusion.models.native import checkpoint
-from context_diffusion.models.native.detail_transfer import denoised
-from context_diffusion.models.native.draft import TEXTURED, Layout, Look, layout_of, look_of, shows_tones
+from context_diffusion.models.native.draft import (
+    TEXTURED,
+    VIVID,
+    Layout,
+    Look,
+    layout_of,
+    look_of,
+    shows_tones,
+    tones_of,
+)
 from context_diffusion.models.native.fusion import ContextFusion
 from context_diffusion.models.native.look_memory import LookMemory
 from context_diffusion.models.native.preconditioning import EncodedDraft, levels, precondition
@@ -66,7 +75,7 @@ class NativeModel:
     noise_scale: float = 1.0
     # factor of what the U-Net adds to a draft: a barely trained one blurs more than it improves
     rest_scale: float = 1.0
-    # share of the detail given back that the autoencoder lost: models/native/detail_transfer.py
+    # share of the draft's own pixels in the image: models/native/detail_transfer.py
     detail_scale: float = 1.0
     normalization: Normalization = field(default_factory=lambda: Normalization(contexts="channel"))
 
@@ -153,7 +162,8 @@ class NativeModel:
         )
 
     def summarise_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Summarise uint8 (N, 3, S, S) as (N, K, 2·D_v), and return the images' statistics too."""
+        """Summarise uint8 (N, 3, S, S) as (N, K, 2·D_v) by the context encoder, and return the images'
+        statistics too."""
         kind = self.normalization.contexts or "none"
         values, _, _ = normalise(images, kind)
         if kind == "none":
@@ -174,12 +184,15 @@ class NativeModel:
         return self.fusion(text, text_mask, contexts, weights)
 
     def encode_control(self, control_maps: Tensor, kinds: list[str]) -> Tensor:
-        """Encode control maps, uint8 (B, 3, H, W), to latents (B, C, h, w), once a row.
+        """Encode control maps, uint8 (B, 3, H, W), to latents (B, C, h, w) for the ControlNet, once a row.
 
-        Maps that show tones are normalised first; tanh keeps the order of outliers."""
+        Maps that show tones are normalised first (tanh keeps the order of outliers), edge maps are used as
+        they are."""
         normal, _, _ = normalise(control_maps, self.normalization.query)
-        tones = shows_tones(kinds, control_maps.device)[:, None, None, None]
-        signed = torch.where(tones, torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1)
+        picture = shows_tones(kinds, control_maps.device)
+        signed = torch.where(
+            picture[:, None, None, None], torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1
+        )
         return self._encode(signed)
 
     def control(self, latents: Tensor, timesteps: Tensor, encoded: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -224,19 +237,42 @@ class NativeModel:
         """Measure what drafts need of queries, uint8 (N, 3, H, W)."""
         return layout_of(control_maps, kinds, self._texture_of)
 
+    def context_pixels(self, images: Tensor) -> Tensor:
+        """Resize contexts, uint8 (N, 3, S, S), to `context_size`, on the model's device."""
+        images = images.to(self.device)
+        if images.shape[-1] == self.context_size:
+            return images
+        return self._resized(images.float(), self.context_size).round().clamp(0, 255).to(torch.uint8)
+
+    def texture(self, images: Tensor, side: int) -> Tensor:
+        """Measure the texture of contexts, uint8 (N, 3, S, S), as it looks on images of `side` pixels: (N,
+        side, side), in ranks. Finer than their pixels there is none."""
+        images = images.to(self.device)
+        small = self._resized(images.float(), min(side, images.shape[-1])).round().clamp(0, 255)
+        texture = (
+            VIVID * self.relief.texture(tones_of(small))
+            if self.relief.learned
+            else torch.zeros_like(small[:, 0])
+        )
+        texture = self._resized(texture[:, None], side)[:, 0]
+        return texture - texture.mean((1, 2), keepdim=True)
+
+    @staticmethod
+    def _resized(images: Tensor, side: int) -> Tensor:
+        if images.shape[-1] == side:
+            return images
+        return F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=True)
+
     @property
     def _texture_of(self) -> Callable[[Tensor], Tensor] | None:
         return self.relief.texture if self.relief.learned else None
 
     def encode_draft(self, drafts: Tensor) -> EncodedDraft:
-        """Encode drafts (B, CHANNELS, H, W) for the U-Net: folded pixels, latents of textures or 0."""
+        """Encode drafts (B, CHANNELS, H, W) for the U-Net: folded pixels, and latents of the textured
+        channels, 0 without one."""
         present = drafts.flatten(1).any(1)[:, None, None, None]
         latents = self._encode(drafts[:, TEXTURED]) * present
         return EncodedDraft(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
-
-    def detail(self, drafts: Tensor, draft: EncodedDraft) -> tuple[Tensor, Tensor]:
-        """Return the textured drafts without noise, and their reconstructions: (B, 3, H, W) in [0, 1]."""
-        return denoised(drafts[:, TEXTURED] / 2 + 0.5), self.decode(draft.latents).float()
 
     def precondition(
         self, latents: Tensor, timesteps: Tensor, draft: EncodedDraft | None, rest_scale: float = 1.0
@@ -270,7 +306,8 @@ class NativeModel:
         return self._encode(images / 127.5 - 1)
 
     def _encode(self, signed: Tensor) -> Tensor:
-        """Encode values in [-1, 1]; `fold` x `fold` latents become channels of one position of the U-Net."""
+        """Encode values in [-1, 1]; `fold` x `fold` latents become channels of one place, so that the U-Net's
+        grid stays coarse."""
         return (
             F.pixel_unshuffle(self.vae.encode(signed.to(self.dtype)).latents, self.fold) * self.latent_scale
         )

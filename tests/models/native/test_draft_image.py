@@ -1,0 +1,127 @@
+"""The draft as an image: the contexts' hues, the query's contrast, textures at the output's scale, equal
+bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from context_diffusion.core.records import Pixels
+from context_diffusion.models.native.colour_transport import (
+    lab_of,
+    mixed_palettes,
+    palette_of,
+    rgb_of,
+    transported,
+)
+from context_diffusion.models.native.draft import colours_of, tones_of
+from context_diffusion.models.native.draft_image import draft_image
+from context_diffusion.models.native.texture_synthesis import synthesise
+from support.tiny import picture
+
+HUES = [(200, 90, 80), (70, 140, 90), (80, 110, 200), (150, 120, 30)]  # of about one lightness
+
+
+def tensor(pixels: Pixels) -> Tensor:
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+
+
+def drawn(
+    query: Pixels, *contexts: Pixels, texture: Tensor | None = None, weights: tuple[float, ...] = ()
+) -> Tensor:
+    """Return the draft (3, H, W) in [0, 1]."""
+    shares = list(weights or (1.0,) * len(contexts))
+    images = [tensor(context) for context in contexts]
+    colours = sum(
+        share * colours_of(image, tones_of(image)) for share, image in zip(shares, images, strict=True)
+    )
+    palette = mixed_palettes([palette_of(image) for image in images], shares)
+    height, width = query.shape[:2]
+    texture = torch.zeros(height, width) if texture is None else texture
+    return draft_image(tensor(query), tones_of(tensor(query)), colours, palette, texture)[0]  # type: ignore[arg-type]
+
+
+def patches(seed: int = 0) -> Pixels:
+    """Return a context of four hues of about one lightness."""
+    numbers = np.random.default_rng(seed).integers(0, 4, (16, 16))
+    return np.array(HUES, np.uint8)[numbers].repeat(8, 0).repeat(8, 1)
+
+
+def letters(side: int = 128) -> Pixels:
+    """Return black bars on white."""
+    image = np.full((side, side, 3), 255, np.uint8)
+    for number in range(4):
+        image[side // 8 : -side // 8, side // 8 + number * side // 5 :][:, : side // 20] = 0
+    return image
+
+
+def test_lab_and_back() -> None:
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rgb_of(lab_of(images)), images, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("query", [picture(3, 128, 128), letters()], ids=["coloured", "two tones"])
+def test_several_hues_of_one_lightness_survive(query: Pixels) -> None:
+    """A curve by tone has one colour for each tone: such a context became grey."""
+    a, b = lab_of(drawn(query, patches())[None])[0, 1:].flatten(1)
+    context = lab_of(tensor(patches()) / 255)[0, 1:].flatten(1)
+    assert torch.hypot(a, b).mean() > 0.5 * torch.hypot(*context).mean()
+    assert torch.stack([a, b]).std(1).min() > 0.4 * context.std(1).min()
+
+
+def test_a_query_of_two_tones_keeps_its_contrast() -> None:
+    """Nearly all of a context was black, and so was all of its image."""
+    query, dark = letters(), np.full((128, 128, 3), 4, np.uint8)
+    dark[::16, ::16] = 250
+    lightness = lab_of(drawn(query, dark)[None])[0, 0]
+    inside = torch.from_numpy(query[..., 0] == 0)
+    assert lightness[~inside].median() - lightness[inside].median() > 8
+
+
+def test_black_text_on_white_has_no_coloured_fringe() -> None:
+    context = patches()
+    lab = lab_of(drawn(letters(), context)[None])
+    chroma = torch.hypot(lab[:, 1], lab[:, 2])[0]
+    black = torch.from_numpy(letters()[..., 0] == 0)[None, None].float()
+    beside = (torch.nn.functional.max_pool2d(black, 3, 1, 1) - black)[0, 0].bool()
+    away = ~torch.nn.functional.max_pool2d(black, 13, 1, 6)[0, 0].bool()
+    assert chroma[beside].mean() < 1.3 * chroma[away].mean()
+
+
+def test_a_texture_is_not_mirrored_in_a_larger_image() -> None:
+    noise = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    made = synthesise(noise - noise.mean(), 512, 512, 0)
+    assert made.shape == (512, 512)
+    assert made.std() == pytest.approx(1.0, abs=0.1)
+    for fold in (128, 256, 384):
+        left, right = made[:, fold - 64 : fold], made[:, fold : fold + 64].flip(1)
+        assert torch.corrcoef(torch.stack([left.flatten(), right.flatten()]))[0, 1].abs() < 0.1
+
+
+def test_the_seed_places_the_texture_and_the_same_seed_places_it_again() -> None:
+    noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(synthesise(noise, 96, 64, 5), synthesise(noise, 96, 64, 5))
+    assert not torch.allclose(synthesise(noise, 96, 64, 5), synthesise(noise, 96, 64, 6), atol=0.1)
+
+
+def test_contexts_count_by_their_weights() -> None:
+    red, blue = (
+        np.tile(np.array(colour, np.uint8), (128, 128, 1)) for colour in ((200, 40, 40), (40, 40, 200))
+    )
+    shares = [
+        drawn(picture(1, 128, 128), red, blue, weights=weights).mean((1, 2)) for weights in ((3, 1), (1, 3))
+    ]
+    assert shares[0][0] > shares[1][0] + 0.1
+    assert shares[1][2] > shares[0][2] + 0.1
+    queries = picture(1, 128, 128)
+    assert torch.equal(
+        drawn(queries, red, blue, weights=(2.0, 2.0)), drawn(queries, red, blue, weights=(1.0, 1.0))
+    )
+
+
+def test_transport_gives_a_query_the_contexts_colours() -> None:
+    palette = palette_of(tensor(patches()))
+    made = transported(lab_of(tensor(picture(4, 128, 128)) / 255), palette).flatten(2)[0]
+    assert (made.mean(1) - palette.mean(0)).abs().max() < 4
