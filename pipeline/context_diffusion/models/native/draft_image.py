@@ -22,8 +22,8 @@ from context_diffusion.models.native.colour_transport import (
 )
 from context_diffusion.models.native.draft import RATE, coloured, curves_of
 
-TEXTURE, CHROMA = 1.0, 0.5  # factors of the contexts' texture: its lightness, and its chroma beside that
-BORDER = 0.5  # factor of the query's finest lightness at its borders
+TEXTURE, CHROMA = 0.8, 0.5  # factors of the contexts' texture: its lightness, and its chroma beside that
+BORDER = 0.4  # factor of the query's finest lightness at its borders
 STRONG = 9.0  # gradient of lightness, of 0 to 100 a pixel, that counts half as a border
 SPARED = 0.7  # share of the texture that a strong border loses
 FINE = 0.0156  # std, in shorter sides of the image, of the blur that fine lightness is without
@@ -44,6 +44,7 @@ def draft_image(
     hues = 0.0 if palette is None else hues_per_tone(palette)
     result = plain if palette is None else torch.lerp(plain, transported(lab, palette), hues)
     result = risen(result, lab[:, :1])
+    texture = texture - texture.mean()  # the curve of colours contains it
     rate = tones.new_tensor(RATE)[:, None, None]
     added = _by_curves((tones + texture * rate).clamp(0, 1), curves) - plain
     added = added * added.new_tensor([1.0, *[CHROMA * (1 - hues)] * 2])[:, None, None]
