@@ -36,7 +36,8 @@ def panel(row: dict[str, object]) -> Image.Image:
 
 
 def main(ids: list[str]) -> None:
-    rows = {row["id"]: row for row in pq.read_table("build/demo/data").to_pylist()}
+    table = pq.read_table("build/demo/data").to_pylist()
+    rows = {row["id"]: row for row in table if row["status"] == "ok"}
     panels = [panel(rows[row]) for row in ids or sorted(rows)]
     half = (len(panels) + 1) // 2
     wide, tall = panels[0].width, SIDE + GAP

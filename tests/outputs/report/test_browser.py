@@ -254,14 +254,13 @@ def test_a_term_is_explained_by_hover_focus_and_tap(watched: Watched) -> None:
 
 def test_commands_can_be_copied(watched: Watched, output: Output) -> None:
     page = watched.open()
-    copied = "const copied = []; navigator.clipboard.writeText = async text => { window.copied = text; };"
-    page.evaluate(copied)
+    page.evaluate("void (navigator.clipboard.writeText = async text => { window.copied = text; })")
     page.click("#retry button")
     watched.becomes("window.copied", "context-diffusion run JOB --retry-failed")
     assert page.locator("#retry button").inner_text() == "Copied"
     page.evaluate("location.hash = '#row=row-011/0'")
     page.wait_for_selector("dialog[open]")
-    page.evaluate("navigator.clipboard.writeText = async () => { throw new Error('not allowed'); }")
+    page.evaluate("void (navigator.clipboard.writeText = async () => { throw new Error('not allowed'); })")
     page.click("aside .copy button")
     selected = f"context-diffusion reproduce {output.root}/images/"
     page.wait_for_function("text => String(getSelection()).startsWith(text)", arg=selected)
@@ -295,7 +294,7 @@ def test_a_link_leads_to_its_row(watched: Watched, row: str) -> None:
 def test_what_a_manifest_says_stays_text(watched: Watched) -> None:
     page = watched.open()
     assert ATTACK in page.evaluate(SHOWN)
-    assert page.locator("#cards .prompt").first.inner_text() == "prompt leads" + ATTACK
+    assert page.locator("#cards .ok .prompt").first.inner_text() == "prompt leads" + ATTACK
     assert ATTACK[:40] in page.locator("#failures").inner_text()
     page.fill("[name=text]", "hacked")
     watched.told("1–3 of 3")
@@ -331,7 +330,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(watched: Watched) -> None:
     page.wait_for_selector("dialog[open]")
     assert page.evaluate(width) == 360
     assert page.evaluate("document.querySelector('.inside').scrollWidth <= 360")
-    for target in page.locator("dialog button, #filters button, .pager button").all():
+    for target in page.locator("dialog button:not(.term), #filters button, .pager button").all():
         assert target.bounding_box()["height"] >= 30
 
 
@@ -366,7 +365,7 @@ def test_the_page_alone_is_whole(chromium: Any, output: Output, tmp_path: Path) 
     page.wait_for_function(f"() => !({BROKEN}).length")
     assert page.locator("#cards .output img").count() > 50
     assert found.wrong == []
-    page.locator("a.open").first.click()
+    page.locator(".ok a.open").first.click()
     page.wait_for_selector("dialog[open]")
     found.becomes("document.querySelector('.stage img').naturalWidth", 64)
     page.close()
