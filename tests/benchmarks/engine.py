@@ -29,8 +29,8 @@ from context_diffusion.engine.conditioning import to_tensor
 from context_diffusion.engine.engine import Engine
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.native.backbone import NativeBackbone
-from context_diffusion.models.native.detail_transfer import give_back
 from context_diffusion.models.native.draft import TEXTURED
+from context_diffusion.models.native.draft_image import give_back
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import model_folder
 from context_diffusion.pipeline import SHAPES

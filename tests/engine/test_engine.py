@@ -22,8 +22,8 @@ from context_diffusion.engine.model_calls import Shape
 from context_diffusion.engine.scheduler_tables import SAMPLERS
 from context_diffusion.engine.service import EngineService
 from context_diffusion.models.native.backbone import NativeBackbone
-from context_diffusion.models.native.detail_transfer import give_back
 from context_diffusion.models.native.draft import TEXTURED, Look, draft
+from context_diffusion.models.native.draft_image import give_back
 from context_diffusion.models.native.lane_drafts import NativeDrafts
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import model_folder

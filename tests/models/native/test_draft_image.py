@@ -17,8 +17,7 @@ from context_diffusion.models.native.colour_transport import (
     transported,
 )
 from context_diffusion.models.native.draft import colours_of, tones_of
-from context_diffusion.models.native.draft_image import draft_image
-from context_diffusion.models.native.texture_synthesis import synthesise
+from context_diffusion.models.native.draft_image import draft_image, synthesise
 from support.tiny import picture
 
 HUES = [(200, 90, 80), (70, 140, 90), (80, 110, 200), (150, 120, 30)]  # of about one lightness

@@ -24,7 +24,7 @@ from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.inputs.context_images import TEXTURE_PIXELS, ContextPreprocessing, SquareCrop
 from context_diffusion.models.attention import attend_by_lanes, keys_and_values
-from context_diffusion.models.native.detail_transfer import give_back
+from context_diffusion.models.native.draft_image import give_back
 from context_diffusion.models.native.lane_drafts import NativeDrafts
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.preconditioning import EncodedDraft

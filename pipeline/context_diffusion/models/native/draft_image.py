@@ -3,10 +3,12 @@
 Where the contexts have one hue per tone, colours follow their curves by tone (models/native/draft.py); where
 they have several, they are transported (models/native/colour_transport.py).
 
-B rows  M contexts of a row  H W pixels
+B rows  M contexts of a row  H W pixels  S side of a measured texture
 """
 
 from __future__ import annotations
+
+import random
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from context_diffusion.models.native.colour_transport import (
 from context_diffusion.models.native.draft import RATE, coloured, curves_of
 
 TEXTURE, CHROMA = 0.8, 0.5  # factors of the contexts' texture: its lightness, and its chroma beside that
+TRIALS = 16  # places of which a block of a texture is taken from the best
 BORDER = 0.4  # factor of the query's finest lightness at its borders
 STRONG = 9.0  # gradient of lightness, of 0 to 100 a pixel, that counts half as a border
 SPARED = 0.7  # share of the texture that a strong border loses
@@ -54,6 +57,43 @@ def draft_image(
     fine = fine * fine.square() / (fine.square() + HALO**2)
     lightness = result[:, :1] + BORDER * borders * fine
     return rgb_of(torch.cat([lightness.clamp(0, 100), result[:, 1:]], 1))
+
+
+def give_back(
+    images: Tensor, drafts: Tensor, copies: Tensor, share: Tensor | float, rest_scale: Tensor | float
+) -> Tensor:
+    """Return drafts + rest_scale · (images - copies), mixed with images where `share` is below 1; (B, 3, H,
+    W) in [0, 1].
+
+    images: decoded. copies: what the autoencoder makes of the drafts. What it loses of both is the same, and
+    cancels."""
+    return (images + share * (drafts + rest_scale * (images - copies) - images)).clamp(0, 1)
+
+
+def synthesise(texture: Tensor, height: int, width: int, seed: int) -> Tensor:
+    """Synthesise a texture (H, W) from a measured one (S, S) of mean 0.
+
+    Overlapping blocks are placed beside what continues them: of some places that the seed draws, each block
+    is taken from the one that fits best (after Efros and Freeman 2001, with soft seams). Windows whose
+    squares add up to 1 keep the strength of a texture whose blocks differ."""
+    step = min(texture.shape) // 4
+    side = 2 * step
+    draw = random.Random(seed)
+    half = torch.sin((torch.arange(side, device=texture.device) + 0.5) * (torch.pi / side))
+    window = half[:, None] * half
+    rows, columns = (-(-size // step) + 1 for size in (height, width))
+    canvas = texture.new_zeros((rows + 1) * step, (columns + 1) * step)
+    for top in range(0, rows * step, step):
+        for left in range(0, columns * step, step):
+            here = canvas[top : top + side, left : left + side]
+            trials = [
+                (draw.randint(0, texture.shape[0] - side), draw.randint(0, texture.shape[1] - side))
+                for _ in range(TRIALS)
+            ]
+            blocks = torch.stack([texture[y : y + side, x : x + side] for y, x in trials]) * window
+            fits = (blocks * here).mean((1, 2)) / blocks.square().mean((1, 2)).sqrt().clamp(min=1e-6)
+            here += blocks[int(fits.argmax())]
+    return canvas[step : step + height, step : step + width]
 
 
 def _by_curves(tones: Tensor, curves: Tensor) -> Tensor:

@@ -33,12 +33,11 @@ from context_diffusion.models.native.draft import (
     average_textures,
     draft,
 )
-from context_diffusion.models.native.draft_image import draft_image
+from context_diffusion.models.native.draft_image import draft_image, synthesise
 from context_diffusion.models.native.look_memory import KINDS, Kind, describe_colours, describe_relief
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.plane_waves import COUNT
 from context_diffusion.models.native.preconditioning import EncodedDraft
-from context_diffusion.models.native.texture_synthesis import synthesise
 from context_diffusion.models.normalization import lightness_of
 
 BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4), torch.zeros(1, 1, 1))

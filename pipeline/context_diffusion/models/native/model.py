@@ -75,7 +75,7 @@ class NativeModel:
     noise_scale: float = 1.0
     # factor of what the U-Net adds to a draft: a barely trained one blurs more than it improves
     rest_scale: float = 1.0
-    # share of the draft's own pixels in the image: models/native/detail_transfer.py
+    # share of the draft's own pixels in the image: models/native/draft_image.py
     detail_scale: float = 1.0
     normalization: Normalization = field(default_factory=lambda: Normalization(contexts="channel"))
 

@@ -1,4 +1,4 @@
-"""The image from its draft and what the diffusion model changed; images without a camera's noise."""
+"""The image from its draft and what the diffusion model changed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,13 @@ from context_diffusion.core.records import Request
 from context_diffusion.engine.conditioning import weighted_contexts
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.models.native.backbone import NativeBackbone
-from context_diffusion.models.native.detail_transfer import denoised, give_back, noise_of
+from context_diffusion.models.native.draft_image import give_back
 from support.tiny import picture, request, tiny_model
 
 
 def pictures(count: int = 3, side: int = 32) -> torch.Tensor:
     shown = np.stack([picture(number, side, side) for number in range(count)])
     return torch.from_numpy(shown).permute(0, 3, 1, 2) / 255
-
-
-def noisy(images: torch.Tensor, deviation: float) -> torch.Tensor:
-    return images + deviation * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
 
 
 def test_nothing_of_the_draft_is_lost_and_what_was_changed_is_added_in_part() -> None:
@@ -32,24 +28,6 @@ def test_nothing_of_the_draft_is_lost_and_what_was_changed_is_added_in_part() ->
     changed = copies + 0.1
     torch.testing.assert_close(give_back(changed, drafts, copies, 1.0, 0.5), (drafts + 0.05).clamp(0, 1))
     torch.testing.assert_close(give_back(changed, drafts, copies, 0.0, 0.5), changed.clamp(0, 1))
-
-
-@pytest.mark.parametrize("deviation", [0.02, 0.05, 0.1])
-def test_noise_goes_and_a_thin_line_stays(deviation: float) -> None:
-    clean = torch.full((1, 3, 64, 64), 0.4)
-    clean[..., 30:] = 0.6
-    clean[..., 20, :] = 0.9
-    shown = noisy(clean, deviation)
-    assert noise_of(shown).item() == pytest.approx(deviation, rel=0.25)
-    found = denoised(shown)
-    assert (found - clean).square().mean() < 0.3 * (shown - clean).square().mean()
-    line, beside = found[..., 20, 8:56].mean(), found[..., 24:28, 8:56].mean()
-    assert line - beside > 0.8 * (clean[..., 20, 8:56].mean() - clean[..., 24:28, 8:56].mean())
-
-
-def test_a_picture_without_noise_stays() -> None:
-    flat = pictures().round()
-    assert (denoised(flat) - flat).abs().max() < 1 / 255
 
 
 @pytest.mark.parametrize(
