@@ -31,6 +31,7 @@ import numpy as np
 import skimage.data
 import torch
 from bars_photographs import photograph
+from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from scipy.optimize import linear_sum_assignment
@@ -208,13 +209,15 @@ def edge_scores(image: Pixels, query: Pixels) -> tuple[float, float]:
 def texture_distance(image: Pixels, context: Pixels) -> float:
     distances = []
     for radius in (1, 2, 4):
-        first, second = (
-            np.bincount(local_binary_pattern(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), 8, radius, "uniform").astype(int).ravel(),
-                        minlength=10) / pixels[..., 0].size
-            for pixels in (image, context)
-        )  # fmt: skip
+        first, second = texture_histogram(image, radius), texture_histogram(context, radius)
         distances.append(((first - second) ** 2 / np.maximum(first + second, 1e-9)).sum())
     return float(np.mean(distances))
+
+
+def texture_histogram(image: Pixels, radius: int) -> NDArray[np.float64]:
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    patterns = local_binary_pattern(gray, 8, radius, "uniform").astype(int).ravel()
+    return np.bincount(patterns, minlength=10) / len(patterns)
 
 
 def sobel(image: Pixels) -> np.ndarray:

@@ -27,17 +27,21 @@ from context_diffusion.models.native.draft import (
     PICTURE_KINDS,
     STEPS,
     TEXTURED,
+    VIVID,
     WAYS,
     Layout,
     Look,
     average_textures,
     draft,
+    resized,
+    tones_of,
 )
 from context_diffusion.models.native.draft_image import draft_image, synthesise
 from context_diffusion.models.native.look_memory import KINDS, Kind, describe_colours, describe_relief
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.plane_waves import COUNT
 from context_diffusion.models.native.preconditioning import EncodedDraft
+from context_diffusion.models.native.texture_separation import ReliefModel
 from context_diffusion.models.normalization import lightness_of
 
 BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4), torch.zeros(1, 1, 1))
@@ -209,7 +213,7 @@ class NativeDrafts:
         return palette_of(to_tensor(pixels).to(self.model.device))
 
     def _texture(self, pixels: Any, side: int) -> Tensor:
-        return self.model.texture(to_tensor(pixels).to(self.model.device), side)
+        return _texture(self.model.relief, to_tensor(pixels).to(self.model.device), side)
 
     def _make_draft(
         self, layout: Layout, wanted: Wanted, looks: list[Look], image: Tensor
@@ -236,3 +240,14 @@ class NativeDrafts:
 
     def _tones(self, control: Control) -> Layout:
         return self.model.layout(to_tensor(control.pixels).to(self.model.device), [control.kind])
+
+
+def _texture(relief: ReliefModel, images: Tensor, side: int) -> Tensor:
+    """Measure the texture of contexts, uint8 (N, 3, S, S), at the scale of images of `side` pixels.
+
+    Returns (N, side, side) in ranks, of mean 0. It is never finer than the contexts' pixels.
+    """
+    small = resized(images.float(), min(side, images.shape[-1])).round().clamp(0, 255)
+    texture = VIVID * relief.texture(tones_of(small)) if relief.learned else torch.zeros_like(small[:, 0])
+    texture = resized(texture[:, None], side)[:, 0]
+    return texture - texture.mean((1, 2), keepdim=True)

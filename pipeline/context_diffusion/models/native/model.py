@@ -1,5 +1,4 @@
-"""The native Context Diffusion model: standard diffusers and transformers components and a small fusion
-module.
+"""The native model: components of diffusers and transformers, and a small fusion module.
 
 The query's control map goes through a ControlNet without cross-attention, contexts and prompt through
 cross-attention of the U-Net (after arXiv 2312.03584, with masked and normalised fusion, a null context and
@@ -31,13 +30,12 @@ from context_diffusion.models.context_encoders import patch_tokens
 from context_diffusion.models.native import checkpoint
 from context_diffusion.models.native.draft import (
     TEXTURED,
-    VIVID,
     Layout,
     Look,
     layout_of,
     look_of,
+    resized,
     shows_tones,
-    tones_of,
 )
 from context_diffusion.models.native.fusion import ContextFusion
 from context_diffusion.models.native.look_memory import LookMemory
@@ -162,8 +160,7 @@ class NativeModel:
         )
 
     def summarise_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Summarise uint8 (N, 3, S, S) as (N, K, 2·D_v) by the context encoder, and return the images'
-        statistics too."""
+        """Summarise uint8 (N, 3, S, S) as (N, K, 2·D_v), and return the images' statistics too."""
         kind = self.normalization.contexts or "none"
         values, _, _ = normalise(images, kind)
         if kind == "none":
@@ -184,15 +181,12 @@ class NativeModel:
         return self.fusion(text, text_mask, contexts, weights)
 
     def encode_control(self, control_maps: Tensor, kinds: list[str]) -> Tensor:
-        """Encode control maps, uint8 (B, 3, H, W), to latents (B, C, h, w) for the ControlNet, once a row.
+        """Encode control maps, uint8 (B, 3, H, W), to latents (B, C, h, w), once a row.
 
-        Maps that show tones are normalised first (tanh keeps the order of outliers), edge maps are used as
-        they are."""
+        Maps that show tones are normalised first; tanh keeps the order of outliers."""
         normal, _, _ = normalise(control_maps, self.normalization.query)
-        picture = shows_tones(kinds, control_maps.device)
-        signed = torch.where(
-            picture[:, None, None, None], torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1
-        )
+        tones = shows_tones(kinds, control_maps.device)[:, None, None, None]
+        signed = torch.where(tones, torch.tanh(0.7 * normal), control_maps.float() / 127.5 - 1)
         return self._encode(signed)
 
     def control(self, latents: Tensor, timesteps: Tensor, encoded: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -242,34 +236,14 @@ class NativeModel:
         images = images.to(self.device)
         if images.shape[-1] == self.context_size:
             return images
-        return self._resized(images.float(), self.context_size).round().clamp(0, 255).to(torch.uint8)
-
-    def texture(self, images: Tensor, side: int) -> Tensor:
-        """Measure the texture of contexts, uint8 (N, 3, S, S), as it looks on images of `side` pixels: (N,
-        side, side), in ranks. Finer than their pixels there is none."""
-        images = images.to(self.device)
-        small = self._resized(images.float(), min(side, images.shape[-1])).round().clamp(0, 255)
-        texture = (
-            VIVID * self.relief.texture(tones_of(small))
-            if self.relief.learned
-            else torch.zeros_like(small[:, 0])
-        )
-        texture = self._resized(texture[:, None], side)[:, 0]
-        return texture - texture.mean((1, 2), keepdim=True)
-
-    @staticmethod
-    def _resized(images: Tensor, side: int) -> Tensor:
-        if images.shape[-1] == side:
-            return images
-        return F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=True)
+        return resized(images.float(), self.context_size).round().clamp(0, 255).to(torch.uint8)
 
     @property
     def _texture_of(self) -> Callable[[Tensor], Tensor] | None:
         return self.relief.texture if self.relief.learned else None
 
     def encode_draft(self, drafts: Tensor) -> EncodedDraft:
-        """Encode drafts (B, CHANNELS, H, W) for the U-Net: folded pixels, and latents of the textured
-        channels, 0 without one."""
+        """Encode drafts (B, CHANNELS, H, W) for the U-Net: folded pixels, latents of textures or 0."""
         present = drafts.flatten(1).any(1)[:, None, None, None]
         latents = self._encode(drafts[:, TEXTURED]) * present
         return EncodedDraft(F.pixel_unshuffle(drafts, drafts.shape[-1] // latents.shape[-1]), latents)
@@ -306,8 +280,7 @@ class NativeModel:
         return self._encode(images / 127.5 - 1)
 
     def _encode(self, signed: Tensor) -> Tensor:
-        """Encode values in [-1, 1]; `fold` x `fold` latents become channels of one place, so that the U-Net's
-        grid stays coarse."""
+        """Encode values in [-1, 1]; `fold` x `fold` latents become channels of one position of the U-Net."""
         return (
             F.pixel_unshuffle(self.vae.encode(signed.to(self.dtype)).latents, self.fold) * self.latent_scale
         )
