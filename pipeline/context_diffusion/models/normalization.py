@@ -72,3 +72,10 @@ def _measure(values: Tensor, kind: NormalizationKind) -> tuple[Tensor, Tensor]:
     """Return mean and std, (N, 3) by channel; (N, 1) for kind `image`."""
     rows = values.flatten(1)[:, None] if kind == "image" else values.flatten(2)
     return rows.mean(2), torch.std(rows, 2, correction=0)
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Resize (N, C, S, S) to (N, C, side, side)."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=True)

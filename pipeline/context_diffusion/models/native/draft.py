@@ -188,10 +188,3 @@ def coloured(tones: Tensor, curves: Tensor) -> list[Tensor]:
     share, low = (at - low)[..., None], low.long()[..., None].expand(-1, -1, -1, 3)
     mixed = curves.gather(2, low) * (1 - share) + curves.gather(2, low + 1) * share
     return list(mixed.transpose(2, 3).unflatten(3, tones.shape[2:]).unbind(1))
-
-
-def resized(images: Tensor, side: int) -> Tensor:
-    """Resize (N, C, S, S) to (N, C, side, side)."""
-    if images.shape[-1] == side:
-        return images
-    return F.interpolate(images, (side, side), mode="bicubic", align_corners=False, antialias=True)

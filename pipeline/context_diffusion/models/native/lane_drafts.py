@@ -33,7 +33,6 @@ from context_diffusion.models.native.draft import (
     Look,
     average_textures,
     draft,
-    resized,
     tones_of,
 )
 from context_diffusion.models.native.draft_image import draft_image, synthesise
@@ -42,7 +41,7 @@ from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.plane_waves import COUNT
 from context_diffusion.models.native.preconditioning import EncodedDraft
 from context_diffusion.models.native.texture_separation import ReliefModel
-from context_diffusion.models.normalization import lightness_of
+from context_diffusion.models.normalization import lightness_of, resized
 
 BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4), torch.zeros(1, 1, 1))
 

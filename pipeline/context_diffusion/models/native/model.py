@@ -28,20 +28,12 @@ from context_diffusion.core.training_job import SMALL, Normalization
 from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD
 from context_diffusion.models.context_encoders import patch_tokens
 from context_diffusion.models.native import checkpoint
-from context_diffusion.models.native.draft import (
-    TEXTURED,
-    Layout,
-    Look,
-    layout_of,
-    look_of,
-    resized,
-    shows_tones,
-)
+from context_diffusion.models.native.draft import TEXTURED, Layout, Look, layout_of, look_of, shows_tones
 from context_diffusion.models.native.fusion import ContextFusion
 from context_diffusion.models.native.look_memory import LookMemory
 from context_diffusion.models.native.preconditioning import EncodedDraft, levels, precondition
 from context_diffusion.models.native.texture_separation import ReliefModel
-from context_diffusion.models.normalization import describe, normalise, restore
+from context_diffusion.models.normalization import describe, normalise, resized, restore
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -65,8 +57,7 @@ class NativeModel:
     image_size: int = 128
     context_encoder: str = SMALL  # folder or hub id of image_encoder; all but the small one stay frozen
     context_size: int = 128
-    # Of pixels in [0, 1], in the training of image_encoder; used if contexts are not normalised by their own
-    # statistics.
+    # Of pixels in [0, 1], for contexts that are not normalised by their own statistics.
     context_mean: list[float] = field(default_factory=lambda: list(CLIP_MEAN))
     context_std: list[float] = field(default_factory=lambda: list(CLIP_STD))
     context_slots: int = 8
@@ -233,10 +224,8 @@ class NativeModel:
 
     def context_pixels(self, images: Tensor) -> Tensor:
         """Resize contexts, uint8 (N, 3, S, S), to `context_size`, on the model's device."""
-        images = images.to(self.device)
-        if images.shape[-1] == self.context_size:
-            return images
-        return resized(images.float(), self.context_size).round().clamp(0, 255).to(torch.uint8)
+        pixels = resized(images.to(self.device).float(), self.context_size)
+        return pixels.round().clamp(0, 255).to(torch.uint8)
 
     @property
     def _texture_of(self) -> Callable[[Tensor], Tensor] | None:
