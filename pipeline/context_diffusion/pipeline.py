@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from context_diffusion.core.errors import ConfigError, ModelError
 from context_diffusion.core.generate_job import GenerateJob
-from context_diffusion.core.job_base import Fit
+from context_diffusion.core.job_base import Fit, problem_of
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import Failure, Pixels, Request, Result, derive_seed
 from context_diffusion.core.settings import Settings, did_you_mean
@@ -29,10 +29,8 @@ from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import find_model
 
-# By model and kind of device. The native model on two cores: a lane takes .052 s of a processor in chunks of
-# 1, .043 in
-# chunks of 2 and .042 in chunks of 4; a row without a prompt has one lane, so an image alone pays for the
-# empty ones.
+# By model and kind of device. The native model on two cores: a lane step takes .052 s of a processor in chunks
+# of 1, .043 in chunks of 2 and .042 in chunks of 4; a single image also pays for the empty lanes of its chunk.
 SHAPES = {
     ("native", "cpu"): Shape(1, 12),
     ("native", "cuda"): Shape(32, 64, 16),
@@ -195,7 +193,7 @@ class ContextDiffusion:
             raise ValueError(str(error)) from None
         for kind in kinds:
             if kind not in CONTROLS:
-                raise ValueError(f"control is one of {', '.join(CONTROLS)} or disabled, not {kind!r}")
+                raise ValueError(f"control must be one of {', '.join(CONTROLS)} or disabled, not {kind!r}")
         return kinds
 
     def _checked_settings(self, settings: dict[str, Any]) -> Settings:
@@ -209,7 +207,7 @@ class ContextDiffusion:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "settings"
-            message = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+            message = problem_of(first)
             raise ValueError(f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
 
 

@@ -21,6 +21,7 @@ from context_diffusion.generation.plan import open_plan
 from context_diffusion.inputs.control_maps import control_map
 from context_diffusion.models.defaults import (
     CONTROLNETS,
+    NATIVE_SETTINGS,
     Defaults,
     resolved_control,
     resolved_job,
@@ -185,4 +186,4 @@ def test_what_is_given_goes_before_the_models_and_null_is_given() -> None:
 
 
 def test_the_bundled_model_reads_gray_maps() -> None:
-    assert find_model("bundled").defaults == Defaults({}, ("gray",), ("its own",))
+    assert find_model("bundled").defaults == Defaults(NATIVE_SETTINGS, ("gray",), ("its own",))

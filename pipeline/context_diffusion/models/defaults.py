@@ -26,9 +26,7 @@ SDXL: dict[str, Any] = {
     "scheduler": "euler",
     "context_scale": 0.6,
 }
-NATIVE_SETTINGS: dict[str, Any] = {
-    "num_inference_steps": 4
-}  # the draft is most of the image: more steps look alike
+NATIVE_SETTINGS: dict[str, Any] = {"num_inference_steps": 4}  # most of the image is its draft
 # A base's own scheduler, by its class in diffusers.
 SCHEDULERS: dict[str, SchedulerName] = {
     "DDIMScheduler": "ddim",
@@ -39,7 +37,7 @@ SCHEDULERS: dict[str, SchedulerName] = {
     "LCMScheduler": "lcm",
     "FlowMatchEulerDiscreteScheduler": "flow_euler",
 }
-# Published ControlNets whose map is one of ours, with the scale that their card recommends.
+# Published ControlNets whose map this package computes, with the scale that their card recommends.
 CONTROLNETS: dict[str, tuple[ControlName, float]] = {
     "lllyasviel/control_v11p_sd15_canny": ("canny", 1.0),
     "lllyasviel/sd-controlnet-canny": ("canny", 1.0),
@@ -89,7 +87,7 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
         if defaults.control is None:
             names = ", ".join(defaults.controlnets)
             raise ConfigError(
-                f"control: which map the ControlNet {names} was trained on is unknown; "
+                f"control: the map that the ControlNet {names} was trained on is unknown; "
                 "set control to canny, gray, soft_edges or none (the query itself), a list for several, or "
                 "to disabled"
             )

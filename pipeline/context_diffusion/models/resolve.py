@@ -61,10 +61,10 @@ def model_folder(model: str) -> Path:
     missing."""
     folder = BUNDLED if model == "bundled" else Path(model)
     if not folder.is_dir():
-        raise ModelError(f"model: {model!r} is neither `bundled` nor a folder that is here")
+        raise ModelError(f"model: {model!r} not found: expected `bundled` or a folder")
     if not (folder / "model_index.json").is_file():
         raise ModelError(
-            f"model: {folder} has no model_index.json; name the folder that `kind: train` left as model/"
+            f"model: {folder} has no model_index.json; expected the folder model/ that `kind: train` writes"
         )
     return folder
 
@@ -80,13 +80,14 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
                 return _native(model, model_folder(model), index)
         elif model.startswith((".", "/", "~")) or "/" not in model:
             raise ModelError(
-                f"model: {model!r} is no folder that is here, and none of bundled, {', '.join(PRESETS)}"
+                f"model: {model!r} not found: expected a folder, a hub id or one of bundled, "
+                f"{', '.join(PRESETS)}"
             )
     parts = parts_of(model)
     away = [part for part in parts.all if not Path(part).exists()]
     for part in away:
         if part.startswith((".", "/", "~")):
-            raise ModelError(f"model: {part} is not here: check the path")
+            raise ModelError(f"model: {part} not found: check the path")
     hub = {split(part)[0] for part in away}
     known = (commits or {}) | parts.revision
     parts = parts.model_copy(
@@ -104,9 +105,8 @@ def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None 
         if not (folder / part).is_dir():
             raise ModelError(f"model: {folder} has no component {part}/; copy the whole model folder")
     contexts = SquareCrop(max(index["context_size"], TEXTURE_PIXELS))
-    return ResolvedModel(
-        name, folder, parts, digest(folder), index["image_size"], contexts, Defaults(NATIVE_SETTINGS)
-    )
+    defaults = Defaults(NATIVE_SETTINGS)
+    return ResolvedModel(name, folder, parts, digest(folder), index["image_size"], contexts, defaults)
 
 
 def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> ResolvedModel:
@@ -151,7 +151,7 @@ def _parsed(path: Path, part: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"model: {part}: no readable {path.name} ({error})") from error
+        raise ModelError(f"model: {part}: {path.name} cannot be read ({error})") from error
 
 
 def _revision(parts: Parts) -> str:
