@@ -29,8 +29,8 @@ from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import find_model
 
-# By model and kind of device. The native model on two cores: a lane step takes .052 s of a processor in chunks
-# of 1, .043 in chunks of 2 and .042 in chunks of 4; a single image also pays for the empty lanes of its chunk.
+# By model and kind of device. The native model on two cores: a lane step takes .052 s of a core in chunks
+# of 1, .043 in chunks of 2 and .042 of 4; a single image also pays for the empty lanes of its chunk.
 SHAPES = {
     ("native", "cpu"): Shape(1, 12),
     ("native", "cuda"): Shape(32, 64, 16),

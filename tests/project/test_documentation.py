@@ -38,7 +38,7 @@ from context_diffusion.core.training_job import (
     ReliefSteps,
     TrainJob,
 )
-from context_diffusion.models.defaults import Defaults, resolved_settings, stable_diffusion_defaults
+from context_diffusion.models.defaults import NATIVE_SETTINGS, Defaults, resolved_settings, stable_diffusion_defaults
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -130,7 +130,7 @@ PRESET_SETTINGS = (
 def presets() -> str:
     """What each named model is used with where a job leaves it out."""
     own = {
-        "bundled": (128, Defaults()),
+        "bundled": (128, Defaults(NATIVE_SETTINGS)),
         "sd15": (
             512,
             stable_diffusion_defaults(False, {"_class_name": "PNDMScheduler"}, PRESETS["sd15"].controlnets),
