@@ -75,10 +75,12 @@ def test_why_rows_failed_and_the_next_command_are_told(tmp_path: Path) -> None:
     (path := tmp_path / "job.json").write_text(json.dumps({"kind": "generate"} | job))
     done = subprocess.run([*COMMAND, "run", path], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 3
-    first, *rows, report, following = done.stderr.splitlines()[-6:]
+    first, *rows, following, images, report, view = done.stderr.splitlines()[-8:]
     assert first == "4 of 8 rows failed, for example:"
     assert [row.split(":")[:2] for row in rows] == [[f"  row-00{n}", " missing_file"] for n in (1, 2, 4)]
-    assert report == f"all failed rows: {tmp_path}/out/report.html"
+    assert images == f"images: {tmp_path}/out/images"
+    assert report == f"report: {tmp_path}/out/report.html"
+    assert view == f"view:   context-diffusion view {tmp_path}/out"
     assert following == f"fix the causes, then run: context-diffusion run {path} --retry-failed"
 
 
