@@ -38,7 +38,12 @@ from context_diffusion.core.training_job import (
     ReliefSteps,
     TrainJob,
 )
-from context_diffusion.models.defaults import NATIVE_SETTINGS, Defaults, resolved_settings, stable_diffusion_defaults
+from context_diffusion.models.defaults import (
+    NATIVE_SETTINGS,
+    Defaults,
+    resolved_settings,
+    stable_diffusion_defaults,
+)
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
