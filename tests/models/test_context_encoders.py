@@ -33,6 +33,7 @@ from transformers import (
 
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.training_job import Architecture
+from context_diffusion.inputs.context_images import TEXTURE_PIXELS
 from context_diffusion.models.context_encoders import load_encoder, patch_tokens
 from context_diffusion.models.native.build import build
 from context_diffusion.models.native.model import NativeModel
@@ -129,7 +130,7 @@ def test_a_model_around_each_trains_saves_loads_and_makes_pictures(kind: str, tm
     again = NativeModel.from_pretrained(tmp_path / "model")
     assert type(again.image_encoder) is CLASSES[kind][0]
     found = find_model(str(tmp_path / "model"))
-    assert (found.image_size, found.contexts.size) == (64, CLASSES[kind][1])
+    assert (found.image_size, found.contexts.size) == (64, max(CLASSES[kind][1], TEXTURE_PIXELS))
     row = request(4, contexts=2, prompt="ocean", guidance_scale=2.0, num_inference_steps=2)
     others = [
         dataclasses.replace(row, contexts=pair)
@@ -163,10 +164,11 @@ def test_what_is_no_encoder_is_told_with_what_is_known(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for kind in ("text", "bert"):
         with pytest.raises(
-            ModelError, match=r"unknown model_type '(clip_text_model|bert)'; known are `small`, .*siglip"
+            ModelError,
+            match=r"unknown model_type '(clip_text_model|bert)'; expected one of `small`, .*siglip",
         ):
             load_encoder(str(saved(tmp_path / kind, kind)))
-    with pytest.raises(ModelError, match=r"'smal' has no config that can be read \(.+\); known are `small`"):
+    with pytest.raises(ModelError, match=r"'smal' has no readable config \(.+\); expected one of `small`"):
         build(SIZES.model_copy(update={"context_encoder": "smal"}), ["ocean"])
     folder = saved(tmp_path / "clip", "clip")
     weights = load_file(folder / "model.safetensors")

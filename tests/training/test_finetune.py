@@ -203,7 +203,9 @@ def test_a_wrong_job_ends_with_2_and_says_why(tmp_path: Path) -> None:
     assert "style-0 (1 of 1 files), style-1 (1 of 1 files)" in told["error"]
     config = Path(base) / "image_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "resnet"}))
-    with pytest.raises(ModelError, match=r"unknown model_type 'resnet'; known are `small`, or .*DINOv2"):
+    with pytest.raises(
+        ModelError, match=r"unknown model_type 'resnet'; expected one of `small`, or .*DINOv2"
+    ):
         run_training(job(write_styles(tmp_path / "more"), tmp_path / "out", base))
     assert not (tmp_path / "out").exists()
 

@@ -86,7 +86,7 @@ def test_a_checkpoint_of_another_architecture_or_encoder_is_refused_and_stays(tm
         ModelError, match=r"diffusion.pt: the checkpoint has another architecture: .*\(32.* there and \(48"
     ):
         again(width=48)
-    with pytest.raises(ModelError, match=r"nowhere.* has no config that can be read .*; known are `small`"):
+    with pytest.raises(ModelError, match=r"nowhere.* has no readable config .*; expected one of `small`"):
         again(context_encoder=str(tmp_path / "nowhere"))
     assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
 

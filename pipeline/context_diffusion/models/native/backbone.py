@@ -53,12 +53,15 @@ class NativeBackbone:
         self.latent_factor = model.image_size // model.latent_shape[1]
 
     def branches(self, request: Request) -> list[Branch]:
-        """Return the row's branches: one where it has no prompt, since its draft shows the contexts already,
-        unless context_guidance_scale asks for more."""
+        """Return the row's branches.
+
+        A row without a prompt has one, since its draft shows the contexts already, unless its
+        context_guidance_scale differs from its guidance_scale, which it is by default.
+        """
         has_prompt = (request.prompt or "") != (request.negative_prompt or "")
         settings = request.settings
-        if not has_prompt and settings.context_guidance_scale is None:
-            settings = settings.model_copy(update={"guidance_scale": 1.0})
+        if not has_prompt and settings.context_guidance_scale in (None, settings.guidance_scale):
+            settings = settings.model_copy(update={"guidance_scale": 1.0, "context_guidance_scale": None})
         return guidance_branches(settings, has_prompt)
 
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
