@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.training_job import Normalization
 from context_diffusion.models.context_encoders import load_vision_model
+from context_diffusion.models.resolve import NATIVE
 
 INDEX = "model_index.json"
-CLASS = "ContextDiffusion"
 # Fields of NativeModel that are stored in the index unchanged.
 VALUES = (
     "scheduler_config",
@@ -39,7 +39,7 @@ def save(model: Any, folder: Path, dtype: torch.dtype) -> None:
         copy.deepcopy(module).to(dtype).save_pretrained(folder / name, safe_serialization=True)
         _forget_origin(folder / name / "config.json")
     model.tokenizer.save_pretrained(folder / "tokenizer")
-    index = {"_class_name": CLASS} | {name: getattr(model, name) for name in VALUES}
+    index = {"_class_name": NATIVE} | {name: getattr(model, name) for name in VALUES}
     index["normalization"] = model.normalization.model_dump()
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -67,7 +67,7 @@ def _index(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder}: {INDEX} cannot be read; expected a folder that `kind: train` writes"
         ) from error
-    if index.pop("_class_name", None) != CLASS:
+    if index.pop("_class_name", None) != NATIVE:
         raise ModelError(f"{folder}: not a native Context Diffusion model (_class_name in {INDEX})")
     if "normalization" in index:
         try:

@@ -167,12 +167,12 @@ class NativeDrafts:
         layout = cache.get(f"tones:{key}", partial(self._tones, control))
         looks = self._looks(wanted.contexts, cache)
         seed = request.settings.seed or 0
-        image = cache.get(
-            f"image:{key}:{wanted.key}:{seed}", lambda: self._image(request, layout, wanted, looks, cache)
-        )
-        return cache.get(
-            f"draft:{key}:{wanted.key}:{seed}", partial(self._make_draft, layout, wanted, looks, image)
-        )
+
+        def make() -> tuple[EncodedDraft, Conditions]:
+            image = self._image(request, layout, wanted, looks, cache)
+            return self._make_draft(layout, wanted, looks, image)
+
+        return cache.get(f"draft:{key}:{wanted.key}:{seed}", make)
 
     def _image(
         self, request: Request, layout: Layout, wanted: Wanted, looks: list[Look], cache: Cache
