@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "benchmarks" / "bench_gpu.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_gpu.py"
 
 
 @pytest.mark.slow
