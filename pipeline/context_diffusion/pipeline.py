@@ -17,8 +17,8 @@ from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import Failure, Pixels, Request, Result, derive_seed
 from context_diffusion.core.settings import Settings, did_you_mean
 from context_diffusion.engine.backbone import Backbone
-from context_diffusion.engine.engine import Engine, StepUpdate
-from context_diffusion.engine.model_calls import Shape
+from context_diffusion.engine.engine import Engine
+from context_diffusion.engine.rows import StepUpdate
 from context_diffusion.engine.service import EngineService
 from context_diffusion.image_tensors import to_context, to_resized
 from context_diffusion.inputs.context_images import ImageProcessor
@@ -29,15 +29,15 @@ from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import find_model
 
-# By model and kind of device. The native model on two cores: a lane step takes .052 s of a core in chunks
-# of 1, .043 in chunks of 2 and .042 of 4; a single image also pays for the empty lanes of its chunk.
-SHAPES = {
-    ("native", "cpu"): Shape(1, 12),
-    ("native", "cuda"): Shape(32, 64, 16),
-    ("sd", "cpu"): Shape(2, 6),
-    ("sd", "cuda"): Shape(16, 32, 8),
-    ("sdxl", "cpu"): Shape(2, 6),
-    ("sdxl", "cuda"): Shape(8, 16, 4),
+# Lanes of a chunk, by model and kind of device: the largest for jobs, a smaller one for single images and
+# where memory is short. They decide the bits of images, so they are a table.
+CHUNKS = {
+    ("native", "cpu"): (4, 3, 2, 1),
+    ("native", "cuda"): (32, 16, 8, 4, 3, 2, 1),
+    ("sd", "cpu"): (4, 3, 2, 1),
+    ("sd", "cuda"): (16, 8, 4, 3, 2, 1),
+    ("sdxl", "cpu"): (4, 3, 2, 1),
+    ("sdxl", "cuda"): (8, 6, 4, 3, 2, 1),
 }
 CPU_THREADS = 2
 
@@ -60,11 +60,11 @@ class ContextDiffusion:
     ) -> None:
         """Wrap a loaded backbone.
 
-        kind: a key of SHAPES. cpu_threads: calls of the model that run at once, on a CPU. unsafe: a safety
+        kind: a key of CHUNKS. cpu_threads: calls of the model that run at once, on a CPU. unsafe: a safety
         checker. defaults: the settings that a call which leaves them out gets."""
         self.backbone = backbone
         self.device = device
-        self.shape = SHAPES[kind, device.type]
+        self.chunks: tuple[int, ...] = CHUNKS[kind, device.type]
         self.unsafe = unsafe
         self.threads = cpu_threads
         self.defaults = defaults or Defaults()
@@ -100,7 +100,8 @@ class ContextDiffusion:
         return cls(backbone, kind, where, cpu_threads, loaded.unsafe, resolved.defaults)
 
     def engine(self) -> Engine:
-        return Engine(self.backbone, self.device, self.shape, unsafe=self.unsafe, threads=self.threads)
+        """Make an engine for many rows."""
+        return Engine(self.backbone, self.device, self.chunks, unsafe=self.unsafe, threads=self.threads)
 
     @overload
     def __call__(

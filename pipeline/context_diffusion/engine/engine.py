@@ -1,19 +1,15 @@
-"""The engine: rows in slots, and chunks of lanes that are always full while rows are at hand.
+"""The engine: rows in the lanes of chunks, which are full while rows are at hand.
 
-Rows have their own timestep, number of steps, sampler, guidance, control window and contexts. The model sees
-chunks of one fixed shape, padded, so a row's bits don't depend on its neighbours. Knows nothing of Ray or
+Rows have their own timestep, number of steps, scheduler, guidance, control window and contexts. The model
+sees chunks of one fixed shape, so a row's bits don't depend on its neighbours. A row is prepared (encoded),
+placed in a chunk of its shape group, moved on step by step, and finished (decoded). Knows nothing of Ray or
 files.
-
-R rows in slots, each of 1 to 3 lanes   P lanes a chunk   C h w latents
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, wait
 from time import perf_counter
 
 import torch
@@ -22,273 +18,290 @@ from torch import Tensor
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.records import EngineStats, Failure, Pixels, Request, Result
 from context_diffusion.engine.backbone import Backbone
-from context_diffusion.engine.conditioning import is_finite
+from context_diffusion.engine.chunk import Chunk, ChunkSizes, Occupancy
 from context_diffusion.engine.embedding_cache import Cache
-from context_diffusion.engine.model_calls import Calls, Shape, same_bits
-from context_diffusion.engine.packing import choose
-from context_diffusion.engine.slots import Slot, advance, open_slot
+from context_diffusion.engine.finishing import Finisher, Finishing, Inline, decoded
+from context_diffusion.engine.preparation import Preparation
+from context_diffusion.engine.rows import TOO_LARGE, Row, State, StepUpdate, failure_of, is_out_of_memory
+from context_diffusion.engine.scheduling import Option, Patience, choose, fitting, options_of
+from context_diffusion.engine.step import same_bits
 
 Outcome = tuple[Request, Result | Failure]
 CACHE_BYTES = 2**30
+MAX_WAIT = 500  # steps for which the oldest row may be passed over
+AT_HAND = 1024  # rows that `run` gives to the engine at once
 
 
-TOO_LARGE = Failure(
-    ErrorCode.OUT_OF_MEMORY,
-    "the row alone does not fit into the device's memory: try a smaller width and height",
-)
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A finished row with its uint8 image (H, W, 3) on the device; None: it did not fit into memory."""
-
-    slot: Slot
-    image: Tensor | None
-    tiled: bool
-
-
-@dataclass(frozen=True)
-class StepUpdate:
-    """What a callback is told after a step of a row; preview() decodes what the model holds to be the picture
-    now."""
-
-    request: Request
-    step: int
-    steps: int
-    preview: Callable[[], Pixels]
-
-
-@dataclass
-class Occupancy:
-    """Lane-steps: those that rows used, and those that calls of the model had room for."""
-
-    used: int = 0
-    paid: int = 0
-
-    @property
-    def share(self) -> float:
-        return self.used / self.paid if self.paid else 1.0
-
-
-@dataclass
 class Engine:
-    """backbone on its device. callback: told of each step of each row; unsafe: asked of each finished
-    picture; threads: calls of the model at once, on a CPU."""
+    """Generates images of requests.
 
-    backbone: Backbone
-    device: torch.device
-    shape: Shape
-    callback: Callable[[StepUpdate], None] | None = None
-    unsafe: Callable[[Pixels], bool] | None = None
-    waiting: deque[Request] = field(default_factory=deque)
-    slots: list[Slot] = field(default_factory=list)
-    occupancy: Occupancy = field(default_factory=Occupancy)
-    cache: Cache = field(default_factory=lambda: Cache(CACHE_BYTES))
-    threads: int = 1
+    backbone: on its device. sizes: of chunks, in lanes. callback: told of each step of each row. unsafe:
+    asked of each finished image. threads: calls of the model at once, on a CPU. max_wait: steps for which the
+    oldest row at hand may be passed over by rows of fuller chunks.
+    """
 
-    def __post_init__(self) -> None:
-        self.calls = Calls(self.backbone, self.device, self.shape, self.threads)
-        # Of the rows that go on in a step, and of those at hand; fewer where memory is short.
-        self.lanes, self.room = self.shape.lanes, self.shape.lanes + self.shape.chunk
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._decoding: list[Decoded] = []
+    def __init__(
+        self,
+        backbone: Backbone,
+        device: torch.device,
+        sizes: Sequence[int],
+        *,
+        callback: Callable[[StepUpdate], None] | None = None,
+        unsafe: Callable[[Pixels], bool] | None = None,
+        threads: int = 1,
+        max_wait: int = MAX_WAIT,
+    ) -> None:
+        self.backbone, self.device, self.callback = backbone, device, callback
+        self.sizes, self.patience = ChunkSizes(sizes), Patience(max_wait)
+        self.cache, self.occupancy = Cache(CACHE_BYTES), Occupancy()
+        self._on_cpu = device.type == "cpu"
+        self.most_chunks = threads if self._on_cpu else 1  # that go on at once
+        # Each thread sets its own number of torch's threads: another engine of this process may just have
+        # changed it.
+        self._pool: Executor = (
+            ThreadPoolExecutor(threads, "engine", torch.set_num_threads, (1,)) if self._on_cpu else Inline()
+        )
+        self.preparation = Preparation(backbone, self.cache, self._pool)
+        self.finisher = Finisher(backbone, device, self._pool, unsafe)
+        self.chunks: list[Chunk] = []
+        self._rows: dict[int, Row] = {}  # those that have not ended, by their order
+        self._order = 0
+        self._finishing: dict[Row, Finishing] = {}
+        self._failed: list[Outcome] = []
+        self._recent: list[Chunk] = []  # that went on in the step before
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        """Take a request. What is wrong with it is its own outcome."""
+        try:
+            branches = self.backbone.branches(request)
+            row = Row(request, self._order, self.backbone.shape_group(request), branches, 0)
+            row.size = self._size(row)
+        except Exception as error:
+            if isinstance(error, torch.AcceleratorError):
+                raise
+            self._failed.append((request, failure_of(error)))
+        else:
+            self._rows[row.order] = row
+            self._order += 1
 
     def cancel(self, request: Request) -> None:
-        """Frees the row's lanes; it has no outcome. Does nothing for a row that has ended."""
-        self.waiting = deque(one for one in self.waiting if one is not request)
-        self.slots = [slot for slot in self.slots if slot.request is not request]
-        self._decoding = [decoded for decoded in self._decoding if decoded.slot.request is not request]
+        """Free the row's lanes; it has no outcome. Does nothing for a row that has ended."""
+        for row in [row for row in self._rows.values() if row.request is request]:
+            self._end(row)
+        self._failed = [(failed, outcome) for failed, outcome in self._failed if failed is not request]
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not self.slots and not self._decoding
+        return not self._rows and not self._failed
 
     def stats(self) -> EngineStats:
         """May be called from any thread."""
-        rows = len(self.waiting) + len(self.slots) + len(self._decoding)
-        reserved = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else None
-        return EngineStats(rows, dict(self.cache.hits), dict(self.cache.misses), reserved)
+        reserved = None if self._on_cpu else torch.cuda.memory_reserved(self.device)
+        return EngineStats(len(self._rows), dict(self.cache.hits), dict(self.cache.misses), reserved)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Outcome]:
-        """All requests, each as it finishes."""
-        self.waiting.extend(requests)
-        while not self.idle:
+        """Generate all requests; yield each as it finishes."""
+        waiting = iter(requests)
+        left = True
+        while left or not self.idle:
+            while left and len(self._rows) < AT_HAND:
+                if (request := next(waiting, None)) is None:
+                    left = False
+                else:
+                    self.add(request)
             yield from self.step()
 
     @torch.inference_mode()
     def step(self) -> list[Outcome]:
-        """Admits waiting rows and moves as many on by one step as fill the chunks; returns the rows that
-        ended. What ended in the step before is decoded beside this one."""
+        """Prepare and place waiting rows, move chunks one step on, and return the rows that ended."""
         with same_bits(self.device):
-            return self._step()
+            ended, self._failed = self._failed, []
+            ended += self._collect()
+            if chunks := self._choose():
+                self._recent = chunks
+                return ended + self._advance(chunks)
+            under_way = [*self.preparation.futures.values(), *(f.future for f in self._finishing.values())]
+            if under_way and not ended:
+                wait(under_way, return_when=FIRST_COMPLETED)
+            return ended
 
-    def _step(self) -> list[Outcome]:
-        failed, decoding = self._admit(), self._decoding
-        self._decoding = []
-        try:
-            for shape in dict.fromkeys(slot.latents.shape for slot in self.slots):
-                self._advance([slot for slot in self.slots if slot.latents.shape == shape])
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            failed += self._make_room()
-        ended = [slot for slot in self.slots if not slot.left]
-        self.slots = [slot for slot in self.slots if slot.left]
-        self._decoding = [self._decode(slot) for slot in ended]
-        done, self._decoding = (
-            (decoding, self._decoding) if self._stream else ([*decoding, *self._decoding], [])
-        )
-        return failed + [(decoded.slot.request, self._finish(decoded)) for decoded in done]
+    def _choose(self) -> list[Chunk]:
+        """Choose the chunks that go on; prepare rows for them, and place those that are prepared."""
+        overdue = self.patience.overdue(min(self._rows, default=None))
+        unplaced = [row for row in self._rows.values() if row.state.value < State.PLACED.value]
+        options = options_of(self.chunks, unplaced, self._recent)
+        chosen = [self._chunk(option) for option in choose(options, self.most_chunks, overdue)]
+        for chunk in chosen:
+            self._fill(chunk, in_order=overdue is not None)
+        self.chunks = [chunk for chunk in self.chunks if chunk.rows or chunk in chosen]
+        # With a row still being prepared a chunk would go on with an empty lane.
+        return [chunk for chunk in chosen if chunk.rows and not self._coming(chunk)]
 
-    def _admit(self) -> list[Outcome]:
-        """Open slots, first come first served: a chunk more than can advance at once, to choose from. Returns
-        the rows that cannot be generated: whatever goes wrong with one of them is its own failure, unless the
-        device itself is lost."""
-        failed: list[Outcome] = []
-        resident = sum(slot.lanes for slot in self.slots)
-        while self.waiting:
-            request = self.waiting[0]
-            try:
-                lanes = len(self.backbone.branches(request))
-                if self.slots and resident + lanes > self.room:
-                    break
-                slot = open_slot(request, self.backbone, self.device, self.cache)
-            except torch.AcceleratorError:
-                raise
-            except Exception as error:
-                if is_out_of_memory(error) and self.slots:
-                    self.room = resident  # it is tried again when one of these rows has finished
-                    self._free_memory()
-                    break
-                failed.append((self.waiting.popleft(), failure_of(error)))
-                continue
-            self.waiting.popleft()
-            self.slots.append(slot)
-            resident += lanes
-        return failed
+    def _chunk(self, option: Option) -> Chunk:
+        """Return the chunk of an option, opened where it is not."""
+        if option.chunk is None:
+            self.chunks.append(Chunk(option.group, option.size, self.backbone, self.device))
+            return self.chunks[-1]
+        return option.chunk
 
-    def _advance(self, slots: list[Slot]) -> None:
-        """One step for rows of one shape. While rows wait the oldest are the most urgent, at the end the
-        longest."""
-        slots = [slot for slot in slots if slot.left]
-        if not slots:
+    def _fill(self, chunk: Chunk, in_order: bool) -> None:
+        """Place prepared rows in a chunk, and begin to prepare others for it: on a CPU beside the steps, as
+        many as a chunk holds more than have a place now.
+
+        in_order: an overdue row is not passed over by later ones that fit."""
+        if chunk.closed:
             return
-        if not self.waiting:
-            slots.sort(key=lambda slot: -slot.left)
-        started = perf_counter()
-        slots = [slots[i] for i in choose([slot.lanes for slot in slots], self.shape.chunk, self.lanes)]
-        outputs, paid = self.calls.guided(slots)
-        advance(slots, outputs)
-        used = sum(slot.lanes for slot in slots)
-        self.occupancy.used += used
-        self.occupancy.paid += paid
-        seconds = perf_counter() - started
-        for slot in slots:
-            slot.charge(slot.lanes / used, seconds, paid)
-            if self.callback:
-                preview = partial(self._preview, slot)
-                self.callback(StepUpdate(slot.request, slot.step, len(slot.table), preview))
+        if not self._on_cpu:
+            self._prepare(chunk, chunk.free, in_order)
+            self._failed += self._collect_prepared()
+        prepared = self._of(chunk, State.PREPARED)
+        for number in fitting([row.lanes for row in prepared], chunk.free, in_order):
+            chunk.place(prepared[number])
+        if self._on_cpu:
+            self._prepare(chunk, chunk.free + chunk.size, in_order)
 
-    def _decode(self, slot: Slot) -> Decoded:
-        """Decode a finished row, whole; after out-of-memory in tiles, then with fewer rows beside it."""
-        tiled = False
-        while True:
-            try:
-                return Decoded(slot, self._pixels(slot, tiled), tiled)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._free_memory()
-                if self.backbone.tiles and not tiled:
-                    tiled = True
-                elif self.slots:
-                    self._keep(len(self.slots) // 2)
-                else:
-                    return Decoded(slot, None, tiled)
+    def _prepare(self, chunk: Chunk, room: int, in_order: bool) -> None:
+        if self.preparation.held(self._placed):
+            return
+        under_way = self._of(chunk, State.PREPARING) + self._of(chunk, State.PREPARED)
+        waiting = self._of(chunk, State.WAITING)
+        room -= sum(row.lanes for row in under_way)
+        self.preparation.begin(waiting[n] for n in fitting([row.lanes for row in waiting], room, in_order))
 
-    def _pixels(self, slot: Slot, tiled: bool) -> Tensor:
-        """Return uint8 (H, W, 3) on the device, on a stream of its own where there is one."""
-        if self._stream:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        started = perf_counter()
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-            pixels = self._image(slot, slot.latents, tiled)
-            image = (pixels * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
-        slot.seconds += perf_counter() - started
-        return image
+    def _of(self, chunk: Chunk, state: State) -> list[Row]:
+        """Return the rows of a state that could go to a chunk, the oldest first."""
+        key = state, chunk.group, chunk.size
+        return [row for row in self._rows.values() if (row.state, row.group, row.size) == key]
 
-    def _image(self, slot: Slot, latents: Tensor, tiled: bool = False) -> Tensor:
-        """Decode latents (1, C, h, w) of the row and finish them as its encoding says. Returns (3, H, W) in
-        [0, 1]."""
-        image = self.backbone.decode(latents, tiled)
-        finish = slot.encoded.finish
-        return (finish(image) if finish else image)[0]
+    def _coming(self, chunk: Chunk) -> bool:
+        """Return whether a row is being prepared for which a chunk has room."""
+        return any(row.lanes <= chunk.free for row in self._of(chunk, State.PREPARING))
 
-    def _finish(self, decoded: Decoded) -> Result | Failure:
-        slot = decoded.slot
-        if decoded.image is None:
-            return TOO_LARGE
-        if self._stream:
-            self._stream.synchronize()
-        if not is_finite(slot.latents):
-            return Failure(ErrorCode.ENGINE_ERROR, "the latents are not finite: try a smaller guidance_scale")
-        started = perf_counter()
-        pixels = decoded.image.cpu().numpy()
-        unsafe = self.unsafe(pixels) if self.unsafe else None
-        slot.seconds += perf_counter() - started
-        return Result(
-            pixels,
-            slot.seconds,
-            slot.lanes,
-            self.device.type,
-            slot.encoded.truncated,
-            slot.used,
-            slot.paid,
-            vae_tiled=decoded.tiled,
-            unsafe=unsafe,
-        )
-
-    def _preview(self, slot: Slot) -> Pixels:
-        assert slot.x0 is not None
-        with torch.inference_mode():
-            pixels = self._image(slot, slot.x0)
-        return (pixels * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-
-    def _make_room(self) -> list[Outcome]:
-        """After a step ran out of memory: the newer half of the rows waits again, from the start; a row that
-        was alone fails."""
-        self._free_memory()
-        if len(self.slots) == 1:
-            [slot], self.slots = self.slots, []
-            return [(slot.request, TOO_LARGE)]
-        self._keep(len(self.slots) // 2)
+    def _advance(self, chunks: list[Chunk]) -> list[Outcome]:
+        """Move chunks one step on. Returns the rows that failed for lack of memory."""
+        began = perf_counter()
+        steps = [self._pool.submit(chunk.step) for chunk in chunks]
+        wait(steps)
+        errors = [step.exception() for step in steps]
+        for error in errors:
+            if error is not None and not is_out_of_memory(error):
+                raise error
+        if any(errors):
+            return self._make_room(chunks[[error is not None for error in errors].index(True)])
+        oldest = min(self._rows)
+        self.patience.stepped(any(row.order == oldest for chunk in chunks for row in chunk.rows))
+        self.occupancy.charge(chunks, perf_counter() - began)
+        if self.sizes.stepped():
+            self._resize(close=True)
+        for chunk in chunks:
+            for row in list(chunk.rows):
+                self._after_step(chunk, row)
         return []
 
-    def _keep(self, rows: int) -> None:
-        """Keep the oldest rows; the others wait again."""
-        self.waiting.extendleft(slot.request for slot in reversed(self.slots[rows:]))
-        self.slots = self.slots[:rows]
-        self.room = sum(slot.lanes for slot in self.slots)
-        self.lanes = min(self.lanes, max(self.room, self.shape.chunk))
+    def _after_step(self, chunk: Chunk, row: Row) -> None:
+        if self.callback:
+
+            def preview() -> Pixels:
+                with torch.inference_mode():
+                    return decoded(self.backbone, row, x0).cpu().numpy()
+
+            x0 = chunk.state(row)[1]
+            self.callback(StepUpdate(row.request, row.step, row.steps, preview))
+        if row.step == row.steps and row in chunk.rows:  # a callback may have cancelled it
+            latents, _ = chunk.state(row)
+            chunk.remove(row)
+            self._finish(row, latents)
+
+    def _collect(self) -> list[Outcome]:
+        """Return the rows that have ended; those that are prepared can be placed."""
+        ended = self._collect_prepared()
+        for row, finishing in [(row, f) for row, f in self._finishing.items() if f.future.done()]:
+            error = finishing.future.exception()
+            if error is None:
+                self._end(row)
+                ended.append((row.request, finishing.future.result()))
+            elif is_out_of_memory(error):
+                ended += self._decode_again(row, finishing)
+            else:
+                raise error
+        return ended
+
+    def _collect_prepared(self) -> list[Outcome]:
+        failed = self.preparation.collect(self._placed)
+        for row, _ in failed:
+            self._end(row)
+        for row in [row for row in self._rows.values() if row.state == State.PREPARED and not row.steps]:
+            # Image to image with a strength that is too small for a step.
+            self._finish(row, row.ready.latents)
+        if failed:
+            self._free_memory()
+        return [(row.request, failure) for row, failure in failed]
+
+    def _finish(self, row: Row, latents: Tensor) -> None:
+        row.state = State.FINISHING
+        self._finishing[row] = self.finisher.start(row, latents)
+
+    @property
+    def _placed(self) -> int:
+        return sum(len(chunk.rows) for chunk in self.chunks)
+
+    def _end(self, row: Row) -> None:
+        self._rows.pop(row.order, None)
+        self.preparation.futures.pop(row, None)
+        self._finishing.pop(row, None)
+        for chunk in self.chunks:
+            chunk.remove(row)
+
+    def _decode_again(self, row: Row, before: Finishing) -> list[Outcome]:
+        """Decode a row after the decoder ran out of memory: in tiles, then without rows beside it."""
+        self._free_memory()
+        tiled = before.tiled or self.backbone.tiles
+        if tiled == before.tiled:
+            if not self.chunks:
+                self._end(row)
+                return [(row.request, TOO_LARGE)]
+            self._make_room(self.chunks[0])
+        self._finishing[row] = self.finisher.start(row, before.latents, tiled)
+        return []
+
+    def _make_room(self, chunk: Chunk) -> list[Outcome]:
+        """After a step of a chunk ran out of memory: all rows wait again, from the start, for smaller chunks,
+        or for one chunk at a time; where there are none, the rows of this one fail."""
+        self.sizes.shrink(chunk.size)
+        failed: list[Row] = []
+        if all(self._size(row) >= chunk.size for row in chunk.rows):
+            if len(self.chunks) == 1:
+                failed = list(chunk.rows)
+            self.most_chunks = 1
+        self._resize(close=False)
+        self._free_memory()
+        for row in failed:
+            self._end(row)
+        return [(row.request, TOO_LARGE) for row in failed]
+
+    def _resize(self, close: bool) -> None:
+        """Give rows without a place the size that chunks have now. close: those in chunks finish there; else
+        they begin again."""
+        for chunk in self.chunks:
+            chunk.closed = close
+        if not close:
+            self.chunks = []
+        for row in self._rows.values():
+            if row.state == State.PLACED and not close:
+                row.restart(self._size(row))
+            elif row.state.value < State.PLACED.value:
+                row.size = self._size(row)
+
+    def _size(self, row: Row) -> int:
+        size = self.sizes.of(row.lanes)
+        if size is None:
+            most = self.sizes.table[0]
+            raise RowError(
+                ErrorCode.ENGINE_ERROR,
+                f"the row has {row.lanes} guidance branches, more than the {most} lanes of a chunk",
+            )
+        return size
 
     def _free_memory(self) -> None:
-        if self.device.type == "cuda":
+        if not self._on_cpu:
             torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception says that memory, the device's or the machine's, was not enough."""
-    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return allocator or isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
-def failure_of(error: Exception) -> Failure:
-    """A row's failure, from whatever its admission raised."""
-    if isinstance(error, RowError):
-        return Failure(error.code, error.message)
-    if is_out_of_memory(error):
-        return TOO_LARGE
-    return Failure(ErrorCode.ENGINE_ERROR, " ".join(f"{type(error).__name__}: {error}".split())[:500])

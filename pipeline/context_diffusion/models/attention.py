@@ -5,10 +5,10 @@ P lanes  L tokens  D width  J width of a layer's keys  h heads
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,22 +20,23 @@ def log_weights(weights: Tensor) -> Tensor:
     return torch.where(weights > 0, weights.clamp(min=1e-4).log(), ABSENT)
 
 
-class SelfAttention(AttnProcessor2_0):
-    """Attend as diffusers' own processor does; `lanes` is ignored."""
+class LaneInputs(NamedTuple):
+    """What the attention layers of a network read of a chunk's lanes.
 
-    def __call__(
-        self, attn: Attention, hidden_states: Tensor, *args: Any, lanes: Any = None, **kwargs: Any
-    ) -> Tensor:
-        return super().__call__(attn, hidden_states, *args, **kwargs)
+    text: the keys and values (P, L, J) of all cross-attention layers, in the order of the network's modules:
+    k, v, k, v, ... contexts: the same of an IP-Adapter. bias, context_bias: (P, 1, 1, L), added to the logits;
+    context_scale: (P, 1, 1)."""
+
+    text: tuple[Tensor, ...]
+    bias: Tensor | None = None
+    contexts: tuple[Tensor, ...] = ()
+    context_bias: Tensor | None = None
+    context_scale: Tensor | None = None
 
 
-class LaneAttention:
-    """Attend to `lanes[NAME.k]` and `lanes[NAME.v]` (P, L, J) with the bias lanes["bias"] (P, 1, 1, L); and
-    to the contexts' own keys and values, NAME.context_k and .context_v, by lanes["context_scale"] (P, 1, 1),
-    where there are any: the decoupled cross-attention of IP-Adapter (Ye et al. 2023, eq. 5)."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+class SelfAttention:
+    """Attend as diffusers' AttnProcessor2_0 does, with one projection for queries, keys and values; `lanes` is
+    ignored."""
 
     def __call__(
         self,
@@ -45,18 +46,47 @@ class LaneAttention:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         *,
-        lanes: dict[str, Tensor],
+        lanes: LaneInputs | None = None,
+    ) -> Tensor:
+        query, key, value = (_heads(part, attn.heads) for part in attn.to_qkv(hidden_states).chunk(3, 2))
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return _projected(attn, attended)
+
+
+class LaneAttention:
+    """Attend to keys and values that are given for each lane, those of the layer's place in LaneInputs; and,
+    where there are any, to the contexts' own, by the decoupled cross-attention of IP-Adapter (Ye et al. 2023,
+    eq. 5)."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *,
+        lanes: LaneInputs,
     ) -> Tensor:
         query = _heads(attn.to_q(hidden_states), attn.heads)
-        attended = self._attend(query, lanes, "", attn.heads)
-        if f"{self.name}.context_k" in lanes:
-            attended = attended + lanes["context_scale"] * self._attend(query, lanes, "context_", attn.heads)
-        return attn.to_out[1](attn.to_out[0](attended)) / attn.rescale_output_factor
+        attended = self._attend(query, lanes.text, lanes.bias, attn.heads)
+        if lanes.contexts:
+            shown = self._attend(query, lanes.contexts, lanes.context_bias, attn.heads)
+            attended = attended + lanes.context_scale * shown
+        return _projected(attn, attended)
 
-    def _attend(self, query: Tensor, lanes: dict[str, Tensor], what: str, heads: int) -> Tensor:
-        key, value = (_heads(lanes[f"{self.name}.{what}{part}"], heads) for part in "kv")
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=lanes.get(f"{what}bias"))
+    def _attend(self, query: Tensor, keys: tuple[Tensor, ...], bias: Tensor | None, heads: int) -> Tensor:
+        key, value = (_heads(keys[2 * self.place + part], heads) for part in range(2))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         return attended.transpose(1, 2).flatten(2)
+
+
+def _projected(attn: Attention, attended: Tensor) -> Tensor:
+    output = attn.to_out[1](attn.to_out[0](attended))
+    return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
 
 
 def _heads(tokens: Tensor, heads: int) -> Tensor:
@@ -64,27 +94,44 @@ def _heads(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def cross_attentions(model: nn.Module, prefix: str = "") -> dict[str, Attention]:
-    """Return the cross-attention layers by name."""
-    return {prefix + name: layer for name, layer in model.named_modules() if name.endswith("attn2")}
+def cross_attentions(model: nn.Module) -> list[Attention]:
+    """Return the cross-attention layers of a U-Net or ControlNet in the order of their places."""
+    return [layer for name, layer in model.named_modules() if name.endswith("attn2")]
 
 
-def attend_by_lanes(model: nn.Module, prefix: str = "") -> dict[str, Attention]:
-    """Set the processors of a U-Net or ControlNet, and return its cross-attention layers by name.
+def attend_by_lanes(model: nn.Module) -> list[Attention]:
+    """Set the processors of a U-Net or ControlNet, and return its cross-attention layers.
 
     This cannot be undone: pass a copy of a model that is used in another way too."""
-    layers = cross_attentions(model, prefix)
+    layers = cross_attentions(model)
+    for place, layer in enumerate(layers):
+        layer.set_processor(LaneAttention(place))
     for name, layer in model.named_modules():
-        if isinstance(layer, Attention) and name.endswith(("attn1", "attn2")):
-            layer.set_processor(LaneAttention(prefix + name) if name.endswith("attn2") else SelfAttention())
+        if name.endswith("attn1"):
+            _fuse(layer)
+            layer.set_processor(SelfAttention())
     return layers
 
 
 @torch.no_grad()
-def keys_and_values(layers: dict[str, Attention], hidden: Tensor) -> dict[str, Tensor]:
-    """Compute the keys NAME.k and values NAME.v (1, L, J) of each layer for tokens (1, L, D)."""
-    conditions = {}
-    for name, layer in layers.items():
-        conditions[f"{name}.k"] = layer.to_k(hidden)
-        conditions[f"{name}.v"] = layer.to_v(hidden)
-    return conditions
+def _fuse(layer: Attention) -> None:
+    """Replace the three projections of a self-attention by one."""
+    parts = [layer.to_q, layer.to_k, layer.to_v]
+    fused = nn.Linear(
+        layer.to_q.in_features,
+        sum(part.out_features for part in parts),
+        bias=layer.to_q.bias is not None,
+        device=layer.to_q.weight.device,
+        dtype=layer.to_q.weight.dtype,
+    )
+    fused.weight.copy_(torch.cat([part.weight for part in parts]))
+    if layer.to_q.bias is not None:
+        fused.bias.copy_(torch.cat([part.bias for part in parts]))
+    layer.to_qkv = fused.requires_grad_(False)
+    layer.to_q = layer.to_k = layer.to_v = None
+
+
+@torch.no_grad()
+def keys_and_values(layers: list[Attention], hidden: Tensor) -> tuple[Tensor, ...]:
+    """Compute the keys and values (1, L, J) of each layer for tokens (1, L, D): k, v, k, v, ..."""
+    return tuple(project(hidden) for layer in layers for project in (layer.to_k, layer.to_v))

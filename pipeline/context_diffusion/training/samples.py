@@ -15,7 +15,6 @@ from PIL import Image
 
 from context_diffusion.core.records import Request, Result
 from context_diffusion.engine.engine import Engine
-from context_diffusion.engine.model_calls import Shape
 from context_diffusion.inputs.decode import resize
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
@@ -30,7 +29,7 @@ def make(model: NativeModel, requests: list[Request]) -> list[NDArray[np.uint8]]
         replace(request, contexts=tuple(resize(context, side, side, "crop") for context in request.contexts))
         for request in requests
     ]
-    for request, outcome in Engine(NativeBackbone(model), model.device, Shape(4, 16)).run(requests):
+    for request, outcome in Engine(NativeBackbone(model), model.device, (4,)).run(requests):
         assert isinstance(outcome, Result), outcome
         images[request.id] = outcome.image
     return [images[request.id] for request in requests]

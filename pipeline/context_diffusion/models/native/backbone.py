@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from context_diffusion.core.records import Pixels, Request
 from context_diffusion.engine.backbone import Conditions, Encoded
-from context_diffusion.engine.conditioning import (
+from context_diffusion.engine.embedding_cache import Cache
+from context_diffusion.engine.guidance import Branch, guidance_branches
+from context_diffusion.inputs.context_images import TEXTURE_PIXELS, ContextPreprocessing, SquareCrop
+from context_diffusion.models.attention import LaneInputs, attend_by_lanes, keys_and_values
+from context_diffusion.models.conditioning import (
     Context,
     content_key,
     control_scales,
+    latent_size,
     slots_of,
     to_tensor,
     weighted_contexts,
 )
-from context_diffusion.engine.embedding_cache import Cache
-from context_diffusion.engine.guidance import Branch, guidance_branches
-from context_diffusion.inputs.context_images import TEXTURE_PIXELS, ContextPreprocessing, SquareCrop
-from context_diffusion.models.attention import attend_by_lanes, keys_and_values
 from context_diffusion.models.native.draft_image import give_back
 from context_diffusion.models.native.lane_drafts import NativeDrafts
 from context_diffusion.models.native.model import NativeModel
@@ -37,8 +38,8 @@ class NativeBackbone:
     def __init__(self, model: NativeModel) -> None:
         self.model = model
         self.drafts = NativeDrafts(model)
-        self.unet = copy.deepcopy(model.unet).eval()
-        self.controlnet = copy.deepcopy(model.controlnet).eval()
+        self.unet = copy.deepcopy(model.unet).eval().to(memory_format=torch.channels_last)
+        self.controlnet = copy.deepcopy(model.controlnet).eval().to(memory_format=torch.channels_last)
         self.layers = attend_by_lanes(self.unet)
         # It depends on the layout alone: computed once a row, not once a step.
         self.layout_embedding = self.controlnet.controlnet_cond_embedding
@@ -49,8 +50,17 @@ class NativeBackbone:
         self.noise_scale = model.noise_scale
         self.contexts: ContextPreprocessing = SquareCrop(max(model.context_size, TEXTURE_PIXELS))
         self.tiles = False
-        self.latent_channels = model.latent_shape[0]
         self.latent_factor = model.image_size // model.latent_shape[1]
+
+    @property
+    def denoisers(self) -> list[nn.Module]:
+        return [self.unet, self.controlnet]
+
+    def shape_group(self, request: Request) -> tuple[int, ...]:
+        return self.latent_shape(request)
+
+    def latent_shape(self, request: Request) -> tuple[int, ...]:
+        return self.model.latent_shape[0], *latent_size(request, self.latent_factor)
 
     def branches(self, request: Request) -> list[Branch]:
         """Return the row's branches.
@@ -86,17 +96,13 @@ class NativeBackbone:
             text, mask = cache.get(f"text:{prompt}", partial(model.encode_text, [prompt]))
             hidden, bias = model.fuse(text, mask, contexts, weights if branch.contexts else weights * 0)
             pooled = model.pool(hidden, bias)
-            lanes.append(
-                keys_and_values(self.layers, hidden)
-                | {"bias": bias[:, None].to(hidden.dtype), "pooled": pooled}
-                | lane_draft
-            )
+            text_keys = keys_and_values(self.layers, hidden)
+            lane_bias = bias[:, None].to(hidden.dtype)
+            lanes.append(Conditions(text=text_keys, bias=lane_bias, pooled=pooled) | lane_draft)
         truncated = any(model.truncates(prompt) for prompt in (request.prompt, request.negative_prompt))
         return Encoded(
             lanes,
             self._layout(request, cache),
-            control_keys=[""] * len(lanes),
-            control_lanes=[{}] * len(lanes),
             truncated=truncated,
             finish=partial(self._finish, row_contexts, detail),
         )
@@ -116,14 +122,35 @@ class NativeBackbone:
             return self.layout_embedding(latents.to(self.model.dtype))
 
         layout = cache.get(f"control:{control.kind}:{content_key(control.pixels)}", embed)
-        return {"layout": layout, "scale": layout.new_full((1, 1, 1, 1), scale)}
+        return {"layout": layout, "scale": layout.new_full((1, 1), scale)}
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         return self.model.encode_pixels(to_tensor(request.query).to(self.model.device)).float()
 
-    def control(
-        self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions
-    ) -> list[Tensor]:
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Conditions | None
+    ) -> Tensor:
+        down, mid, draft = None, None, None
+        if control is not None:
+            down, mid, draft = self._control(latents, timesteps, lanes, control)
+        given, gain, known = self.model.precondition(latents, timesteps, draft)
+        output = self.unet(
+            given,
+            timesteps,
+            encoder_hidden_states=None,
+            class_labels=lanes["pooled"].to(self.model.dtype),
+            cross_attention_kwargs={"lanes": LaneInputs(lanes["text"], lanes["bias"])},
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            return_dict=False,
+        )[0]
+        return gain * output + known
+
+    def _control(
+        self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Any
+    ) -> tuple[tuple[Tensor, ...], Tensor, EncodedDraft | None]:
+        """Return the ControlNet's residuals, and the draft: it is part of the layout, so it is scaled with
+        it."""
         down, mid = self.controlnet(
             latents.to(self.model.dtype),
             timesteps,
@@ -131,32 +158,11 @@ class NativeBackbone:
             controlnet_cond=control["layout"],
             return_dict=False,
         )
-        # The scale comes last: the draft is part of the layout, so it is scaled with it.
-        return [*(residual * control["scale"] for residual in (*down, mid)), control["scale"]]
-
-    def predict(
-        self, latents: Tensor, timesteps: Tensor, lanes: Conditions, residuals: list[Tensor] | None
-    ) -> Tensor:
-        down, mid, draft = None, None, None
-        if residuals is not None:
-            *down, mid, scale = residuals
-            draft = (
-                EncodedDraft(lanes["draft"] * scale, lanes["draft_latents"] * scale)
-                if self.model.drafts
-                else None
-            )
-        given, gain, known = self.model.precondition(latents, timesteps, draft)
-        output = self.unet(
-            given,
-            timesteps,
-            encoder_hidden_states=None,
-            class_labels=lanes["pooled"].to(self.model.dtype),
-            cross_attention_kwargs={"lanes": lanes},
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=mid,
-            return_dict=False,
-        )[0]
-        return gain * output + known
+        scale = control["scale"][..., None, None]
+        draft = None
+        if self.model.drafts:
+            draft = EncodedDraft(lanes["draft"] * scale, lanes["draft_latents"] * scale)
+        return tuple(residual * scale for residual in down), mid * scale, draft
 
     def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
         return self.model.decode(latents).float()

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from context_diffusion.core.records import Control, Request
 from context_diffusion.engine.backbone import Conditions
-from context_diffusion.engine.conditioning import (
+from context_diffusion.engine.embedding_cache import Cache
+from context_diffusion.engine.guidance import Branch, words_lead
+from context_diffusion.models.conditioning import (
     Context,
     content_key,
     control_scales,
     to_tensor,
     weighted_contexts,
 )
-from context_diffusion.engine.embedding_cache import Cache
-from context_diffusion.engine.guidance import Branch, words_lead
 from context_diffusion.models.native.colour_transport import mixed_palettes, palette_of
 from context_diffusion.models.native.draft import (
     CHANNELS,

@@ -106,6 +106,7 @@ class NativeModel:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         for module in self.modules.values():
             module.to(device=device, dtype=dtype)
+        self.__dict__.pop("_alphas", None)  # it lies on the device
         return self
 
     def eval(self) -> Self:
@@ -250,7 +251,7 @@ class NativeModel:
 
     @cached_property
     def _alphas(self) -> Tensor:
-        return DDIMScheduler.from_config(self.scheduler_config).alphas_cumprod
+        return DDIMScheduler.from_config(self.scheduler_config).alphas_cumprod.to(self.device)
 
     def pool(self, hidden: Tensor, bias: Tensor) -> Tensor:
         """Pool tokens (B, L, D) to (B, 2·D): the weighted means of the text's and of the contexts' tokens.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import torch
@@ -68,23 +67,12 @@ def slots_of(tokens: list[Tensor], weights: list[float], slots: int) -> tuple[Te
     return filled, padded
 
 
+def latent_size(request: Request, factor: int) -> tuple[int, int]:
+    """Return height and width of a row's latents. factor: pixels a side of a latent."""
+    height, width = request.query.shape[:2]
+    return height // factor, width // factor
+
+
 def to_tensor(pixels: Pixels) -> Tensor:
     """Copy pixels, uint8 (H, W, 3), to a batch of one, uint8 (1, 3, H, W)."""
     return channels_first(pixels.copy())[None]
-
-
-def start_step(steps: int, strength: float | None) -> int:
-    """The first step of an image-to-image row, as diffusers counts it: steps - min(int(steps · strength),
-    steps)."""
-    return 0 if strength is None else max(steps - min(int(steps * strength), steps), 0)
-
-
-def control_window(steps: int, start: float, end: float) -> range:
-    """The steps at which the ControlNet acts: diffusers keeps step i where i/n >= start and (i+1)/n <=
-    end."""
-    kept = [i for i in range(steps) if not (i / steps < start or (i + 1) / steps > end)]
-    return range(kept[0], kept[-1] + 1) if kept else range(0)
-
-
-def is_finite(latents: Tensor) -> bool:
-    return math.isfinite(float(latents.abs().max()))

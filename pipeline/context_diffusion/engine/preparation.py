@@ -1,0 +1,115 @@
+"""Rows are prepared for their chunk: conditions encoded, the table of coefficients made, noise drawn. On a
+CPU this runs beside the steps.
+
+S steps
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import Executor, Future
+
+import torch
+from torch import Tensor
+
+from context_diffusion.core.records import Failure, Request
+from context_diffusion.engine.backbone import Backbone
+from context_diffusion.engine.embedding_cache import Cache
+from context_diffusion.engine.rows import Prepared, Row, State, failure_of, is_out_of_memory
+from context_diffusion.engine.scheduler_tables import Table, make_table
+
+NOISE_COLUMN = 6  # of scheduler_tables.Table
+
+
+class Preparation:
+    """Prepares rows in a pool of threads."""
+
+    def __init__(self, backbone: Backbone, cache: Cache, pool: Executor) -> None:
+        self.backbone, self.cache, self.pool = backbone, cache, pool
+        self.futures: dict[Row, Future[Prepared]] = {}
+        self._held: int | None = None  # rows placed when memory did not suffice for another one
+
+    def held(self, placed: int) -> bool:
+        """Return whether no row may be begun: memory did not suffice beside so many placed rows."""
+        if self._held is not None and placed < self._held:
+            self._held = None
+        return self._held is not None
+
+    def begin(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            row.state = State.PREPARING
+            self.futures[row] = self.pool.submit(prepare, row, self.backbone, self.cache)
+
+    def collect(self, placed: int) -> list[tuple[Row, Failure]]:
+        """Mark the rows that are prepared. Returns those that failed, each for its own reason.
+
+        A row that did not fit into memory beside `placed` rows waits until there are fewer. Raises
+        torch.AcceleratorError for a lost device."""
+        failed = []
+        for row in [row for row, future in self.futures.items() if future.done()]:
+            future = self.futures.pop(row)
+            error = future.exception()
+            if error is None:
+                row.prepared, row.state = future.result(), State.PREPARED
+            elif isinstance(error, torch.AcceleratorError):
+                raise error
+            elif is_out_of_memory(error) and placed:
+                self._held = placed
+                row.restart(row.size)
+            else:
+                failed.append((row, failure_of(error)))
+        return failed
+
+
+@torch.inference_mode()
+def prepare(row: Row, backbone: Backbone, cache: Cache) -> Prepared:
+    """Encode a row and draw its noise. Raises RowError where the row cannot be generated."""
+    started, request, settings = time.perf_counter(), row.request, row.request.settings
+    assert settings.seed is not None, "the seed is derived before the engine"
+    first = start_step(settings.num_inference_steps, settings.strength)
+    table = make_table(settings.scheduler, settings.num_inference_steps, backbone.scheduler_config, first)
+    encoded = backbone.encode(request, row.branches, cache)
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
+    latents = _first_latents(request, table, backbone, generator)
+    acting = control_window(len(table), settings.control_guidance_start, settings.control_guidance_end)
+    window = [encoded.control is not None and step in acting for step in range(len(table))]
+    factors = torch.tensor(window, dtype=torch.float32)[:, None]
+    columns = torch.cat([table.timesteps[:, None], table.coefficients.float(), factors], 1)
+    noise = _noise(table, latents.shape[1:], generator)
+    row.seconds += time.perf_counter() - started
+    return Prepared(encoded, latents, columns, noise, window)
+
+
+def _first_latents(request: Request, table: Table, backbone: Backbone, generator: torch.Generator) -> Tensor:
+    """Return noise at the scheduler's scale, or the query's latents with the noise of the first step."""
+    shape = (1, *backbone.latent_shape(request))
+    if request.settings.strength is None:
+        return torch.randn(shape, generator=generator) * (table.init_scale * backbone.noise_scale)
+    latents = backbone.encode_query(request, generator)  # draws before the noise, as diffusers does
+    image, scale = table.noised  # 1 and 0 where the strength is too small for a step
+    return latents * image + torch.randn(shape, generator=generator).to(latents.device) * scale
+
+
+def _noise(table: Table, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
+    """Draw the noise of all steps; a step that adds none draws none."""
+    added = table.coefficients[:, NOISE_COLUMN] != 0
+    if not added.any():
+        return None
+    noise = torch.zeros(len(table), *shape)
+    for step in added.nonzero()[:, 0].tolist():
+        noise[step] = torch.randn(1, *shape, generator=generator)[0]
+    return noise
+
+
+def start_step(steps: int, strength: float | None) -> int:
+    """Return the first step of an image-to-image row, as diffusers counts it: steps - min(int(steps ·
+    strength), steps)."""
+    return 0 if strength is None else max(steps - min(int(steps * strength), steps), 0)
+
+
+def control_window(steps: int, start: float, end: float) -> range:
+    """Return the steps at which the ControlNet acts: diffusers keeps step i where i/n >= start and (i+1)/n <=
+    end."""
+    kept = [i for i in range(steps) if not (i / steps < start or (i + 1) / steps > end)]
+    return range(kept[0], kept[-1] + 1) if kept else range(0)
