@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from context_diffusion.core.errors import ConfigError, ModelError
+from context_diffusion.core.errors import ConfigError, ModelError, RowError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import Fit, problem_of
 from context_diffusion.core.model_parts import Parts
@@ -99,9 +99,14 @@ class ContextDiffusion:
         kind = "sdxl" if loaded.xl else "sd"
         return cls(backbone, kind, where, cpu_threads, loaded.unsafe, resolved.defaults)
 
-    def engine(self) -> Engine:
-        """Make an engine for many rows."""
-        return Engine(self.backbone, self.device, self.chunks, unsafe=self.unsafe, threads=self.threads)
+    def engine(self, chunk: int | None = None) -> Engine:
+        """Make an engine. chunk: the most lanes in a call of the model; default: what suits many rows. Raises
+        ModelError for a chunk that the table of the model and device lacks."""
+        if chunk is not None and chunk not in self.chunks:
+            sizes = ", ".join(map(str, self.chunks))
+            raise ModelError(f"chunk {chunk}: this model on this device has chunks of {sizes} lanes")
+        sizes = [size for size in self.chunks if chunk is None or size <= chunk]
+        return Engine(self.backbone, self.device, sizes, unsafe=self.unsafe, threads=self.threads)
 
     @overload
     def __call__(
@@ -147,12 +152,26 @@ class ContextDiffusion:
         return in_order[0] if len(in_order) == 1 else in_order
 
     def generate(
-        self, requests: list[Request], callback: Callable[[StepUpdate], None] | None = None
+        self,
+        requests: list[Request],
+        callback: Callable[[StepUpdate], None] | None = None,
+        chunk: int | None = None,
     ) -> Iterator[tuple[Request, Result | Failure]]:
-        """Generate requests of any settings in shared batches; yield each with its outcome as it finishes."""
-        engine = self.engine()
+        """Generate requests of any settings in shared batches; yield each with its outcome as it finishes.
+
+        chunk: as for `engine`; default: the smallest that holds all of them, so that few pay for few."""
+        engine = self.engine(chunk or self._fitting_chunk(requests))
         engine.callback = callback
         return engine.run(requests)
+
+    def _fitting_chunk(self, requests: list[Request]) -> int:
+        lanes = 0
+        for request in requests:
+            try:
+                lanes += len(self.backbone.branches(request))
+            except RowError:  # the engine makes it the row's outcome
+                continue
+        return min((size for size in self.chunks if size >= lanes), default=self.chunks[0])
 
     def requests(
         self,
@@ -215,4 +234,4 @@ class ContextDiffusion:
 def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> EngineService:
     """Load the model of a job and start its engine; each actor holds one."""
     pipeline = ContextDiffusion.from_pretrained(job.model, cpu_threads=job.cluster.cpu_threads)
-    return EngineService(pipeline.engine(), broken)
+    return EngineService(pipeline.engine(job.cluster.chunk), broken)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from context_diffusion.core.records import Request
 from context_diffusion.core.settings import Settings
-from context_diffusion.engine.conditioning import to_tensor
+from context_diffusion.models.conditioning import to_tensor
 from context_diffusion.engine.engine import Engine
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.native.backbone import NativeBackbone

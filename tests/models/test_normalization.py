@@ -14,7 +14,6 @@ from context_diffusion.core.errors import ModelError
 from context_diffusion.core.records import Control, Pixels, Request, Result
 from context_diffusion.core.training_job import Architecture, Normalization
 from context_diffusion.engine.engine import Engine
-from context_diffusion.engine.model_calls import Shape
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.normalization import STATISTICS, TONES, describe, normalise, restore
@@ -36,7 +35,7 @@ def tensor(pixels: Pixels) -> torch.Tensor:
 def made(model: NativeModel, requests: list[Request]) -> list[Pixels]:
     outcomes = {
         one.id: outcome
-        for one, outcome in Engine(NativeBackbone(model), torch.device("cpu"), Shape(2, 8)).run(requests)
+        for one, outcome in Engine(NativeBackbone(model), torch.device("cpu"), (4,)).run(requests)
     }
     results = [outcomes[one.id] for one in requests]
     assert all(isinstance(result, Result) for result in results), results

@@ -54,6 +54,11 @@ class Cluster(StrictModel):
     cpu_threads: Annotated[int, Field(ge=1, le=256)] = Field(
         default=2, description="concurrent model calls of a CPU engine; does not affect pixels"
     )
+    chunk: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        default=None,
+        description="lanes in one call of the model, an image takes 1 to 3; fewer need less memory; default: "
+        "by model and device",
+    )
     shards_per_actor: Annotated[int, Field(ge=1, le=64)] = Field(
         default=2, description="shards that one engine works on at once"
     )

@@ -8,7 +8,7 @@ files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, wait
 from time import perf_counter
 
@@ -84,6 +84,7 @@ class Engine:
             self._rows[row.order] = row
             self._order += 1
 
+    @torch.inference_mode()
     def cancel(self, request: Request) -> None:
         """Free the row's lanes; it has no outcome. Does nothing for a row that has ended."""
         for row in [row for row in self._rows.values() if row.request is request]:
@@ -127,15 +128,13 @@ class Engine:
 
     def _choose(self) -> list[Chunk]:
         """Choose the chunks that go on; prepare rows for them, and place those that are prepared."""
-        overdue = self.patience.overdue(min(self._rows, default=None))
+        overdue = self.patience.overdue(self._oldest)
         unplaced = [row for row in self._rows.values() if row.state.value < State.PLACED.value]
-        options = options_of(self.chunks, unplaced, self._recent)
+        options = options_of(self.chunks, unplaced, self._recent, self.most_chunks)
         chosen = [self._chunk(option) for option in choose(options, self.most_chunks, overdue)]
-        for chunk in chosen:
-            self._fill(chunk, in_order=overdue is not None)
+        full = [chunk for chunk in chosen if self._fill(chunk, in_order=overdue is not None)]
         self.chunks = [chunk for chunk in self.chunks if chunk.rows or chunk in chosen]
-        # With a row still being prepared a chunk would go on with an empty lane.
-        return [chunk for chunk in chosen if chunk.rows and not self._coming(chunk)]
+        return [chunk for chunk in full if chunk.rows]
 
     def _chunk(self, option: Option) -> Chunk:
         """Return the chunk of an option, opened where it is not."""
@@ -144,38 +143,47 @@ class Engine:
             return self.chunks[-1]
         return option.chunk
 
-    def _fill(self, chunk: Chunk, in_order: bool) -> None:
-        """Place prepared rows in a chunk, and begin to prepare others for it: on a CPU beside the steps, as
-        many as a chunk holds more than have a place now.
+    def _fill(self, chunk: Chunk, in_order: bool) -> bool:
+        """Place prepared rows in a chunk, and begin to prepare others for it. Returns whether it has all its
+        rows: with one still being prepared it would go on with an empty lane.
 
         in_order: an overdue row is not passed over by later ones that fit."""
         if chunk.closed:
-            return
-        if not self._on_cpu:
-            self._prepare(chunk, chunk.free, in_order)
-            self._failed += self._collect_prepared()
-        prepared = self._of(chunk, State.PREPARED)
-        for number in fitting([row.lanes for row in prepared], chunk.free, in_order):
-            chunk.place(prepared[number])
+            return True
+        free = chunk.free
+        rows = self._candidates(chunk)
+        if not in_order:
+            rows.sort(key=lambda row: -row.state.value)  # those that are prepared go first
+        chosen = [rows[number] for number in fitting([row.lanes for row in rows], free, in_order)]
+        self._prepare(row for row in chosen if row.state == State.WAITING)
+        for row in chosen:
+            if row.state == State.PREPARED:
+                chunk.place(row)
         if self._on_cpu:
-            self._prepare(chunk, chunk.free + chunk.size, in_order)
+            self._prepare_ahead(chunk)
+        return not any(row.state == State.PREPARING for row in chosen)
 
-    def _prepare(self, chunk: Chunk, room: int, in_order: bool) -> None:
-        if self.preparation.held(self._placed):
-            return
-        under_way = self._of(chunk, State.PREPARING) + self._of(chunk, State.PREPARED)
-        waiting = self._of(chunk, State.WAITING)
-        room -= sum(row.lanes for row in under_way)
-        self.preparation.begin(waiting[n] for n in fitting([row.lanes for row in waiting], room, in_order))
+    def _candidates(self, chunk: Chunk) -> list[Row]:
+        """Return the rows without a place that could go to a chunk, the oldest first."""
+        key = chunk.group, chunk.size
+        return [
+            row
+            for row in self._rows.values()
+            if row.state.value < State.PLACED.value and (row.group, row.size) == key
+        ]
 
-    def _of(self, chunk: Chunk, state: State) -> list[Row]:
-        """Return the rows of a state that could go to a chunk, the oldest first."""
-        key = state, chunk.group, chunk.size
-        return [row for row in self._rows.values() if (row.state, row.group, row.size) == key]
+    def _prepare_ahead(self, chunk: Chunk) -> None:
+        """Prepare rows beside the steps, as many as a chunk holds, so that it does not wait for them."""
+        rows = self._candidates(chunk)
+        room = chunk.size - sum(row.lanes for row in rows if row.state != State.WAITING)
+        waiting = [row for row in rows if row.state == State.WAITING]
+        self._prepare(waiting[number] for number in fitting([row.lanes for row in waiting], room))
 
-    def _coming(self, chunk: Chunk) -> bool:
-        """Return whether a row is being prepared for which a chunk has room."""
-        return any(row.lanes <= chunk.free for row in self._of(chunk, State.PREPARING))
+    def _prepare(self, rows: Iterable[Row]) -> None:
+        if not self.preparation.held(self._placed):
+            self.preparation.begin(rows)
+        if not self._on_cpu:  # it was done at once
+            self._failed += self._collect_prepared()
 
     def _advance(self, chunks: list[Chunk]) -> list[Outcome]:
         """Move chunks one step on. Returns the rows that failed for lack of memory."""
@@ -187,8 +195,8 @@ class Engine:
             if error is not None and not is_out_of_memory(error):
                 raise error
         if any(errors):
-            return self._make_room(chunks[[error is not None for error in errors].index(True)])
-        oldest = min(self._rows)
+            return self._out_of_memory(chunks[[error is not None for error in errors].index(True)])
+        oldest = self._oldest
         self.patience.stepped(any(row.order == oldest for chunk in chunks for row in chunk.rows))
         self.occupancy.charge(chunks, perf_counter() - began)
         if self.sizes.stepped():
@@ -242,6 +250,11 @@ class Engine:
         self._finishing[row] = self.finisher.start(row, latents)
 
     @property
+    def _oldest(self) -> int | None:
+        """The order of the oldest row that still has steps to go."""
+        return next((order for order, row in self._rows.items() if row.state != State.FINISHING), None)
+
+    @property
     def _placed(self) -> int:
         return sum(len(chunk.rows) for chunk in self.chunks)
 
@@ -256,28 +269,35 @@ class Engine:
         """Decode a row after the decoder ran out of memory: in tiles, then without rows beside it."""
         self._free_memory()
         tiled = before.tiled or self.backbone.tiles
-        if tiled == before.tiled:
-            if not self.chunks:
-                self._end(row)
-                return [(row.request, TOO_LARGE)]
-            self._make_room(self.chunks[0])
+        if tiled == before.tiled and not self.chunks:
+            self._end(row)
+            return [(row.request, TOO_LARGE)]
+        again = tiled == before.tiled
+        if again:
+            self.sizes.shrink(max(chunk.size for chunk in self.chunks))
+            self._give_up_chunks()
         self._finishing[row] = self.finisher.start(row, before.latents, tiled)
+        if again:  # before others take its room
+            wait([self._finishing[row].future])
         return []
 
-    def _make_room(self, chunk: Chunk) -> list[Outcome]:
-        """After a step of a chunk ran out of memory: all rows wait again, from the start, for smaller chunks,
-        or for one chunk at a time; where there are none, the rows of this one fail."""
-        self.sizes.shrink(chunk.size)
+    def _out_of_memory(self, chunk: Chunk) -> list[Outcome]:
+        """After a step of a chunk ran out of memory: all rows begin again, in smaller chunks, or in one chunk
+        at a time; where there are none, the rows of this one fail."""
         failed: list[Row] = []
+        self.sizes.shrink(chunk.size)
         if all(self._size(row) >= chunk.size for row in chunk.rows):
-            if len(self.chunks) == 1:
-                failed = list(chunk.rows)
+            failed = list(chunk.rows) if len(self.chunks) == 1 else []
             self.most_chunks = 1
-        self._resize(close=False)
-        self._free_memory()
+        self._give_up_chunks()
         for row in failed:
             self._end(row)
         return [(row.request, TOO_LARGE) for row in failed]
+
+    def _give_up_chunks(self) -> None:
+        """Let the rows of all chunks begin again."""
+        self._resize(close=False)
+        self._free_memory()
 
     def _resize(self, close: bool) -> None:
         """Give rows without a place the size that chunks have now. close: those in chunks finish there; else

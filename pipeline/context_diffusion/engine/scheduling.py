@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from context_diffusion.engine.chunk import Chunk
 from context_diffusion.engine.rows import Row
+
+WINDOW = 64  # waiting rows of a group that are looked at
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,11 @@ class Option:
     recent: bool = False
 
 
-def options_of(chunks: Sequence[Chunk], unplaced: Iterable[Row], recent: Sequence[Chunk]) -> list[Option]:
-    """Return the chunks with rows, and those that could be opened for rows that have no place."""
+def options_of(
+    chunks: Sequence[Chunk], unplaced: Iterable[Row], recent: Sequence[Chunk], count: int
+) -> list[Option]:
+    """Return the chunks with rows, and of each group up to `count` that could be opened for rows that have no
+    place."""
     waiting: dict[tuple[Hashable, int], list[Row]] = defaultdict(list)
     for row in unplaced:
         waiting[row.group, row.size].append(row)
@@ -40,15 +46,18 @@ def options_of(chunks: Sequence[Chunk], unplaced: Iterable[Row], recent: Sequenc
         if rows:
             options.append(_option(chunk.group, chunk.size, chunk, rows, chunk in recent))
     for (group, size), rows in waiting.items():
-        while rows:
-            options.append(_option(group, size, None, _taken(rows, size)))
+        for _ in range(count):
+            if rows:
+                options.append(_option(group, size, None, _taken(rows, size)))
     return options
 
 
 def _taken(rows: list[Row], room: int) -> list[Row]:
     """Take the rows that fit into `room` lanes out of a list."""
-    taken = [rows[number] for number in fitting([row.lanes for row in rows], room)]
-    rows[:] = [row for row in rows if row not in taken]
+    numbers = fitting([row.lanes for row in rows[:WINDOW]], room)
+    taken = [rows[number] for number in numbers]
+    for number in reversed(numbers):
+        del rows[number]
     return taken
 
 
@@ -72,14 +81,22 @@ def choose(options: Iterable[Option], count: int, overdue: int | None) -> list[O
 
 def fitting(lanes: Sequence[int], room: int, in_order: bool = False) -> list[int]:
     """Return the numbers of the rows that are taken into `room` lanes, given each row's lanes: those that
-    fit, the first ones first; in order: none after the first that does not fit."""
+    fill the most of it, and of such choices the one with the first rows; in order: none after the first that
+    does not fit."""
+    if in_order:
+        totals = list(accumulate(lanes))
+        return [number for number, total in enumerate(totals) if total <= room]
+    lanes = lanes[:WINDOW]
+    # Bit s of sums[i]: some of the rows from i on have s lanes together.
+    sums = [1] * (len(lanes) + 1)
+    for number in range(len(lanes) - 1, -1, -1):
+        sums[number] = sums[number + 1] | sums[number + 1] << lanes[number]
+    left = max((total for total in range(room + 1) if sums[0] >> total & 1), default=0)
     taken = []
     for number, needed in enumerate(lanes):
-        if needed <= room:
+        if needed <= left and sums[number + 1] >> (left - needed) & 1:
             taken.append(number)
-            room -= needed
-        elif in_order or not room:
-            break
+            left -= needed
     return taken
 
 
