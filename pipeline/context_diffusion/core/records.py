@@ -56,6 +56,8 @@ class Result:
     paid_lane_steps: float = 0.0  # its share of the lane steps that the calls had room for
     vae_tiled: bool = False  # decoded in tiles after running out of memory
     unsafe: bool | None = None  # according to the model's safety checker; None without one
+    # of the prompt, without an effect; None: the model's text encoder reads any word
+    unknown_words: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Counts:
     codes: dict[str, int] = field(default_factory=dict)
     flagged: int = 0  # of the images
     unsafe: int = 0
+    unknown_words: int = 0  # rows whose prompt has some
 
     def __add__(self, other: Counts) -> Counts:
         sums = {name: number + getattr(other, name) for name, number in vars(self).items() if name != "codes"}

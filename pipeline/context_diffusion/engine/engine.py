@@ -249,6 +249,7 @@ class Engine:
             slot.paid,
             vae_tiled=decoded.tiled,
             unsafe=unsafe,
+            unknown_words=slot.encoded.unknown_words,
         )
 
     def _preview(self, slot: Slot) -> Pixels:

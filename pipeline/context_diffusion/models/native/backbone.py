@@ -98,6 +98,7 @@ class NativeBackbone:
             control_keys=[""] * len(lanes),
             control_lanes=[{}] * len(lanes),
             truncated=truncated,
+            unknown_words=self.drafts.words(request.prompt, cache).unknown,
             finish=partial(self._finish, row_contexts, detail),
         )
 
