@@ -50,7 +50,7 @@ NARROW = 0.65  # of these, what a colour loses for each unit of lightness beyond
 LIMITS = (20.0, 85.0)
 APART = 18.0  # lightness between two named colours, at least, so that the layout stays
 ENDS = (3.0, 98.0)  # of the lightness of a curve
-ALIKE = 15.0  # mean distance in Lab up to which contexts show the colours that a prompt names
+ALIKE = 8.0  # mean distance in Lab up to which contexts show the colours that a prompt names
 
 
 def make_network(width: int) -> nn.Sequential:
