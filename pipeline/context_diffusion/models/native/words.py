@@ -61,8 +61,7 @@ FUNCTION_WORDS = frozenset(
     "textured texture textures that the their them then these they this those through tint tinted tints to "
     "tone toned tones very we which with you your".split()
 )
-# Letters and digits, with apostrophes inside: a final 's is left out.
-WORD = re.compile(r"[^\W_]+(?:['’](?!s\b)[^\W_]+)*")
+WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")  # letters and digits, with apostrophes inside
 
 
 class NamedColour(NamedTuple):
@@ -84,7 +83,8 @@ class PromptWords(NamedTuple):
 
 def read_words(prompt: str | None, vocabulary: Container[str]) -> PromptWords:
     """Read a prompt's words. vocabulary: of the model's tokenizer."""
-    words = WORD.findall(unicodedata.normalize("NFKC", prompt or "").lower())
+    plain = unicodedata.normalize("NFKC", prompt or "").lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    words = [word.removesuffix("'s") for word in WORD.findall(plain)]
     colours: list[NamedColour] = []
     unknown: list[str] = []
     for place, word in enumerate(words):
