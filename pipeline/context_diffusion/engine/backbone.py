@@ -28,9 +28,9 @@ class Encoded:
 
     lanes: what `predict` reads, for each branch. control: the row's encoded control maps; None: it has none.
     control_keys: a key for each lane; lanes with the same key share a call of `control`. control_lanes: what
-    `control` reads, for each lane. truncated: the prompt was longer than the model reads. unknown_words: of the
-    prompt; None: the model's text encoder reads any word. finish: the model's own last step for this row, on
-    its decoded image (1, 3, H, W) in [0, 1]; None: the model has no such step.
+    `control` reads, for each lane. truncated: the prompt was longer than the model reads. unknown_words: of
+    the prompt; None: the model's text encoder reads any word. finish: the model's own last step for this row,
+    on its decoded image (1, 3, H, W) in [0, 1]; None: the model has no such step.
     """
 
     lanes: list[Conditions]

@@ -72,7 +72,8 @@ def test_an_image_has_the_colours_that_its_prompt_names(
 
 def test_the_seed_has_its_part_where_a_texture_is_drawn() -> None:
     images = [
-        np.array(bundled()(picture(1, 128, 128), [picture(2, 128, 128)], "yellow dots", seed=seed)) for seed in (1, 1, 2)
+        np.array(bundled()(picture(1, 128, 128), [picture(2, 128, 128)], "yellow dots", seed=seed))
+        for seed in (1, 1, 2)
     ]
     assert np.array_equal(images[0], images[1])
     assert not np.array_equal(images[0], images[2])

@@ -164,7 +164,9 @@ class NativeDrafts:
     def _described(self, kind: Kind, contexts: list[Context], cache: Cache) -> Tensor:
         """Return the description (1, numbers) of one kind of look, over all contexts together."""
         if kind == "texture":
-            weights = torch.tensor([context.weight for context in contexts], device=self.model.device)[:, None]
+            weights = torch.tensor([context.weight for context in contexts], device=self.model.device)[
+                :, None
+            ]
             reliefs = [
                 cache.get(f"relief:{context.key}", partial(self._relief, context.pixels))
                 for context in contexts

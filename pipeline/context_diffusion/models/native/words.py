@@ -54,13 +54,14 @@ OTHER_WORDS = {
 }  # fmt: skip
 SYNONYMS = {other: word for word, others in OTHER_WORDS.items() for other in others.split()}
 # Words that ask for nothing of their own.
-FUNCTION_WORDS = frozenset(
+_FUNCTION_WORDS = (
     "a all also am an and are as at be both but by color colored colors colour coloured colours for from has "
     "have hue hues i image images in into is it its like lots made many me mix mixed more much my of on or "
     "other pattern patterned patterns picture pictures please shade shades shape shapes so some style styled "
     "textured texture textures that the their them then these they this those through tint tinted tints to "
-    "tone toned tones very we which with you your".split()
+    "tone toned tones very we which with you your"
 )
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")  # letters and digits, with apostrophes inside
 
 
@@ -83,16 +84,22 @@ class PromptWords(NamedTuple):
 
 def read_words(prompt: str | None, vocabulary: Container[str]) -> PromptWords:
     """Read a prompt's words. vocabulary: of the model's tokenizer."""
-    plain = unicodedata.normalize("NFKC", prompt or "").lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    plain = (
+        unicodedata.normalize("NFKC", prompt or "").lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    )
     words = [word.removesuffix("'s") for word in WORD.findall(plain)]
     colours: list[NamedColour] = []
     unknown: list[str] = []
     for place, word in enumerate(words):
         if rgb := _colour_of(word):
             colours.append(_modified(rgb, words[:place]))
-        elif not (word in vocabulary or _synonym(word, vocabulary) or word in FUNCTION_WORDS):
-            if not _modifies(words[place:]):
-                unknown.append(word)
+        elif not (
+            word in vocabulary
+            or word in FUNCTION_WORDS
+            or _synonym(word, vocabulary)
+            or _modifies(words[place:])
+        ):
+            unknown.append(word)
     text = " ".join(word if word in vocabulary else _synonym(word, vocabulary) or word for word in words)
     return PromptWords(tuple(dict.fromkeys(colours)), text, tuple(dict.fromkeys(unknown)))
 
