@@ -46,7 +46,7 @@ class ContextDiffusion:
     """A model that keeps a query's layout, takes its style from context images and follows a prompt.
 
     model = ContextDiffusion.from_pretrained()
-    image = model(query, context, "a misty forest")
+    image = model(query, context, "blue and yellow stripes")
     """
 
     def __init__(
@@ -138,7 +138,8 @@ class ContextDiffusion:
         callback: called after each step.
 
         Returns a PIL image, or a list of them when num_images is over 1; a safety checker's verdict is the
-        image's info["unsafe"]. Raises ValueError for a wrong setting, RowError for a row that cannot be
+        image's info["unsafe"], and words of the prompt that the model does not know are its
+        info["unknown_words"]. Raises ValueError for a wrong setting, RowError for a row that cannot be
         generated."""
         requests = self.requests(query, context, prompt, negative_prompt, control, fit, settings)
         images: dict[int, Image.Image] = {}
@@ -148,6 +149,8 @@ class ContextDiffusion:
             images[request.index] = Image.fromarray(outcome.image)
             if outcome.unsafe is not None:
                 images[request.index].info["unsafe"] = outcome.unsafe
+            if outcome.unknown_words:
+                images[request.index].info["unknown_words"] = list(outcome.unknown_words)
         in_order = [images[index] for index in range(len(requests))]
         return in_order[0] if len(in_order) == 1 else in_order
 

@@ -91,7 +91,8 @@ def test_the_best_image_alone_is_written_with_the_seed_that_makes_it_again(tmp_p
         assert (told["index"], told["seed"]) == (best["index"], best["seed"])
     assert len({row["index"] for row in kept}) > 1, "not always the first"
     assert vars(output.count()) | {"codes": {}} == {
-        "rows": 6, "ok": 5, "failed": 1, "images": 5, "codes": {}, "flagged": 0, "unsafe": 0
+        "rows": 6, "ok": 5, "failed": 1, "images": 5, "codes": {}, "flagged": 0, "unsafe": 0,
+        "unknown_words": 0,
     }  # fmt: skip
     if form == "files":
         read_output(tmp_path / "best" / "out")  # no picture without a row

@@ -25,10 +25,10 @@ NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 def write_part(folder: Path, shard: int, at: datetime) -> None:
     """Three rows: one of two images, one of one, one that failed."""
     rows: list[tuple[Any, ...]] = [
-        ("a", 0, "ok", None, True, False),
-        ("a", 1, "ok", None, None, True),
-        ("b", 0, "ok", None, True, None),
-        ("c", 0, "failed", "missing_file", None, None),
+        ("a", 0, "ok", None, True, False, None),
+        ("a", 1, "ok", None, None, True, None),
+        ("b", 0, "ok", None, True, None, None),
+        ("c", 0, "failed", "missing_file", None, None, None),
     ]
     names = [field.name for field in SCHEMA]
     table = pa.Table.from_pylist(

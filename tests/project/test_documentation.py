@@ -44,6 +44,8 @@ from context_diffusion.models.defaults import (
     resolved_settings,
     stable_diffusion_defaults,
 )
+from context_diffusion.models.native.words import COLOURS, MODIFIERS, OTHER_WORDS
+from context_diffusion.training.data.prompts import PALETTE_WORDS, TEXTURE_WORDS, THING_WORDS, vocabulary
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -160,11 +162,29 @@ def presets() -> str:
 
 
 TABLES["presets"] = presets()
+
+
+def words() -> str:
+    """The words that the bundled model knows, by what they ask for."""
+    others = {word: [word, *OTHER_WORDS.get(word, "").split()] for word in vocabulary()}
+    lines = {"a colour": sorted(COLOURS), "a change of the colour after it": sorted(MODIFIERS)}
+    for kind, table in (("colours of", PALETTE_WORDS), ("texture:", TEXTURE_WORDS)):
+        for name, names in table.items():
+            known = [other for word in names if word not in COLOURS for other in others[word]]
+            lines |= {f"{kind} {name}": known} if known else {}
+    lines["nothing, but are known from training"] = [
+        other for names in THING_WORDS.values() for word in names for other in others[word]
+    ]
+    return listed("| asks for | words |", {key: ", ".join(line) for key, line in lines.items()})
+
+
+TABLES["words"] = words()
 CONFIGURATION = ("settings", "job", "parts", "presets", "train", "finetune", "evaluate")
 PAGES = {
     REFERENCE / "configuration.md": {name: TABLES[name] for name in CONFIGURATION},
     REFERENCE / "cli.md": {"exits": TABLES["exits"]},
     REFERENCE / "errors.md": {"codes": TABLES["codes"]},
+    PACKAGE / "models/native/bundled/README.md": {"words": TABLES["words"]},
     ROOT / "infra/monitoring.md": {"metrics": TABLES["metrics"]},
     ROOT / "jobs/README.md": {"files": heads("jobs", "*.yaml", "*.py", "*/*.py")},
     ROOT / "tests/benchmarks/README.md": {"files": heads("tests/benchmarks", "*.py")},

@@ -32,6 +32,7 @@ from context_diffusion.cli.options import (
     stderr,
     summary_of_all,
     title_of,
+    unknown_words_line,
 )
 from context_diffusion.core.errors import (
     EXIT_INTERRUPTED,
@@ -50,6 +51,7 @@ from context_diffusion.ray_jobs import RayJobsError
 
 if TYPE_CHECKING:
     from context_diffusion.core.training_job import TrainingJob
+    from context_diffusion.outputs.output_folder import Output
 
 ABOUT = """Generates images that keep the layout of a query image, take the style of context images
 and follow a prompt, in batches on Ray.
@@ -64,6 +66,7 @@ After 75, 130, 143 and 1 rerun the same command to resume.
 
 FINISHED = (EXIT_OK, EXIT_ROWS_FAILED)
 FIRST_FAILURES = 3  # that the log names
+FIRST_WORDS = 10
 
 app = typer.Typer(
     add_completion=True,
@@ -184,6 +187,8 @@ def _report_end(job: StrictModel, file: str, summary: dict[str, Any]) -> None:
     """Write a job's failed rows, and its error or its end, to the log."""
     if isinstance(job, GenerateJob) and summary.get("failed"):
         _report_failures(job, file, summary)
+    if isinstance(job, GenerateJob) and summary.get("unknown_words"):
+        _report_unknown_words(job, summary["unknown_words"])
     if "error" in summary:
         print_error(summary["error"])
     else:
@@ -208,11 +213,7 @@ def _result_lines(job: GenerateJob) -> list[str]:
 
 def _report_failures(job: GenerateJob, file: str, summary: dict[str, Any]) -> None:
     """Write the first failed rows with their reasons, and the next command, to the log."""
-    from context_diffusion.core.uris import normal
-    from context_diffusion.outputs.output_folder import Output
-    from context_diffusion.storage.filesystem import Storage
-
-    output = Output(normal(job.output), Storage(job.storage_options, deadline_s=5))
+    output = _opened(job)
     try:
         failures = output.failures(FIRST_FAILURES)
         report = output.report if summary["exit"] in FINISHED else None
@@ -225,6 +226,23 @@ def _report_failures(job: GenerateJob, file: str, summary: dict[str, Any]) -> No
     lines += [f"fix the causes, then run: context-diffusion run {file} --retry-failed"]
     text = "\n".join(lines)
     LOG.emit("rows_failed", text, "warning", failed=summary["failed"], first=failures, report=report)
+
+
+def _report_unknown_words(job: GenerateJob, rows: int) -> None:
+    """Write how many rows have words in the prompt that had no effect, and some of these, to the log."""
+    try:
+        words = _opened(job).unknown_words(FIRST_WORDS)
+    except (OSError, ContextDiffusionError):  # the store is away
+        return
+    LOG.emit("unknown_words", unknown_words_line(rows, words), "warning", rows=rows, words=words)
+
+
+def _opened(job: GenerateJob) -> Output:
+    from context_diffusion.core.uris import normal
+    from context_diffusion.outputs.output_folder import Output
+    from context_diffusion.storage.filesystem import Storage
+
+    return Output(normal(job.output), Storage(job.storage_options, deadline_s=5))
 
 
 def _output_of(job: StrictModel) -> str:

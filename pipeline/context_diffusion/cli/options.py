@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -70,6 +71,12 @@ def summary_of_all(summaries: list[dict[str, Any]], code: int, jobs: int) -> dic
 def title_of(job: StrictModel) -> str:
     """Return a job's kind and OUTPUT."""
     return "{kind}, {output}".format(**job.model_dump(include={"kind", "output"}))
+
+
+def unknown_words_line(rows: int, words: Iterable[str]) -> str:
+    """Write how many rows have words in the prompt that have no effect, and some of these."""
+    have = "row has" if rows == 1 else "rows have"
+    return f"{rows} {have} words in the prompt that the model does not know, such as: {', '.join(words)}"
 
 
 def load_all(job: str, sets: list[str] | None) -> list[StrictModel]:

@@ -14,6 +14,7 @@ from context_diffusion.cli.options import (
     stderr,
     summary_of_all,
     title_of,
+    unknown_words_line,
 )
 from context_diffusion.core.errors import EXIT_JOB, EXIT_OK, REMEDIES, ErrorCode, JobError
 
@@ -165,6 +166,8 @@ def _print_validation(summary: dict[str, Any], with_estimate: bool) -> None:
     problems = summary["problems"]
     for line in summary["warnings"]:
         stderr.print(f"warning: {line}")
+    if rows := summary["unknown_words"]:
+        stderr.print(f"warning: {unknown_words_line(rows, summary['rows_by_unknown_word'])}")
     for problem in problems:
         stderr.print(f"row {problem['id']}: {problem['error_code']}: {problem['error_message']}")
     for code in dict.fromkeys(problem["error_code"] for problem in problems):

@@ -9,6 +9,7 @@ stopping                                        finished    rows, ok, failed, im
 error       error                               submitted   id, attached
 waiting     message, seconds                    rows_failed failed, first, report
 warning     message                             log         message: another line of a submitted job
+unknown_words   rows, words
 """
 
 from __future__ import annotations

@@ -57,6 +57,8 @@ class Result:
     vae_tiled: bool = False  # decoded in tiles after running out of memory
     unsafe: bool | None = None  # according to the model's safety checker; None without one
     chunk: int | None = None  # lanes of the calls that generated it, which decide its bits
+    # of the prompt, without an effect; None: the model's text encoder reads any word
+    unknown_words: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class Counts:
     codes: dict[str, int] = field(default_factory=dict)
     flagged: int = 0  # of the images
     unsafe: int = 0
+    unknown_words: int = 0  # rows whose prompt has some
 
     def __add__(self, other: Counts) -> Counts:
         sums = {name: number + getattr(other, name) for name, number in vars(self).items() if name != "codes"}

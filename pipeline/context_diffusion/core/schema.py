@@ -75,6 +75,7 @@ MADE = pa.schema(
         ("lanes", pa.int32()),
         ("device", pa.string()),
         ("prompt_truncated", pa.bool_()),
+        ("unknown_words", pa.list_(pa.string())),
         ("vae_tiled", pa.bool_()),
         ("unsafe", pa.bool_()),
         ("used_lane_steps", pa.int64()),
@@ -146,6 +147,7 @@ OUTPUT = pa.schema(
         ("device", pa.string()),
         ("lanes", pa.int32()),
         ("prompt_truncated", pa.bool_()),
+        ("unknown_words", pa.list_(pa.string())),  # of the prompt, without an effect; null: any word has one
         ("vae_tiled", pa.bool_()),  # decoded in tiles after running out of memory, which changes pixels
         ("created_at", pa.timestamp("ms", tz="UTC")),
     ]

@@ -31,13 +31,15 @@ class Encoded:
 
     lanes: what `predict` reads, for each branch. control: what `predict` reads of the row's control maps,
     among it `scale` (1, N), the strength of each of the N ControlNets; None: the row has none. truncated: the
-    prompt was longer than the model reads. finish: the model's own last step for this row, on its decoded
-    image (1, 3, H, W) in [0, 1]; None: the model has no such step.
+    prompt was longer than the model reads. unknown_words: of the prompt; None: the model's text encoder reads
+    any word. finish: the model's own last step for this row, on its decoded image (1, 3, H, W) in [0, 1];
+    None: the model has no such step.
     """
 
     lanes: list[Conditions]
     control: Conditions | None
     truncated: bool = False
+    unknown_words: tuple[str, ...] | None = None
     finish: Callable[[Tensor], Tensor] | None = None
 
 

@@ -125,6 +125,7 @@ class Finisher:
             vae_tiled=tiled,
             unsafe=unsafe,
             chunk=row.size,
+            unknown_words=row.ready.encoded.unknown_words,
         )
 
 

@@ -22,7 +22,7 @@ from context_diffusion.core.errors import (
 )
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard
-from context_diffusion.core.schema import CONTEXT, CONTROL_IMAGE, ID, QUERY
+from context_diffusion.core.schema import CONTEXT, CONTROL_IMAGE, ID, PROMPT, QUERY
 from context_diffusion.core.sweep import combinations
 from context_diffusion.core.uris import normal, protocol
 from context_diffusion.generation.estimate import try_rows
@@ -34,10 +34,12 @@ from context_diffusion.inputs.manifest_scan import Scan, column_warnings
 from context_diffusion.inputs.rows import RowRules
 from context_diffusion.inputs.url_policy import PROTOCOLS, allowed_prefixes
 from context_diffusion.models.defaults import resolved_job
+from context_diffusion.models.native.words import read_words, vocabulary_of
 from context_diffusion.models.resolve import ResolvedModel, find_model
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
+WORDS = 20  # without an effect, that the summary names
 NAMED_URI = re.compile(r"""['"]([A-Za-z][A-Za-z0-9+.-]*://[^'"]*)""")  # in the repr of a row
 
 
@@ -81,6 +83,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
     loaded = _load(load, _sample(job, files, scan, shards, sample, storage), keep=pictures is not None)
     checks = _check_writing(job, model, Output(normal(job.output), storage))
     estimate = _estimate(job, model, loaded.tables, scan.rows, pictures) if pictures else {}
+    words = _unknown_words(job, model, files, storage)
     missing_warnings = [
         f"{reason}; {missing.rows[scheme]} rows name it" for scheme, reason in missing.reasons.items()
     ]
@@ -91,6 +94,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
         "sampled": loaded.rows,
         "problems": loaded.problems,
         "warnings": [*column_warnings(scan.passed().names), *missing_warnings],
+        **words,
         "missing_packages": dict(sorted(missing.rows.items())),
         "exit": _exit_code(job, scan.rows, loaded.rows, len(loaded.problems), missing.failing),
         "model_revision": model.revision,
@@ -145,6 +149,27 @@ def _missing_packages(job: GenerateJob, files: list[ManifestFile], storage: Stor
         missing.rows.update(uris.keys() & missing.reasons.keys())
         missing.failing += not missing.reasons.keys().isdisjoint(uris)
     return missing
+
+
+def _unknown_words(
+    job: GenerateJob, model: ResolvedModel, files: list[ManifestFile], storage: Storage
+) -> dict[str, Any]:
+    """Count the words of all prompts that have no effect.
+
+    Returns `unknown_words`, the rows that have some (null for a model whose text encoder reads any word), and
+    `rows_by_unknown_word`, the commonest."""
+    if model.folder is None:
+        return {"unknown_words": None, "rows_by_unknown_word": {}}
+    vocabulary = vocabulary_of(model.folder)
+    column = RowRules.of_job(job).names[PROMPT]
+    by_word: Counter[str] = Counter()
+    rows = 0
+    for row in chain.from_iterable(scan_texts(file, storage, [column]) for file in files):
+        prompt = row.get(column)
+        unknown = read_words(prompt, vocabulary).unknown if isinstance(prompt, str) else ()
+        by_word.update(unknown)
+        rows += bool(unknown)
+    return {"unknown_words": rows, "rows_by_unknown_word": dict(by_word.most_common(WORDS))}
 
 
 def _exit_code(job: GenerateJob, rows: int, sampled: int, failed: int, without_package: int) -> int:

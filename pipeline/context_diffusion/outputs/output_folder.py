@@ -34,7 +34,7 @@ PART = re.compile(r"part-(\d{5,})\.parquet$")
 READERS = 16  # threads that read parts
 AHEAD = 256  # parts read ahead of their use, at most
 
-COUNTED = ["id", "index", "status", "error_code", "flagged", "unsafe"]
+COUNTED = ["id", "index", "status", "error_code", "flagged", "unsafe", "unknown_words"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,16 @@ class Output:
                 break
         return failures[:most]
 
+    def unknown_words(self, most: int) -> list[str]:
+        """Return the first words of prompts that have no effect, each once, at most `most`."""
+        words: dict[str, None] = {}
+        for _, part in self.read_parts(["unknown_words"]):
+            if "unknown_words" in part.column_names:
+                words |= dict.fromkeys(pc.list_flatten(part["unknown_words"]).to_pylist())
+            if len(words) >= most:
+                break
+        return list(words)[:most]
+
     def count(self) -> Counts:
         """Count rows (ids) and images over all finished parts."""
         return sum((counts_of(part) for _, part in self.read_parts(COUNTED)), Counts())
@@ -163,6 +173,7 @@ def counts_of(part: pa.Table) -> Counts:
     failed_rows = len({image["id"] for image in failed})
     codes = Counter(image["error_code"] for image in failed)
     marked = {name: sum(image.get(name) is True for image in images) for name in ("flagged", "unsafe")}
+    marked["unknown_words"] = len({image["id"] for image in images if image.get("unknown_words")})
     return Counts(rows, rows - failed_rows, failed_rows, len(images) - len(failed), dict(codes), **marked)
 
 

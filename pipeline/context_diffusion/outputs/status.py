@@ -35,7 +35,11 @@ def progress_of(output: Output) -> StatusReport:
     counted = f"{counts.rows} of {rows} rows, {counts.failed} failed, {counts.images} images"
     lines = [f"{output.root}: {state}, {counted}"]
     lines += [f"  {code}: {count}" for code, count in sorted(counts.codes.items())]
-    marked = {"flagged": counts.flagged, "unsafe": counts.unsafe}
+    marked = {
+        "flagged": counts.flagged,
+        "unsafe": counts.unsafe,
+        "rows with unknown words": counts.unknown_words,
+    }
     lines += [f"  {name}: {count}" for name, count in marked.items() if count]
     values = {"output": output.root, "finished": finished, "of": rows, **vars(counts)}
     rates = None if finished else recent_rates(parts)

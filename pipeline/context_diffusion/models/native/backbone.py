@@ -104,6 +104,7 @@ class NativeBackbone:
             lanes,
             self._layout(request, cache),
             truncated=truncated,
+            unknown_words=self.drafts.words(request.prompt, cache).unknown,
             finish=partial(self._finish, row_contexts, detail),
         )
 

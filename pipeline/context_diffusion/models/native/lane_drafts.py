@@ -36,27 +36,41 @@ from context_diffusion.models.native.draft import (
     tones_of,
 )
 from context_diffusion.models.native.draft_image import draft_image, synthesise
-from context_diffusion.models.native.look_memory import KINDS, Kind, describe_colours, describe_relief
+from context_diffusion.models.native.look_memory import (
+    KINDS,
+    Kind,
+    describe_colours,
+    describe_relief,
+    named_colours,
+    shows_colours,
+)
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.plane_waves import COUNT
 from context_diffusion.models.native.preconditioning import EncodedDraft
 from context_diffusion.models.native.texture_separation import ReliefModel
+from context_diffusion.models.native.words import NamedColour, PromptWords, read_words
 from context_diffusion.models.normalization import lightness_of, resized
 
 BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4), torch.zeros(1, 1, 1))
 
 
 class Wanted(NamedTuple):
-    """The parts of a lane's draft: contexts, and the numbers of remembered looks that replace theirs, by
-    kind."""
+    """The parts of a lane's draft: contexts, and the numbers of remembered looks, by kind, and the named
+    colours that replace theirs."""
 
     contexts: list[Context]
     recalled: dict[Kind, int]
+    named: tuple[NamedColour, ...] = ()
 
     @property
     def key(self) -> str:
         weighted = [f"{context.key}*{context.weight}" for context in self.contexts]
-        return ":".join([*weighted, *(f"{kind}={number}" for kind, number in self.recalled.items())])
+        recalled = [f"{kind}={number}" for kind, number in self.recalled.items()]
+        return ":".join([*weighted, *recalled, *map(str, self.named)])
+
+    @property
+    def replaces_colours(self) -> bool:
+        return bool(self.named) or "colours" in self.recalled
 
 
 class NativeDrafts:
@@ -76,10 +90,10 @@ class NativeDrafts:
         scale = min(request.settings.context_scale, 1.0)
         weighted = [context for context in contexts if context.weight and scale]
         wanted = self._wanted(request, branch, weighted, cache)
-        if not (wanted.contexts or wanted.recalled):
+        if not (wanted.contexts or wanted.recalled or wanted.named):
             return self._lane(self._no_draft(request), 1.0), {}
         encoded, detail = self._draft_of(request, wanted, cache)
-        share = 1.0 if "colours" in wanted.recalled else scale
+        share = 1.0 if wanted.replaces_colours else scale
         if not detail:
             return self._lane(encoded, share), {}
         strength = self.model.detail_scale * share * min(control_scales(request, 1)[0], 1.0)
@@ -117,30 +131,60 @@ class NativeDrafts:
         prompt = (request.prompt if branch.contexts else request.negative_prompt) or ""
         if not prompt or (contexts and not words_lead(request.settings)):
             return Wanted(contexts, {})
-        words = cache.get(f"words:{prompt}", lambda: self.model.known_words([prompt]))
-        kinds = [kind for kind in KINDS if self.model.memory.says(kind, words)]
+        read = self.words(prompt, cache)
+        words = cache.get(f"words:{prompt}", lambda: self.model.known_words([read.text]))
+        # Colours that the prompt names go before those that the memory has for its words.
+        said = [kind for kind in KINDS if self.model.memory.says(kind, words)]
+        kinds = [kind for kind in said if not (read.colours and kind == "colours")]
         if contexts:
             kinds = [
                 kind
                 for kind in kinds
                 if self.model.memory.contradict(kind, words, self._described(kind, contexts, cache))
             ]
-        elif kinds:
+        elif kinds and not read.colours:
             kinds = list(KINDS)  # a draft needs colours, whatever the words leave open
         seed = request.settings.seed or 0
-        return Wanted(contexts, {kind: self.model.memory.recall(kind, words, seed) for kind in kinds})
+        recalled = {kind: self.model.memory.recall(kind, words, seed) for kind in kinds}
+        return Wanted(contexts, recalled, self._contradicted(read.colours, contexts, cache))
+
+    def words(self, prompt: str | None, cache: Cache) -> PromptWords:
+        """Read a prompt's words."""
+        return cache.get(f"read:{prompt}", lambda: read_words(prompt, self.model.tokenizer.get_vocab()))
+
+    def _contradicted(
+        self, named: tuple[NamedColour, ...], contexts: list[Context], cache: Cache
+    ) -> tuple[NamedColour, ...]:
+        """Return named colours, none if the contexts show them already."""
+        if not (named and contexts):
+            return named
+        shown = shows_colours(named_colours(named), self._mean_colours(contexts, cache).cpu())
+        return () if shown else named
 
     def _described(self, kind: Kind, contexts: list[Context], cache: Cache) -> Tensor:
         """Return the description (1, numbers) of one kind of look, over all contexts together."""
-        weights = torch.tensor([context.weight for context in contexts], device=self.model.device)[:, None]
         if kind == "texture":
+            weights = torch.tensor([context.weight for context in contexts], device=self.model.device)[
+                :, None
+            ]
             reliefs = [
                 cache.get(f"relief:{context.key}", partial(self._relief, context.pixels))
                 for context in contexts
             ]
             return (torch.cat(reliefs) * weights).sum(0, keepdim=True) / weights.sum()
+        return describe_colours(self._mean_colours(contexts, cache)[None])
+
+    def _mean_colours(self, contexts: list[Context], cache: Cache) -> Tensor:
+        """Return the colours of Look, (WAYS, STEPS, 4), summed over contexts by weight."""
+        weights = torch.tensor([context.weight for context in contexts], device=self.model.device)
         colours = torch.cat([look.colours for look in self._looks(contexts, cache)])
-        return describe_colours((colours * weights[..., None, None]).sum(0, keepdim=True))
+        return (colours * weights[:, None, None, None]).sum(0)
+
+    def _replacing_colours(self, wanted: Wanted) -> Tensor:
+        """Return the colours (WAYS, STEPS, 4) that a prompt asks for."""
+        if wanted.named:
+            return named_colours(wanted.named).to(self.model.device)
+        return self.model.memory.colours[wanted.recalled["colours"]].float()
 
     def _looks(self, contexts: list[Context], cache: Cache) -> list[Look]:
         return [cache.get(f"look:{context.key}", partial(self._look, context.pixels)) for context in contexts]
@@ -180,12 +224,10 @@ class NativeDrafts:
         """Return the draft as an image (1, 3, H, W): models/native/draft_image.py."""
         memory, (height, width) = self.model.memory, request.query.shape[:2]
         weights = torch.tensor([context.weight for context in wanted.contexts], device=self.model.device)
-        if (number := wanted.recalled.get("colours")) is not None:
-            colours, palette = memory.colours[number][None].float(), None
+        if wanted.replaces_colours:
+            colours, palette = self._replacing_colours(wanted)[None], None
         else:
-            colours = (torch.cat([look.colours for look in looks]) * weights[:, None, None, None]).sum(
-                0, keepdim=True
-            )
+            colours = self._mean_colours(wanted.contexts, cache)[None]
             palettes = [
                 cache.get(f"palette:{c.key}", partial(self._palette, c.pixels)) for c in wanted.contexts
             ]
@@ -223,8 +265,8 @@ class NativeDrafts:
         relief = None
         parts = zip(*(looks or [BLANK]), strict=True)
         colours, waves, rest = (torch.stack(part, 1).to(layout.tones.device) for part in parts)
-        if (number := wanted.recalled.get("colours")) is not None:
-            colours = memory.colours[number].expand_as(colours)
+        if wanted.replaces_colours:
+            colours = self._replacing_colours(wanted).expand_as(colours)
         if (number := wanted.recalled.get("texture")) is not None:
             waves, rest = torch.zeros_like(waves), torch.zeros_like(rest)
             relief = memory.relief(number, *layout.tones.shape[2:])

@@ -12,15 +12,19 @@ B prompts  N looks  V words of the tokenizer
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from context_diffusion.models.native.draft import STEPS, WAYS, curves_of, mirrored
+from context_diffusion.models.native.colour_transport import lab_of, rgb_of
+from context_diffusion.models.native.draft import RATE, STEPS, WAYS, curves_of, mirrored
+from context_diffusion.models.native.words import NamedColour
 from context_diffusion.models.texture_features import (
     ANGLES,
     PERIODS,
@@ -40,6 +44,13 @@ NEAREST = 4  # looks of which the seed takes one
 RELIEF = 256.0  # steps of a kept relief to one of tone
 # times as strong as training had it is a texture that words ask for: the query's own stands beside it
 VIVID = 1.5
+
+DARKER, LIGHTER = 45.0, 40.0  # lightness from a named colour to the ends of its curve
+NARROW = 0.65  # of these, what a colour loses for each unit of lightness beyond LIMITS
+LIMITS = (20.0, 85.0)
+APART = 18.0  # lightness between two named colours, at least, so that the layout stays
+ENDS = (3.0, 98.0)  # of the lightness of a curve
+ALIKE = 8.0  # mean distance in Lab up to which contexts show the colours that a prompt names
 
 
 def make_network(width: int) -> nn.Sequential:
@@ -108,6 +119,60 @@ def describe_colours(colours: Tensor) -> Tensor:
     """draft.Look's (N, WAYS, STEPS, 4) -> (N, numbers): the curve by rank, coarsely."""
     curve = curves_of(colours.float())[:, 0].transpose(1, 2)
     return F.adaptive_avg_pool1d(curve, PLACES).flatten(1)
+
+
+def named_colours(colours: Sequence[NamedColour]) -> Tensor:
+    """Return draft.Look's colours, (WAYS, STEPS, 4), of a curve from dark to light through named colours."""
+    named = _lab_of(colours)
+    named = named[named[:, 0].argsort(stable=True)]
+    count = len(named)
+    stops = _spread(named[:, 0])
+    darker = DARKER - NARROW * max(stops[0] - LIMITS[1], 0)
+    lighter = LIGHTER - NARROW * max(LIMITS[0] - stops[-1], 0)
+    stops = [stops[0] - darker / math.sqrt(count), *stops, stops[-1] + lighter / math.sqrt(count)]
+    at = (np.arange(STEPS) + 0.5) / STEPS
+    # A step of the way by stds has the colour of its rank among evenly spread tones.
+    tones = np.stack([at, np.clip((at - 0.5) / RATE[1] + 0.5, 0, 1)])
+    middles = (np.arange(count) + 0.5) / count
+    light = torch.from_numpy(np.interp(tones, [0, *middles, 1], np.clip(stops, *ENDS)))
+    # A colour keeps half of the way to the next one.
+    edges = (middles[:, None] + np.array([-0.25, 0.25]) / count).ravel()
+    own, a, b = (
+        torch.from_numpy(np.interp(tones, edges, np.repeat(part, 2))) for part in named.double().T.numpy()
+    )
+    # Towards black and white chroma falls, as in the space of colours.
+    chroma = torch.minimum(light / own, (100 - light) / (100 - own)).clamp(0, 1)
+    curve = rgb_of(torch.stack([light, a * chroma, b * chroma])[None].float())[0].permute(1, 2, 0)
+    return torch.cat([curve, torch.ones_like(curve[..., :1])], -1) / STEPS
+
+
+def shows_colours(named: Tensor, colours: Tensor) -> bool:
+    """Return whether contexts of these colours show the named ones, both (WAYS, STEPS, 4)."""
+    wanted, shown = (
+        lab_of(curves_of(part[None].float())[:, 0].permute(2, 0, 1)[None] / 2 + 0.5)[0, :, 0].T
+        for part in (named, colours)
+    )
+    return float((shown[:, None] - wanted).square().sum(2).sqrt().amin(1).mean()) < ALIKE
+
+
+def _lab_of(colours: Sequence[NamedColour]) -> Tensor:
+    """Return named colours with their modifiers, Lab (N, 3)."""
+    rgb = torch.tensor([list(bytes.fromhex(colour.rgb)) for colour in colours]) / 255
+    lab = lab_of(rgb.T[None, :, None])[0, :, 0].T
+    lighter = torch.tensor([colour.lighter for colour in colours])
+    chroma = torch.tensor([colour.chroma for colour in colours])
+    light = (lab[:, 0] + lighter).clamp(*ENDS)
+    return torch.cat([light[:, None], lab[:, 1:] * chroma[:, None]], 1)
+
+
+def _spread(lightness: Tensor) -> list[float]:
+    """Move rising values apart, so that neighbours differ by APART where there is room; the mean stays."""
+    gap = min(APART, 70 / len(lightness))
+    apart: list[float] = []
+    for light in lightness.tolist():
+        apart.append(max(light, apart[-1] + gap) if apart else light)
+    shift = float(lightness.mean()) - sum(apart) / len(apart)
+    return [min(max(light + shift, ENDS[0]), ENDS[1]) for light in apart]
 
 
 def describe_relief(lightness: Tensor) -> Tensor:

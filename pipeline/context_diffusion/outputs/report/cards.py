@@ -23,10 +23,13 @@ from context_diffusion.outputs.report.thumbnails import OUTPUT_FILE
 CONTEXTS = 8  # contexts of a row that are shown, at most
 MAX_CHARACTERS = {"error_message": 500, PROMPT: 1000, NEGATIVE_PROMPT: 300}
 URI_CHARACTERS = 200
+WORDS, WORD_CHARACTERS = 12, 30  # of a prompt's words without an effect
 GUIDANCE = ("guidance_scale", "context_guidance_scale")
 FIELDS = (ID, "index", "status", "error_code", "width", "height", "seconds")
 DETAILS = (*SETTING_TYPES, "control", "fit", "model", "device", "lanes", "prompt_truncated", "created_at")
-COLUMNS = [*FIELDS, *MAX_CHARACTERS, "file_name", QUERY, CONTEXT, *DETAILS, *SCORE_COLUMNS]
+COLUMNS = [
+    *FIELDS, *MAX_CHARACTERS, "unknown_words", "file_name", QUERY, CONTEXT, *DETAILS, *SCORE_COLUMNS,
+]  # fmt: skip
 
 
 def card(row: dict[str, Any], full_image: str | None, root: str) -> dict[str, Any]:
@@ -43,6 +46,7 @@ def card(row: dict[str, Any], full_image: str | None, root: str) -> dict[str, An
         QUERY: {"uri": _cut(row.get(QUERY), URI_CHARACTERS), "thumbnail": None},
         CONTEXT: [{"uri": _cut(uri, URI_CHARACTERS), "thumbnail": None} for uri in contexts[:CONTEXTS]],
         "more_contexts": max(0, len(contexts) - CONTEXTS),
+        "unknown_words": [_cut(word, WORD_CHARACTERS) for word in (row.get("unknown_words") or [])[:WORDS]],
         "thumbnail": None,
         "full_image": full_image,
         "prompt_leads": _prompt_leads(row),

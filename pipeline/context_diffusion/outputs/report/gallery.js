@@ -70,6 +70,11 @@ function promptText(row, tag) {
   return element("p", { className: "prompt" }, mark, row.prompt);
 }
 
+function unknownWords(row) {
+  if (!row.unknown_words.length) return null;
+  return element("p", { className: "dim" }, term("words without effect", "words without effect", "span"), ": " + row.unknown_words.join(", "));
+}
+
 function captions(row) {
   const count = row.context.length + row.more_contexts;
   const names = row.context.map(context => fileName(context.uri)).filter(Boolean);
@@ -90,6 +95,7 @@ function card(row) {
       element("figure", { className: "contexts" }, element("div", { className: "n" + contexts.length }, ...contexts), contextCaption),
       element("figure", { className: "output" }, open, element("figcaption", {}, failed ? "failed" : "output"))),
     promptText(row, "span"),
+    unknownWords(row),
     failed ? element("p", { className: "reason" }, row.error_message || "") : null,
     element("p", { className: "dim" }, element("strong", {}, row.id), row.index ? " #" + row.index : "", settingsLine(row) ? " · " + settingsLine(row) : ""),
     scores(row));

@@ -39,6 +39,8 @@ OTHERS = {
     "start to last image": "From the first start of the job to its last image, with pauses between runs.",
     "prompt leads": "The row is guided by its prompt at least as much as by its contexts, so the prompt may "
     "replace their colours and textures. Look at the prompt score; the style score may be low.",
+    "words without effect": "Words of the prompt that the model does not know. The image does not depend on "
+    "them. The model card lists the words that it knows.",
 }
 
 

@@ -16,13 +16,14 @@ SHOWN = {
     "output_format", "rows_per_part", "max_failed",
 }  # fmt: skip
 Facts = dict[str, Any]
+WORDS = 30  # without an effect, that the page lists
 
 
 def job_facts(output: Output, summary: dict[str, Any], last_image: datetime | None) -> Facts:
     """Return what the page shows of the job.
 
     about: pairs of name and text; settings: pairs of key and text; seconds: from the job's start to its last
-    image; retry: the command for failed rows.
+    image; retry: the command for failed rows; unknown_words: some of those that had no effect.
     """
     plan = output.read_json(output.plan)
     model, versions = plan.get("model", {}), plan.get("versions", {})
@@ -42,6 +43,7 @@ def job_facts(output: Output, summary: dict[str, Any], last_image: datetime | No
         "about": list(known.items()),
         "settings": _flat(values),
         "seconds": (last_image - started).total_seconds() if last_image and started else None,
+        "unknown_words": output.unknown_words(WORDS) if summary.get("unknown_words") else [],
         "retry": retry_command(summary.get("job_file")),
     }
 

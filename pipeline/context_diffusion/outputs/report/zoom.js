@@ -49,6 +49,7 @@ function openDialog(row) {
   const moreContexts = row.more_contexts ? element("p", { className: "dim" }, `and ${row.more_contexts} more contexts`) : null;
   dialog.querySelector("aside").replaceChildren(...[
     promptText(row, "button"),
+    unknownWords(row),
     row.negative_prompt ? element("p", { className: "dim" }, "negative prompt: " + row.negative_prompt) : null,
     element("div", { className: "row-sources" }, ...sources(row)),
     moreContexts,
