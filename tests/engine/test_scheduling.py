@@ -46,9 +46,7 @@ def test_rows_fill_the_room_as_well_as_any_choice_of_them(lanes: list[int], room
 def test_the_overdue_row_goes_first_and_then_the_fullest_chunks(
     drawn: list[tuple[float, bool, bool]], count: int
 ) -> None:
-    options = [
-        Option("group", 4, None, fill, order, recent) for order, (fill, recent, _) in enumerate(drawn)
-    ]
+    options = [Option("group", 4, None, fill, order, recent) for order, (fill, recent, _) in enumerate(drawn)]
     chosen = choose(options, count, None)
     assert len(chosen) == min(count, len(options))
     assert min(option.fill for option in chosen) >= max(
@@ -353,7 +351,11 @@ def test_an_image_that_fits_only_alone_waits_for_room_and_one_that_never_fits_fa
     busy = engine()
 
     def short(row: str) -> Exception | None:
-        return torch.OutOfMemoryError("small") if row == "1" or any(chunk.rows for chunk in busy.chunks) else None
+        return (
+            torch.OutOfMemoryError("small")
+            if row == "1" or any(chunk.rows for chunk in busy.chunks)
+            else None
+        )
 
     busy.backbone.fails |= {"decode": short, "decode in tiles": short}
     rows = [numbered(number, 3 + number, 2) for number in range(4)]

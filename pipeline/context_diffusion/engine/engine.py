@@ -8,7 +8,7 @@ files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, wait
 from time import perf_counter
 
@@ -22,7 +22,15 @@ from context_diffusion.engine.chunk import Chunk, ChunkSizes, Occupancy
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.finishing import Finisher, Finishing, Inline, decoded
 from context_diffusion.engine.preparation import Preparation
-from context_diffusion.engine.rows import TOO_LARGE, Row, State, StepUpdate, failure_of, is_out_of_memory
+from context_diffusion.engine.rows import (
+    TOO_LARGE,
+    Row,
+    State,
+    StepUpdate,
+    failure_of,
+    free_memory,
+    is_out_of_memory,
+)
 from context_diffusion.engine.scheduling import Option, Patience, choose, fitting, options_of
 from context_diffusion.engine.step import same_bits
 
@@ -61,7 +69,7 @@ class Engine:
         self._pool: Executor = (
             ThreadPoolExecutor(threads, "engine", torch.set_num_threads, (1,)) if self._on_cpu else Inline()
         )
-        self.preparation = Preparation(backbone, self.cache, self._pool)
+        self.preparation = Preparation(backbone, self.cache, self._pool, ahead=self._on_cpu)
         self.finisher = Finisher(backbone, device, self._pool, unsafe)
         self.chunks: list[Chunk] = []
         self._rows: dict[int, Row] = {}  # those that have not ended, by their order
@@ -129,8 +137,7 @@ class Engine:
     def _choose(self) -> list[Chunk]:
         """Choose the chunks that go on; prepare rows for them, and place those that are prepared."""
         overdue = self.patience.overdue(self._oldest)
-        unplaced = [row for row in self._rows.values() if row.state.value < State.PLACED.value]
-        options = options_of(self.chunks, unplaced, self._recent, self.most_chunks)
+        options = options_of(self.chunks, self._unplaced(), self._recent, self.most_chunks)
         chosen = [self._chunk(option) for option in choose(options, self.most_chunks, overdue)]
         full = [chunk for chunk in chosen if self._fill(chunk, in_order=overdue is not None)]
         self.chunks = [chunk for chunk in self.chunks if chunk.rows or chunk in chosen]
@@ -144,46 +151,15 @@ class Engine:
         return option.chunk
 
     def _fill(self, chunk: Chunk, in_order: bool) -> bool:
-        """Place prepared rows in a chunk, and begin to prepare others for it. Returns whether it has all its
-        rows: with one still being prepared it would go on with an empty lane.
-
-        in_order: an overdue row is not passed over by later ones that fit."""
+        """Place rows in a chunk. Returns whether it waits for none that is being prepared."""
         if chunk.closed:
             return True
-        free = chunk.free
-        rows = self._candidates(chunk)
-        if not in_order:
-            rows.sort(key=lambda row: -row.state.value)  # those that are prepared go first
-        chosen = [rows[number] for number in fitting([row.lanes for row in rows], free, in_order)]
-        self._prepare(row for row in chosen if row.state == State.WAITING)
-        for row in chosen:
-            if row.state == State.PREPARED:
-                chunk.place(row)
-        if self._on_cpu:
-            self._prepare_ahead(chunk)
-        return not any(row.state == State.PREPARING for row in chosen)
-
-    def _candidates(self, chunk: Chunk) -> list[Row]:
-        """Return the rows without a place that could go to a chunk, the oldest first."""
         key = chunk.group, chunk.size
-        return [
-            row
-            for row in self._rows.values()
-            if row.state.value < State.PLACED.value and (row.group, row.size) == key
-        ]
+        rows = [row for row in self._unplaced() if (row.group, row.size) == key]
+        return self.preparation.fill(chunk, rows, self._placed, in_order)
 
-    def _prepare_ahead(self, chunk: Chunk) -> None:
-        """Prepare rows beside the steps, as many as a chunk holds, so that it does not wait for them."""
-        rows = self._candidates(chunk)
-        room = chunk.size - sum(row.lanes for row in rows if row.state != State.WAITING)
-        waiting = [row for row in rows if row.state == State.WAITING]
-        self._prepare(waiting[number] for number in fitting([row.lanes for row in waiting], room))
-
-    def _prepare(self, rows: Iterable[Row]) -> None:
-        if not self.preparation.held(self._placed):
-            self.preparation.begin(rows)
-        if not self._on_cpu:  # it was done at once
-            self._failed += self._collect_prepared()
+    def _unplaced(self) -> list[Row]:
+        return [row for row in self._rows.values() if row.state.value < State.PLACED.value]
 
     def _advance(self, chunks: list[Chunk]) -> list[Outcome]:
         """Move chunks one step on. Returns the rows that failed for lack of memory."""
@@ -235,14 +211,13 @@ class Engine:
         return ended
 
     def _collect_prepared(self) -> list[Outcome]:
-        failed = self.preparation.collect(self._placed)
+        self.preparation.collect(self._placed)
+        failed = self.preparation.take_failed()
         for row, _ in failed:
             self._end(row)
         for row in [row for row in self._rows.values() if row.state == State.PREPARED and not row.steps]:
             # Image to image with a strength that is too small for a step.
             self._finish(row, row.ready.latents)
-        if failed:
-            self._free_memory()
         return [(row.request, failure) for row, failure in failed]
 
     def _finish(self, row: Row, latents: Tensor) -> None:
@@ -267,19 +242,19 @@ class Engine:
 
     def _decode_again(self, row: Row, before: Finishing) -> list[Outcome]:
         """Decode a row after the decoder ran out of memory: in tiles, then without rows beside it."""
-        self._free_memory()
-        tiled = before.tiled or self.backbone.tiles
-        if tiled == before.tiled and not self.chunks:
-            self._end(row)
-            return [(row.request, TOO_LARGE)]
-        again = tiled == before.tiled
-        if again:
+        free_memory()
+        if self.backbone.tiles and not before.tiled:
+            self._finishing[row] = self.finisher.start(row, before.latents, tiled=True)
+            return []
+        if self.chunks:
             self.sizes.shrink(max(chunk.size for chunk in self.chunks))
             self._give_up_chunks()
-        self._finishing[row] = self.finisher.start(row, before.latents, tiled)
-        if again:  # before others take its room
-            wait([self._finishing[row].future])
-        return []
+        alone = self.finisher.start(row, before.latents, before.tiled)
+        error = alone.future.exception()  # waits, before other rows take the room
+        self._end(row)
+        if error is not None and not is_out_of_memory(error):
+            raise error
+        return [(row.request, TOO_LARGE if error else alone.future.result())]
 
     def _out_of_memory(self, chunk: Chunk) -> list[Outcome]:
         """After a step of a chunk ran out of memory: all rows begin again, in smaller chunks, or in one chunk
@@ -297,7 +272,7 @@ class Engine:
     def _give_up_chunks(self) -> None:
         """Let the rows of all chunks begin again."""
         self._resize(close=False)
-        self._free_memory()
+        free_memory()
 
     def _resize(self, close: bool) -> None:
         """Give rows without a place the size that chunks have now. close: those in chunks finish there; else
@@ -321,7 +296,3 @@ class Engine:
                 f"the row has {row.lanes} guidance branches, more than the {most} lanes of a chunk",
             )
         return size
-
-    def _free_memory(self) -> None:
-        if not self._on_cpu:
-            torch.cuda.empty_cache()

@@ -20,9 +20,7 @@ from context_diffusion.core.records import Failure, Pixels, Result
 from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.rows import Row
 
-NOT_FINITE = Failure(
-    ErrorCode.ENGINE_ERROR, "the latents are not finite: try a smaller guidance_scale"
-)
+NOT_FINITE = Failure(ErrorCode.ENGINE_ERROR, "the latents are not finite: try a smaller guidance_scale")
 
 
 class Inline(Executor):

@@ -7,7 +7,6 @@ S steps
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from concurrent.futures import Executor, Future
 
 import torch
@@ -15,38 +14,67 @@ from torch import Tensor
 
 from context_diffusion.core.records import Failure, Request
 from context_diffusion.engine.backbone import Backbone
+from context_diffusion.engine.chunk import Chunk
 from context_diffusion.engine.embedding_cache import Cache
-from context_diffusion.engine.rows import Prepared, Row, State, failure_of, is_out_of_memory
+from context_diffusion.engine.rows import (
+    Prepared,
+    Row,
+    State,
+    failure_of,
+    free_memory,
+    is_out_of_memory,
+)
 from context_diffusion.engine.scheduler_tables import Table, make_table
+from context_diffusion.engine.scheduling import fitting
 
 NOISE_COLUMN = 6  # of scheduler_tables.Table
 
 
 class Preparation:
-    """Prepares rows in a pool of threads."""
+    """Prepares rows for chunks in a pool of threads.
 
-    def __init__(self, backbone: Backbone, cache: Cache, pool: Executor) -> None:
-        self.backbone, self.cache, self.pool = backbone, cache, pool
+    ahead: rows are prepared beside the steps, not when a chunk needs them."""
+
+    def __init__(self, backbone: Backbone, cache: Cache, pool: Executor, ahead: bool) -> None:
+        self.backbone, self.cache, self.pool, self.ahead = backbone, cache, pool, ahead
         self.futures: dict[Row, Future[Prepared]] = {}
         self._held: int | None = None  # rows placed when memory did not suffice for another one
+        self._failed: list[tuple[Row, Failure]] = []
 
-    def held(self, placed: int) -> bool:
-        """Return whether no row may be begun: memory did not suffice beside so many placed rows."""
-        if self._held is not None and placed < self._held:
-            self._held = None
-        return self._held is not None
+    def fill(self, chunk: Chunk, rows: list[Row], placed: int, in_order: bool) -> bool:
+        """Place prepared rows in a chunk, and begin to prepare others for it. Returns whether it has all its
+        rows: with one still being prepared it would go on with an empty lane.
 
-    def begin(self, rows: Iterable[Row]) -> None:
+        rows: without a place, that could go to it, the oldest first. placed: rows in chunks. in_order: an
+        overdue row is not passed over by later ones that fit."""
+        if not in_order:
+            rows = sorted(rows, key=lambda row: -row.state.value)  # those that are prepared go first
+        chosen = [rows[number] for number in fitting([row.lanes for row in rows], chunk.free, in_order)]
+        self._begin([row for row in chosen if row.state == State.WAITING], placed)
+        for row in chosen:
+            if row.state == State.PREPARED:
+                chunk.place(row)
+        if self.ahead:
+            room = chunk.size - sum(
+                row.lanes for row in rows if row.state in (State.PREPARING, State.PREPARED)
+            )
+            waiting = [row for row in rows if row.state == State.WAITING]
+            self._begin([waiting[n] for n in fitting([row.lanes for row in waiting], room)], placed)
+        return not any(row.state == State.PREPARING for row in chosen)
+
+    def _begin(self, rows: list[Row], placed: int) -> None:
+        if self._held is not None and placed >= self._held:
+            return
+        self._held = None
         for row in rows:
             row.state = State.PREPARING
             self.futures[row] = self.pool.submit(prepare, row, self.backbone, self.cache)
+        if not self.ahead:
+            self.collect(placed)
 
-    def collect(self, placed: int) -> list[tuple[Row, Failure]]:
-        """Mark the rows that are prepared. Returns those that failed, each for its own reason.
-
-        A row that did not fit into memory beside `placed` rows waits until there are fewer. Raises
-        torch.AcceleratorError for a lost device."""
-        failed = []
+    def collect(self, placed: int) -> None:
+        """Mark the rows that are prepared. A row that did not fit into memory beside `placed` rows waits until
+        there are fewer. Raises torch.AcceleratorError for a lost device."""
         for row in [row for row, future in self.futures.items() if future.done()]:
             future = self.futures.pop(row)
             error = future.exception()
@@ -57,8 +85,13 @@ class Preparation:
             elif is_out_of_memory(error) and placed:
                 self._held = placed
                 row.restart(row.size)
+                free_memory()
             else:
-                failed.append((row, failure_of(error)))
+                self._failed.append((row, failure_of(error)))
+
+    def take_failed(self) -> list[tuple[Row, Failure]]:
+        """Return the rows that failed since the last call, each for its own reason."""
+        failed, self._failed = self._failed, []
         return failed
 
 

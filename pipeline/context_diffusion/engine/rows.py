@@ -100,6 +100,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return allocator or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
+def free_memory() -> None:
+    """Give the memory of a GPU that is not in use back to the driver, after it has run out."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def failure_of(error: BaseException) -> Failure:
     """Return a row's failure, from whatever its admission raised."""
     if isinstance(error, RowError):

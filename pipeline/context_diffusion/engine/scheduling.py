@@ -61,9 +61,7 @@ def _taken(rows: list[Row], room: int) -> list[Row]:
     return taken
 
 
-def _option(
-    group: Hashable, size: int, chunk: Chunk | None, rows: list[Row], recent: bool = False
-) -> Option:
+def _option(group: Hashable, size: int, chunk: Chunk | None, rows: list[Row], recent: bool = False) -> Option:
     fill = sum(row.lanes for row in rows) / size
     return Option(group, size, chunk, fill, min(row.order for row in rows), recent)
 

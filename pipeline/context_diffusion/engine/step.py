@@ -27,7 +27,9 @@ def denoise(backbone: Backbone, buffers: LaneBuffers, controlled: bool) -> None:
     controlled: whether ControlNets run; where they do not, all rows are outside of their control window."""
     b = buffers
     now = b.tables[b.places, b.step]
-    time, scale, p, q, x, out, before, noise, window = now.view(*now.shape, *[1] * (b.latents.dim() - 1)).unbind(1)
+    time, scale, p, q, x, out, before, noise, window = now.view(
+        *now.shape, *[1] * (b.latents.dim() - 1)
+    ).unbind(1)
     outputs = backbone.predict(
         (b.latents * scale)[b.row_of_lane],
         time.flatten()[b.row_of_lane],

@@ -128,9 +128,7 @@ class NativeBackbone:
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         return self.model.encode_pixels(to_tensor(request.query).to(self.model.device)).float()
 
-    def predict(
-        self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Conditions | None
-    ) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Conditions | None) -> Tensor:
         down, mid, draft = None, None, None
         if control is not None:
             down, mid, draft = self._control(latents, timesteps, lanes, control)

@@ -40,6 +40,7 @@ from context_diffusion.models.normalization import normalise
 from context_diffusion.models.stable_diffusion.loading import StableDiffusion
 from context_diffusion.models.stable_diffusion.prompts import PromptEncoder
 
+
 class StableBackbone:
     """Implement engine/backbone.py. contexts: the image encoder's preprocessing."""
 
