@@ -38,12 +38,11 @@ from context_diffusion.models.native.draft import (
 from context_diffusion.models.native.draft_image import draft_image, synthesise
 from context_diffusion.models.native.look_memory import KINDS, Kind, describe_colours, describe_relief
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.native.plane_waves import COUNT
 from context_diffusion.models.native.preconditioning import EncodedDraft
 from context_diffusion.models.native.texture_separation import ReliefModel
 from context_diffusion.models.normalization import lightness_of, resized
 
-BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4), torch.zeros(1, 1, 1))
+BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, 1, 1))
 
 
 class Wanted(NamedTuple):
@@ -218,19 +217,14 @@ class NativeDrafts:
         self, layout: Layout, wanted: Wanted, looks: list[Look], image: Tensor
     ) -> tuple[EncodedDraft, Conditions]:
         """Return a draft, and the images that the finished image is made of."""
-        memory = self.model.memory
         weights = [context.weight for context in wanted.contexts] or [1.0]
-        relief = None
         parts = zip(*(looks or [BLANK]), strict=True)
-        colours, waves, rest = (torch.stack(part, 1).to(layout.tones.device) for part in parts)
+        colours, texture = (torch.stack(part, 1).to(layout.tones.device) for part in parts)
         if (number := wanted.recalled.get("colours")) is not None:
-            colours = memory.colours[number].expand_as(colours)
-        if (number := wanted.recalled.get("texture")) is not None:
-            waves, rest = torch.zeros_like(waves), torch.zeros_like(rest)
-            relief = memory.relief(number, *layout.tones.shape[2:])
-        drafts = draft(
-            layout, Look(colours, waves, rest), torch.tensor([weights], device=self.model.device), relief
-        )
+            colours = self.model.memory.colours[number].expand_as(colours)
+        if "texture" in wanted.recalled:
+            texture = torch.zeros_like(texture)
+        drafts = draft(layout, Look(colours, texture), torch.tensor([weights], device=self.model.device))
         drafts[:, TEXTURED] = 2 * image - 1
         encoded = self.model.encode_draft(drafts)
         if not self.model.detail_scale:
