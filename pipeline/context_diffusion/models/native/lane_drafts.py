@@ -238,9 +238,9 @@ class NativeDrafts:
 def _texture(relief: ReliefModel, images: Tensor, side: int) -> Tensor:
     """Measure the texture of contexts, uint8 (N, 3, S, S), at the scale of images of `side` pixels.
 
-    Returns (N, side, side) in ranks, of mean 0. It is never finer than the contexts' pixels.
+    Returns (N, s, s) in ranks, of mean 0, where s is `side` or, for larger images, S: enlarged pixels would
+    have no fine texture.
     """
     small = resized(images.float(), min(side, images.shape[-1])).round().clamp(0, 255)
     texture = VIVID * relief.texture(tones_of(small)) if relief.learned else torch.zeros_like(small[:, 0])
-    texture = resized(texture[:, None], side)[:, 0]
     return texture - texture.mean((1, 2), keepdim=True)
