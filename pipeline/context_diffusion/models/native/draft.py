@@ -57,16 +57,33 @@ def shows_tones(kinds: list[str], device: torch.device) -> Tensor:
 
 
 def layout_of(
-    control_maps: Tensor, kinds: list[str], texture_of: Callable[[Tensor], Tensor] | None = None
+    control_maps: Tensor,
+    kinds: list[str],
+    texture_of: Callable[[Tensor], Tensor] | None = None,
+    side: int = 128,
 ) -> Layout:
-    """Measure queries, uint8 (N, 3, H, W). texture_of: ReliefModel.texture; None: no texture is measured."""
+    """Measure queries, uint8 (N, 3, H, W).
+
+    texture_of: ReliefModel.texture; None: no texture is measured. side: pixels of the shorter side at which
+    textures of larger queries are measured."""
     tones = tones_of(control_maps)
     has_tones = shows_tones(kinds, tones.device)
-    texture = torch.zeros_like(tones[:, 0]) if texture_of is None else texture_of(tones)
+    texture = torch.zeros_like(tones[:, 0]) if texture_of is None else _at_side(tones, side, texture_of)
     return Layout(
         tones * has_tones[:, None, None, None],
         texture * has_tones[:, None, None],
     )
+
+
+def _at_side(tones: Tensor, side: int, texture_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Measure the textures (N, H, W) of tones (N, WAYS, H, W), those of larger images at `side` pixels."""
+    height, width = tones.shape[2:]
+    factor = side / min(height, width)
+    if factor >= 1:
+        return texture_of(tones)
+    small = F.interpolate(tones, (round(height * factor), round(width * factor)), mode="area")
+    texture = texture_of(small)[:, None]
+    return F.interpolate(texture, (height, width), mode="bilinear", align_corners=False)[:, 0]
 
 
 def look_of(images: Tensor, side: int, texture_of: Callable[[Tensor], Tensor] | None = None) -> Look:

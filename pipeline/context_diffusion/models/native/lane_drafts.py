@@ -153,12 +153,15 @@ class NativeDrafts:
     def image_of(self, request: Request) -> Tensor:
         """Return a row's draft alone, (1, 3, H, W) in [0, 1]. Raises ValueError for a row without a draft."""
         contexts = weighted_contexts(request, self.model.context_slots)
-        _, detail = self.of(request, Branch(1.0, contexts=True, prompt=True), contexts, Cache(2**26))
-        if not detail:
+        weighted = [context for context in contexts if context.weight and request.settings.context_scale]
+        cache = Cache(2**26)
+        wanted = self._wanted(request, Branch(1.0, contexts=True, prompt=True), weighted, cache)
+        if not (wanted.contexts or wanted.recalled):
             raise ValueError(
                 f"row {request.id}: no draft without contexts and a control map that shows tones"
             )
-        return detail["drafts"]
+        tones = tones_of(to_tensor(request.controls[0].pixels).to(self.model.device))
+        return self._image(request, tones, wanted, self._looks(wanted.contexts, cache), cache)
 
     def _draft_of(self, request: Request, wanted: Wanted, cache: Cache) -> tuple[EncodedDraft, Conditions]:
         control = request.controls[0]
@@ -168,15 +171,16 @@ class NativeDrafts:
         seed = request.settings.seed or 0
 
         def make() -> tuple[EncodedDraft, Conditions]:
-            image = self._image(request, layout, wanted, looks, cache)
+            image = self._image(request, layout.tones.float(), wanted, looks, cache)
             return self._make_draft(layout, wanted, looks, image)
 
         return cache.get(f"draft:{key}:{wanted.key}:{seed}", make)
 
     def _image(
-        self, request: Request, layout: Layout, wanted: Wanted, looks: list[Look], cache: Cache
+        self, request: Request, tones: Tensor, wanted: Wanted, looks: list[Look], cache: Cache
     ) -> Tensor:
-        """Return the draft as an image (1, 3, H, W): models/native/draft_image.py."""
+        """Return the draft as an image (1, 3, H, W): models/native/draft_image.py. tones: of draft.tones_of.
+        """
         memory, (height, width) = self.model.memory, request.query.shape[:2]
         weights = torch.tensor([context.weight for context in wanted.contexts], device=self.model.device)
         if (number := wanted.recalled.get("colours")) is not None:
@@ -191,7 +195,8 @@ class NativeDrafts:
             palette = mixed_palettes(palettes, weights.tolist())
         seed, side = request.settings.seed or 0, min(height, width)
         if (number := wanted.recalled.get("texture")) is not None:
-            texture = synthesise(memory.relief(number, side, side)[0], height, width, seed)
+            measured = min(side, memory.reliefs.shape[1])
+            texture = synthesise(memory.relief(number, measured, measured)[0], height, width, seed)
         else:
             parts = [
                 cache.get(f"texture:{c.key}:{side}", partial(self._texture, c.pixels, side))
@@ -202,10 +207,10 @@ class NativeDrafts:
             texture = (
                 average_textures(torch.stack(drawn)[None], weights.new_tensor([shares]))[0]
                 if drawn
-                else layout.tones.new_zeros(height, width)
+                else tones.new_zeros(height, width)
             )
         query = to_tensor(request.query).to(self.model.device)
-        return draft_image(query, layout.tones.float(), colours, palette, texture)
+        return draft_image(query, tones, colours, palette, texture)
 
     def _palette(self, pixels: Any) -> Tensor:
         return palette_of(to_tensor(pixels).to(self.model.device))
