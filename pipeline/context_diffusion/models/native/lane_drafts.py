@@ -179,7 +179,7 @@ class NativeDrafts:
     def _image(
         self, request: Request, tones: Tensor, wanted: Wanted, looks: list[Look], cache: Cache
     ) -> Tensor:
-        """Return the draft as an image (1, 3, H, W): models/native/draft_image.py. tones: of draft.tones_of."""
+        """Return the draft as an image (1, 3, H, W). tones: of draft.tones_of, (1, WAYS, H, W)."""
         memory, (height, width) = self.model.memory, request.query.shape[:2]
         weights = torch.tensor([context.weight for context in wanted.contexts], device=self.model.device)
         if (number := wanted.recalled.get("colours")) is not None:
