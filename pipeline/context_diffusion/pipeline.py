@@ -103,8 +103,8 @@ class ContextDiffusion:
         """Make an engine. chunk: the most lanes in a call of the model; default: what suits many rows. Raises
         ModelError for a chunk that the table of the model and device lacks."""
         if chunk is not None and chunk not in self.chunks:
-            sizes = ", ".join(map(str, self.chunks))
-            raise ModelError(f"chunk {chunk}: this model on this device has chunks of {sizes} lanes")
+            known = ", ".join(map(str, self.chunks))
+            raise ModelError(f"chunk {chunk}: this model on this device has chunks of {known} lanes")
         sizes = [size for size in self.chunks if chunk is None or size <= chunk]
         return Engine(self.backbone, self.device, sizes, unsafe=self.unsafe, threads=self.threads)
 

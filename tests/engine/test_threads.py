@@ -3,6 +3,7 @@ backbone."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Pixels, Request, Result
+from context_diffusion.models.resolve import BUNDLED
 from context_diffusion.pipeline import make_engine
 from support.diffusers_reference import reference, row
-from support.tiny import request, tiny_model
+from support.tiny import picture, request, tiny_model
 from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
 
 RUNS = 20
@@ -97,3 +99,27 @@ def test_threads_change_no_row_of_the_native_model(tmp_path: Path) -> None:
         ),
     ]
     assert_equal_bits(str(tmp_path / "model"), rows)
+
+
+def strokes(seed: int) -> Pixels:
+    """Return a context, (256, 256, 3), of diagonal strokes in several hues: it has a texture."""
+    hues = picture(seed, 64, 64).repeat(4, 0).repeat(4, 1).astype(float)
+    place = np.arange(256)[:, None] + np.arange(256) * (seed % 3 - 1)
+    return (hues * (0.75 + 0.25 * np.sin(place / 1.5))[..., None]).astype(np.uint8)
+
+
+def test_order_and_threads_change_no_row_of_the_bundled_model() -> None:
+    """Its drafts transport colours, synthesise textures and recall looks, which a tiny model does not."""
+    size = (128, 128)
+    contexts = [tuple(strokes(seed) for seed in seeds) for seeds in ((1,), (2, 3), (4,), (5, 6, 7))]
+    prompts = [None, "blue stripes", None, "green dots"]
+    rows = [
+        replace(request(number, prompt=prompt, size=size, num_inference_steps=2), contexts=shown)
+        for number, (prompt, shown) in enumerate(zip(prompts, contexts, strict=True))
+    ]
+    [expected] = generate(str(BUNDLED), rows, 1, 1)
+    assert len({image.tobytes() for image in expected}) == len(rows)
+    for order, threads in (([3, 1, 0, 2], 1), ([0, 1, 2, 3], 2), ([2, 3, 1, 0], 2)):
+        [images] = generate(str(BUNDLED), [rows[number] for number in order], threads, 1)
+        for number, image in zip(order, images, strict=True):
+            assert np.array_equal(image, expected[number]), f"row {number} of {order}, {threads} threads"

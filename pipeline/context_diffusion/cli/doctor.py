@@ -21,6 +21,7 @@ from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address, kno
 from context_diffusion.storage.filesystem import Storage
 
 PATIENCE_S = 5.0  # the limit for each answer
+BUNDLED_NOTE = "; it recolours and textures queries; to generate content use sd15 or sdxl"
 
 
 def run_checks(urls: list[str], output: str | None, model: str, address: str | None) -> Iterator[Check]:
@@ -89,7 +90,9 @@ def weights(model: str) -> Check:
             revision = find_model(model).revision
         except ContextDiffusionError as error:
             return Check("model", False, _message(error), {"model": model, "cached": False})
-        return Check("model", True, f"{model}: found, revision {revision}", {"model": model, "cached": True})
+        note = BUNDLED_NOTE if model == "bundled" else ""
+        message = f"{model}: found, revision {revision}{note}"
+        return Check("model", True, message, {"model": model, "cached": True})
     parts = parts_of(model)
     missing = [part for part in parts.all if not is_cached(part, parts.revision)]
     if not missing:

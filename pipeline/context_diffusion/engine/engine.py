@@ -9,8 +9,9 @@ files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ class Engine:
             if chunks := self._choose():
                 self._recent = chunks
                 return ended + self._advance(chunks)
-            under_way = [*self.preparation.futures.values(), *(f.future for f in self._finishing.values())]
+            under_way: list[Future[Any]] = [*self.preparation.futures.values(), *(f.future for f in self._finishing.values())]
             if under_way and not ended:
                 wait(under_way, return_when=FIRST_COMPLETED)
             return ended

@@ -73,7 +73,7 @@ class LaneAttention:
     ) -> Tensor:
         query = _heads(attn.to_q(hidden_states), attn.heads)
         attended = self._attend(query, lanes.text, lanes.bias, attn.heads)
-        if lanes.contexts:
+        if lanes.context_scale is not None:
             shown = self._attend(query, lanes.contexts, lanes.context_bias, attn.heads)
             attended = attended + lanes.context_scale * shown
         return _projected(attn, attended)

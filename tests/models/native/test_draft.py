@@ -83,24 +83,10 @@ def test_a_context_of_weight_zero_is_none_and_weights_are_relative() -> None:
     assert not torch.allclose(drawn(queries, a, b, weights=(2.0, 1.0)), drawn(queries, a, b), atol=1e-3)
 
 
-def test_the_contexts_stripes_are_drawn_over_the_query_and_its_own_are_told() -> None:
-    place = np.arange(64)[None] + np.zeros((64, 1))
-    stripes = np.repeat((128 + 60 * np.sin(2 * np.pi * place / 9))[..., None], 3, 2).astype(np.uint8)
-    flat = ramp((90, 90, 90), (120, 120, 120))
-    theirs, own = drawn(flat, stripes)[9:]
-    wave = torch.from_numpy(np.sin(2 * np.pi * place / 9))
-    assert torch.corrcoef(torch.stack([theirs.flatten(), wave.flatten().float()]))[0, 1] > 0.95
-    assert own.abs().mean() < 0.1 * theirs.abs().mean()
-    plain, textured = drawn(flat, stripes)[:3], drawn(flat, stripes)[6:9]
-    assert textured.diff(dim=2).abs().mean() > 3 * plain.diff(dim=2).abs().mean()
-    theirs, own = drawn(stripes, flat)[9:]
-    assert theirs.abs().mean() < 0.1 * own.abs().mean()
-
-
 def test_edge_maps_have_no_tones() -> None:
     layout = layout_of(tensor(picture(1)).repeat(2, 1, 1, 1), ["gray", "canny"])
     assert layout.tones.flatten(1).any(1).tolist() == [True, False]
-    assert not layout.waves[1].any()
+    assert not layout.texture[1].any()
     looks = Look(*(part[None].expand(2, *([-1] * part.ndim)) for part in look_of(tensor(picture(2)), 64)))
     assert draft(layout, looks, torch.ones(2, 1)).flatten(1).any(1).tolist() == [True, False]
 

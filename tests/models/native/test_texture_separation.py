@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from context_diffusion.models.native.draft import (
-    CHANNELS,
     PLAIN,
     TEXTURED,
     Layout,
     Look,
+    average_textures,
     draft,
     layout_of,
     look_of,
@@ -96,30 +96,30 @@ def test_pictures_are_treated_one_by_one(relief: ReliefModel) -> None:
     )
 
 
-def looks(rest: Tensor) -> Look:
-    """Of M contexts that have this rest and nothing else: (M, S, S)."""
-    plain = look_of(torch.cat([tensor(picture(9))] * len(rest)), 64)
-    return Look(plain.colours[None], torch.zeros_like(plain.waves)[None], rest[None])
+def looks(textures: Tensor) -> Look:
+    """Looks of M contexts that have these textures, (M, S, S), and nothing else."""
+    plain = look_of(torch.cat([tensor(picture(9))] * len(textures)), 64)
+    return Look(plain.colours[None], textures[None])
 
 
-def test_what_does_not_repeat_is_drawn_as_strongly_for_several_contexts() -> None:
-    rest, layout = (
+def test_a_texture_is_drawn_as_strongly_for_several_contexts() -> None:
+    textures, layout = (
         0.1 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0)),
         layout_of(tensor(picture(1)), ["gray"]),
     )
-    theirs = [
-        draft(layout, looks(rest[:count]), torch.ones(1, count))[0, CHANNELS - 2].std().item()
+    strengths = [
+        average_textures(textures[None, :count], torch.full((1, count), 1 / count)).std().item()
         for count in (1, 2, 3)
     ]
-    assert theirs[1] == pytest.approx(theirs[0], rel=0.05)
-    assert theirs[2] == pytest.approx(theirs[0], rel=0.05)
-    same = draft(layout, looks(rest[:1].repeat(3, 1, 1)), torch.ones(1, 3))
-    assert torch.allclose(same, draft(layout, looks(rest[:1]), torch.ones(1, 1)), atol=1e-4)
+    assert strengths[1] == pytest.approx(strengths[0], rel=0.05)
+    assert strengths[2] == pytest.approx(strengths[0], rel=0.05)
+    same = draft(layout, looks(textures[:1].repeat(3, 1, 1)), torch.ones(1, 3))
+    assert torch.allclose(same, draft(layout, looks(textures[:1]), torch.ones(1, 1)), atol=1e-4)
     without, first = (
-        draft(layout, looks(part), torch.ones(1, 1))[:, TEXTURED] for part in (0 * rest[:1], rest[:1])
+        draft(layout, looks(part), torch.ones(1, 1))[:, TEXTURED] for part in (0 * textures[:1], textures[:1])
     )
     assert (without - first).abs().mean() > 0.05
-    ignored = draft(layout, looks(rest[:2]), torch.tensor([[1.0, 0.0]]))
+    ignored = draft(layout, looks(textures[:2]), torch.tensor([[1.0, 0.0]]))
     assert torch.equal(ignored[:, TEXTURED], first)
 
 
@@ -133,7 +133,7 @@ def test_a_larger_picture_has_it_mirrored() -> None:
     assert torch.equal(mirrored(field, 2, 2), field[:, :2, :2])
 
 
-def test_the_querys_own_texture_goes_where_contexts_have_none_or_words_ask_for_another(
+def test_the_querys_own_texture_is_removed_where_contexts_have_none(
     relief: ReliefModel,
 ) -> None:
     rng = np.random.default_rng(2)
@@ -144,21 +144,20 @@ def test_the_querys_own_texture_goes_where_contexts_have_none_or_words_ask_for_a
     context = look_of(
         tensor(np.linspace(0, 255, 128)[None, :, None].repeat(128, 0).repeat(3, 2).astype(np.uint8)), 128
     )
-    seen = Look(*(part[None] for part in context))._replace(waves=torch.zeros(1, 1, 1, 4))
+    seen = Look(*(part[None] for part in context))
     layout = layout_of(striped, ["gray"], relief.texture)
     dots = torch.from_numpy(texture_field(replace(style, texture="dots"), 128, rng))[None]
     dots -= (dots * stripes).mean() / stripes.square().mean() * stripes
 
-    def share(of: Layout, strength: float = 0.0, words: Tensor | None = None) -> float:
-        """Of the stripes that is left in the draft. strength: of the dots that the context has, their
-        deviation in ranks."""
-        rest = strength * dots[None] / dots.std()
-        made = draft(of, seen._replace(rest=rest), torch.ones(1, 1), words)[0, TEXTURED].mean(0)
+    def share(of: Layout, strength: float = 0.0) -> float:
+        """Return the share of the stripes that is left in the draft. strength: std, in ranks, of the dots
+        that the context has."""
+        texture = strength * dots[None] / dots.std()
+        made = draft(of, seen._replace(texture=texture), torch.ones(1, 1))[0, TEXTURED].mean(0)
         return float((made * stripes).mean() / stripes.square().mean())
 
     left = share(layout_of(striped, ["gray"]))
     assert abs(share(layout)) < 0.4 * left
-    assert abs(share(layout, words=0.1 * dots)) < 0.4 * left
     assert share(layout, 0.1) > 0.8 * left
     assert share(layout) < share(layout, 1.5 * PLAIN) < share(layout, 0.1), "not all at once"
     assert not any(part.any() for part in layout_of(striped, ["canny"], relief.texture))

@@ -2,11 +2,10 @@
 
 A draft extends dynamic normalisation: the query's own statistics are replaced by the contexts', as whole
 curves instead of mean and std. There are two, since neither is always right: by rank (histogram matching,
-Gonzalez and Woods) and by distance from the mean in stds (Reinhard et al. 2001). The contexts' plane waves
-(models/native/plane_waves.py) are added to the tones, with the part of their texture
-(models/native/texture_separation.py) that does not repeat. The query's own texture stays, since its edges are
-wanted, unless the contexts have none or words ask for another one. Its waves are given beside the contexts',
-since they may be layout or a texture to remove.
+Gonzalez and Woods) and by distance from the mean in stds (Reinhard et al. 2001). The contexts' texture
+(models/native/texture_separation.py) is added to the tones. The query's own texture stays, since its edges
+are wanted, unless the contexts have none or words ask for another one. Training draws all of a draft here;
+for a generated image TEXTURED is replaced by that of models/native/draft_image.py.
 
 Every function treats its images one by one. B rows  M contexts of a row  N images  H W pixels
 """
@@ -21,17 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from context_diffusion.models.native.plane_waves import draw_waves, waves_of
 from context_diffusion.models.normalization import LEVEL, lightness_of
 
 WAYS, STEPS = 2, 64  # by rank and by stds; steps of a curve
-CHANNELS = 3 * WAYS + 3 + 2  # plain in both ways, textured, the contexts' waves and the query's waves
+CHANNELS = 3 * WAYS + 3  # plain in both ways, textured
 TEXTURED = slice(3 * WAYS, 3 * WAYS + 3)
 REACH = 2.5  # stds from the mean that a curve covers
 FALL = 0.7  # steps: how fast a colour's weight falls off; a step without colours takes the nearest one
 PICTURE_KINDS = ("gray", "none")  # control maps that show tones; those of edges do not
 VIVID = 1.15  # factor of a context's separated texture: uncertain textures are estimated too faint
-WAVE_SCALE = 4.0  # waves are about .1 to .25 of the range of tones
 # Std, in ranks, of the contexts' texture: up to it they have none; from twice it on the query keeps its
 # texture.
 PLAIN = 0.02
@@ -43,7 +40,6 @@ class Layout(NamedTuple):
     """What drafts need of queries. tones: (N, WAYS, H, W), 0 for control maps that show no tones."""
 
     tones: Tensor
-    waves: Tensor  # (N, K, 4)
     texture: Tensor  # (N, H, W), in ranks
 
 
@@ -52,8 +48,7 @@ class Look(NamedTuple):
     in [0, 1] and their number, as shares of the image."""
 
     colours: Tensor
-    waves: Tensor  # (N, K, 4)
-    rest: Tensor  # (N, S, S), the rest of their texture, in ranks; mirrored for larger images
+    texture: Tensor  # (N, S, S), in ranks; mirrored for larger images
 
 
 def shows_tones(kinds: list[str], device: torch.device) -> Tensor:
@@ -62,31 +57,44 @@ def shows_tones(kinds: list[str], device: torch.device) -> Tensor:
 
 
 def layout_of(
-    control_maps: Tensor, kinds: list[str], texture_of: Callable[[Tensor], Tensor] | None = None
+    control_maps: Tensor,
+    kinds: list[str],
+    texture_of: Callable[[Tensor], Tensor] | None = None,
+    side: int = 128,
 ) -> Layout:
-    """Measure queries, uint8 (N, 3, H, W). texture_of: ReliefModel.texture; None: no texture is measured."""
+    """Measure queries, uint8 (N, 3, H, W).
+
+    texture_of: ReliefModel.texture; None: no texture is measured. side: pixels of the shorter side at which
+    textures of larger queries are measured."""
     tones = tones_of(control_maps)
-    waves = waves_of(tones[:, 0])
     has_tones = shows_tones(kinds, tones.device)
-    texture = torch.zeros_like(tones[:, 0]) if texture_of is None else texture_of(tones)
+    texture = torch.zeros_like(tones[:, 0]) if texture_of is None else _at_side(tones, side, texture_of)
     return Layout(
         tones * has_tones[:, None, None, None],
-        waves * has_tones[:, None, None],
         texture * has_tones[:, None, None],
     )
+
+
+def _at_side(tones: Tensor, side: int, texture_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Measure the textures (N, H, W) of tones (N, WAYS, H, W), those of larger images at `side` pixels."""
+    height, width = tones.shape[2:]
+    factor = side / min(height, width)
+    if factor >= 1:
+        return texture_of(tones)
+    small = F.interpolate(tones, (round(height * factor), round(width * factor)), mode="area")
+    texture = texture_of(small)[:, None]
+    return F.interpolate(texture, (height, width), mode="bilinear", align_corners=False)[:, 0]
 
 
 def look_of(images: Tensor, side: int, texture_of: Callable[[Tensor], Tensor] | None = None) -> Look:
     """Measure contexts, uint8 (N, 3, S, S).
 
     side: pixels a side of generated images, at which textures are measured. texture_of: ReliefModel.texture;
-    None: waves are searched in the tones, where a layout hides some, and there is no rest."""
+    None: no texture is measured."""
     tones = tones_of(images)
     small = F.adaptive_avg_pool2d(tones, side)
-    texture = small[:, 0] if texture_of is None else VIVID * texture_of(small)
-    waves = waves_of(texture)
-    rest = torch.zeros_like(texture) if texture_of is None else texture - draw_waves(waves, side, side)
-    return Look(colours_of(images, tones), waves, rest)
+    texture = torch.zeros_like(small[:, 0]) if texture_of is None else VIVID * texture_of(small)
+    return Look(colours_of(images, tones), texture)
 
 
 def _lightness(images: Tensor) -> Tensor:
@@ -119,31 +127,21 @@ def colours_of(images: Tensor, tones: Tensor) -> Tensor:
     return (sums.transpose(2, 3).double() / (255 * tones.shape[2])).float()
 
 
-def draft(layouts: Layout, looks: Look, weights: Tensor, relief: Tensor | None = None) -> Tensor:
-    """Return drafts (B, CHANNELS, H, W) of about -1 to 1; 0 for a row without contexts or tones.
+def draft(layouts: Layout, looks: Look, weights: Tensor) -> Tensor:
+    """Return drafts (B, CHANNELS, H, W) in [-1, 1]; 0 for a row without contexts or tones.
 
-    layouts: of B rows. looks: each part (B, M, ...), with weights (B, M) >= 0. relief: (B, H, W), a texture
-    in ranks that words ask for, if the looks have none."""
+    layouts: of B rows. looks: each part (B, M, ...), with weights (B, M) >= 0."""
     tones = layouts.tones.float()
     height, width = tones.shape[2:]
     rate = tones.new_tensor(RATE)[:, None, None]
     curves = curves_of((looks.colours.float() * weights[..., None, None, None]).sum(1))
     shares = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
-    waves = looks.waves.float() * torch.stack([torch.ones_like(shares)] * 2 + [shares] * 2, 2)[:, :, None]
-    theirs = draw_waves(waves.flatten(1, 2), height, width)[:, None]
-    query_waves = draw_waves(layouts.waves, height, width)[:, None]
-    theirs = theirs + mirrored(average_textures(looks.rest.float(), shares), height, width)[:, None]
-    goes = plainness(theirs)
-    theirs = theirs if relief is None else theirs + relief[:, None]
-    theirs = theirs - theirs.mean((2, 3), keepdim=True)  # the curve of colours contains the texture's mean
-    tones = (tones - goes * layouts.texture.float()[:, None] * rate).clamp(0, 1)
-    textured = (tones + theirs * rate).clamp(0, 1)
-    parts = [
-        *coloured(tones, curves),
-        torch.stack(coloured(textured, curves)).mean(0),
-        WAVE_SCALE * theirs,
-        WAVE_SCALE * query_waves,
-    ]
+    texture = mirrored(average_textures(looks.texture.float(), shares), height, width)[:, None]
+    removed = plainness(texture) * layouts.texture.float()[:, None]
+    texture = texture - texture.mean((2, 3), keepdim=True)  # the curve of colours contains the texture's mean
+    tones = (tones - removed * rate).clamp(0, 1)
+    textured = (tones + texture * rate).clamp(0, 1)
+    parts = [*coloured(tones, curves), torch.stack(coloured(textured, curves)).mean(0)]
     has_draft = (weights > 0).any(1) & tones.flatten(1).any(1)
     return torch.cat(parts, 1) * has_draft[:, None, None, None]
 
@@ -154,11 +152,11 @@ def plainness(textures: Tensor) -> Tensor:
     return (2 - textures.std((2, 3), correction=0, keepdim=True) / PLAIN).clamp(0, 1)
 
 
-def average_textures(rests: Tensor, shares: Tensor) -> Tensor:
-    """Average the rests (B, M, S, S) of several contexts to (B, S, S), scaled to the strength of one:
+def average_textures(textures: Tensor, shares: Tensor) -> Tensor:
+    """Average the textures (B, M, S, S) of several contexts to (B, S, S), scaled to the strength of one:
     averaging cancels them."""
-    mean = (rests * shares[..., None, None]).sum(1)
-    wanted = (rests.square().mean((2, 3)) * shares).sum(1)
+    mean = (textures * shares[..., None, None]).sum(1)
+    wanted = (textures.square().mean((2, 3)) * shares).sum(1)
     return mean * (wanted / mean.square().mean((1, 2)).clamp(min=1e-12)).sqrt().clamp(max=2)[:, None, None]
 
 

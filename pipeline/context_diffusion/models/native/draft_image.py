@@ -24,7 +24,7 @@ from context_diffusion.models.native.colour_transport import (
 )
 from context_diffusion.models.native.draft import RATE, coloured, curves_of
 
-TEXTURE, CHROMA = 0.8, 0.5  # factors of the contexts' texture: its lightness, and its chroma beside that
+TEXTURE, CHROMA = 0.55, 0.5  # factors of the contexts' texture: its lightness, and its chroma beside that
 TRIALS = 16  # places of which a block of a texture is taken from the best
 BORDER = 0.4  # factor of the query's finest lightness at its borders
 STRONG = 9.0  # gradient of lightness, of 0 to 100 a pixel, that counts half as a border
@@ -55,7 +55,9 @@ def draft_image(
     result = result + TEXTURE * (1 - SPARED * borders) * added
     fine = lab[:, :1] - blurred(lab[:, :1], FINE * min(lab.shape[2:]))
     fine = fine * fine.square() / (fine.square() + HALO**2)
-    lightness = result[:, :1] + BORDER * borders * fine
+    # A dark shape would have a light halo: no pixel gets lighter than the lightest one around it.
+    lightest = local_maximum(result[:, :1], round(2 * FINE * min(lab.shape[2:])))
+    lightness = (result[:, :1] + BORDER * borders * fine).minimum(lightest)
     return rgb_of(torch.cat([lightness.clamp(0, 100), result[:, 1:]], 1))
 
 
@@ -108,6 +110,12 @@ def border_strength(lightness: Tensor) -> Tensor:
     down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
     square = F.max_pool2d(across.square() + down.square(), 3, 1, 1)
     return blurred(square / (square + STRONG**2), 0.7)
+
+
+def local_maximum(images: Tensor, reach: int) -> Tensor:
+    """Return the maximum of (1, 1, H, W) over the square of `reach` pixels around each pixel."""
+    rows = F.max_pool2d(images, (1, 2 * reach + 1), 1, (0, reach))
+    return F.max_pool2d(rows, (2 * reach + 1, 1), 1, (reach, 0))
 
 
 def blurred(images: Tensor, std: float) -> Tensor:

@@ -45,13 +45,12 @@ from context_diffusion.models.native.look_memory import (
     shows_colours,
 )
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.native.plane_waves import COUNT
 from context_diffusion.models.native.preconditioning import EncodedDraft
 from context_diffusion.models.native.texture_separation import ReliefModel
 from context_diffusion.models.native.words import NamedColour, PromptWords, read_words
 from context_diffusion.models.normalization import lightness_of, resized
 
-BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, COUNT, 4), torch.zeros(1, 1, 1))
+BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, 1, 1))
 
 
 class Wanted(NamedTuple):
@@ -198,12 +197,15 @@ class NativeDrafts:
     def image_of(self, request: Request) -> Tensor:
         """Return a row's draft alone, (1, 3, H, W) in [0, 1]. Raises ValueError for a row without a draft."""
         contexts = weighted_contexts(request, self.model.context_slots)
-        _, detail = self.of(request, Branch(1.0, contexts=True, prompt=True), contexts, Cache(2**26))
-        if not detail:
+        weighted = [context for context in contexts if context.weight and request.settings.context_scale]
+        cache = Cache(2**26)
+        wanted = self._wanted(request, Branch(1.0, contexts=True, prompt=True), weighted, cache)
+        if not (wanted.contexts or wanted.recalled):
             raise ValueError(
                 f"row {request.id}: no draft without contexts and a control map that shows tones"
             )
-        return detail["drafts"]
+        tones = tones_of(to_tensor(request.controls[0].pixels).to(self.model.device))
+        return self._image(request, tones, wanted, self._looks(wanted.contexts, cache), cache)
 
     def _draft_of(self, request: Request, wanted: Wanted, cache: Cache) -> tuple[EncodedDraft, Conditions]:
         control = request.controls[0]
@@ -213,15 +215,15 @@ class NativeDrafts:
         seed = request.settings.seed or 0
 
         def make() -> tuple[EncodedDraft, Conditions]:
-            image = self._image(request, layout, wanted, looks, cache)
+            image = self._image(request, layout.tones.float(), wanted, looks, cache)
             return self._make_draft(layout, wanted, looks, image)
 
         return cache.get(f"draft:{key}:{wanted.key}:{seed}", make)
 
     def _image(
-        self, request: Request, layout: Layout, wanted: Wanted, looks: list[Look], cache: Cache
+        self, request: Request, tones: Tensor, wanted: Wanted, looks: list[Look], cache: Cache
     ) -> Tensor:
-        """Return the draft as an image (1, 3, H, W): models/native/draft_image.py."""
+        """Return the draft as an image (1, 3, H, W). tones: of draft.tones_of, (1, WAYS, H, W)."""
         memory, (height, width) = self.model.memory, request.query.shape[:2]
         weights = torch.tensor([context.weight for context in wanted.contexts], device=self.model.device)
         if wanted.replaces_colours:
@@ -234,7 +236,8 @@ class NativeDrafts:
             palette = mixed_palettes(palettes, weights.tolist())
         seed, side = request.settings.seed or 0, min(height, width)
         if (number := wanted.recalled.get("texture")) is not None:
-            texture = synthesise(memory.relief(number, side, side)[0], height, width, seed)
+            measured = min(side, memory.reliefs.shape[1])
+            texture = synthesise(memory.relief(number, measured, measured)[0], height, width, seed)
         else:
             parts = [
                 cache.get(f"texture:{c.key}:{side}", partial(self._texture, c.pixels, side))
@@ -245,10 +248,10 @@ class NativeDrafts:
             texture = (
                 average_textures(torch.stack(drawn)[None], weights.new_tensor([shares]))[0]
                 if drawn
-                else layout.tones.new_zeros(height, width)
+                else tones.new_zeros(height, width)
             )
         query = to_tensor(request.query).to(self.model.device)
-        return draft_image(query, layout.tones.float(), colours, palette, texture)
+        return draft_image(query, tones, colours, palette, texture)
 
     def _palette(self, pixels: Any) -> Tensor:
         return palette_of(to_tensor(pixels).to(self.model.device))
@@ -260,19 +263,14 @@ class NativeDrafts:
         self, layout: Layout, wanted: Wanted, looks: list[Look], image: Tensor
     ) -> tuple[EncodedDraft, Conditions]:
         """Return a draft, and the images that the finished image is made of."""
-        memory = self.model.memory
         weights = [context.weight for context in wanted.contexts] or [1.0]
-        relief = None
         parts = zip(*(looks or [BLANK]), strict=True)
-        colours, waves, rest = (torch.stack(part, 1).to(layout.tones.device) for part in parts)
+        colours, texture = (torch.stack(part, 1).to(layout.tones.device) for part in parts)
         if wanted.replaces_colours:
             colours = self._replacing_colours(wanted).expand_as(colours)
-        if (number := wanted.recalled.get("texture")) is not None:
-            waves, rest = torch.zeros_like(waves), torch.zeros_like(rest)
-            relief = memory.relief(number, *layout.tones.shape[2:])
-        drafts = draft(
-            layout, Look(colours, waves, rest), torch.tensor([weights], device=self.model.device), relief
-        )
+        if "texture" in wanted.recalled:
+            texture = torch.zeros_like(texture)
+        drafts = draft(layout, Look(colours, texture), torch.tensor([weights], device=self.model.device))
         drafts[:, TEXTURED] = 2 * image - 1
         encoded = self.model.encode_draft(drafts)
         if not self.model.detail_scale:
@@ -286,9 +284,9 @@ class NativeDrafts:
 def _texture(relief: ReliefModel, images: Tensor, side: int) -> Tensor:
     """Measure the texture of contexts, uint8 (N, 3, S, S), at the scale of images of `side` pixels.
 
-    Returns (N, side, side) in ranks, of mean 0. It is never finer than the contexts' pixels.
+    Returns (N, s, s) in ranks, of mean 0, where s is `side` or, for larger images, S: enlarged pixels would
+    have no fine texture.
     """
     small = resized(images.float(), min(side, images.shape[-1])).round().clamp(0, 255)
     texture = VIVID * relief.texture(tones_of(small)) if relief.learned else torch.zeros_like(small[:, 0])
-    texture = resized(texture[:, None], side)[:, 0]
     return texture - texture.mean((1, 2), keepdim=True)

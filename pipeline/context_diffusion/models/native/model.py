@@ -221,7 +221,7 @@ class NativeModel:
 
     def layout(self, control_maps: Tensor, kinds: list[str]) -> Layout:
         """Measure what drafts need of queries, uint8 (N, 3, H, W)."""
-        return layout_of(control_maps, kinds, self._texture_of)
+        return layout_of(control_maps, kinds, self._texture_of, self.image_size)
 
     def context_pixels(self, images: Tensor) -> Tensor:
         """Resize contexts, uint8 (N, 3, S, S), to `context_size`, on the model's device."""

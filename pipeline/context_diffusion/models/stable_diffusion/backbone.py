@@ -113,7 +113,7 @@ class StableBackbone:
             text, cut = cache.get(key, partial(self._text, prompt, negative))
             truncated |= cut
             lanes.append(text | contexts[branch.contexts] | both)
-        return Encoded(lanes, self._control(request, cache), truncated)
+        return Encoded(lanes, self._control_maps(request, cache), truncated)
 
     def _text(self, prompt: str | None, negative: bool) -> tuple[Conditions, bool]:
         """Encode a prompt to the keys and values of all layers, and return whether it was truncated."""
@@ -135,7 +135,7 @@ class StableBackbone:
             return {}
         scale = request.settings.context_scale
         contexts = weighted_contexts(request, self.context_slots)
-        none = cache.get("context:", lambda: self.encoder.keys_and_values(None))
+        none = cache.get("context:", partial(self.encoder.keys_and_values, None))
         if not present:
             return self._slots([none], [1.0], scale)
         keys = [
@@ -178,7 +178,7 @@ class StableBackbone:
         embedded = self.model.pipe.get_guidance_scale_embedding(scale, embedding_dim=self.guidance_width)
         return {"guidance": embedded.to(self.device, self.dtype)}
 
-    def _control(self, request: Request, cache: Cache) -> Conditions | None:
+    def _control_maps(self, request: Request, cache: Cache) -> Conditions | None:
         if not request.controls:
             return None
         scales = control_scales(request, len(self.controlnets))
