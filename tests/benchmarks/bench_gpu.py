@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from context_diffusion.engine.model_calls import Shape
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from flops import SD15, SDXL, UP, VAE, costs
 from torch import Tensor
@@ -33,7 +34,6 @@ from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.guidance import Branch, guidance_branches
-from context_diffusion.engine.model_calls import Shape
 from context_diffusion.engine.scheduler_tables import make_scheduler
 from context_diffusion.inputs.context_images import ContextPreprocessing, ImageProcessor
 from context_diffusion.inputs.control_maps import controls_of

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from context_diffusion.core.records import Request
 from context_diffusion.core.settings import Settings
-from context_diffusion.models.conditioning import to_tensor
 from context_diffusion.engine.engine import Engine
 from context_diffusion.inputs.control_maps import controls_of
+from context_diffusion.models.conditioning import to_tensor
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.draft import TEXTURED
 from context_diffusion.models.native.draft_image import give_back

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from context_diffusion.engine.model_calls import stack
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from context_diffusion.engine.model_calls import stack
 from context_diffusion.models.attention import attend_by_lanes, keys_and_values
 
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from context_diffusion.core.settings import Settings
-from context_diffusion.engine.preparation import control_window, start_step
 from context_diffusion.engine.guidance import guidance_branches
+from context_diffusion.engine.preparation import control_window, start_step
 
 scales = st.floats(0, 20).map(lambda value: round(value, 2))
 

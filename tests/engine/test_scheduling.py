@@ -20,7 +20,7 @@ from context_diffusion.engine.chunk import ChunkSizes
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.guidance import Branch, guidance_branches
-from context_diffusion.engine.rows import State, StepUpdate
+from context_diffusion.engine.rows import StepUpdate
 from context_diffusion.engine.scheduling import Option, Patience, choose, fitting
 from context_diffusion.inputs.context_images import SquareCrop
 

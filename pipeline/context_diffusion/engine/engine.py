@@ -32,7 +32,7 @@ from context_diffusion.engine.rows import (
     free_memory,
     is_out_of_memory,
 )
-from context_diffusion.engine.scheduling import Option, Patience, choose, fitting, options_of
+from context_diffusion.engine.scheduling import Option, Patience, choose, options_of
 from context_diffusion.engine.step import same_bits
 
 Outcome = tuple[Request, Result | Failure]
@@ -130,7 +130,10 @@ class Engine:
             if chunks := self._choose():
                 self._recent = chunks
                 return ended + self._advance(chunks)
-            under_way: list[Future[Any]] = [*self.preparation.futures.values(), *(f.future for f in self._finishing.values())]
+            under_way: list[Future[Any]] = [
+                *self.preparation.futures.values(),
+                *(f.future for f in self._finishing.values()),
+            ]
             if under_way and not ended:
                 wait(under_way, return_when=FIRST_COMPLETED)
             return ended
@@ -249,7 +252,8 @@ class Engine:
             return []
         if self.chunks:
             self.sizes.shrink(max(chunk.size for chunk in self.chunks))
-            self._give_up_chunks()
+            self._resize(close=False)
+            free_memory()
         alone = self.finisher.start(row, before.latents, before.tiled)
         error = alone.future.exception()  # waits, before other rows take the room
         self._end(row)
@@ -265,15 +269,11 @@ class Engine:
         if all(self._size(row) >= chunk.size for row in chunk.rows):
             failed = list(chunk.rows) if len(self.chunks) == 1 else []
             self.most_chunks = 1
-        self._give_up_chunks()
+        self._resize(close=False)
+        free_memory()
         for row in failed:
             self._end(row)
         return [(row.request, TOO_LARGE) for row in failed]
-
-    def _give_up_chunks(self) -> None:
-        """Let the rows of all chunks begin again."""
-        self._resize(close=False)
-        free_memory()
 
     def _resize(self, close: bool) -> None:
         """Give rows without a place the size that chunks have now. close: those in chunks finish there; else

@@ -73,8 +73,8 @@ class Preparation:
             self.collect(placed)
 
     def collect(self, placed: int) -> None:
-        """Mark the rows that are prepared. A row that did not fit into memory beside `placed` rows waits until
-        there are fewer. Raises torch.AcceleratorError for a lost device."""
+        """Mark the rows that are prepared. A row that did not fit into memory beside `placed` rows waits
+        until there are fewer. Raises torch.AcceleratorError for a lost device."""
         for row in [row for row, future in self.futures.items() if future.done()]:
             future = self.futures.pop(row)
             error = future.exception()

@@ -24,8 +24,8 @@ class LaneInputs(NamedTuple):
     """What the attention layers of a network read of a chunk's lanes.
 
     text: the keys and values (P, L, J) of all cross-attention layers, in the order of the network's modules:
-    k, v, k, v, ... contexts: the same of an IP-Adapter. bias, context_bias: (P, 1, 1, L), added to the logits;
-    context_scale: (P, 1, 1)."""
+    k, v, k, v, ... contexts: the same of an IP-Adapter. bias, context_bias: (P, 1, 1, L), added to the
+    logits. context_scale: (P, 1, 1); None: no IP-Adapter."""
 
     text: tuple[Tensor, ...]
     bias: Tensor | None = None
@@ -35,8 +35,8 @@ class LaneInputs(NamedTuple):
 
 
 class SelfAttention:
-    """Attend as diffusers' AttnProcessor2_0 does, with one projection for queries, keys and values; `lanes` is
-    ignored."""
+    """Attend as diffusers' AttnProcessor2_0 does, with one projection for queries, keys and values; `lanes`
+    is ignored."""
 
     def __call__(
         self,

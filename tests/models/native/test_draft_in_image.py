@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from context_diffusion.core.records import Request
-from context_diffusion.models.conditioning import weighted_contexts
 from context_diffusion.engine.embedding_cache import Cache
+from context_diffusion.models.conditioning import weighted_contexts
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.draft_image import give_back
 from support.tiny import picture, request, tiny_model

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from context_diffusion.core.records import Request
-from context_diffusion.models.conditioning import weighted_contexts
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch
 from context_diffusion.inputs.control_maps import controls_of
+from context_diffusion.models.conditioning import weighted_contexts
 from context_diffusion.models.native.lane_drafts import NativeDrafts
 from context_diffusion.models.native.look_memory import KINDS, LookMemory, describe_colours, describe_relief
 from context_diffusion.models.native.model import NativeModel

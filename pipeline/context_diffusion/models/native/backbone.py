@@ -26,7 +26,7 @@ from context_diffusion.models.conditioning import (
     weighted_contexts,
 )
 from context_diffusion.models.native.draft_image import give_back
-from context_diffusion.models.native.lane_drafts import NativeDrafts
+from context_diffusion.models.native.lane_drafts import Detail, NativeDrafts
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.preconditioning import EncodedDraft
 
@@ -86,7 +86,7 @@ class NativeBackbone:
             tokens, [context.weight * scale for context in row_contexts], self.context_slots
         )
         lanes: list[Conditions] = []
-        detail = Conditions()
+        detail = Detail()
         for branch in branches:
             # The last branch has all conditions of the row: the detail is that of its draft.
             lane_draft = Conditions()
@@ -166,7 +166,7 @@ class NativeBackbone:
     def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
         return self.model.decode(latents).float()
 
-    def _finish(self, contexts: list[Context], detail: Conditions, image: Tensor) -> Tensor:
+    def _finish(self, contexts: list[Context], detail: Detail, image: Tensor) -> Tensor:
         """Return draft + rest_scale · (image - the autoencoder's copy of the draft), so that nothing of the
         draft is lost in the autoencoder; and give the image the statistics of its contexts where the model
         does.

@@ -50,6 +50,7 @@ from context_diffusion.models.native.texture_separation import ReliefModel
 from context_diffusion.models.native.words import NamedColour, PromptWords, read_words
 from context_diffusion.models.normalization import lightness_of, resized
 
+Detail = dict[str, Tensor]  # what a finished image is made of: see NativeDrafts.of
 BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, 1, 1))
 
 
@@ -79,7 +80,7 @@ class NativeDrafts:
 
     def of(
         self, request: Request, branch: Branch, contexts: list[Context], cache: Cache
-    ) -> tuple[Conditions, Conditions]:
+    ) -> tuple[Conditions, Detail]:
         """Return a lane's conditions, zeros for a lane without a draft, and the detail of which its image is
         made.
 
@@ -207,14 +208,14 @@ class NativeDrafts:
         tones = tones_of(to_tensor(request.controls[0].pixels).to(self.model.device))
         return self._image(request, tones, wanted, self._looks(wanted.contexts, cache), cache)
 
-    def _draft_of(self, request: Request, wanted: Wanted, cache: Cache) -> tuple[EncodedDraft, Conditions]:
+    def _draft_of(self, request: Request, wanted: Wanted, cache: Cache) -> tuple[EncodedDraft, Detail]:
         control = request.controls[0]
         key = f"{control.kind}:{content_key(control.pixels)}:{content_key(request.query)}"
         layout = cache.get(f"tones:{key}", partial(self._tones, control))
         looks = self._looks(wanted.contexts, cache)
         seed = request.settings.seed or 0
 
-        def make() -> tuple[EncodedDraft, Conditions]:
+        def make() -> tuple[EncodedDraft, Detail]:
             image = self._image(request, layout.tones.float(), wanted, looks, cache)
             return self._make_draft(layout, wanted, looks, image)
 
@@ -261,7 +262,7 @@ class NativeDrafts:
 
     def _make_draft(
         self, layout: Layout, wanted: Wanted, looks: list[Look], image: Tensor
-    ) -> tuple[EncodedDraft, Conditions]:
+    ) -> tuple[EncodedDraft, Detail]:
         """Return a draft, and the images that the finished image is made of."""
         weights = [context.weight for context in wanted.contexts] or [1.0]
         parts = zip(*(looks or [BLANK]), strict=True)

@@ -145,7 +145,7 @@ class StableBackbone:
         return self._slots(keys, [context.weight for context in contexts], scale)
 
     def _slots(self, keys: list[tuple[Tensor, ...]], weights: list[float], scale: float) -> Conditions:
-        """Join the keys and values (1, K, J) of each context to (1, slots·K, J), zeros where there is none."""
+        """Join the keys and values (1, K, J) of each context to (1, slots·K, J); zeros fill the rest."""
         empty = self.context_slots - len(keys)
         joined = tuple(
             F.pad(torch.cat(parts, 1), (0, 0, 0, empty * parts[0].shape[1]))
@@ -267,7 +267,7 @@ class _ContextEncoder:
         )
 
     def keys_and_values(self, pixels: Pixels | None) -> tuple[Tensor, ...]:
-        """Return the keys and values (1, K, J) of all layers for a context, uint8 (S, S, 3); None: for none."""
+        """Return the keys and values (1, K, J) of all layers for a context, uint8 (S, S, 3), or for none."""
         tokens = self._empty() if pixels is None else self._encode(pixels)
         return tuple(key(tokens) for key in self.keys)
 
