@@ -24,6 +24,7 @@ from context_diffusion.image_tensors import to_context, to_resized
 from context_diffusion.inputs.context_images import ImageProcessor
 from context_diffusion.inputs.control_maps import CONTROLS, controls_of
 from context_diffusion.inputs.decode import Size, output_size
+from context_diffusion.models.compilation import Compile, compile_blocks, wants_compilation
 from context_diffusion.models.defaults import Defaults, resolved_control, resolved_settings
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
@@ -57,17 +58,22 @@ class ContextDiffusion:
         cpu_threads: int = CPU_THREADS,
         unsafe: Callable[[Pixels], bool] | None = None,
         defaults: Defaults | None = None,
+        compile: Compile = "off",
     ) -> None:
         """Wrap a loaded backbone.
 
         kind: a key of CHUNKS. cpu_threads: calls of the model that run at once, on a CPU. unsafe: a safety
-        checker. defaults: the settings that a call which leaves them out gets."""
+        checker. defaults: the settings that a call which leaves them out gets. compile: see
+        `from_pretrained`."""
         self.backbone = backbone
         self.device = device
         self.chunks: tuple[int, ...] = CHUNKS[kind, device.type]
         self.unsafe = unsafe
         self.threads = cpu_threads
         self.defaults = defaults or Defaults()
+        self.compiled = wants_compilation(compile, device)
+        if self.compiled:
+            compile_blocks(backbone.denoisers)
 
     @classmethod
     def from_pretrained(
@@ -75,11 +81,13 @@ class ContextDiffusion:
         model: str | dict[str, Any] | Parts = "bundled",
         device: str | None = None,
         cpu_threads: int = CPU_THREADS,
+        compile: Compile = "off",
     ) -> ContextDiffusion:
         """Load a model and its weights.
 
         model: bundled, sd15, sdxl, a folder, a hub id, or a mapping of parts as a job's `model:`. device:
-        default, a GPU if there is one. Raises ModelError."""
+        default, a GPU if there is one. compile: auto compiles the networks on a GPU, which takes minutes and
+        changes the last bits of images. Raises ModelError."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             resolved = find_model(Parts.model_validate(model) if isinstance(model, dict) else model)
@@ -87,7 +95,7 @@ class ContextDiffusion:
             raise ModelError(f"model: {error}") from None
         if resolved.folder:
             native = NativeModel.from_pretrained(resolved.folder).to(where)
-            return cls(NativeBackbone(native), "native", where, cpu_threads, defaults=resolved.defaults)
+            return cls(NativeBackbone(native), "native", where, cpu_threads, None, resolved.defaults, compile)
         # diffusers' pipelines: some seconds
         from context_diffusion.models.stable_diffusion.backbone import StableBackbone
         from context_diffusion.models.stable_diffusion.loading import load
@@ -97,7 +105,7 @@ class ContextDiffusion:
         assert isinstance(resolved.contexts, ImageProcessor)
         backbone = StableBackbone(loaded, resolved.contexts)
         kind = "sdxl" if loaded.xl else "sd"
-        return cls(backbone, kind, where, cpu_threads, loaded.unsafe, resolved.defaults)
+        return cls(backbone, kind, where, cpu_threads, loaded.unsafe, resolved.defaults, compile)
 
     def engine(self, chunk: int | None = None) -> Engine:
         """Make an engine. chunk: the most lanes in a call of the model; default: what suits many rows. Raises
@@ -106,7 +114,14 @@ class ContextDiffusion:
             known = ", ".join(map(str, self.chunks))
             raise ModelError(f"chunk {chunk}: this model on this device has chunks of {known} lanes")
         sizes = [size for size in self.chunks if chunk is None or size <= chunk]
-        return Engine(self.backbone, self.device, sizes, unsafe=self.unsafe, threads=self.threads)
+        return Engine(
+            self.backbone,
+            self.device,
+            sizes,
+            unsafe=self.unsafe,
+            threads=self.threads,
+            compiled=self.compiled,
+        )
 
     @overload
     def __call__(
@@ -236,5 +251,7 @@ class ContextDiffusion:
 
 def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> EngineService:
     """Load the model of a job and start its engine; each actor holds one."""
-    pipeline = ContextDiffusion.from_pretrained(job.model, cpu_threads=job.cluster.cpu_threads)
+    pipeline = ContextDiffusion.from_pretrained(
+        job.model, cpu_threads=job.cluster.cpu_threads, compile=job.cluster.compile
+    )
     return EngineService(pipeline.engine(job.cluster.chunk), broken)

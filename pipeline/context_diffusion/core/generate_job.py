@@ -59,6 +59,11 @@ class Cluster(StrictModel):
         description="lanes in one call of the model, an image takes 1 to 3; fewer need less memory; default: "
         "by model and device",
     )
+    compile: Literal["auto", "off"] = Field(
+        default="off",
+        description="auto: compile the model on GPUs, which takes minutes when an engine starts and needs "
+        "Triton and a C compiler",
+    )
     shards_per_actor: Annotated[int, Field(ge=1, le=64)] = Field(
         default=2, description="shards that one engine works on at once"
     )

@@ -56,7 +56,8 @@ class Result:
     paid_lane_steps: float = 0.0  # its share of the lane steps that the calls had room for
     vae_tiled: bool = False  # decoded in tiles after running out of memory
     unsafe: bool | None = None  # according to the model's safety checker; None without one
-    chunk: int | None = None  # lanes of the calls that generated it, which decide its bits
+    chunk: int | None = None  # lanes of the calls that generated it, which decide its bits, as does
+    compiled: bool = False  # whether the networks were compiled
     # of the prompt, without an effect; None: the model's text encoder reads any word
     unknown_words: tuple[str, ...] | None = None
 

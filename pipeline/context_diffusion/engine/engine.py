@@ -46,7 +46,7 @@ class Engine:
 
     backbone: on its device. sizes: of chunks, in lanes. callback: told of each step of each row. unsafe:
     asked of each finished image. threads: calls of the model at once, on a CPU. max_wait: steps for which the
-    oldest row at hand may be passed over by rows of fuller chunks.
+    oldest row at hand may be passed over by rows of fuller chunks. compiled: the backbone's networks are.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Engine:
         unsafe: Callable[[Pixels], bool] | None = None,
         threads: int = 1,
         max_wait: int = MAX_WAIT,
+        compiled: bool = False,
     ) -> None:
         self.backbone, self.device, self.callback = backbone, device, callback
         self.sizes, self.patience = ChunkSizes(sizes), Patience(max_wait)
@@ -71,7 +72,7 @@ class Engine:
             ThreadPoolExecutor(threads, "engine", torch.set_num_threads, (1,)) if self._on_cpu else Inline()
         )
         self.preparation = Preparation(backbone, self.cache, self._pool, ahead=self._on_cpu)
-        self.finisher = Finisher(backbone, device, self._pool, unsafe)
+        self.finisher = Finisher(backbone, device, self._pool, unsafe, compiled)
         self.chunks: list[Chunk] = []
         self._rows: dict[int, Row] = {}  # those that have not ended, by their order
         self._order = 0

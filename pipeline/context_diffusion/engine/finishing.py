@@ -47,12 +47,14 @@ class Finishing:
 
 @dataclass
 class Finisher:
-    """Makes images of finished rows. pool: runs the decoder on a CPU. unsafe: the safety checker."""
+    """Makes images of finished rows. pool: runs the decoder on a CPU. unsafe: the safety checker.
+    compiled: the backbone's networks are."""
 
     backbone: Backbone
     device: torch.device
     pool: Executor
     unsafe: Callable[[Pixels], bool] | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         gpu = self.device.type == "cuda"
@@ -123,6 +125,7 @@ class Finisher:
             vae_tiled=tiled,
             unsafe=unsafe,
             chunk=row.size,
+            compiled=self.compiled,
             unknown_words=row.ready.encoded.unknown_words,
         )
 
