@@ -104,6 +104,7 @@ def calls_of_a_step(pipeline: ContextDiffusion, requests: list[Request]) -> Call
             network.to("meta")
     for name, value in vars(buffers).items():
         setattr(buffers, name, _on_meta(value))
+    denoise(pipeline.backbone, buffers, controlled=True)
     with Calls() as on_device:
         denoise(pipeline.backbone, buffers, controlled=True)
     calls.copies, calls.reads = on_device.copies, calls.reads + on_device.reads
