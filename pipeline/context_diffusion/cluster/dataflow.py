@@ -23,6 +23,7 @@ from context_diffusion.core.errors import ClusterError
 from context_diffusion.core.event_log import LOG, WaitNotice
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.uris import normal
+from context_diffusion.generation.build_stages import shards_per_actor
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.stages import Engine, LoadImages, ReadShard, Watched, generate
 from context_diffusion.generation.write_shard import WriteShard
@@ -185,10 +186,12 @@ def run_flow(
     resources = share_resources(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
     ledger = ray.remote(num_cpus=0, max_concurrency=64)(_CountedLedger).remote(normal(job.output))
     needs = EngineNeeds(resources.min_engines, resources.engine_cpus, resources.engine_gpus)
-    _configure(job, partial(StallGuard, partial(state_of, ledger), job.cluster.no_progress_timeout_s, needs))
+    shards = shards_per_actor(job, {read.file.uri: read.file for read in reads}.values())
+    stall_guard = partial(StallGuard, partial(state_of, ledger), job.cluster.no_progress_timeout_s, needs)
+    _configure(shards, stall_guard)
     on_start(_LedgerProxy(ledger))
     loaded = _loaded(reads, load, resources)
-    generated = _generated(loaded, job, make_engine, ledger, resources)
+    generated = _generated(loaded, job, make_engine, ledger, resources, shards)
     pool = TaskPoolStrategy(resources.loads)
     written = generated.map_batches(write, **WHOLE_SHARD, num_cpus=TASK_CPUS, compute=pool)
     try:
@@ -206,14 +209,19 @@ def _loaded(reads: list[ReadShard], load: LoadImages, resources: Resources) -> D
 
 
 def _generated(
-    loaded: Dataset, job: GenerateJob, make_engine: EngineFactory, ledger: Any, resources: Resources
+    loaded: Dataset,
+    job: GenerateJob,
+    make_engine: EngineFactory,
+    ledger: Any,
+    resources: Resources,
+    shards: int,
 ) -> Dataset:
-    """Return the stage of the engines."""
+    """Return the stage of the engines. shards: that one engine works on at once."""
     engines = ActorPoolStrategy(
         min_size=resources.min_engines,
         max_size=resources.max_engines,
-        max_concurrent_calls_per_actor=job.cluster.shards_per_actor,
-        max_tasks_in_flight_per_actor=job.cluster.shards_per_actor + 1,
+        max_concurrent_calls_per_actor=shards,
+        max_tasks_in_flight_per_actor=shards + 1,
         enable_true_multi_threading=True,
     )
     # map_batches refuses GPUs without a batch_size, and a batch is a shard here
@@ -247,15 +255,15 @@ def _warn_without_gpu(engines: int) -> None:
         LOG.warn(f"{message}: they run on the CPU, much slower")
 
 
-def _configure(job: GenerateJob, stall_guard: Callable[[], StallGuard]) -> None:
-    """Set Ray Data's options for the flow."""
+def _configure(shards: int, stall_guard: Callable[[], StallGuard]) -> None:
+    """Set Ray Data's options for the flow. shards: that one engine works on at once."""
     context = DataContext.get_current()
     context.target_max_block_size = None  # a shard's block is never split
     context.execution_no_progress_timeout_s = -1
     context.custom_execution_callback_classes = [stall_guard]
     # The pool grows when its engines have more shards than they work on. Ray's default of 1.75 would never be
     # reached.
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1 + 0.5 / job.cluster.shards_per_actor
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1 + 0.5 / shards
     context.raise_original_map_exception = True  # else the driver does not get the cause of a stage's error
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -35,7 +35,9 @@ def try_rows(
     local = LocalModel(model, job.cluster.cpu_threads, compiled=job.cluster.compile == "auto")
     chunk = job.cluster.chunk or local.chunks[0]  # of the job's engines
     began = time.perf_counter()
-    local.generate(requests[:1], chunk)  # all its steps: what an engine does once in its lifetime does not count
+    local.generate(
+        requests[:1], chunk
+    )  # all its steps: what an engine does once in its lifetime does not count
     started = time.perf_counter()
     generated = local.generate(requests, chunk)
     used = _used_share(generated)

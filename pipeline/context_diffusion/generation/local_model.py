@@ -39,7 +39,9 @@ class LocalModel:
     def generate(self, requests: list[Request], chunk: int | None = None) -> list[Outcome]:
         """Return the outcomes in the order of the requests. chunk: one of `chunks`; default: the smallest
         that holds all of them."""
-        outcomes = {id(request): outcome for request, outcome in self.pipeline.generate(requests, None, chunk)}
+        outcomes = {
+            id(request): outcome for request, outcome in self.pipeline.generate(requests, None, chunk)
+        }
         return [outcomes[id(request)] for request in requests]
 
     def device(self) -> dict[str, Any]:
