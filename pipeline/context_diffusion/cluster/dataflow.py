@@ -19,7 +19,7 @@ from ray.data.datasource import ReadTask
 
 from context_diffusion.cluster.metrics import EngineMetrics, Metrics
 from context_diffusion.cluster.stall_guard import EngineNeeds, StallGuard, missing_engines, state_of
-from context_diffusion.core.errors import ClusterError
+from context_diffusion.core.errors import ClusterError, JobError
 from context_diffusion.core.event_log import LOG, WaitNotice
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.uris import normal
@@ -115,6 +115,7 @@ class _CountedLedger(Ledger):
         super().__init__()
         self._metrics = Metrics("attempts", output=output)
         self._without_gpu = 0
+        self._refusal: JobError | None = None
 
     def hold(self, shard: int) -> None:
         self._metrics.count("attempts", attempt="again" if self.begun(shard) else "first")
@@ -127,6 +128,13 @@ class _CountedLedger(Ledger):
     def without_gpu(self) -> int:
         """Return the number of such engines."""
         return self._without_gpu
+
+    def refuse(self, error: JobError) -> None:
+        """Record why an engine cannot start with this job."""
+        self._refusal = error
+
+    def refusal(self) -> JobError | None:
+        return self._refusal
 
 
 class _LedgerProxy:
@@ -148,7 +156,11 @@ class Generate:
         ledger_proxy = _LedgerProxy(ledger)
         engine_id = ray.get_runtime_context().get_actor_id()[:8]
         ledger_proxy.engine_loads(engine_id)
-        engine = make_engine(job, _end_process)
+        try:
+            engine = make_engine(job, _end_process)
+        except JobError as error:
+            ledger_proxy.refuse(error)  # Ray tells the driver only its text
+            raise
         ledger_proxy.engine_ready(engine_id)
         self.guarded = GuardedEngine(engine, ledger_proxy)
         self.metrics: EngineMetrics | None = None
@@ -197,6 +209,10 @@ def run_flow(
     try:
         with WaitNotice(lambda: missing_engines(state_of(ledger), needs)):
             yield from _rows_of(written, ledger)
+    except Exception as error:
+        if refusal := ray.get(ledger.refusal.remote()):
+            raise refusal from error
+        raise
     finally:
         DataContext.get_current().custom_execution_callback_classes = []  # a notebook may run another flow
 
