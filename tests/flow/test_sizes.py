@@ -1,4 +1,5 @@
-"""A manifest of many sizes: the engine's calls of the model stay full, since it has rows of each size at hand.
+"""A manifest of many sizes: calls of the model stay full, since the engine has rows of each size at hand.
+
 A real engine and a tiny model."""
 
 from __future__ import annotations
