@@ -34,6 +34,7 @@ MAX_ENGINES = 10_000  # of a pool that grows with its cluster, which its GPUs li
 WHOLE_SHARD: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
 TASK_CPUS = 0.1  # of a read or write task, and of load tasks if CPUs are few: they wait for storage
 MIN_ENGINE_CPUS = 0.05
+ANSWER_S = 10.0  # the limit for the ledger to answer after an error
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,8 @@ def run_flow(
     try:
         with WaitNotice(lambda: missing_engines(state_of(ledger), needs)):
             yield from _rows_of(written, ledger)
-    except Exception as error:
-        if refusal := ray.get(ledger.refusal.remote()):
+    except ray.exceptions.RayError as error:
+        if refusal := ray.get(ledger.refusal.remote(), timeout=ANSWER_S):
             raise refusal from error
         raise
     finally:
