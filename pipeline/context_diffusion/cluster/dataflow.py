@@ -199,12 +199,12 @@ def run_flow(
     resources = share_resources(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
     ledger = ray.remote(num_cpus=0, max_concurrency=64)(_CountedLedger).remote(normal(job.output))
     needs = EngineNeeds(resources.min_engines, resources.engine_cpus, resources.engine_gpus)
-    shards = shards_per_actor(job, {read.file.uri: read.file for read in reads}.values())
+    at_once = shards_per_actor(job, {read.file.uri: read.file for read in reads}.values())
     stall_guard = partial(StallGuard, partial(state_of, ledger), job.cluster.no_progress_timeout_s, needs)
-    _configure(shards, stall_guard)
+    _configure(at_once, stall_guard)
     on_start(_LedgerProxy(ledger))
     loaded = _loaded(reads, load, resources)
-    generated = _generated(loaded, job, make_engine, ledger, resources, shards)
+    generated = _generated(loaded, job, make_engine, ledger, resources, at_once)
     pool = TaskPoolStrategy(resources.loads)
     written = generated.map_batches(write, **WHOLE_SHARD, num_cpus=TASK_CPUS, compute=pool)
     try:
@@ -231,14 +231,14 @@ def _generated(
     make_engine: EngineFactory,
     ledger: Any,
     resources: Resources,
-    shards: int,
+    at_once: int,
 ) -> Dataset:
-    """Return the stage of the engines. shards: that one engine works on at once."""
+    """Return the stage of the engines. at_once: shards that an engine works on."""
     engines = ActorPoolStrategy(
         min_size=resources.min_engines,
         max_size=resources.max_engines,
-        max_concurrent_calls_per_actor=shards,
-        max_tasks_in_flight_per_actor=shards + 1,
+        max_concurrent_calls_per_actor=at_once,
+        max_tasks_in_flight_per_actor=at_once + 1,
         enable_true_multi_threading=True,
     )
     # map_batches refuses GPUs without a batch_size, and a batch is a shard here
@@ -272,15 +272,15 @@ def _warn_without_gpu(engines: int) -> None:
         LOG.warn(f"{message}: they run on the CPU, much slower")
 
 
-def _configure(shards: int, stall_guard: Callable[[], StallGuard]) -> None:
-    """Set Ray Data's options for the flow. shards: that one engine works on at once."""
+def _configure(at_once: int, stall_guard: Callable[[], StallGuard]) -> None:
+    """Set Ray Data's options for the flow. at_once: shards that an engine works on."""
     context = DataContext.get_current()
     context.target_max_block_size = None  # a shard's block is never split
     context.execution_no_progress_timeout_s = -1
     context.custom_execution_callback_classes = [stall_guard]
     # The pool grows when its engines have more shards than they work on. Ray's default of 1.75 would never be
     # reached.
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1 + 0.5 / shards
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1 + 0.5 / at_once
     context.raise_original_map_exception = True  # else the driver does not get the cause of a stage's error
     context.enable_progress_bars = False
     context.print_on_execution_start = False
