@@ -48,7 +48,9 @@ def job_of_sizes(folder: Path, count: int) -> dict[str, Any]:
     pq.write_table(pa.Table.from_pylist(table), folder / "in" / "manifest.parquet")
     model = write_base(folder / "model")
     settings = {"num_inference_steps": 2, "guidance_scale": 2.0}
-    return job_values(str(folder / "in" / "manifest.parquet"), folder / "out", model=model, settings=settings)
+    manifest = str(folder / "in" / "manifest.parquet")
+    cluster = {"no_progress_timeout_s": 600}  # a shard ends when its last size does, all of them near the end
+    return job_values(manifest, folder / "out", model=model, settings=settings, cluster=cluster)
 
 
 def check_images(folder: Path, count: int) -> None:
