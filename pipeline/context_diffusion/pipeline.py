@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from context_diffusion.core.chunk_sizes import CHUNKS
 from context_diffusion.core.errors import ConfigError, ModelError, RowError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import Fit, problem_of
@@ -30,16 +31,6 @@ from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import find_model
 
-# Lanes of a chunk, by model and kind of device: the largest for jobs, a smaller one for single images and
-# where memory is short. They decide the bits of images, so they are a table.
-CHUNKS = {
-    ("native", "cpu"): (4, 3, 2, 1),
-    ("native", "cuda"): (32, 16, 8, 4, 3, 2, 1),
-    ("sd", "cpu"): (4, 3, 2, 1),
-    ("sd", "cuda"): (16, 8, 4, 3, 2, 1),
-    ("sdxl", "cpu"): (4, 3, 2, 1),
-    ("sdxl", "cuda"): (8, 6, 4, 3, 2, 1),
-}
 CPU_THREADS = 2
 
 

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from context_diffusion.core.chunk_sizes import CHUNKS
 from context_diffusion.core.errors import ErrorCode
 from context_diffusion.core.records import Control, Failure, Pixels, Request, Result
 from context_diffusion.engine.engine import Engine
@@ -26,7 +27,6 @@ from context_diffusion.models.native.draft_image import give_back
 from context_diffusion.models.native.lane_drafts import NativeDrafts
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolve import model_folder
-from context_diffusion.pipeline import CHUNKS
 from support.tiny import GPU, picture, request, speaking_model, tiny_model
 
 

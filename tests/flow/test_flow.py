@@ -87,6 +87,15 @@ def test_an_engine_that_cannot_start_ends_the_job_with_its_reason(tmp_path: Path
     assert "the device of this test does not exist" in summary["error"]
 
 
+@pytest.mark.usefixtures("shared_ray")
+def test_a_chunk_that_the_engine_s_device_lacks_ends_the_job_as_a_wrong_job(tmp_path: Path) -> None:
+    """It has one on a GPU, and the driver doesn't know the engine's device."""
+    values = job_values(write_manifest(tmp_path / "in", 8), tmp_path / "out", cluster={"chunk": 32})
+    summary = drive(values, "native")
+    assert summary["exit"] == 2
+    assert summary["error"] == "chunk 32: this model on this device has chunks of 4, 3, 2, 1 lanes"
+
+
 @pytest.mark.slow
 def test_a_killed_driver_loses_nothing_and_touches_nothing_that_is_done(tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -64,7 +64,9 @@ def test_each_cell_is_the_row_s_picture_with_those_settings(tmp_path: Path, base
             assert caption == f"guidance_scale {guidance_scale} context_scale {context_scale}"
             paths = [str(inputs / f"picture-{number}.png") for number in (1, 2, 3)]
             scales = {"guidance_scale": guidance_scale, "context_scale": context_scale}
-            assert np.array_equal(made, np.asarray(model(paths[0], paths[1:], "ocean", **own, **scales)))
+            alone = np.asarray(model(paths[0], paths[1:], "ocean", **own, **scales))
+            # in smaller calls of the model than the grid's, so the last bits may differ
+            assert np.abs(made.astype(int) - alone).max() <= 1
     assert len({made.tobytes() for line in lines[1:] for _, made in line}) == 6
 
 
@@ -160,19 +162,21 @@ def test_the_warm_up_of_an_engine_is_no_part_of_the_estimate(
 ) -> None:
     """By a clock of its own: the first image with all its steps takes 600 s, as one whose kernels are built,
     each other 2 s."""
-    clock, warm = [0.0], [False]
+    clock, warm, chunks = [0.0], [False], set()
     generate = LocalModel.generate
 
-    def slow(maker: LocalModel, requests: list[Request]) -> Any:
+    def slow(maker: LocalModel, requests: list[Request], chunk: int | None = None) -> Any:
         whole = any(request.settings.num_inference_steps > 1 for request in requests)
         clock[0] += 2.0 * len(requests) + (600 if whole and not warm[0] else 0)
         warm[0] |= whole
-        return generate(maker, requests)
+        chunks.add(chunk)
+        return generate(maker, requests, chunk)
 
     monkeypatch.setattr(LocalModel, "generate", slow)
     monkeypatch.setattr(estimate.time, "perf_counter", lambda: clock[0])
-    job = make_job(tmp_path, base, {n: {"num_inference_steps": 3} for n in range(6)})
+    job = make_job(tmp_path, base, {n: {"num_inference_steps": 3} for n in range(6)}, cluster={"chunk": 3})
     told = validate_job(job, 3, str(tmp_path / "sheet.png"))
+    assert chunks == {3}, "the time is that of the job's calls of the model"
     assert (told["measured_images"], told["warm_up_seconds"]) == (3, 602)
     assert 0 < told["filled"] <= 1
     assert told["seconds_per_image"] == pytest.approx(2.0 * told["filled"], abs=0.01)

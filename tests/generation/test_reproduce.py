@@ -51,7 +51,7 @@ def run(folder: Path, model: str, count: int = 2, **more: Any) -> list[Path]:
     output = Output(job.output, STORAGE)
     plan = open_plan(job, output, STORAGE)
     job = plan.job
-    service = EngineService(ContextDiffusion.from_pretrained(model, "cpu").engine())
+    service = EngineService(ContextDiffusion.from_pretrained(model, "cpu").engine(job.cluster.chunk))
     engine = GuardedEngine(service, Ledger())
     load = LoadImages.for_job(job, plan.model, plan.allow, STORAGE)
     write = WriteShard(job, output, f"{plan.model.name}@{plan.model.revision}", str(folder / "in"))
@@ -109,6 +109,33 @@ def test_each_picture_of_an_output_is_made_again_bit_for_bit(made: Path, tmp_pat
         writer(str(tmp_path / f"{number}.png"))(found)
         assert (tmp_path / f"{number}.png").read_bytes() == path.read_bytes()
     assert paths[0].read_bytes() != paths[1].read_bytes()
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_picture_is_made_again_in_the_chunk_of_its_job(
+    tmp_path: Path, base: str, chunk: int | None
+) -> None:
+    """One row fills less than that, and its bits belong to the chunk's size."""
+    paths = run(tmp_path, base, 1, cluster={"chunk": chunk})
+    rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    assert [(row["chunk"], row["compiled"]) for row in rows] == [(chunk or 4, False)] * 2
+    assert rows[0]["lanes"] < 3
+    for path in paths:
+        found = again(path)
+        assert (found.identical, found.differs) == (True, [])
+        told = json.loads(found.texts["context_diffusion"])
+        assert (told["chunk"], told["compiled"]) == (chunk or 4, False)
+
+
+def test_a_chunk_that_this_machine_lacks_is_told(made: Path) -> None:
+    path = pictures(made)[0]
+    path.write_bytes(retold(path, chunk=32, compiled=True))
+    [chunk, compiled, *pixels] = again(path).differs
+    assert chunk.startswith("chunk: 32 then, ")
+    assert compiled == "compiled: True then, False now"
+    assert all(line.startswith("pixels: ") for line in pixels)
+    path.write_bytes(retold(path, chunk=None, compiled=None, device=None))  # of an earlier version
+    assert not [line for line in again(path).differs if not line.startswith("pixels: ")]
 
 
 def test_a_picture_alone_says_enough_where_the_user_lets_it_read(
@@ -258,6 +285,8 @@ def test_other_weights_are_told(tmp_path: Path, base: str) -> None:
         ({"context": "picture-1.png"}, "context: Input should be a valid list"),
         ({"versions": ["torch"]}, "versions"),
         ({"fit": "squeeze"}, "fit"),
+        ({"chunk": "all"}, "chunk: Input should be a valid integer, got 'all'"),
+        ({"compiled": 7}, "compiled"),
         ({"model": "../../elsewhere@0"}, "--model '../../elsewhere'"),
         ({"query": "/etc/hostname"}, "forbidden_uri"),
         ({"query": "http://169.254.169.254/latest"}, "forbidden_uri"),

@@ -119,10 +119,10 @@ def test_validate_counts_the_words_of_all_rows(
 def test_validate_says_nothing_of_words_to_a_model_that_reads_any(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_folder(model: str) -> ResolvedModel:
+    def without_folder(model: str, commits: None) -> ResolvedModel:
         return replace(find_model(model), folder=None)
 
-    monkeypatch.setattr("context_diffusion.generation.validate.find_model", without_folder)
+    monkeypatch.setattr("context_diffusion.generation.plan.find_model", without_folder)
     manifest = write_manifest(tmp_path / "in", 6, PROMPTS)
     job = GenerateJob.model_validate(job_values(manifest, tmp_path / "out", model="bundled"))
     assert validate_job(job, 0)["unknown_words"] is None

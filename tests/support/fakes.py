@@ -35,7 +35,7 @@ class FakeEngine:
         colour = request.contexts[0].reshape(-1, 3).mean(0)
         seed = request.settings.seed or 0
         mixed = request.query * 0.5 + colour * 0.4 + seed % 25
-        return Result(np.clip(mixed, 0, 255).astype(np.uint8), 0.01, 1, "cpu")
+        return Result(np.clip(mixed, 0, 255).astype(np.uint8), 0.01, 1, "cpu", chunk=4)
 
 
 def quick(job: GenerateJob, broken: Broken) -> FakeEngine:

@@ -19,10 +19,11 @@ from ray.data.datasource import ReadTask
 
 from context_diffusion.cluster.metrics import EngineMetrics, Metrics
 from context_diffusion.cluster.stall_guard import EngineNeeds, StallGuard, missing_engines, state_of
-from context_diffusion.core.errors import ClusterError
+from context_diffusion.core.errors import ClusterError, JobError
 from context_diffusion.core.event_log import LOG, WaitNotice
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.uris import normal
+from context_diffusion.generation.build_stages import shards_per_actor
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.stages import Engine, LoadImages, ReadShard, Watched, generate
 from context_diffusion.generation.write_shard import WriteShard
@@ -33,6 +34,7 @@ MAX_ENGINES = 10_000  # of a pool that grows with its cluster, which its GPUs li
 WHOLE_SHARD: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "zero_copy_batch": True}
 TASK_CPUS = 0.1  # of a read or write task, and of load tasks if CPUs are few: they wait for storage
 MIN_ENGINE_CPUS = 0.05
+ANSWER_S = 10.0  # the limit for the ledger to answer after an error
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class _CountedLedger(Ledger):
         super().__init__()
         self._metrics = Metrics("attempts", output=output)
         self._without_gpu = 0
+        self._refusal: JobError | None = None
 
     def hold(self, shard: int) -> None:
         self._metrics.count("attempts", attempt="again" if self.begun(shard) else "first")
@@ -126,6 +129,13 @@ class _CountedLedger(Ledger):
     def without_gpu(self) -> int:
         """Return the number of such engines."""
         return self._without_gpu
+
+    def refuse(self, error: JobError) -> None:
+        """Record why an engine cannot start with this job."""
+        self._refusal = error
+
+    def refusal(self) -> JobError | None:
+        return self._refusal
 
 
 class _LedgerProxy:
@@ -147,7 +157,11 @@ class Generate:
         ledger_proxy = _LedgerProxy(ledger)
         engine_id = ray.get_runtime_context().get_actor_id()[:8]
         ledger_proxy.engine_loads(engine_id)
-        engine = make_engine(job, _end_process)
+        try:
+            engine = make_engine(job, _end_process)
+        except JobError as error:
+            ledger_proxy.refuse(error)  # Ray tells the driver only its text
+            raise
         ledger_proxy.engine_ready(engine_id)
         self.guarded = GuardedEngine(engine, ledger_proxy)
         self.metrics: EngineMetrics | None = None
@@ -185,15 +199,21 @@ def run_flow(
     resources = share_resources(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
     ledger = ray.remote(num_cpus=0, max_concurrency=64)(_CountedLedger).remote(normal(job.output))
     needs = EngineNeeds(resources.min_engines, resources.engine_cpus, resources.engine_gpus)
-    _configure(job, partial(StallGuard, partial(state_of, ledger), job.cluster.no_progress_timeout_s, needs))
+    at_once = shards_per_actor(job, {read.file.uri: read.file for read in reads}.values())
+    stall_guard = partial(StallGuard, partial(state_of, ledger), job.cluster.no_progress_timeout_s, needs)
+    _configure(at_once, stall_guard)
     on_start(_LedgerProxy(ledger))
     loaded = _loaded(reads, load, resources)
-    generated = _generated(loaded, job, make_engine, ledger, resources)
+    generated = _generated(loaded, job, make_engine, ledger, resources, at_once)
     pool = TaskPoolStrategy(resources.loads)
     written = generated.map_batches(write, **WHOLE_SHARD, num_cpus=TASK_CPUS, compute=pool)
     try:
         with WaitNotice(lambda: missing_engines(state_of(ledger), needs)):
             yield from _rows_of(written, ledger)
+    except ray.exceptions.RayError as error:
+        if refusal := ray.get(ledger.refusal.remote(), timeout=ANSWER_S):
+            raise refusal from error
+        raise
     finally:
         DataContext.get_current().custom_execution_callback_classes = []  # a notebook may run another flow
 
@@ -206,14 +226,19 @@ def _loaded(reads: list[ReadShard], load: LoadImages, resources: Resources) -> D
 
 
 def _generated(
-    loaded: Dataset, job: GenerateJob, make_engine: EngineFactory, ledger: Any, resources: Resources
+    loaded: Dataset,
+    job: GenerateJob,
+    make_engine: EngineFactory,
+    ledger: Any,
+    resources: Resources,
+    at_once: int,
 ) -> Dataset:
-    """Return the stage of the engines."""
+    """Return the stage of the engines. at_once: shards that an engine works on."""
     engines = ActorPoolStrategy(
         min_size=resources.min_engines,
         max_size=resources.max_engines,
-        max_concurrent_calls_per_actor=job.cluster.shards_per_actor,
-        max_tasks_in_flight_per_actor=job.cluster.shards_per_actor + 1,
+        max_concurrent_calls_per_actor=at_once,
+        max_tasks_in_flight_per_actor=at_once + 1,
         enable_true_multi_threading=True,
     )
     # map_batches refuses GPUs without a batch_size, and a batch is a shard here
@@ -247,15 +272,15 @@ def _warn_without_gpu(engines: int) -> None:
         LOG.warn(f"{message}: they run on the CPU, much slower")
 
 
-def _configure(job: GenerateJob, stall_guard: Callable[[], StallGuard]) -> None:
-    """Set Ray Data's options for the flow."""
+def _configure(at_once: int, stall_guard: Callable[[], StallGuard]) -> None:
+    """Set Ray Data's options for the flow. at_once: shards that an engine works on."""
     context = DataContext.get_current()
     context.target_max_block_size = None  # a shard's block is never split
     context.execution_no_progress_timeout_s = -1
     context.custom_execution_callback_classes = [stall_guard]
     # The pool grows when its engines have more shards than they work on. Ray's default of 1.75 would never be
     # reached.
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1 + 0.5 / job.cluster.shards_per_actor
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1 + 0.5 / at_once
     context.raise_original_map_exception = True  # else the driver does not get the cause of a stage's error
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -64,8 +64,10 @@ class Cluster(StrictModel):
         description="auto: compile the model on GPUs, which takes minutes when an engine starts and needs "
         "Triton and a C compiler",
     )
-    shards_per_actor: Annotated[int, Field(ge=1, le=64)] = Field(
-        default=2, description="shards that one engine works on at once"
+    shards_per_actor: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        default=None,
+        description="shards that one engine works on at once; default: 2, or 8 where sizes vary (a width or "
+        "height column, or `fit: keep` without either in `settings`), so that each size fills its calls",
     )
     no_progress_timeout_s: Annotated[int, Field(ge=10)] = Field(
         default=600, description="seconds without progress after which the job ends with exit code 75"

@@ -73,7 +73,9 @@ MADE = pa.schema(
         ("made_image", IMAGE),
         ("seconds", pa.float32()),
         ("lanes", pa.int32()),
+        ("chunk", pa.int32()),
         ("device", pa.string()),
+        ("compiled", pa.bool_()),
         ("prompt_truncated", pa.bool_()),
         ("unknown_words", pa.list_(pa.string())),
         ("vae_tiled", pa.bool_()),
@@ -145,7 +147,9 @@ OUTPUT = pa.schema(
         ("unsafe", pa.bool_()),  # according to the model's safety checker; null without one
         ("seconds", pa.float32()),
         ("device", pa.string()),
-        ("lanes", pa.int32()),
+        ("compiled", pa.bool_()),  # by torch.compile, which changes the last bits of pixels, as does
+        ("chunk", pa.int32()),  # the number of lanes in one call of the model
+        ("lanes", pa.int32()),  # of this image
         ("prompt_truncated", pa.bool_()),
         ("unknown_words", pa.list_(pa.string())),  # of the prompt, without an effect; null: any word has one
         ("vae_tiled", pa.bool_()),  # decoded in tiles after running out of memory, which changes pixels

@@ -32,11 +32,14 @@ def try_rows(
             "no row of the sample could be loaded, so no image can be generated; --sample N tries more rows"
         )
     requests = [request for row in sample for request in row]
-    local = LocalModel(model, job.cluster.cpu_threads)
+    local = LocalModel(model, job.cluster.cpu_threads, compiled=job.cluster.compile == "auto")
+    chunk = job.cluster.chunk or local.chunks[0]  # of the job's engines
     began = time.perf_counter()
-    local.generate(requests[:1])  # all its steps: what an engine does once in its lifetime does not count
+    local.generate(
+        requests[:1], chunk
+    )  # all its steps: what an engine does once in its lifetime does not count
     started = time.perf_counter()
-    generated = local.generate(requests)
+    generated = local.generate(requests, chunk)
     used = _used_share(generated)
     seconds = (time.perf_counter() - started) / len(requests) * used
     outcomes = iter(generated)

@@ -19,18 +19,29 @@ Outcome = Result | Failure
 
 
 class LocalModel:
-    """What one engine of a job would be on this machine. device: None takes a GPU where there is one."""
+    """What one engine of a job would be on this machine. device: None takes a GPU where there is one.
+    compiled: whether the networks are compiled, if it is a GPU."""
 
-    def __init__(self, model: ResolvedModel, cpu_threads: int, device: str | None = None) -> None:
+    def __init__(
+        self, model: ResolvedModel, cpu_threads: int, device: str | None = None, compiled: bool = False
+    ) -> None:
         from context_diffusion.pipeline import ContextDiffusion
 
         self.pipeline = ContextDiffusion.from_pretrained(
-            model.parts or str(model.folder), device, cpu_threads
+            model.parts or str(model.folder), device, cpu_threads, "auto" if compiled else "off"
         )
 
-    def generate(self, requests: list[Request]) -> list[Outcome]:
-        """Return the outcomes in the order of the requests."""
-        outcomes = {id(request): outcome for request, outcome in self.pipeline.generate(requests)}
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The possible numbers of lanes in one call of the model; an engine of a job uses the first."""
+        return self.pipeline.chunks
+
+    def generate(self, requests: list[Request], chunk: int | None = None) -> list[Outcome]:
+        """Return the outcomes in the order of the requests. chunk: one of `chunks`; default: the smallest
+        that holds all of them."""
+        outcomes = {
+            id(request): outcome for request, outcome in self.pipeline.generate(requests, None, chunk)
+        }
         return [outcomes[id(request)] for request in requests]
 
     def device(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from context_diffusion.core.chunk_sizes import check_chunk
 from context_diffusion.core.errors import OutputConflictError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.sweep import combinations
@@ -65,6 +66,15 @@ def part_rows(rows: int, rows_per_part: int, images: int = 1) -> int:
     return max(1, min(rows_per_part, max(4, -(-rows // 8))) // images)
 
 
+def resolve(job: GenerateJob, commits: dict[str, str] | None = None) -> tuple[GenerateJob, ResolvedModel]:
+    """Return the job with its model's defaults filled in, and the model. commits: known commits by hub id.
+
+    Raises ConfigError, ModelError."""
+    model = find_model(job.model, commits)
+    check_chunk(job.cluster.chunk, model.folder is not None, job.cluster.gpus_per_actor == 0)
+    return resolved_job(job, model.defaults), model
+
+
 def open_plan(
     job: GenerateJob,
     output: Output,
@@ -81,8 +91,7 @@ def open_plan(
     if not output.storage.exists(output.plan):
         _write_plan(job, output, storage)
     record = output.read_plan()
-    model = find_model(job.model, record["model"]["commits"])
-    job = resolved_job(job, model.defaults)
+    job, model = resolve(job, record["model"]["commits"])
     changed = _changed_keys(record, job)
     may_change = {*(["manifest"] if extend else []), *(CORRECTED if retry_failed else [])}
     forbidden = {key: values for key, values in changed.items() if key.split(".")[0] not in may_change}
@@ -116,8 +125,7 @@ def check_output(job: GenerateJob, model: ResolvedModel, output: Output) -> None
 
 
 def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
-    model = find_model(job.model)
-    job = resolved_job(job, model.defaults)
+    job, model = resolve(job)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scanned = Scan(job, files, storage)
     size = part_rows(scanned.rows, job.rows_per_part, len(combinations(job.matrix)))

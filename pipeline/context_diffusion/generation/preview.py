@@ -1,5 +1,5 @@
-"""Generate one row at several settings in this process, with the images that the job's run would have. Knows
-no Ray."""
+"""Generate one row at several settings in this process, with the images that the job's run would have but for
+the last bits, since the calls of the model are smaller here. Knows no Ray."""
 
 from __future__ import annotations
 

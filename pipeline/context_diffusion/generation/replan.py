@@ -204,7 +204,8 @@ def _check_grown(old: list[Any], scanned: Scan) -> None:
             )
         if (rows := scanned.rows_of[number]) < file["rows"]:
             raise OutputConflictError(f"{name} had {file['rows']} rows and has {rows}: rows were removed")
-        if scanned.marked[number] != file["digest"] or present.columns != file["columns"]:
+        is_changed = present.format != "jsonl" and present.columns != file["columns"]
+        if scanned.marked[number] != file["digest"] or is_changed:
             raise OutputConflictError(f"{name}: its first {file['rows']} rows or its columns changed")
         if not _groups_grew(file["groups"], present.groups):
             raise OutputConflictError(

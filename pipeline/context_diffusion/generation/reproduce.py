@@ -24,7 +24,7 @@ from context_diffusion.generation.stages import LoadImages, requests_of
 from context_diffusion.inputs.decode import decode_image, format_of
 from context_diffusion.models.resolve import ResolvedModel
 from context_diffusion.outputs.encode import encode_image
-from context_diffusion.outputs.image_metadata import differences, loading_of, metadata_texts
+from context_diffusion.outputs.image_metadata import RUNTIME, differences, loading_of, metadata_texts
 from context_diffusion.storage.filesystem import Storage
 
 ENDINGS: dict[str, Literal["png", "webp", "jpeg"]] = {
@@ -56,7 +56,8 @@ def reproduce(
     """
     source = model_of(origin, model)
     result, loaded = _generate(origin, source, allow, base)
-    now = origin.metadata | {"model": f"{source.name}@{source.revision}", "device": result.device}
+    now = origin.metadata | {name: getattr(result, name) for name in RUNTIME}
+    now["model"] = f"{source.name}@{source.revision}"
     texts = metadata_texts(now, loaded, source.parts)
     data = encode_image(result.image, format_of(origin.data), texts)
     then = decode_image(origin.data, Limits(), origin.uri)
@@ -87,12 +88,20 @@ def _generate(
         message = f"{loaded['error_code']}: {loaded['error_message']}{hint}"
         raise JobError(f"{origin.uri} cannot be generated again: {message}")
     [requests] = requests_of(table, kinds, {})
-    device = "cpu" if origin.metadata.get("device") == "cpu" else None  # None: a GPU where there is one
-    threads = job.cluster.cpu_threads if job else Cluster().cpu_threads
-    [outcome] = LocalModel(model, threads, device).generate(requests)
+    local = _local_model(origin, model)
+    recorded = origin.metadata.get("chunk")
+    chunk = recorded if recorded in local.chunks else None  # another device's, or of an earlier version
+    [outcome] = local.generate(requests, chunk)
     if isinstance(outcome, Failure):
         raise JobError(f"{origin.uri} cannot be generated again: {outcome.code}: {outcome.message}")
     return outcome, loaded
+
+
+def _local_model(origin: ImageOrigin, model: ResolvedModel) -> LocalModel:
+    """Load the model as it was when it generated the image: on a CPU, or on a GPU where there is one."""
+    device = "cpu" if origin.metadata.get("device") == "cpu" else None
+    cluster = origin.planned.cluster if origin.planned else Cluster()
+    return LocalModel(model, cluster.cpu_threads, device, bool(origin.metadata.get("compiled")))
 
 
 def _pixel_differences(then: Pixels, now: Pixels) -> list[str]:

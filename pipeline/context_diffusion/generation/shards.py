@@ -41,7 +41,7 @@ def file_record(scanned: Scan, number: int, shards: int) -> dict[str, Any]:
     return {
         "uri": normal(file.uri),
         "format": file.format,
-        "columns": file.columns,
+        "columns": file.columns or scanned.keys[number],
         "groups": file.groups,
         "rows": scanned.rows_of[number],
         "digest": scanned.digests[number],

@@ -27,15 +27,14 @@ from context_diffusion.core.sweep import combinations
 from context_diffusion.core.uris import normal, protocol
 from context_diffusion.generation.estimate import try_rows
 from context_diffusion.generation.local_model import write_sheet
-from context_diffusion.generation.plan import check_output, part_rows
+from context_diffusion.generation.plan import check_output, part_rows, resolve
 from context_diffusion.generation.stages import LoadImages, ReadShard
 from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file, scan_texts
 from context_diffusion.inputs.manifest_scan import Scan, column_warnings
 from context_diffusion.inputs.rows import RowRules
 from context_diffusion.inputs.url_policy import PROTOCOLS, allowed_prefixes
-from context_diffusion.models.defaults import resolved_job
 from context_diffusion.models.native.words import read_words, vocabulary_of
-from context_diffusion.models.resolve import ResolvedModel, find_model
+from context_diffusion.models.resolve import ResolvedModel
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
@@ -72,8 +71,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
     with which a run would end: 3 where sampled rows fail, 4 where more would fail than max_failed allows.
     Raises JobError for what stops the job, StorageError where OUTPUT cannot be written."""
     storage = Storage(job.storage_options)
-    model = find_model(job.model)
-    job = resolved_job(job, model.defaults)
+    job, model = resolve(job)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scan = Scan(job, files, storage)
     size = part_rows(scan.rows, job.rows_per_part, len(combinations(job.matrix)))

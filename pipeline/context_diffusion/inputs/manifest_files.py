@@ -33,7 +33,8 @@ HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 @dataclass(frozen=True)
 class ManifestFile:
-    """Describes a file of a manifest. groups: rows of each row group (Parquet); columns: Parquet and CSV."""
+    """Describes a file of a manifest. groups: rows of each row group (Parquet); columns: Parquet and CSV, and
+    of a planned JSONL file the known ones that its rows have."""
 
     uri: str
     format: str

@@ -55,6 +55,7 @@ class Scan:
         self.rows_of = [0] * len(files)
         # JSONL, CSV: the begin of each row, and the end; 8 bytes per row
         self.bounds = [array("q") for _ in files]
+        self.keys: list[list[str]] = [[] for _ in files]  # known columns that rows of a JSONL file have
         self.types: dict[str, pa.DataType] = {}
         self.declared: dict[str, str | None] = {}  # the Parquet file in which a column was first seen
         self.known_columns = {self.names[name] for name in MANIFEST_COLUMNS}
@@ -166,6 +167,8 @@ class Scan:
             last = end
             yield row_id(row, self.names), given_id(row, self.names) is not None, f"{begin} {row}\n"
         self.bounds[number].append(last)
+        if file.format == "jsonl":
+            self.keys[number] = [name for name in keys if name in self.known_columns]
         if file.format == "jsonl" and self.rows_of[number]:
             self._check_columns(file.uri, list(keys))
 

@@ -35,8 +35,9 @@ from context_diffusion.outputs.encode import read_metadata
 KEY = "context_diffusion"  # of the text in an image file that holds the metadata as JSON
 SOFTWARE = {"Software": "context-diffusion"}
 VERSIONED = ("context-diffusion", "torch", "diffusers", "transformers")  # packages that pixels may depend on
+RUNTIME = ("device", "chunk", "compiled")  # what bits depend on, of the engine that generated the image
 ROW = (ID, "index", *SETTING_TYPES, "width", "height", QUERY, CONTEXT, CONTROL_IMAGE, PROMPT, NEGATIVE_PROMPT,
-       "control", "fit", "model", "device")  # fmt: skip
+       "control", "fit", "model", *RUNTIME)  # fmt: skip
 # columns of loaded pixels
 INPUTS = {QUERY: "query_image", "control": "control_images", CONTEXT: "context_images"}
 Metadata = dict[str, Any]
@@ -59,6 +60,8 @@ class _Untrusted(BaseModel):
     control: str
     model: str
     device: str | None = None
+    chunk: int | None = None
+    compiled: bool = False
     versions: dict[str, str] = {}
     inputs: dict[str, list[str]] = {}
 
@@ -167,7 +170,7 @@ def differences(before: Metadata, texts: dict[str, str]) -> list[str]:
     Unknown entries are skipped.
     """
     now = json.loads(texts[KEY])
-    compared = [(name, before.get(name), now[name]) for name in ("device", "model")]
+    compared = [(name, before.get(name), now.get(name)) for name in (*RUNTIME, "model")]
     compared += [
         (name, version, now["versions"].get(name)) for name, version in before.get("versions", {}).items()
     ]

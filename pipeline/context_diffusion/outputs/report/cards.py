@@ -26,7 +26,10 @@ URI_CHARACTERS = 200
 WORDS, WORD_CHARACTERS = 12, 30  # of a prompt's words without an effect
 GUIDANCE = ("guidance_scale", "context_guidance_scale")
 FIELDS = (ID, "index", "status", "error_code", "width", "height", "seconds")
-DETAILS = (*SETTING_TYPES, "control", "fit", "model", "device", "lanes", "prompt_truncated", "created_at")
+DETAILS = (
+    *SETTING_TYPES, "control", "fit", "model", "device", "compiled", "chunk", "lanes", "prompt_truncated",
+    "created_at",
+)  # fmt: skip
 COLUMNS = [
     *FIELDS, *MAX_CHARACTERS, "unknown_words", "file_name", QUERY, CONTEXT, *DETAILS, *SCORE_COLUMNS,
 ]  # fmt: skip
