@@ -10,15 +10,14 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from context_diffusion.core.chunk_sizes import CHUNKS
 from context_diffusion.core.errors import ConfigError, ModelError, RowError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import Fit, problem_of
-from context_diffusion.core.model_parts import Parts
+from context_diffusion.core.model_parts import CHUNKS, Parts
 from context_diffusion.core.records import Failure, Pixels, Request, Result, derive_seed
 from context_diffusion.core.settings import Settings, did_you_mean
 from context_diffusion.engine.backbone import Backbone
-from context_diffusion.engine.engine import Engine
+from context_diffusion.engine.engine import MAX_WAIT, Engine
 from context_diffusion.engine.rows import StepUpdate
 from context_diffusion.engine.service import EngineService
 from context_diffusion.image_tensors import to_context, to_resized
@@ -98,9 +97,9 @@ class ContextDiffusion:
         kind = "sdxl" if loaded.xl else "sd"
         return cls(backbone, kind, where, cpu_threads, loaded.unsafe, resolved.defaults, compile)
 
-    def engine(self, chunk: int | None = None) -> Engine:
-        """Make an engine. chunk: the most lanes in a call of the model; default: what suits many rows. Raises
-        ModelError for a chunk that the table of the model and device lacks."""
+    def engine(self, chunk: int | None = None, max_wait: int = MAX_WAIT) -> Engine:
+        """Make an engine. chunk: the most lanes in a call of the model; default: what suits many rows.
+        max_wait: see Engine. Raises ModelError for a chunk that the table of the model and device lacks."""
         if chunk is not None and chunk not in self.chunks:
             known = ", ".join(map(str, self.chunks))
             raise ModelError(f"chunk {chunk}: this model on this device has chunks of {known} lanes")
@@ -111,6 +110,7 @@ class ContextDiffusion:
             sizes,
             unsafe=self.unsafe,
             threads=self.threads,
+            max_wait=max_wait,
             compiled=self.compiled,
         )
 
@@ -245,4 +245,4 @@ def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> En
     pipeline = ContextDiffusion.from_pretrained(
         job.model, cpu_threads=job.cluster.cpu_threads, compile=job.cluster.compile
     )
-    return EngineService(pipeline.engine(job.cluster.chunk), broken)
+    return EngineService(pipeline.engine(job.cluster.chunk, job.cluster.max_wait_steps), broken)

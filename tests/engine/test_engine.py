@@ -15,8 +15,8 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from context_diffusion.core.chunk_sizes import CHUNKS
 from context_diffusion.core.errors import ErrorCode
+from context_diffusion.core.model_parts import CHUNKS
 from context_diffusion.core.records import Control, Failure, Pixels, Request, Result
 from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.scheduler_tables import SAMPLERS

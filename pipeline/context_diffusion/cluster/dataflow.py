@@ -168,7 +168,9 @@ class Generate:
         if isinstance(engine, Watched):
             if ray.get_gpu_ids() and engine.stats().gpu_bytes is None:
                 ledger_proxy.lacks_gpu()
-            self.metrics = EngineMetrics(engine.stats, normal(job.output), engine_id)
+            self.metrics = EngineMetrics(
+                engine.stats, normal(job.output), engine_id, ledger_proxy.record_event
+            )
 
     def __call__(self, table: pa.Table) -> pa.Table:
         generated = generate(table, self.guarded, self.job)

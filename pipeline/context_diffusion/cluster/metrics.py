@@ -137,12 +137,18 @@ class RunMetrics(Metrics):
 
 
 class EngineMetrics(Metrics):
-    """The metrics of an engine, updated as long as its process lives. engine: its label."""
+    """The metrics of an engine, updated as long as its process lives.
 
-    def __init__(self, stats: Callable[[], EngineStats], output: str, engine: str) -> None:
+    engine: its label. on_progress: called when it has made steps, so that a long shard is not taken for a
+    stall."""
+
+    def __init__(
+        self, stats: Callable[[], EngineStats], output: str, engine: str, on_progress: Callable[[], None]
+    ) -> None:
         names = ("engine_rows", "cache_hits", "cache_misses", "gpu_memory_bytes")
         super().__init__(*names, output=output, engine=engine)
-        self.stats = stats
+        self.stats, self._on_progress = stats, on_progress
+        self._steps = 0
         self._counted = collections.Counter[tuple[str, str]]()
         self._lock = threading.Lock()
         _repeat(self.update, threading.Event())
@@ -152,6 +158,9 @@ class EngineMetrics(Metrics):
         with self._lock:
             stats = self.stats()
             self.set("engine_rows", stats.rows)
+            if stats.steps != self._steps:
+                self._steps = stats.steps
+                self._on_progress()
             if stats.gpu_bytes is not None:
                 self.set("gpu_memory_bytes", stats.gpu_bytes)
             for name, counts in (("cache_hits", stats.hits), ("cache_misses", stats.misses)):

@@ -59,6 +59,11 @@ class Cluster(StrictModel):
         description="lanes in one call of the model, an image takes 1 to 3; fewer need less memory; default: "
         "by model and device",
     )
+    max_wait_steps: Annotated[int, Field(ge=1)] = Field(
+        default=500,
+        description="denoising steps for which an engine may pass over its oldest row to fill its calls with "
+        "rows of another size",
+    )
     compile: Literal["auto", "off"] = Field(
         default="off",
         description="auto: compile the model on GPUs, which takes minutes when an engine starts and needs "

@@ -78,6 +78,7 @@ class EngineStats:
     hits: dict[str, int] = field(default_factory=dict)
     misses: dict[str, int] = field(default_factory=dict)
     gpu_bytes: int | None = None  # that torch has reserved; None without a GPU
+    steps: int = 0  # since it started
 
 
 @dataclass(frozen=True)

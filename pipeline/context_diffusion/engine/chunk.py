@@ -112,6 +112,7 @@ class Occupancy:
 
     used: int = 0
     paid: int = 0
+    steps: int = 0
 
     @property
     def share(self) -> float:
@@ -120,6 +121,7 @@ class Occupancy:
     def charge(self, chunks: Sequence[Chunk], seconds: float) -> None:
         """Count a step of chunks, and charge their rows with their shares of what it cost."""
         used = sum(chunk.used for chunk in chunks)
+        self.steps += 1
         self.used += used
         self.paid += sum(chunk.size for chunk in chunks)
         for chunk in chunks:

@@ -84,14 +84,13 @@ class Engine:
         """Take a request. What is wrong with it is its own outcome."""
         try:
             branches = self.backbone.branches(request)
-            row = Row(request, self._order, self.backbone.shape_group(request), branches, 0)
-            row.size = self._size(row)
+            group, size = self.backbone.shape_group(request), self._size(len(branches))
         except Exception as error:
             if isinstance(error, torch.AcceleratorError):
                 raise
             self._failed.append((request, failure_of(error)))
         else:
-            self._rows[row.order] = row
+            self._rows[self._order] = Row(request, self._order, group, branches, size)
             self._order += 1
 
     @torch.inference_mode()
@@ -108,7 +107,8 @@ class Engine:
     def stats(self) -> EngineStats:
         """May be called from any thread."""
         reserved = None if self._on_cpu else torch.cuda.memory_reserved(self.device)
-        return EngineStats(len(self._rows), dict(self.cache.hits), dict(self.cache.misses), reserved)
+        hits, misses = dict(self.cache.hits), dict(self.cache.misses)
+        return EngineStats(len(self._rows), hits, misses, reserved, self.occupancy.steps)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Outcome]:
         """Generate all requests; yield each as it finishes."""
@@ -267,7 +267,7 @@ class Engine:
         at a time; where there are none, the rows of this one fail."""
         failed: list[Row] = []
         self.sizes.shrink(chunk.size)
-        if all(self._size(row) >= chunk.size for row in chunk.rows):
+        if all(self._size(row.lanes) >= chunk.size for row in chunk.rows):
             failed = list(chunk.rows) if len(self.chunks) == 1 else []
             self.most_chunks = 1
         self._resize(close=False)
@@ -285,16 +285,16 @@ class Engine:
             self.chunks = []
         for row in self._rows.values():
             if row.state == State.PLACED and not close:
-                row.restart(self._size(row))
+                row.restart(self._size(row.lanes))
             elif row.state.value < State.PLACED.value:
-                row.size = self._size(row)
+                row.size = self._size(row.lanes)
 
-    def _size(self, row: Row) -> int:
-        size = self.sizes.of(row.lanes)
+    def _size(self, lanes: int) -> int:
+        size = self.sizes.of(lanes)
         if size is None:
             most = self.sizes.table[0]
             raise RowError(
                 ErrorCode.ENGINE_ERROR,
-                f"the row has {row.lanes} guidance branches, more than the {most} lanes of a chunk",
+                f"the row has {lanes} guidance branches, more than the {most} lanes of a chunk",
             )
         return size

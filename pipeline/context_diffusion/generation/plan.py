@@ -13,9 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from context_diffusion.core.chunk_sizes import check_chunk
 from context_diffusion.core.errors import OutputConflictError
 from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.model_parts import check_chunk
 from context_diffusion.core.sweep import combinations
 from context_diffusion.core.uris import normal
 from context_diffusion.generation import replan

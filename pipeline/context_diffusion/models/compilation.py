@@ -24,7 +24,7 @@ def wants_compilation(compile_key: Compile, device: torch.device) -> bool:
     if compile_key == "off" or device.type != "cuda":
         return False
     if missing := _missing():
-        raise ModelError(f"compile: auto needs {missing} beside the engine; install it, or set compile: off")
+        raise ModelError(f"compiling the model needs {missing}: install it, or set cluster.compile: off")
     return True
 
 
