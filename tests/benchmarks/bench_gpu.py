@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_gpu.py [--model sd15 --model sdxl] [--rows 48] [--batches 1 2 4 8 16]
     [--device cuda] [--tiny] [--no-compile]
 
-Both sides load the same files by the product's loader: Stable Diffusion with a ControlNet and IP-Adapter Plus,
-in bf16 and channels last. For each model:
+Both sides load the same files by the product's loader: Stable Diffusion with a ControlNet and IP-Adapter
+Plus, in bf16 and channels last. For each model:
 
 - the card's own rate of matrix products in this run;
 - the engine as users run it, eager with its CUDA graphs and then with `compile: auto`: seconds of each part,
@@ -12,7 +12,8 @@ in bf16 and channels last. For each model:
   occupancy; the share of the rate of matrix products by the FLOPs of flops.py; how many rows are equal to the
   bit when the last comes first; peak memory;
 - the loop of diffusers_loop.py, eager and then compiled as a whole with CUDA graphs, at its best batch size
-  (found eager, on the uniform rows), on the same rows in the same order; and the ratios.
+  (found eager, on the uniform rows), on the same rows in the same order; how far its images are from the
+  engine's; and the ratios.
 
 --tiny: the same on small components, where there is no GPU."""
 
@@ -38,7 +39,7 @@ from diffusers_loop import DiffusersLoop, batches
 from flops import costs, row_cost
 from random_models import write_model
 
-from context_diffusion.core.records import Request, Result
+from context_diffusion.core.records import Pixels, Request, Result
 from context_diffusion.engine.engine import Engine
 from context_diffusion.engine.step import Stepper
 from context_diffusion.models.compilation import Compile
@@ -46,10 +47,19 @@ from context_diffusion.pipeline import ContextDiffusion
 
 STEPS = {"sd15": 20, "sdxl": 30}
 VARIANTS: dict[Compile, str] = {"off": "eager", "auto": "compiled"}
-WARM_UPS = 2  # of a batch: the first one compiles, the second one records CUDA graphs
+# Of each form of a batch: the first one loads kernels or compiles, the second one records CUDA graphs.
+WARM_UPS: dict[Compile, int] = {"off": 1, "auto": 2}
 KINDS = ("uniform", "unguided", "mixed", "mixed sizes")
 GUIDANCE, CONTEXTS = 5.0, 2
 PROMPTS = ("a house by the sea", "a misty forest", "an old street at night", "flowers in a glass vase")
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one side did. rates: images a second, by kind of rows. images: of the first uniform rows."""
+
+    rates: dict[str, float]
+    images: list[Pixels]
 
 
 @dataclass(frozen=True)
@@ -123,14 +133,15 @@ def make_rows(model: ContextDiffusion, kind: str, count: int, steps: int) -> lis
     return rows
 
 
-def images_of(engine: Engine, requests: Sequence[Request]) -> dict[str, np.ndarray]:
-    """Generate rows. Raises RuntimeError for a row that fails: nothing is measured then."""
+def images_of(engine: Engine, requests: Sequence[Request], runs: list[dict[str, Pixels]]) -> None:
+    """Generate rows, and append their images by id to `runs`. Raises RuntimeError for a row that fails:
+    nothing is measured then."""
     images = {}
     for request, outcome in engine.run(requests):
         if not isinstance(outcome, Result):
             raise RuntimeError(f"row {request.id}: {outcome.code}: {outcome.message}")
         images[request.id] = outcome.image
-    return images
+    runs.append(images)
 
 
 def measure(bench: Bench) -> None:
@@ -147,15 +158,29 @@ def measure(bench: Bench) -> None:
         for key in bench.variants:
             ours, requests = by_engine(bench, parts, key, rate)
             theirs, best = by_diffusers(bench, parts, key, requests, best)
-            ratios = ", ".join(f"{kind} {ours[kind] / theirs[kind]:.2f}" for kind in KINDS)
-            both = f"unguided rows to batches with both branches {ours['unguided'] / theirs['uniform']:.2f}"
-            print(f"  engine to diffusers, both {VARIANTS[key]}: {ratios}, {both}", flush=True)
+            report(key, ours, theirs)
+
+
+def report(key: Compile, ours: Side, theirs: Side) -> None:
+    count = len(theirs.images)
+    difference = np.abs(np.stack(ours.images[:count]).astype(int) - np.stack(theirs.images))
+    print(
+        f"  {VARIANTS[key]}, images of both sides differ by {difference.mean():.3f} of 255 in the mean, "
+        f"{difference.max()} at most"
+    )
+    ratios = ", ".join(f"{kind} {ours.rates[kind] / theirs.rates[kind]:.2f}" for kind in KINDS)
+    both = ours.rates["unguided"] / theirs.rates["uniform"]
+    print(
+        f"  engine to diffusers, both {VARIANTS[key]}: {ratios}, unguided rows to batches with both branches "
+        f"{both:.2f}",
+        flush=True,
+    )
 
 
 def by_engine(
     bench: Bench, parts: dict[str, Any], key: Compile, rate: float
-) -> tuple[dict[str, float], dict[str, list[Request]]]:
-    """Return images a second, and the rows, by their kind."""
+) -> tuple[Side, dict[str, list[Request]]]:
+    """Measure the engine, and return the rows too, by their kind."""
     free_memory(bench)
     models: list[ContextDiffusion] = []
     load = partial(ContextDiffusion.from_pretrained, parts, str(bench.device), cpu_threads=1, compile=key)
@@ -166,21 +191,26 @@ def by_engine(
     uniform = make_rows(model, "uniform", full, bench.steps)
     print(f"  {name}: load {loading:.1f} s, {parts_of_time(bench, model.engine(), uniform)}", flush=True)
     requests = {kind: make_rows(model, kind, bench.rows, bench.steps) for kind in KINDS}
-    rates = {}
+    rates: dict[str, float] = {}
+    images: list[dict[str, Pixels]] = []
     for kind, rows in requests.items():
         engine = model.engine()
-        rates[kind] = len(rows) / bench.seconds(partial(images_of, engine, rows))
+        generate = partial(images_of, engine, rows, images)
+        rates[kind] = len(rows) / bench.seconds(generate)
         occupancy = f"occupancy {engine.occupancy.share:.3f}"
         print(f"  {name}, {kind}: {rates[kind]:.3f} images/s, {occupancy}", flush=True)
     if not bench.tiny:
         flops = row_cost(costs(bench.name == "sdxl"), bench.steps, lanes=2, contexts=CONTEXTS)
         print(f"  {name}, uniform: {flops * rates['uniform'] / rate:.3f} of the matrix products' rate")
-    mixed = make_rows(model, "mixed", 2 * full, 3)
-    forward, backward = (images_of(model.engine(), rows) for rows in (mixed, mixed[::-1]))
+    mixed = make_rows(model, "mixed", 2 * full, min(3, bench.steps))
+    orders: list[dict[str, Pixels]] = []
+    for rows in (mixed, mixed[::-1]):
+        images_of(model.engine(), rows, orders)
+    forward, backward = orders
     equal = sum(np.array_equal(forward[row], backward[row]) for row in forward)
     print(f"  {name}, rows in another order, equal to the bit: {equal} of {len(mixed)}")
     print(f"  {name}, peak memory {peak_memory(bench):.2f} GiB", flush=True)
-    return rates, requests
+    return Side(rates, [images[0][row.id] for row in requests["uniform"]]), requests
 
 
 def parts_of_time(bench: Bench, engine: Engine, rows: list[Request]) -> str:
@@ -202,7 +232,7 @@ def parts_of_time(bench: Bench, engine: Engine, rows: list[Request]) -> str:
         patch.object(backbone, "decode", timed("decode", backbone.decode)),
         patch.object(Stepper, "__call__", _method(timed("step", Stepper.__call__))),
     ):
-        total = bench.seconds(partial(images_of, engine, rows))
+        total = bench.seconds(partial(images_of, engine, rows, []))
     step = median(spent["step"])
     first = "compile and capture" if bench.device.type == "cuda" else "first step's surplus"
     return (
@@ -219,8 +249,8 @@ def _method(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def by_diffusers(
     bench: Bench, parts: dict[str, Any], key: Compile, requests: dict[str, list[Request]], best: int | None
-) -> tuple[dict[str, float], int]:
-    """Return images a second by kind of rows, and the size of batches. best: the size, if it is known."""
+) -> tuple[Side, int]:
+    """Measure the loop, and return the size of its batches too. best: the size, if it is known."""
     free_memory(bench)
     loop = DiffusersLoop(parts, bench.device)
     best = best or best_size(bench, loop, requests["uniform"])
@@ -231,12 +261,12 @@ def by_diffusers(
     for kind, rows in requests.items():
         split = list(batches(rows, best))
         for batch in {loop.form(batch): batch for batch in split}.values():
-            for _ in range(WARM_UPS):
+            for _ in range(WARM_UPS[key]):
                 loop.run(batch, steps=2)
         rates[kind] = len(rows) / bench.seconds(lambda split=split: [loop.run(batch) for batch in split])
         print(f"  {name}, {kind}, batches of {best}: {rates[kind]:.3f} images/s", flush=True)
     print(f"  {name}, peak memory {peak_memory(bench):.2f} GiB", flush=True)
-    return rates, best
+    return Side(rates, list(loop.run(requests["uniform"][:best]).numpy())), best
 
 
 def best_size(bench: Bench, loop: DiffusersLoop, rows: list[Request]) -> int:

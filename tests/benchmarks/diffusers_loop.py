@@ -1,8 +1,8 @@
 """Batches as diffusers' ControlNet pipelines run them, over the pipeline's own modules and scheduler.
 
-A pipeline's call takes one set of context images for a whole batch, so this is its loop, written out: prompts,
-contexts and control maps are encoded in one batch; at each step all branches of all rows go through ControlNet
-and U-Net; each batch has one number of steps, and guidance where any of its rows has.
+A pipeline's call takes one set of context images for a whole batch, so this is its loop, written out:
+prompts, contexts and control maps are encoded in one batch; at each step all branches of all rows go through
+ControlNet and U-Net; each batch has one number of steps, and guidance where any of its rows has.
 
 B rows  N contexts of a row
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import Request
+from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD
 from context_diffusion.models.conditioning import to_tensor
 from context_diffusion.models.stable_diffusion.loading import load
 
@@ -38,8 +39,8 @@ class DiffusersLoop:
         self.predict = self._predict
 
     def compile(self) -> None:
-        """Compile a whole step with CUDA graphs, the quickest that torch.compile offers. On a CPU it is traced
-        only."""
+        """Compile a whole step with CUDA graphs, the quickest that torch.compile offers. On a CPU it is only
+        traced."""
         torch._dynamo.config.recompile_limit = 64  # one for each form of a batch
         options: dict[str, Any] = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
         backend = "inductor" if self.device.type == "cuda" else "eager"
@@ -69,7 +70,7 @@ class DiffusersLoop:
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request], steps: int | None = None) -> Tensor:
-        """Generate one batch of rows of equal size, uint8 (B, H, W, 3) on the host.
+        """Generate one batch of rows of equal size without negative prompts, uint8 (B, H, W, 3) on the host.
 
         steps: default: those of the longest row."""
         settings = [request.settings for request in requests]
@@ -99,7 +100,6 @@ class DiffusersLoop:
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
-            negative_prompt=[request.negative_prompt or "" for request in requests] if guided else None,
         )
         text = torch.cat([encoded[1], encoded[0]]) if guided else encoded[0]
         if not self.xl:
@@ -114,7 +114,8 @@ class DiffusersLoop:
         where guided."""
         encoder, count = self.pipe.image_encoder, len(requests[0].contexts)
         pixels = torch.cat([to_tensor(context) for request in requests for context in request.contexts])
-        values = (pixels.to(self.device) / 127.5 - 1).to(encoder.dtype)
+        mean, std = (torch.tensor(part, device=self.device)[:, None, None] for part in (CLIP_MEAN, CLIP_STD))
+        values = ((pixels.to(self.device) / 255 - mean) / std).to(encoder.dtype)
         shown = encoder(values, output_hidden_states=True).hidden_states[-2]
         shown = shown.unflatten(0, (len(requests), count))
         if not guided:
