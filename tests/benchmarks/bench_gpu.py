@@ -26,7 +26,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from diffusers_loop import DiffusersLoop, batches
 from flops import costs, row_cost
+from gpu_rows import CONTEXTS, KINDS, make_rows
 from random_models import write_model
 
 from context_diffusion.core.records import Pixels, Request, Result
@@ -49,9 +50,6 @@ STEPS = {"sd15": 20, "sdxl": 30}
 VARIANTS: dict[Compile, str] = {"off": "eager", "auto": "compiled"}
 # Of each form of a batch: the first one loads kernels or compiles, the second one records CUDA graphs.
 WARM_UPS: dict[Compile, int] = {"off": 1, "auto": 2}
-KINDS = ("uniform", "unguided", "mixed", "mixed sizes")
-GUIDANCE, CONTEXTS = 5.0, 2
-PROMPTS = ("a house by the sea", "a misty forest", "an old street at night", "flowers in a glass vase")
 
 
 @dataclass(frozen=True)
@@ -105,32 +103,6 @@ class Bench:
 
         products()
         return 2 * side**3 * 10 / self.seconds(products)
-
-
-def make_rows(model: ContextDiffusion, kind: str, count: int, steps: int) -> list[Request]:
-    """Make requests as the Python API does, of random images; each row has its own query and contexts."""
-    rng, side = np.random.default_rng(0), model.backbone.image_size
-    sizes = [(side, side), (side, 3 * side // 2), (3 * side // 2, side)]
-    rows: list[Request] = []
-    for number in range(count):
-        mixed = kind == "mixed"
-        height, width = sizes[number % len(sizes)] if kind == "mixed sizes" else sizes[0]
-        # Coarse noise, so that a control map is more than noise.
-        coarse = rng.integers(0, 256, (1 + CONTEXTS, side // 16, side // 16, 3), dtype=np.uint8)
-        query, *contexts = coarse.repeat(8, 1).repeat(8, 2)
-        guidance = float(rng.choice([1.0, GUIDANCE])) if mixed else 1.0 if kind == "unguided" else GUIDANCE
-        settings = {
-            "seed": number,
-            "num_inference_steps": int(rng.integers(steps * 2 // 3, steps * 5 // 3)) if mixed else steps,
-            "guidance_scale": guidance,
-            "scheduler": "ddim",
-            "height": height,
-            "width": width,
-        }
-        prompt = PROMPTS[number % len(PROMPTS)]
-        [request] = model.requests(query, contexts, prompt, None, "canny", "crop", settings)
-        rows.append(replace(request, id=str(number)))
-    return rows
 
 
 def images_of(engine: Engine, requests: Sequence[Request], runs: list[dict[str, Pixels]]) -> None:

@@ -70,12 +70,13 @@ class DiffusersLoop:
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request], steps: int | None = None) -> Tensor:
-        """Generate one batch of rows of equal size without negative prompts, uint8 (B, H, W, 3) on the host.
+        """Generate one batch of rows of equal size and context_scale, uint8 (B, H, W, 3) on the host.
 
         steps: default: those of the longest row."""
         settings = [request.settings for request in requests]
         guided = any(row.guidance_scale > 1 for row in settings)
         scales = torch.tensor([max(row.guidance_scale, 1.0) for row in settings], device=self.device)
+        self.pipe.set_ip_adapter_scale(settings[0].context_scale)
         scheduler = self.pipe.scheduler
         scheduler.set_timesteps(steps or max(row.num_inference_steps for row in settings), device=self.device)
         text, added = self._text(requests, guided)
