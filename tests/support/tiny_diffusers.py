@@ -41,8 +41,11 @@ from context_diffusion.core.records import Pixels
 SIDE, WIDTH, VISION = 64, 32, 64  # pixels, text, image encoder
 
 
-def make_base(folder: Path, xl: bool = False, seed: int = 0, guidance_width: int | None = None) -> str:
-    """guidance_width: of the guidance scale's embedding, which an LCM's U-Net reads."""
+def make_base(
+    folder: Path, xl: bool = False, seed: int = 0, guidance_width: int | None = None, whole: bool = False
+) -> str:
+    """guidance_width: of the guidance scale's embedding, which an LCM's U-Net reads. whole: all layers of the
+    published U-Net, made narrow."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "words")
     scheduler = DDIMScheduler(
@@ -50,7 +53,7 @@ def make_base(folder: Path, xl: bool = False, seed: int = 0, guidance_width: int
     )
     parts: dict[str, Any] = {
         "vae": _vae(),
-        "unet": _unet(xl, guidance_width),
+        "unet": _unet(xl, guidance_width, whole),
         "tokenizer": tokenizer,
         "scheduler": scheduler,
     }
@@ -105,6 +108,28 @@ def _vae() -> AutoencoderKL:
     return vae
 
 
+def _whole_sizes(xl: bool) -> dict[str, Any]:
+    """The layers of the published U-Nets, 16 and 70 cross-attentions, in narrow channels."""
+    sizes = {"layers_per_block": 2, "norm_num_groups": 8, "cross_attention_dim": 2 * WIDTH if xl else WIDTH}
+    if not xl:
+        return sizes | {"block_out_channels": (16, 32, 32, 32), "attention_head_dim": 2}
+    return sizes | {
+        "block_out_channels": (16, 32, 64),
+        "attention_head_dim": (2, 4, 8),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        **_XL,
+    }
+
+
+_XL = {
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+}
+
+
 def _sizes(xl: bool) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "block_out_channels": (32, 64),
@@ -115,29 +140,26 @@ def _sizes(xl: bool) -> dict[str, Any]:
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     }
     if xl:
-        sizes |= {
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
-            "transformer_layers_per_block": (1, 2),
-        }
+        sizes |= _XL | {"transformer_layers_per_block": (1, 2)}
     return sizes
 
 
-def _unet(xl: bool, guidance_width: int | None = None) -> UNet2DConditionModel:
-    up_blocks = ("CrossAttnUpBlock2D", "UpBlock2D")
-    unet = UNet2DConditionModel(
-        sample_size=SIDE // 2, up_block_types=up_blocks, time_cond_proj_dim=guidance_width, **_sizes(xl)
-    )
+def _unet(xl: bool, guidance_width: int | None = None, whole: bool = False) -> UNet2DConditionModel:
+    sizes = _whole_sizes(xl) if whole else _sizes(xl)
+    if not whole:
+        sizes["up_block_types"] = ("CrossAttnUpBlock2D", "UpBlock2D")
+    elif xl:
+        sizes["up_block_types"] = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+    unet = UNet2DConditionModel(sample_size=SIDE // 2, time_cond_proj_dim=guidance_width, **sizes)
     if guidance_width:
         nn.init.normal_(unet.time_embedding.cond_proj.weight, std=2.0)
     return _loud(_loud(unet, 1.6 if xl else 2.6, "attn2"), 2.0, "attn2.to_v")
 
 
-def make_controlnet(folder: Path, xl: bool = False, seed: int = 1) -> str:
+def make_controlnet(folder: Path, xl: bool = False, seed: int = 1, whole: bool = False) -> str:
     torch.manual_seed(seed)
-    net = ControlNetModel(conditioning_embedding_out_channels=(8, 16), **_sizes(xl))
+    sizes = _whole_sizes(xl) if whole else _sizes(xl)
+    net = ControlNetModel(conditioning_embedding_out_channels=(8, 16), **sizes)
     for name, parameter in net.named_parameters():  # zero at birth: they would hide the ControlNet
         if "controlnet_" in name and not parameter.any():
             nn.init.normal_(parameter, std=0.15)

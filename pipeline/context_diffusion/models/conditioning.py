@@ -10,6 +10,7 @@ from torch import Tensor
 
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.records import Pixels, Request
+from context_diffusion.engine.lane_buffers import pinned
 from context_diffusion.image_tensors import channels_first
 
 
@@ -73,6 +74,6 @@ def latent_size(request: Request, factor: int) -> tuple[int, int]:
     return height // factor, width // factor
 
 
-def to_tensor(pixels: Pixels) -> Tensor:
-    """Copy pixels, uint8 (H, W, 3), to a batch of one, uint8 (1, 3, H, W)."""
-    return channels_first(pixels.copy())[None]
+def to_tensor(pixels: Pixels, device: torch.device | str = "cpu") -> Tensor:
+    """Copy pixels, uint8 (H, W, 3), to a batch of one on the device, uint8 (1, 3, H, W)."""
+    return pinned(channels_first(pixels.copy())[None], torch.device(device))

@@ -109,7 +109,7 @@ class NativeBackbone:
         )
 
     def _context(self, pixels: Any) -> Tensor:
-        return self.model.encode_images(self.model.context_pixels(to_tensor(pixels)))
+        return self.model.encode_images(self.model.context_pixels(to_tensor(pixels, self.model.device)))
 
     def _layout(self, request: Request, cache: Cache) -> Conditions | None:
         if not request.controls:
@@ -117,16 +117,14 @@ class NativeBackbone:
         [scale], [control] = control_scales(request, 1), request.controls
 
         def embed() -> Tensor:
-            latents = self.model.encode_control(
-                to_tensor(control.pixels).to(self.model.device), [control.kind]
-            )
+            latents = self.model.encode_control(to_tensor(control.pixels, self.model.device), [control.kind])
             return self.layout_embedding(latents.to(self.model.dtype))
 
         layout = cache.get(f"control:{control.kind}:{content_key(control.pixels)}", embed)
         return {"layout": layout, "scale": layout.new_full((1, 1), scale)}
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
-        return self.model.encode_pixels(to_tensor(request.query).to(self.model.device)).float()
+        return self.model.encode_pixels(to_tensor(request.query, self.model.device)).float()
 
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Conditions | None) -> Tensor:
         down, mid, draft = None, None, None
@@ -176,7 +174,7 @@ class NativeBackbone:
             image = give_back(image, **detail)
         if not self.model.restores:
             return image
-        pixels = torch.cat([to_tensor(context.pixels) for context in contexts]).to(image.device)
+        pixels = torch.cat([to_tensor(context.pixels, image.device) for context in contexts])
         weights = torch.tensor([context.weight for context in contexts], device=image.device)
         return self.model.restore(image, pixels, weights)
 

@@ -190,10 +190,12 @@ class NativeDrafts:
         return [cache.get(f"look:{context.key}", partial(self._look, context.pixels)) for context in contexts]
 
     def _look(self, pixels: Any) -> Look:
-        return self.model.look(self.model.context_pixels(to_tensor(pixels)))
+        return self.model.look(self.model.context_pixels(to_tensor(pixels, self.model.device)))
 
     def _relief(self, pixels: Any) -> Tensor:
-        return describe_relief(lightness_of(self.model.context_pixels(to_tensor(pixels)).float()) / 255)
+        return describe_relief(
+            lightness_of(self.model.context_pixels(to_tensor(pixels, self.model.device)).float()) / 255
+        )
 
     def image_of(self, request: Request) -> Tensor:
         """Return a row's draft alone, (1, 3, H, W) in [0, 1]. Raises ValueError for a row without a draft."""
@@ -205,7 +207,7 @@ class NativeDrafts:
             raise ValueError(
                 f"row {request.id}: no draft without contexts and a control map that shows tones"
             )
-        tones = tones_of(to_tensor(request.controls[0].pixels).to(self.model.device))
+        tones = tones_of(to_tensor(request.controls[0].pixels, self.model.device))
         return self._image(request, tones, wanted, self._looks(wanted.contexts, cache), cache)
 
     def _draft_of(self, request: Request, wanted: Wanted, cache: Cache) -> tuple[EncodedDraft, Detail]:
@@ -251,14 +253,14 @@ class NativeDrafts:
                 if drawn
                 else tones.new_zeros(height, width)
             )
-        query = to_tensor(request.query).to(self.model.device)
+        query = to_tensor(request.query, self.model.device)
         return draft_image(query, tones, colours, palette, texture)
 
     def _palette(self, pixels: Any) -> Tensor:
-        return palette_of(to_tensor(pixels).to(self.model.device))
+        return palette_of(to_tensor(pixels, self.model.device))
 
     def _texture(self, pixels: Any, side: int) -> Tensor:
-        return _texture(self.model.relief, to_tensor(pixels).to(self.model.device), side)
+        return _texture(self.model.relief, to_tensor(pixels, self.model.device), side)
 
     def _make_draft(
         self, layout: Layout, wanted: Wanted, looks: list[Look], image: Tensor
@@ -279,7 +281,7 @@ class NativeDrafts:
         return encoded, {"drafts": image, "copies": self.model.decode(encoded.latents).float()}
 
     def _tones(self, control: Control) -> Layout:
-        return self.model.layout(to_tensor(control.pixels).to(self.model.device), [control.kind])
+        return self.model.layout(to_tensor(control.pixels, self.model.device), [control.kind])
 
 
 def _texture(relief: ReliefModel, images: Tensor, side: int) -> Tensor:

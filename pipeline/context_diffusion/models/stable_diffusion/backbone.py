@@ -189,10 +189,10 @@ class StableBackbone:
         return {"maps": tuple(maps), "scale": maps[0].new_tensor([scales])}
 
     def _map(self, n: int, control: Control) -> Tensor:
-        return self.map_embeddings[n]((to_tensor(control.pixels).to(self.device) / 255).to(self.dtype))
+        return self.map_embeddings[n]((to_tensor(control.pixels, self.device) / 255).to(self.dtype))
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
-        pixels = to_tensor(request.query).to(self.device) / 255 * 2 - 1
+        pixels = to_tensor(request.query, self.device) / 255 * 2 - 1
         latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample(generator)
         return (latents * self.vae.config.scaling_factor).float()
 
@@ -263,7 +263,8 @@ class _ContextEncoder:
         pipe.unet.encoder_hid_proj = None
         pipe.unet.register_to_config(encoder_hid_dim_type=None)
         self.mean, self.std = (
-            torch.tensor(part)[:, None, None] for part in (preprocessing.mean, preprocessing.std)
+            torch.tensor(part, device=self.encoder.device)[:, None, None]
+            for part in (preprocessing.mean, preprocessing.std)
         )
 
     def keys_and_values(self, pixels: Pixels | None) -> tuple[Tensor, ...]:
@@ -273,12 +274,12 @@ class _ContextEncoder:
 
     def _encode(self, pixels: Pixels) -> Tensor:
         """Encode a context to tokens (1, K, D)."""
-        image = to_tensor(pixels)
+        image = to_tensor(pixels, self.encoder.device)
         if self.normalization == "none":
             values = (image * self.scale - self.mean) / self.std
         else:
             values, _, _ = normalise(image, self.normalization)
-        return self._features(values.to(self.encoder.device, self.encoder.dtype), empty=False)
+        return self._features(values.to(self.encoder.dtype), empty=False)
 
     def _empty(self) -> Tensor:
         side = self.encoder.config.image_size

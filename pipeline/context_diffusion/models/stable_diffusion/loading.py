@@ -82,11 +82,18 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
     for module in [*pipe.components.values(), *controlnets, checker]:
         if isinstance(module, nn.Module):
             module.to(device).eval().requires_grad_(False)
-    if xl and dtype == torch.float16 and pipe.vae.config.force_upcast:
-        # permanently, to encode and decode: it overflows in half precision; diffusers' XL pipelines upcast it
-        # too
-        pipe.vae.float()
+    pipe.vae.to(_vae_dtype(dtype, device, upcast=xl and pipe.vae.config.force_upcast))
     return StableDiffusion(pipe, controlnets, parts, xl, SafetyChecker(checker) if checker else None)
+
+
+def _vae_dtype(dtype: torch.dtype, device: torch.device, upcast: bool) -> torch.dtype:
+    """Return the autoencoder's dtype beside networks of a dtype, to encode and decode.
+
+    bfloat16 is noisier than float16 in pixels. upcast: it overflows in float16, as diffusers' XL pipelines
+    know too."""
+    if dtype == torch.float32 or upcast:
+        return torch.float32
+    return torch.float16 if device.type == "cuda" else dtype
 
 
 @dataclass

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from context_diffusion.core.records import Pixels
+
+STRICTER = 0.01  # of a cosine
 
 
 class SafetyChecker:
@@ -28,8 +31,22 @@ class SafetyChecker:
 
     @torch.inference_mode()
     def __call__(self, image: Pixels) -> bool:
-        """Return whether an image is unsafe. Images are checked one at a time."""
+        """Return whether an image is unsafe, by diffusers' rule. Images are checked one at a time.
+
+        An image that is near to a special concept is held to stricter thresholds for all concepts. diffusers'
+        own method waits for the device at each concept, this one once."""
         values = self.processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
-        # The checker blackens the images that it is given, so it gets an empty one.
-        _, [unsafe] = self.checker(values.to(self.checker.device, self.checker.dtype), [np.zeros(1)])
-        return bool(unsafe)
+        checker = self.checker
+        features = checker.vision_model(values.to(checker.device, checker.dtype))[1]
+        embedding = F.normalize(checker.visual_projection(features))
+        special = _over(embedding, checker.special_care_embeds, checker.special_care_embeds_weights, 0.0)
+        stricter = STRICTER * special.any()
+        unsafe = _over(embedding, checker.concept_embeds, checker.concept_embeds_weights, stricter)
+        return bool(unsafe.any())
+
+
+def _over(embedding: Tensor, concepts: Tensor, thresholds: Tensor, stricter: Tensor | float) -> Tensor:
+    """Return which concepts (N,) an embedding (1, D) is nearer to than their thresholds, in cosines of three
+    decimals."""
+    cosines = (embedding @ F.normalize(concepts).T)[0].float()
+    return (cosines - thresholds.float() + stricter).round(decimals=3) > 0
