@@ -41,10 +41,14 @@ class DiffusersLoop:
     def compile(self) -> None:
         """Compile a whole step with CUDA graphs, the quickest that torch.compile offers. On a CPU it is only
         traced."""
-        torch._dynamo.config.recompile_limit = 64  # one for each form of a batch
-        options: dict[str, Any] = {"mode": "reduce-overhead"} if self.device.type == "cuda" else {}
-        backend = "inductor" if self.device.type == "cuda" else "eager"
-        self.predict = torch.compile(self._predict, dynamic=False, backend=backend, **options)
+        gpu = self.device.type == "cuda"
+        self.predict = torch.compile(
+            self._predict,
+            dynamic=False,
+            backend="inductor" if gpu else "eager",
+            mode="reduce-overhead" if gpu else None,
+            recompile_limit=64,  # one for each form of a batch
+        )
 
     def form(self, requests: Sequence[Request]) -> tuple[Any, ...]:
         """Return what a compiled step is compiled for."""

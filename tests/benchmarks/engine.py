@@ -3,11 +3,11 @@
     python tests/benchmarks/engine.py [MODEL] [--rows 48] [--repeats 5] [--threads 2] [--trace PNG]
 
 All rows have a prompt, since a row without one needs no guidance. Uniform rows: 20 steps, guidance 1.5; the
-loop runs full batches of 8. Mixed rows: 20 to 50 steps, guidance 1 and 5, one to three contexts; the loop runs
-batches in the manifest's order, as long as their longest row and guided where any row is; and the best static
-batching: rows of equal steps and guidance together, in the batch size that is quickest. Drafts, which both
-sides make row by row, are the product's own. Medians of turns side by side. --trace draws the lanes of both
-sides over time."""
+loop runs full batches of 8. Mixed rows: 20 to 50 steps, guidance 1 and 5, one to three contexts; the loop
+runs batches in the manifest's order, as long as their longest row and guided where any row is; and the best
+static batching: rows of equal steps and guidance together, in the batch size that is quickest. Drafts, which
+both sides make row by row, are the product's own, so both sides' images are the same; how far they differ is
+printed. Medians of turns side by side. --trace draws the lanes of both sides over time."""
 
 from __future__ import annotations
 
@@ -151,46 +151,38 @@ def grouped(rows: list[Request], size: int) -> Iterable[list[Request]]:
         yield from batched(list(group), size)
 
 
-def timed(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def generate(model: ContextDiffusion, rows: list[Request]) -> dict[str, np.ndarray]:
-    """Generate rows by a new engine, whose caches are empty."""
-    outcomes = list(model.engine().run(rows))
-    return {row.id: outcome.image for row, outcome in outcomes if isinstance(outcome, Result)}
-
-
-def difference(model: ContextDiffusion, loop: Loop, rows: list[Request]) -> str:
-    """Compare both sides' images of some rows: otherwise they may not do the same work."""
-    ours, theirs = generate(model, rows), loop.run(grouped(rows, BATCH))
-    largest = max(int(np.abs(ours[row.id].astype(int) - theirs[row.id]).max()) for row in rows)
-    return f"{len(ours)} images of both sides differ by {largest} of 255 at most"
-
-
 def compare(model: ContextDiffusion, loop: Loop, name: str, rows: list[Request], repeats: int) -> None:
-    sides: dict[str, Callable[[], object]] = {
-        "engine": partial(generate, model, rows),
+    occupancies: list[float] = []
+
+    def generate() -> dict[str, np.ndarray]:
+        engine = model.engine()  # a new one, whose caches are empty
+        outcomes = list(engine.run(rows))
+        occupancies.append(engine.occupancy.share)
+        return {row.id: outcome.image for row, outcome in outcomes if isinstance(outcome, Result)}
+
+    sides: dict[str, Callable[[], dict[str, np.ndarray]]] = {
+        "engine": generate,
         "in order": lambda: loop.run(batched(rows, BATCH)),
     }
     if name == "mixed":
         sides |= {f"grouped by {size}": lambda size=size: loop.run(grouped(rows, size)) for size in SIZES}
     spent: dict[str, list[float]] = {side: [] for side in sides}
+    images: dict[str, dict[str, np.ndarray]] = {}
     for _ in range(repeats):  # in turns: the machine's mood is the same for all
         for side, call in sides.items():
-            spent[side].append(timed(call))
+            started = time.perf_counter()
+            images[side] = call()
+            spent[side].append(time.perf_counter() - started)
     medians = {side: statistics.median(seconds) for side, seconds in spent.items()}
     for side, seconds in medians.items():
         ratio = seconds / medians["engine"]
-        print(
-            f"{name}, {side}: {len(rows) / seconds:.2f} images/s, {ratio:.2f} times the engine's time",
-            flush=True,
-        )
-    engine = model.engine()
-    list(engine.run(rows))
-    print(f"{name}: occupancy {engine.occupancy.share:.3f}", flush=True)
+        rate = f"{len(rows) / seconds:.2f} images/s"
+        print(f"{name}, {side}: {rate}, {ratio:.2f} times the engine's time", flush=True)
+    # Otherwise both sides would not do the same work. The last side runs each row's own number of steps.
+    ours, theirs = images["engine"], images[side]
+    largest = max(int(np.abs(ours[row.id].astype(int) - theirs[row.id]).max()) for row in rows)
+    print(f"{name}: images of both sides differ by {largest} of 255 at most")
+    print(f"{name}: occupancy {occupancies[-1]:.3f}", flush=True)
 
 
 def main() -> None:
@@ -210,9 +202,7 @@ def main() -> None:
     if options.trace:
         draw(model, make_rows(options.rows, True, side), options.trace)
     for name in ("uniform", "mixed"):
-        rows = make_rows(options.rows, name == "mixed", side)
-        print(f"{name}: {difference(model, loop, rows[:BATCH])}", flush=True)
-        compare(model, loop, name, rows, options.repeats)
+        compare(model, loop, name, make_rows(options.rows, name == "mixed", side), options.repeats)
 
 
 if __name__ == "__main__":
