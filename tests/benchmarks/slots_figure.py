@@ -12,13 +12,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 
 from context_diffusion.core.records import Request
-from context_diffusion.engine.engine import Engine
-from context_diffusion.models.native.backbone import NativeBackbone
-from context_diffusion.models.native.model import NativeModel
-from context_diffusion.pipeline import SHAPES
+from context_diffusion.pipeline import ContextDiffusion
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,64 +22,65 @@ import matplotlib.pyplot as plt
 EMPTY = -1
 
 
-def draw(model: NativeModel, requests: list[Request], path: Path) -> None:
-    shape = SHAPES["native", "cpu"]
-    lanes_of = {one.id: 1 if one.settings.guidance_scale <= 1 else 2 for one in requests}
-    engine = Engine(NativeBackbone(model), torch.device("cpu"), shape)
-    steps: list[list[str]] = []
-    went: list[str] = []
-    engine.callback = lambda progress: went.append(progress.request.id)  # type: ignore[func-returns-value]
-    engine.waiting.extend(requests)
+def draw(model: ContextDiffusion, requests: list[Request], path: Path) -> None:
+    engine = model.engine()
+    lanes_of = {request.id: len(model.backbone.branches(request)) for request in requests}
+    lanes = engine.most_chunks * engine.sizes.table[0]
+    advanced: list[str] = []
+    engine.callback = lambda update: advanced.append(update.request.id)
+    for request in requests:
+        engine.add(request)
+    columns: list[tuple[list[str], int]] = []
     while not engine.idle:
+        paid = engine.occupancy.paid
         engine.step()
-        steps.append([name for name in went for _ in range(lanes_of[name])])
-        went.clear()
-    ours = _columns([step for step in steps if step], shape.lanes, shape.chunk)
-    theirs = _columns(_static(requests, shape.lanes // 2), shape.lanes, shape.chunk)
+        if advanced:
+            ids = [name for name in advanced for _ in range(lanes_of[name])]
+            columns.append((ids, engine.occupancy.paid - paid))
+            advanced.clear()
+    grids = {"engine": _grid(columns, lanes), "static batches": _grid(_static(requests, lanes // 2), lanes)}
     figure, axes = plt.subplots(2, 1, figsize=(9, 3.6), sharex=True)
-    for axis, (what, grid) in zip(axes, (("engine", ours), ("static batches", theirs)), strict=True):
-        full = (grid >= 0).sum() / (grid >= EMPTY).sum()
-        shown = np.ma.masked_less(grid, EMPTY + 0.5)
+    for axis, (name, grid) in zip(axes, grids.items(), strict=True):
+        full = (grid > EMPTY).sum() / (grid >= EMPTY).sum()
         axis.imshow(
-            shown,
+            np.ma.masked_less(grid, EMPTY + 0.5),
             aspect="auto",
             interpolation="nearest",
             cmap="tab20",
             extent=(0, grid.shape[1], 0, grid.shape[0]),
         )
         axis.set_title(
-            f"{what}: {grid.shape[1]} steps, {full:.0%} of the lanes that they pay for used",
+            f"{name}: {grid.shape[1]} steps, {full:.0%} of the lanes that they pay for used",
             fontsize=9,
             loc="left",
         )
         axis.set_yticks([])
-        axis.set_xlim(0, max(ours.shape[1], theirs.shape[1]))
+        axis.set_xlim(0, max(grid.shape[1] for grid in grids.values()))
     axes[1].set_xlabel("steps; a colour each row of the manifest, white: lanes that do nothing", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(path)
 
 
-def _columns(steps: list[list[str]], lanes: int, chunk: int) -> np.ndarray:
-    """A column of lanes for each step: the row, EMPTY where a lane is paid for and unused, below where it
-    isn't paid."""
-    grid = np.full((lanes, len(steps)), EMPTY - 1)
-    for number, step in enumerate(steps):
-        paid = -(-len(step) // chunk) * chunk
+def _grid(columns: list[tuple[list[str], int]], lanes: int) -> np.ndarray:
+    """Return a column of lanes for each step, given the row of each lane ("" for none) and how many lanes are
+    paid for: the row's colour, EMPTY where a lane is unused, below it where none is paid for."""
+    grid = np.full((lanes, len(columns)), EMPTY - 1)
+    for number, (ids, paid) in enumerate(columns):
         grid[:paid, number] = EMPTY
-        grid[: len(step), number] = [int(name) % 20 if name else EMPTY for name in step]
+        grid[: len(ids), number] = [int(name) % 20 if name else EMPTY for name in ids]
     return grid
 
 
-def _static(requests: list[Request], size: int) -> list[list[str]]:
-    steps = []
+def _static(requests: list[Request], size: int) -> list[tuple[list[str], int]]:
+    columns = []
     for start in range(0, len(requests), size):
-        group = requests[start : start + size]
-        guided = any(one.settings.guidance_scale > 1 for one in group)
-        for step in range(max(one.settings.num_inference_steps for one in group)):
-            lanes = []
-            for one in group:
-                alive = one.id if step < one.settings.num_inference_steps else ""
-                lanes += [alive, alive if one.settings.guidance_scale > 1 else ""] if guided else [alive]
-            steps.append(lanes)
-    return steps
+        batch = requests[start : start + size]
+        guided = any(request.settings.guidance_scale > 1 for request in batch)
+        for step in range(max(request.settings.num_inference_steps for request in batch)):
+            lanes: list[str] = []
+            for request in batch:
+                name = request.id if step < request.settings.num_inference_steps else ""
+                lanes += [name, name if request.settings.guidance_scale > 1 else ""] if guided else [name]
+            columns.append((lanes, len(lanes)))
+    return columns

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from context_diffusion.core.errors import ErrorCode
+from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.records import Failure, Request, Result
 from context_diffusion.core.settings import Settings
 from context_diffusion.engine.backbone import Conditions, Encoded
@@ -70,7 +70,9 @@ def test_the_oldest_row_is_overdue_after_the_limit_and_until_it_has_ended() -> N
 
 def test_chunks_shrink_by_their_table_and_grow_back_more_rarely_each_time() -> None:
     sizes = ChunkSizes((2, 16, 8))
-    assert [sizes.of(lanes) for lanes in (1, 3, 16, 17)] == [16, 16, 16, None]
+    assert [sizes.of(lanes) for lanes in (1, 3, 16)] == [16, 16, 16]
+    with pytest.raises(RowError, match="more than the 16 lanes"):
+        sizes.of(17)
     pauses = []
     for _ in range(3):
         sizes.shrink(16)

@@ -19,7 +19,7 @@ from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.lane_buffers import LaneBuffers
 from context_diffusion.engine.preparation import prepare
 from context_diffusion.engine.rows import Row
-from context_diffusion.engine.step import denoise
+from context_diffusion.engine.step import Captures, denoise
 from context_diffusion.pipeline import ContextDiffusion
 from support.diffusers_reference import Model, pipeline_of, row
 from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
@@ -82,7 +82,9 @@ def chunk_of(pipeline: ContextDiffusion, requests: list[Request]) -> Chunk:
     backbone, cache = pipeline.backbone, Cache(2**30)
     branches = [backbone.branches(request) for request in requests]
     size = sum(map(len, branches))
-    chunk = Chunk(backbone.shape_group(requests[0]), size, backbone, pipeline.device)
+    chunk = Chunk(
+        backbone.shape_group(requests[0]), size, backbone, pipeline.device, Captures(pipeline.device)
+    )
     for order, (request, of_row) in enumerate(zip(requests, branches, strict=True)):
         placed = Row(request, order, chunk.group, of_row, size)
         placed.prepared = prepare(placed, backbone, cache)

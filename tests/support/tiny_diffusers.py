@@ -232,32 +232,40 @@ def make_face_adapter(folder: Path, base: str) -> dict[str, str]:
 
 
 def make_ip_adapter(folder: Path, base: str, plus: bool = False, xl: bool = False) -> dict[str, str]:
-    """In the published files' own keys: image_proj.* and ip_adapter.N.to_k_ip.weight. -> the `model:`
-    keys."""
+    """Write an IP-Adapter of random weights, and return its `model:` keys."""
     torch.manual_seed(3)
     width = 2 * WIDTH if xl else WIDTH
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    weights: dict[str, torch.Tensor] = {}
-    if plus:
-        layer: nn.Module = IPAdapterPlusImageProjection(
+    projection: nn.Module = (
+        IPAdapterPlusImageProjection(
             VISION, width, hidden_dims=64, depth=4, dim_head=64, heads=1, num_queries=6
         )
-        weights |= {
-            f"image_proj.{_published(name)}": value for name, value in _fused(layer.state_dict()).items()
-        }
+        if plus
+        else ImageProjection(WIDTH, width, 4)
+    )
+    return save_ip_adapter(folder / ("plus" if plus else "plain"), unet, projection, width)
+
+
+def save_ip_adapter(
+    folder: Path, unet: Any, projection: nn.Module, width: int, std: float = 1.0
+) -> dict[str, str]:
+    """Write an IP-Adapter in the published files' own keys, image_proj.* and ip_adapter.N.to_k_ip.weight, and
+    return its `model:` keys. std: of the layers' random weights."""
+    weights: dict[str, torch.Tensor] = {}
+    if isinstance(projection, IPAdapterPlusImageProjection):
+        for name, value in _fused(projection.state_dict()).items():
+            weights[f"image_proj.{_published(name)}"] = value
     else:
-        layer = ImageProjection(WIDTH, width, 4)
-        renamed = {name.replace("image_embeds", "proj"): value for name, value in layer.state_dict().items()}
-        weights |= {f"image_proj.{name}": value for name, value in renamed.items()}
+        for name, value in projection.state_dict().items():
+            weights[f"image_proj.{name.replace('image_embeds', 'proj')}"] = value
     # Numbered 1, 3, 5, ...: the published files count the self-attentions too.
     for number, name in enumerate(name for name in unet.attn_processors if "attn2" in name):
         inner = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
-        for part, size in (("to_k_ip", 1.0), ("to_v_ip", 1.0)):
-            weights[f"ip_adapter.{2 * number + 1}.{part}.weight"] = torch.randn(inner, width) * size
-    target = folder / ("plus" if plus else "plain")
-    target.mkdir(exist_ok=True)
-    save_file({name: value.contiguous() for name, value in weights.items()}, target / "adapter.safetensors")
-    return {"ip_adapter": str(target), "ip_adapter_weight_name": "adapter.safetensors"}
+        for part in ("to_k_ip", "to_v_ip"):
+            weights[f"ip_adapter.{2 * number + 1}.{part}.weight"] = torch.randn(inner, width) * std
+    folder.mkdir(exist_ok=True)
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "adapter.safetensors")
+    return {"ip_adapter": str(folder), "ip_adapter_weight_name": "adapter.safetensors"}
 
 
 def _fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

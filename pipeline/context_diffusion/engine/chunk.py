@@ -8,10 +8,11 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.lane_buffers import LaneBuffers
 from context_diffusion.engine.rows import Row, State
-from context_diffusion.engine.step import Stepper
+from context_diffusion.engine.step import Captures, Stepper
 
 GROWTH = 256  # steps without running out of memory after which chunks may be larger again
 
@@ -28,11 +29,15 @@ class ChunkSizes:
         self.limit = self.table[0]
         self._pause, self._left = GROWTH, 0
 
-    def of(self, lanes: int) -> int | None:
-        """Return the size of a chunk for a row of so many lanes; None: the table has none."""
+    def of(self, lanes: int) -> int:
+        """Return the size of a chunk for a row of so many lanes. Raises RowError if the table has none."""
         fitting = [size for size in self.table if size >= lanes]
-        within = [size for size in fitting if size <= self.limit]
-        return max(within, default=min(fitting, default=None))
+        if not fitting:
+            raise RowError(
+                ErrorCode.ENGINE_ERROR,
+                f"the row has {lanes} guidance branches, more than the {self.table[0]} lanes of a chunk",
+            )
+        return max([size for size in fitting if size <= self.limit], default=min(fitting))
 
     def shrink(self, size: int) -> None:
         """Use smaller chunks than `size`, if there are any."""
@@ -56,10 +61,12 @@ class Chunk:
 
     closed: takes no more rows."""
 
-    def __init__(self, group: Hashable, size: int, backbone: Backbone, device: torch.device) -> None:
+    def __init__(
+        self, group: Hashable, size: int, backbone: Backbone, device: torch.device, captures: Captures
+    ) -> None:
         self.group, self.size, self.closed = group, size, False
         self.rows: dict[Row, list[int]] = {}
-        self._backbone, self._device = backbone, device
+        self._backbone, self._device, self._captures = backbone, device, captures
         self._stepper: Stepper | None = None
 
     @property
@@ -74,7 +81,7 @@ class Chunk:
         """Write a prepared row to the lowest free places. The caller knows that it fits."""
         if self._stepper is None:
             buffers = LaneBuffers(row.ready, self.size, self._device)
-            self._stepper = Stepper(self._backbone, buffers)
+            self._stepper = Stepper(self._backbone, buffers, self._captures)
         taken = {place for places in self.rows.values() for place in places}
         places = [place for place in range(self.size) if place not in taken][: row.lanes]
         if self._stepper.buffers.fit(row):

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.records import EngineStats, Failure, Pixels, Request, Result
 from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.chunk import Chunk, ChunkSizes, Occupancy
@@ -33,7 +32,7 @@ from context_diffusion.engine.rows import (
     is_out_of_memory,
 )
 from context_diffusion.engine.scheduling import Option, Patience, choose, options_of
-from context_diffusion.engine.step import same_bits
+from context_diffusion.engine.step import Captures, Pace, same_bits
 
 Outcome = tuple[Request, Result | Failure]
 CACHE_BYTES = 2**30
@@ -73,6 +72,7 @@ class Engine:
         )
         self.preparation = Preparation(backbone, self.cache, self._pool, ahead=self._on_cpu)
         self.finisher = Finisher(backbone, device, self._pool, unsafe, compiled)
+        self._captures, self._pace = Captures(device), Pace(device)
         self.chunks: list[Chunk] = []
         self._rows: dict[int, Row] = {}  # those that have not ended, by their order
         self._order = 0
@@ -84,7 +84,7 @@ class Engine:
         """Take a request. What is wrong with it is its own outcome."""
         try:
             branches = self.backbone.branches(request)
-            group, size = self.backbone.shape_group(request), self._size(len(branches))
+            group, size = self.backbone.shape_group(request), self.sizes.of(len(branches))
         except Exception as error:
             if isinstance(error, torch.AcceleratorError):
                 raise
@@ -151,7 +151,8 @@ class Engine:
     def _chunk(self, option: Option) -> Chunk:
         """Return the chunk of an option, opened where it is not."""
         if option.chunk is None:
-            self.chunks.append(Chunk(option.group, option.size, self.backbone, self.device))
+            key = option.group, option.size
+            self.chunks.append(Chunk(*key, self.backbone, self.device, self._captures))
             return self.chunks[-1]
         return option.chunk
 
@@ -179,6 +180,7 @@ class Engine:
             return self._out_of_memory(chunks[[error is not None for error in errors].index(True)])
         oldest = self._oldest
         self.patience.stepped(any(row.order == oldest for chunk in chunks for row in chunk.rows))
+        self._pace.stepped()
         self.occupancy.charge(chunks, perf_counter() - began)
         if self.sizes.stepped():
             self._resize(close=True)
@@ -267,7 +269,7 @@ class Engine:
         at a time; where there are none, the rows of this one fail."""
         failed: list[Row] = []
         self.sizes.shrink(chunk.size)
-        if all(self._size(row.lanes) >= chunk.size for row in chunk.rows):
+        if all(self.sizes.of(row.lanes) >= chunk.size for row in chunk.rows):
             failed = list(chunk.rows) if len(self.chunks) == 1 else []
             self.most_chunks = 1
         self._resize(close=False)
@@ -282,19 +284,9 @@ class Engine:
         for chunk in self.chunks:
             chunk.closed = close
         if not close:
-            self.chunks = []
+            self.chunks, self._recent = [], []
         for row in self._rows.values():
             if row.state == State.PLACED and not close:
-                row.restart(self._size(row.lanes))
+                row.restart(self.sizes.of(row.lanes))
             elif row.state.value < State.PLACED.value:
-                row.size = self._size(row.lanes)
-
-    def _size(self, lanes: int) -> int:
-        size = self.sizes.of(lanes)
-        if size is None:
-            most = self.sizes.table[0]
-            raise RowError(
-                ErrorCode.ENGINE_ERROR,
-                f"the row has {lanes} guidance branches, more than the {most} lanes of a chunk",
-            )
-        return size
+                row.size = self.sizes.of(row.lanes)

@@ -112,7 +112,10 @@ def _empty(conditions: Conditions, places: int) -> Conditions:
     """Return buffers (P, ...) of zeros for conditions (1, ...), by the same names."""
 
     def buffer(value: Tensor) -> Tensor:
-        return value.new_zeros(places, *value.shape[1:])
+        buffer = value.new_zeros(places, *value.shape[1:])
+        if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+            return buffer.contiguous(memory_format=torch.channels_last)  # as the networks' own activations
+        return buffer
 
     return {
         name: buffer(value) if isinstance(value, Tensor) else tuple(map(buffer, value))

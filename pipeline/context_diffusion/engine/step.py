@@ -8,7 +8,8 @@ P places
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from context_diffusion.engine.backbone import Backbone, Conditions
 from context_diffusion.engine.lane_buffers import LaneBuffers
 
+AHEAD = 2  # steps
 WARM_UP = 2  # steps before a capture: libraries load their kernels and workspaces in them
 
 
@@ -59,44 +61,84 @@ def _control(b: LaneBuffers, window: Tensor) -> Conditions:
     }
 
 
+class Captures:
+    """What the CUDA graphs of an engine share: their memory, since they run one after the other and leave
+    nothing in it, and the stream on which they are captured."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+
+    def capture(self, call: Callable[[], None]) -> Any:
+        """Return a graph of a call. Raises what the call raises."""
+        graph, errors = torch.cuda.CUDAGraph(), list[Exception]()
+        try:
+            # Other threads of the process may allocate meanwhile: the finishing one does.
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                try:
+                    call()
+                except Exception as error:  # the end of the capture may hide it behind another one
+                    errors.append(error)
+                    raise
+        except Exception:
+            if errors:
+                raise errors[0] from None
+            raise
+        return graph
+
+
 class Stepper:
     """Runs `denoise` on a chunk's buffers: on a CPU by a call, on a GPU by replaying CUDA graphs, one for
     rows with control and one without."""
 
-    def __init__(self, backbone: Backbone, buffers: LaneBuffers) -> None:
-        self.backbone, self.buffers = backbone, buffers
+    def __init__(self, backbone: Backbone, buffers: LaneBuffers, captures: Captures) -> None:
+        self.backbone, self.buffers, self.captures = backbone, buffers, captures
         self._graphs: dict[bool, Any] = {}
 
     @torch.inference_mode()
     def __call__(self, controlled: bool) -> None:
-        if self.buffers.device.type != "cuda":
+        if self.captures.stream is None:
             denoise(self.backbone, self.buffers, controlled)
             return
         if controlled not in self._graphs:
-            self._graphs[controlled] = self._capture(controlled)
+            self._graphs[controlled] = self._capture(controlled, self.captures.stream)
         self._graphs[controlled].replay()
 
     def forget(self) -> None:
         """Capture again before the next step, since a buffer has moved."""
         self._graphs.clear()
 
-    def _capture(self, controlled: bool) -> Any:
+    def _capture(self, controlled: bool, stream: torch.cuda.Stream) -> Any:
         """Capture the step as a graph, after steps whose results are taken back."""
         changed = (self.buffers.latents, self.buffers.x0, self.buffers.step)
         kept = [buffer.clone() for buffer in changed]
-        side = torch.cuda.Stream(self.buffers.device)
-        side.wait_stream(torch.cuda.current_stream(self.buffers.device))
-        with torch.cuda.stream(side):
+        current = torch.cuda.current_stream(self.buffers.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 denoise(self.backbone, self.buffers, controlled)
-        torch.cuda.current_stream(self.buffers.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the process may allocate meanwhile: the finishing one does.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            denoise(self.backbone, self.buffers, controlled)
-        for buffer, value in zip(changed, kept, strict=True):
-            buffer.copy_(value)
-        return graph
+                for buffer, value in zip(changed, kept, strict=True):
+                    buffer.copy_(value)
+        current.wait_stream(stream)
+        return self.captures.capture(lambda: denoise(self.backbone, self.buffers, controlled))
+
+
+class Pace:
+    """Keeps the host at most AHEAD steps ahead of a GPU: it is never idle, and times are those of steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._events: deque[torch.cuda.Event] = deque()
+
+    def stepped(self) -> None:
+        if not self._on_gpu:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._events.append(event)
+        if len(self._events) > AHEAD:
+            self._events.popleft().synchronize()
 
 
 @contextmanager

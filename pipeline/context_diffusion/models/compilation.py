@@ -15,6 +15,7 @@ from torch import nn
 from context_diffusion.core.errors import ModelError
 
 Compile = Literal["auto", "off"]
+VARIANTS = 4096  # of the compiled blocks, over all shapes
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # what networks consist of, many times over
 
 
@@ -41,8 +42,12 @@ def _missing() -> str | None:
 
 
 def compile_blocks(networks: Iterable[nn.Module]) -> None:
-    """Compile each block of the networks in place, one graph a block. Equal blocks share their code, and
-    torch keeps it on disk (TORCHINDUCTOR_CACHE_DIR), where the engines of a node share it."""
+    """Compile each block of the networks in place, one graph a block. torch keeps the code on disk
+    (TORCHINDUCTOR_CACHE_DIR), where the engines of a node share it."""
+    # All blocks of a class count as variants of one function, and there are more of them than torch expects.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, VARIANTS)
     for network in networks:
         for block in network.modules():
             if isinstance(block, BLOCKS):

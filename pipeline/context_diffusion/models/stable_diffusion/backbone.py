@@ -20,6 +20,7 @@ from context_diffusion.core.records import Control, Pixels, Request
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, guidance_branches
+from context_diffusion.engine.lane_buffers import pinned
 from context_diffusion.inputs.context_images import ContextPreprocessing, ImageProcessor
 from context_diffusion.models.attention import (
     ABSENT,
@@ -156,7 +157,7 @@ class StableBackbone:
         strength = scale if any(weights) else 0.0
         return {
             "contexts": joined,
-            "context_bias": bias.to(joined[0]),
+            "context_bias": pinned(bias, self.device).to(self.dtype),
             "context_scale": joined[0].new_full((1, 1, 1), strength),
         }
 
@@ -164,11 +165,8 @@ class StableBackbone:
         if not self.model.xl:
             return {}
         height, width = request.query.shape[:2]
-        return {
-            "time_ids": torch.tensor(
-                [[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype
-            )
-        }
+        sizes = torch.tensor([[height, width, 0, 0, height, width]])
+        return {"time_ids": pinned(sizes, self.device).to(self.dtype)}
 
     def _guidance(self, request: Request) -> Conditions:
         """Embed the guidance scale, (1, guidance_width), as diffusers' pipelines do for an LCM."""
@@ -176,7 +174,7 @@ class StableBackbone:
             return {}
         scale = torch.tensor([request.settings.guidance_scale - 1])
         embedded = self.model.pipe.get_guidance_scale_embedding(scale, embedding_dim=self.guidance_width)
-        return {"guidance": embedded.to(self.device, self.dtype)}
+        return {"guidance": pinned(embedded, self.device).to(self.dtype)}
 
     def _control_maps(self, request: Request, cache: Cache) -> Conditions | None:
         if not request.controls:
@@ -186,7 +184,7 @@ class StableBackbone:
         for n, control in enumerate(request.controls):
             embedded = cache.get(f"control{n}:{content_key(control.pixels)}", partial(self._map, n, control))
             maps.append(embedded)
-        return {"maps": tuple(maps), "scale": maps[0].new_tensor([scales])}
+        return {"maps": tuple(maps), "scale": pinned(torch.tensor([scales]), self.device).to(self.dtype)}
 
     def _map(self, n: int, control: Control) -> Tensor:
         return self.map_embeddings[n]((to_tensor(control.pixels, self.device) / 255).to(self.dtype))
