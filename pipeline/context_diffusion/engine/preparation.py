@@ -28,6 +28,7 @@ from context_diffusion.engine.scheduler_tables import Table, make_table
 from context_diffusion.engine.scheduling import fitting
 
 NOISE_COLUMN = 6  # of scheduler_tables.Table
+LAST = 4  # chunks that the rows left of a group would fill
 
 
 class Preparation:
@@ -48,7 +49,10 @@ class Preparation:
         rows: without a place, that could go to it, the oldest first. placed: rows in chunks. in_order: an
         overdue row is not passed over by later ones that fit."""
         if not in_order:
-            rows = sorted(rows, key=lambda row: -row.state.value)  # those that are prepared go first
+            # Of the last rows of a group the longest go first, so that they end together.
+            last = sum(row.lanes for row in rows) <= LAST * chunk.size
+            rows = sorted(rows, key=lambda row: -row.request.settings.num_inference_steps if last else 0)
+            rows.sort(key=lambda row: -row.state.value)  # those that are prepared go first
         chosen = [rows[number] for number in fitting([row.lanes for row in rows], chunk.free, in_order)]
         self._begin([row for row in chosen if row.state == State.WAITING], placed)
         for row in chosen:
