@@ -101,9 +101,10 @@ class ContextDiffusion:
         """Make an engine. chunk: the most lanes in a call of the model; default: what suits many rows.
         max_wait: see Engine. Raises ModelError for a chunk that the table of the model and device lacks."""
         if chunk is not None and chunk not in self.chunks:
-            known = ", ".join(map(str, self.chunks))
+            known = ", ".join(map(str, sorted(self.chunks)))
             raise ModelError(f"chunk {chunk}: this model on this device has chunks of {known} lanes")
-        sizes = [size for size in self.chunks if chunk is None or size <= chunk]
+        usual = chunk or self.chunks[0]
+        sizes = [usual, *[size for size in self.chunks if size != usual]]
         return Engine(
             self.backbone,
             self.device,

@@ -69,7 +69,7 @@ def test_the_oldest_row_is_overdue_after_the_limit_and_until_it_has_ended() -> N
 
 
 def test_chunks_shrink_by_their_table_and_grow_back_more_rarely_each_time() -> None:
-    sizes = ChunkSizes((2, 16, 8))
+    sizes = ChunkSizes((16, 8, 2))
     assert [sizes.of(lanes) for lanes in (1, 3, 16)] == [16, 16, 16]
     with pytest.raises(RowError, match="more than the 16 lanes"):
         sizes.of(17)

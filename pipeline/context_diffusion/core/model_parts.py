@@ -9,15 +9,15 @@ from pydantic import Field, model_validator
 from context_diffusion.core.errors import ConfigError
 from context_diffusion.core.job_base import NormalizationKind, StrictModel
 
-# The lanes that a chunk, one call of the model, may have, by model and kind of device: the largest for jobs,
-# smaller ones for single images and where memory is short. They decide the bits of images, so they are a
-# table.
+# The lanes that a chunk, one call of the model, may have, by model and kind of device: the first is that of
+# jobs; smaller ones are for single images and where memory is short, larger ones for rows with more lanes.
+# They decide the bits of images, so they are a table.
 CHUNKS = {
-    ("native", "cpu"): (4, 3, 2, 1),
+    ("native", "cpu"): (2, 1, 3, 4),
     ("native", "cuda"): (32, 16, 8, 4, 3, 2, 1),
-    ("sd", "cpu"): (4, 3, 2, 1),
+    ("sd", "cpu"): (2, 1, 3, 4),
     ("sd", "cuda"): (16, 8, 4, 3, 2, 1),
-    ("sdxl", "cpu"): (4, 3, 2, 1),
+    ("sdxl", "cpu"): (2, 1, 3, 4),
     ("sdxl", "cuda"): (8, 6, 4, 3, 2, 1),
 }
 

@@ -20,12 +20,12 @@ GROWTH = 256  # steps without running out of memory after which chunks may be la
 class ChunkSizes:
     """The lanes of a chunk, from a table by model and kind of device, since they decide the bits.
 
-    table: the sizes in falling order; the first is the usual one. After running out of memory smaller ones
-    are used, for a while.
+    table: the first size is the usual one; larger ones are for rows with more lanes. After running out of
+    memory smaller ones are used, for a while.
     """
 
     def __init__(self, table: Sequence[int]) -> None:
-        self.table = tuple(sorted(table, reverse=True))
+        self.table = tuple(table)
         self.limit = self.table[0]
         self._pause, self._left = GROWTH, 0
 
@@ -35,13 +35,13 @@ class ChunkSizes:
         if not fitting:
             raise RowError(
                 ErrorCode.ENGINE_ERROR,
-                f"the row has {lanes} guidance branches, more than the {self.table[0]} lanes of a chunk",
+                f"the row has {lanes} guidance branches, more than the {max(self.table)} lanes of a chunk",
             )
         return max([size for size in fitting if size <= self.limit], default=min(fitting))
 
     def shrink(self, size: int) -> None:
         """Use smaller chunks than `size`, if there are any."""
-        self.limit = max([smaller for smaller in self.table if smaller < size], default=self.table[-1])
+        self.limit = max([smaller for smaller in self.table if smaller < size], default=min(self.table))
         self._left, self._pause = self._pause, 2 * self._pause  # each failure makes the next try rarer
 
     def stepped(self) -> bool:
