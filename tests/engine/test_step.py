@@ -29,7 +29,7 @@ from support.tiny import GPU, request, tiny_model
 from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
 
 
-@pytest.mark.parametrize("xl", [False, True], ids=["sd15", "sdxl"])
+@pytest.mark.parametrize("xl", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sd15", "sdxl"])
 def test_a_step_launches_no_more_than_diffusers_and_copies_and_reads_nothing(
     tmp_path: Path, xl: bool
 ) -> None:

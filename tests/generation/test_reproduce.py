@@ -111,20 +111,20 @@ def test_each_picture_of_an_output_is_made_again_bit_for_bit(made: Path, tmp_pat
     assert paths[0].read_bytes() != paths[1].read_bytes()
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("chunk", [None, 4])
 def test_a_picture_is_made_again_in_the_chunk_of_its_job(
     tmp_path: Path, base: str, chunk: int | None
 ) -> None:
     """One row fills less than that, and its bits belong to the chunk's size."""
     paths = run(tmp_path, base, 1, cluster={"chunk": chunk})
     rows = pq.read_table(tmp_path / "out" / "data").to_pylist()
-    assert [(row["chunk"], row["compiled"]) for row in rows] == [(chunk or 4, False)] * 2
+    assert [(row["chunk"], row["compiled"]) for row in rows] == [(chunk or 2, False)] * 2
     assert rows[0]["lanes"] < 3
     for path in paths:
         found = again(path)
         assert (found.identical, found.differs) == (True, [])
         told = json.loads(found.texts["context_diffusion"])
-        assert (told["chunk"], told["compiled"]) == (chunk or 4, False)
+        assert (told["chunk"], told["compiled"]) == (chunk or 2, False)
 
 
 def test_a_chunk_that_this_machine_lacks_is_told(made: Path) -> None:

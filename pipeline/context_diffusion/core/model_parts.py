@@ -170,6 +170,7 @@ def check_chunk(chunk: int | None, native: bool, on_cpu: bool) -> None:
     if chunk is None or any(chunk in sizes for sizes in tables.values()):
         return
     known = "; ".join(
-        f"{model} on {device}: {', '.join(map(str, sizes))}" for (model, device), sizes in tables.items()
+        f"{model} on {device}: {', '.join(map(str, sorted(sizes)))}"
+        for (model, device), sizes in tables.items()
     )
     raise ConfigError(f"cluster.chunk: {chunk} is no size of a chunk; there are, in lanes, {known}")
