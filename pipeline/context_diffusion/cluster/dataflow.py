@@ -4,6 +4,7 @@ generation/fault_ledger.py, which know no Ray."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -213,11 +214,18 @@ def run_flow(
         with WaitNotice(lambda: missing_engines(state_of(ledger), needs)):
             yield from _rows_of(written, ledger)
     except ray.exceptions.RayError as error:
-        if refusal := ray.get(ledger.refusal.remote(), timeout=ANSWER_S):
+        if refusal := _refusal(ledger):
             raise refusal from error
         raise
     finally:
         DataContext.get_current().custom_execution_callback_classes = []  # a notebook may run another flow
+
+
+def _refusal(ledger: Any) -> Exception | None:
+    """Return why an engine refused the job; None if none did, or if the ledger is lost too."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        return ray.get(ledger.refusal.remote(), timeout=ANSWER_S)
+    return None
 
 
 def _loaded(reads: list[ReadShard], load: LoadImages, resources: Resources) -> Dataset:
