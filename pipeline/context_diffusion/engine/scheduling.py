@@ -71,8 +71,7 @@ def choose(options: Iterable[Option], count: int, overdue: int | None) -> list[O
     ones those that are open and went on before, so that few are begun at once."""
 
     def rank(option: Option) -> tuple[bool, float, bool, bool, int]:
-        is_overdue = overdue is not None and option.oldest == overdue
-        return is_overdue, option.fill, option.recent, option.chunk is not None, -option.oldest
+        return option.oldest == overdue, option.fill, option.recent, option.chunk is not None, -option.oldest
 
     return sorted(options, key=rank, reverse=True)[:count]
 

@@ -69,6 +69,11 @@ class Wanted(NamedTuple):
         return ":".join([*weighted, *recalled, *map(str, self.named)])
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to make a draft of."""
+        return not (self.contexts or self.recalled or self.named)
+
+    @property
     def replaces_colours(self) -> bool:
         return bool(self.named) or "colours" in self.recalled
 
@@ -90,7 +95,7 @@ class NativeDrafts:
         scale = min(request.settings.context_scale, 1.0)
         weighted = [context for context in contexts if context.weight and scale]
         wanted = self._wanted(request, branch, weighted, cache)
-        if not (wanted.contexts or wanted.recalled or wanted.named):
+        if wanted.is_empty:
             return self._lane(self._no_draft(request), 1.0), {}
         encoded, detail = self._draft_of(request, wanted, cache)
         share = 1.0 if wanted.replaces_colours else scale
@@ -203,7 +208,7 @@ class NativeDrafts:
         weighted = [context for context in contexts if context.weight and request.settings.context_scale]
         cache = Cache(2**26)
         wanted = self._wanted(request, Branch(1.0, contexts=True, prompt=True), weighted, cache)
-        if not (wanted.contexts or wanted.recalled):
+        if wanted.is_empty:
             raise ValueError(
                 f"row {request.id}: no draft without contexts and a control map that shows tones"
             )
