@@ -93,7 +93,7 @@ def test_a_chunk_that_the_engine_s_device_lacks_ends_the_job_as_a_wrong_job(tmp_
     values = job_values(write_manifest(tmp_path / "in", 8), tmp_path / "out", cluster={"chunk": 32})
     summary = drive(values, "native")
     assert summary["exit"] == 2
-    assert summary["error"] == "chunk 32: this model on this device has chunks of 4, 3, 2, 1 lanes"
+    assert summary["error"] == "chunk 32: this model on this device has chunks of 1, 2, 3, 4 lanes"
 
 
 @pytest.mark.slow
