@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from context_diffusion.core.errors import ConfigError, ModelError, RowError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import Fit, problem_of
-from context_diffusion.core.model_parts import CHUNKS, Parts
+from context_diffusion.core.model_parts import CHUNKS, ModelKind, Parts
 from context_diffusion.core.records import Failure, Pixels, Request, Result, derive_seed
 from context_diffusion.core.settings import Settings, did_you_mean
 from context_diffusion.engine.backbone import Backbone
@@ -21,14 +21,14 @@ from context_diffusion.engine.engine import MAX_WAIT, Engine
 from context_diffusion.engine.rows import StepUpdate
 from context_diffusion.engine.service import EngineService
 from context_diffusion.image_tensors import to_context, to_resized
-from context_diffusion.inputs.context_images import ImageProcessor
+from context_diffusion.inputs.context_images import ImageProcessor, ReferenceImage
 from context_diffusion.inputs.control_maps import CONTROLS, controls_of
-from context_diffusion.inputs.decode import Size, output_size
+from context_diffusion.inputs.decode import Size, output_size, reference_output_size
 from context_diffusion.models.compilation import Compile, compile_blocks, wants_compilation
 from context_diffusion.models.defaults import Defaults, resolved_control, resolved_settings
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.resolve import find_model
+from context_diffusion.models.resolve import ResolvedModel, find_model
 
 CPU_THREADS = 2
 
@@ -43,7 +43,7 @@ class ContextDiffusion:
     def __init__(
         self,
         backbone: Backbone,
-        kind: str,
+        kind: ModelKind,
         device: torch.device,
         cpu_threads: int = CPU_THREADS,
         unsafe: Callable[[Pixels], bool] | None = None,
@@ -83,19 +83,8 @@ class ContextDiffusion:
             resolved = find_model(Parts.model_validate(model) if isinstance(model, dict) else model)
         except ValidationError as error:
             raise ModelError(f"model: {error}") from None
-        if resolved.folder:
-            native = NativeModel.from_pretrained(resolved.folder).to(where)
-            return cls(NativeBackbone(native), "native", where, cpu_threads, None, resolved.defaults, compile)
-        # diffusers' pipelines: some seconds
-        from context_diffusion.models.stable_diffusion.backbone import StableBackbone
-        from context_diffusion.models.stable_diffusion.loading import load
-
-        assert resolved.parts
-        loaded = load(resolved.parts, where)
-        assert isinstance(resolved.contexts, ImageProcessor)
-        backbone = StableBackbone(loaded, resolved.contexts)
-        kind = "sdxl" if loaded.xl else "sd"
-        return cls(backbone, kind, where, cpu_threads, loaded.unsafe, resolved.defaults, compile)
+        backbone, unsafe = load_backbone(resolved, where)
+        return cls(backbone, resolved.kind, where, cpu_threads, unsafe, resolved.defaults, compile)
 
     def engine(self, chunk: int | None = None, max_wait: int = MAX_WAIT) -> Engine:
         """Make an engine. chunk: the most lanes in a call of the model; default: what suits many rows.
@@ -200,10 +189,7 @@ class ContextDiffusion:
             raise ValueError("context: give one image or a list of them")
         checked = self._checked_settings(settings)
 
-        def size(width: int, height: int) -> Size:
-            return output_size(fit, width, height, checked.width, checked.height, self.backbone.image_size)
-
-        pixels = to_resized(query, size, fit)
+        pixels, size = self._query(query, fit, checked.width, checked.height)
         controls = controls_of(pixels, kinds)
         contexts = tuple(to_context(image, self.backbone.contexts) for image in context)
         seed = checked.seed
@@ -211,9 +197,22 @@ class ContextDiffusion:
             seed = derive_seed(0, hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest())
         seeded = [checked.model_copy(update={"seed": seed + index}) for index in range(checked.num_images)]
         return [
-            Request("row", index, pixels, controls, contexts, prompt, negative_prompt, image_settings)
+            Request("row", index, pixels, controls, contexts, prompt, negative_prompt, image_settings, size)
             for index, image_settings in enumerate(seeded)
         ]
+
+    def _query(self, query: Any, fit: Fit, width: int | None, height: int | None) -> tuple[Pixels, Size]:
+        """Return the query as the model reads it, and the width and height of the output."""
+        side = self.backbone.image_size
+        if isinstance(self.backbone.contexts, ReferenceImage):
+            pixels = to_context(query, self.backbone.contexts)
+            return pixels, reference_output_size(fit, pixels, width, height, side)
+
+        def size(query_width: int, query_height: int) -> Size:
+            return output_size(fit, query_width, query_height, width, height, side)
+
+        pixels = to_resized(query, size, fit)
+        return pixels, (pixels.shape[1], pixels.shape[0])
 
     def _control_kinds(self, control: str | list[str] | None) -> list[str]:
         """Return the kind of control map for each ControlNet. Raises ValueError for an unknown kind."""
@@ -239,6 +238,29 @@ class ContextDiffusion:
             where = ".".join(map(str, first["loc"])) or "settings"
             message = problem_of(first)
             raise ValueError(f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
+
+
+def load_backbone(
+    model: ResolvedModel, device: torch.device
+) -> tuple[Backbone, Callable[[Pixels], bool] | None]:
+    """Load the weights of a model on the device. Returns it with its safety checker. Raises ModelError."""
+    if model.kind == "native":
+        assert model.folder
+        return NativeBackbone(NativeModel.from_pretrained(model.folder).to(device)), None
+    assert model.parts
+    # Each imports diffusers' pipelines, which takes some seconds.
+    if model.kind == "flux2":
+        from context_diffusion.models.flux2.backbone import Flux2Backbone
+        from context_diffusion.models.flux2.loading import load_flux2
+
+        assert isinstance(model.contexts, ReferenceImage)
+        return Flux2Backbone(load_flux2(model.parts, device), model.parts, model.contexts), None
+    from context_diffusion.models.stable_diffusion.backbone import StableBackbone
+    from context_diffusion.models.stable_diffusion.loading import load
+
+    assert isinstance(model.contexts, ImageProcessor)
+    loaded = load(model.parts, device)
+    return StableBackbone(loaded, model.contexts), loaded.unsafe
 
 
 def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> EngineService:

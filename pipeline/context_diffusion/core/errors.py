@@ -116,6 +116,7 @@ class ErrorCode(StrEnum):
     NOT_AN_IMAGE = "not_an_image"
     TRUNCATED_IMAGE = "truncated_image"
     TOO_MANY_PIXELS = "too_many_pixels"
+    INVALID_REFERENCE = "invalid_reference"
     NO_QUERY = "no_query"
     NO_CONTEXT = "no_context"
     TOO_MANY_CONTEXTS = "too_many_contexts"
@@ -141,6 +142,7 @@ REMEDIES: dict[ErrorCode, str] = {
     "not an HTML error page",
     ErrorCode.TRUNCATED_IMAGE: "download the file again: it is truncated or damaged",
     ErrorCode.TOO_MANY_PIXELS: "raise `limits.max_pixels`, or scale the image down",
+    ErrorCode.INVALID_REFERENCE: "enlarge or crop the image to what the message says that the model reads",
     ErrorCode.NO_QUERY: "fill in the cell, or name its column in `columns`",
     ErrorCode.NO_CONTEXT: "give one or more images as a list; in CSV as a JSON list",
     ErrorCode.TOO_MANY_CONTEXTS: "give fewer, or raise `limits.max_contexts` up to what the model supports",

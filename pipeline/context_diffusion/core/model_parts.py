@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import string
+from collections.abc import Iterable
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from context_diffusion.core.errors import ConfigError
+from context_diffusion.core.errors import ConfigError, ModelError
 from context_diffusion.core.job_base import NormalizationKind, StrictModel
 
 # The lanes that a chunk, one call of the model, may have, by model and kind of device: the first is that of
 # jobs; smaller ones are for single images and where memory is short, larger ones for rows with more lanes.
 # They decide the bits of images, so they are a table.
-CHUNKS = {
+ModelKind = Literal["native", "sd", "sdxl", "flux2"]
+CHUNKS: dict[tuple[ModelKind, str], tuple[int, ...]] = {
     ("native", "cpu"): (2, 1, 3, 4),
     ("native", "cuda"): (32, 16, 8, 4, 3, 2, 1),
     ("sd", "cpu"): (2, 1, 3, 4),
     ("sd", "cuda"): (16, 8, 4, 3, 2, 1),
     ("sdxl", "cpu"): (2, 1, 3, 4),
     ("sdxl", "cuda"): (8, 6, 4, 3, 2, 1),
+    ("flux2", "cpu"): (2, 1),
+    ("flux2", "cuda"): (4, 2, 1),
 }
+# Parts of one kind of model alone: for the others they are refused.
+FLUX2_PARTS = ("max_reference_pixels", "prompt_template")
+STABLE_DIFFUSION_PARTS = (
+    "controlnet", "ip_adapter", "ip_adapter_weight_name", "image_encoder", "vae", "safety_checker",
+    "clip_skip", "prompt_chunks", "normalization",
+)  # fmt: skip
+
+
+# Black Forest Labs' prompting guides refer to references as "image 1", "image 2".
+PROMPT_TEMPLATE = (
+    "Keep the exact composition of image 1. Render it in the style, palette and texture of {styles}; copy no "
+    "objects from them. {prompt}"
+)
 
 
 class Parts(StrictModel):
@@ -29,7 +47,9 @@ class Parts(StrictModel):
     h94/IP-Adapter/models."""
 
     base: str = Field(
-        min_length=1, description="Stable Diffusion 1.x, 2.x or XL in diffusers' format; or sd15, sdxl"
+        min_length=1,
+        description="FLUX.2 [klein] or Stable Diffusion 1.x, 2.x or XL in diffusers' format; or flux2-klein, "
+        "flux2-klein-base, sd15, sdxl",
     )
     controlnet: str | list[str] | None = Field(
         default=None, description="for the query's layout; a list for several"
@@ -69,6 +89,18 @@ class Parts(StrictModel):
     normalization: NormalizationKind = Field(
         default="none", description="normalisation of context images; none: the encoder's own mean and std"
     )
+    max_reference_pixels: int = Field(
+        default=1024**2,
+        ge=128**2,
+        le=2048**2,
+        description="FLUX.2: query and contexts are scaled down to at most this many pixels each; fewer are "
+        "quicker",
+    )
+    prompt_template: str = Field(
+        default=PROMPT_TEMPLATE,
+        description="FLUX.2: what the model is told; {prompt} is the row's prompt, {styles} the numbers of "
+        'the contexts, "image 2" or "images 2 to 3"; the query is image 1',
+    )
 
     @property
     def controlnets(self) -> list[str]:
@@ -92,6 +124,19 @@ class Parts(StrictModel):
             if part
         ]
 
+    @field_validator("prompt_template")
+    @classmethod
+    def _template_has_its_fields(cls, value: str) -> str:
+        try:
+            fields = {name for _, name, _, _ in string.Formatter().parse(value) if name is not None}
+        except ValueError as error:
+            raise ValueError(f"prompt_template {value!r}: {error}") from None
+        if not {"prompt"} <= fields <= {"prompt", "styles"}:
+            raise ValueError(
+                f"prompt_template {value!r}: expected {{prompt}} and, if wanted, {{styles}}, no other"
+            )
+        return value
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if (self.ip_adapter is None) != (self.ip_adapter_weight_name is None) and self.base not in (
@@ -113,8 +158,18 @@ class Parts(StrictModel):
         return self
 
 
+LICENCES = {  # by hub id, from the models' cards
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "CreativeML Open RAIL-M",
+    "stabilityai/stable-diffusion-xl-base-1.0": "CreativeML Open RAIL++-M",
+    "black-forest-labs/FLUX.2-klein-4B": "Apache-2.0",
+    "black-forest-labs/FLUX.2-klein-base-4B": "Apache-2.0",
+    "black-forest-labs/FLUX.2-klein-9B": "FLUX Non-Commercial License",
+    "black-forest-labs/FLUX.2-klein-base-9B": "FLUX Non-Commercial License",
+}
 IP_ADAPTER = {"h94/IP-Adapter": "018e402774aeeddd60609b4ecdb7e298259dc729"}
 PRESETS: dict[str, Parts] = {
+    "flux2-klein": Parts(base="black-forest-labs/FLUX.2-klein-4B"),
+    "flux2-klein-base": Parts(base="black-forest-labs/FLUX.2-klein-base-4B"),
     "sd15": Parts(
         base="stable-diffusion-v1-5/stable-diffusion-v1-5",
         controlnet="lllyasviel/control_v11p_sd15_canny",
@@ -157,20 +212,26 @@ def parts_of(model: str | Parts) -> Parts:
     return preset.model_copy(update=replaced | {"revision": preset.revision | parts.revision})
 
 
-def check_chunk(chunk: int | None, native: bool, on_cpu: bool) -> None:
-    """Check a job's chunk before the model is loaded, as far as model and device are known then.
+def refuse_parts(parts: Parts, names: Iterable[str], what: str) -> None:
+    """Raise ModelError for the first of the named parts that is given. what: the kind of model."""
+    for name in names:
+        if getattr(parts, name) != Parts.model_fields[name].default:
+            raise ModelError(f"model: {name} does not apply to {what}, which {parts.base} is: leave it out")
 
-    native: the model is, else it is a Stable Diffusion. on_cpu: the job's engines do without GPUs; else they
-    may be of either kind. Raises ConfigError for a chunk that none of the tables has."""
+
+def check_chunk(chunk: int | None, kind: ModelKind, on_cpu: bool) -> None:
+    """Check a job's chunk before the model is loaded, as far as the device is known then.
+
+    on_cpu: the job's engines do without GPUs; else they may be on either. Raises ConfigError for a chunk that
+    none of the tables has."""
     tables = {
-        key: sizes
-        for key, sizes in CHUNKS.items()
-        if (key[0] == "native") == native and not (on_cpu and key[1] != "cpu")
+        device: sizes
+        for (of_kind, device), sizes in CHUNKS.items()
+        if of_kind == kind and not (on_cpu and device != "cpu")
     }
     if chunk is None or any(chunk in sizes for sizes in tables.values()):
         return
     known = "; ".join(
-        f"{model} on {device}: {', '.join(map(str, sorted(sizes)))}"
-        for (model, device), sizes in tables.items()
+        f"{kind} on {device}: {', '.join(map(str, sorted(sizes)))}" for device, sizes in tables.items()
     )
     raise ConfigError(f"cluster.chunk: {chunk} is no size of a chunk; there are, in lanes, {known}")

@@ -30,7 +30,8 @@ class Control:
 class Request:
     """One image to generate, as pixels. All arrays are uint8 RGB (H, W, 3).
 
-    The output has the query's size. `settings.seed` is this image's own seed.
+    `settings.seed` is this image's own seed. size: width and height of the output in pixels; None: those of
+    the query, which differ where the model reads the query as a reference of any size.
     """
 
     id: str
@@ -41,6 +42,12 @@ class Request:
     prompt: str | None
     negative_prompt: str | None
     settings: Settings
+    size: tuple[int, int] | None = None
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """The width and height of the output."""
+        return self.size or (self.query.shape[1], self.query.shape[0])
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Result:
     compiled: bool = False  # whether the networks were compiled
     # of the prompt, without an effect; None: the model's text encoder reads any word
     unknown_words: tuple[str, ...] | None = None
+    # what the model read in place of the prompt; None: the prompt itself
+    full_prompt: str | None = None
 
 
 @dataclass(frozen=True)

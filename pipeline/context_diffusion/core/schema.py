@@ -60,6 +60,8 @@ READ = pa.schema(
 LOADED = pa.schema(
     [
         ("query_image", IMAGE),
+        ("output_width", pa.int32()),
+        ("output_height", pa.int32()),
         ("control_images", pa.list_(IMAGE)),
         ("context_images", pa.list_(IMAGE)),
         ("query_mean", pa.list_(pa.float32())),
@@ -78,6 +80,7 @@ MADE = pa.schema(
         ("compiled", pa.bool_()),
         ("prompt_truncated", pa.bool_()),
         ("unknown_words", pa.list_(pa.string())),
+        ("full_prompt", pa.string()),
         ("vae_tiled", pa.bool_()),
         ("unsafe", pa.bool_()),
         ("used_lane_steps", pa.int64()),
@@ -137,6 +140,7 @@ OUTPUT = pa.schema(
         (CONTROL_IMAGE, pa.list_(pa.string())),
         (PROMPT, pa.string()),
         (NEGATIVE_PROMPT, pa.string()),
+        ("full_prompt", pa.string()),  # what a model with a prompt_template read in place of the prompt
         ("control", pa.string()),
         ("fit", pa.string()),
         ("model", pa.string()),

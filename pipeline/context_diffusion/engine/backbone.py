@@ -33,7 +33,8 @@ class Encoded:
     among it `scale` (1, N), the strength of each of the N ControlNets; None: the row has none. truncated: the
     prompt was longer than the model reads. unknown_words: of the prompt; None: the model's text encoder reads
     any word. finish: the model's own last step for this row, on its decoded image (1, 3, H, W) in [0, 1];
-    None: the model has no such step.
+    None: the model has no such step. full_prompt: what the model read in place of the prompt; None: the
+    prompt itself.
     """
 
     lanes: list[Conditions]
@@ -41,6 +42,7 @@ class Encoded:
     truncated: bool = False
     unknown_words: tuple[str, ...] | None = None
     finish: Callable[[Tensor], Tensor] | None = None
+    full_prompt: str | None = None
 
 
 class Backbone(Protocol):
@@ -67,6 +69,10 @@ class Backbone(Protocol):
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         """Return the shape of the row's latents, without a batch dimension."""
+
+    def schedule(self, request: Request) -> dict[str, Any]:
+        """Return what the row's scheduler is told beside the number of steps, as keyword arguments of
+        diffusers' `set_timesteps`: JSON values."""
 
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         """Encode the row's prompts, contexts and control maps. Raises RowError for a row that the model

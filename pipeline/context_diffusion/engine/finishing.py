@@ -127,6 +127,7 @@ class Finisher:
             chunk=row.size,
             compiled=self.compiled,
             unknown_words=row.ready.encoded.unknown_words,
+            full_prompt=row.ready.encoded.full_prompt,
         )
 
 

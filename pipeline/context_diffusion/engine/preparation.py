@@ -105,7 +105,13 @@ def prepare(row: Row, backbone: Backbone, cache: Cache) -> Prepared:
     started, request, settings = time.perf_counter(), row.request, row.request.settings
     assert settings.seed is not None, "the seed is derived before the engine"
     first = start_step(settings.num_inference_steps, settings.strength)
-    table = make_table(settings.scheduler, settings.num_inference_steps, backbone.scheduler_config, first)
+    table = make_table(
+        settings.scheduler,
+        settings.num_inference_steps,
+        backbone.scheduler_config,
+        first,
+        backbone.schedule(request),
+    )
     encoded = backbone.encode(request, row.branches, cache)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     latents = _first_latents(request, table, backbone, generator)

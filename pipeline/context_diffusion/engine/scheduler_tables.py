@@ -58,10 +58,17 @@ class Table:
         return len(self.timesteps)
 
 
-def make_scheduler(scheduler: SchedulerName, num_inference_steps: int, config: Mapping[str, Any]) -> Any:
+def make_scheduler(
+    scheduler: SchedulerName,
+    num_inference_steps: int,
+    config: Mapping[str, Any],
+    schedule: Mapping[str, Any] | None = None,
+) -> Any:
     """Make the diffusers scheduler that a sampler stands for, with its timesteps. Raises RowError where the
     model's scheduler_config and the sampler do not go together or have no such number of steps, ModelError
-    for a config whose step is not linear."""
+    for a config whose step is not linear.
+
+    schedule: further arguments of `set_timesteps`."""
     if config.get("clip_sample") or config.get("thresholding"):
         raise ModelError("scheduler_config: clip_sample and thresholding are not linear; set both to false")
     if reason := _unsuitable(scheduler, config):
@@ -69,7 +76,7 @@ def make_scheduler(scheduler: SchedulerName, num_inference_steps: int, config: M
     name, own = SAMPLERS[scheduler]
     try:
         made = getattr(diffusers, name).from_config(dict(config) | {"clip_sample": False} | own)
-        made.set_timesteps(num_inference_steps)
+        made.set_timesteps(num_inference_steps, **(schedule or {}))
     except (ValueError, ImportError) as error:
         message = f"scheduler {scheduler} with {num_inference_steps} steps: {' '.join(str(error).split())}"
         raise RowError(ErrorCode.INVALID_SETTING, message) from None
@@ -98,18 +105,23 @@ def _unsuitable(scheduler: SchedulerName, config: Mapping[str, Any]) -> str | No
 
 
 def make_table(
-    scheduler: SchedulerName, num_inference_steps: int, config: Mapping[str, Any], first: int = 0
+    scheduler: SchedulerName,
+    num_inference_steps: int,
+    config: Mapping[str, Any],
+    first: int = 0,
+    schedule: Mapping[str, Any] | None = None,
 ) -> Table:
     """Of a sampler over so many steps, from step `first` on: a multistep sampler has no x0 before it.
-    config: a diffusers scheduler_config. Raises as make_scheduler does."""
-    return _cached(
-        scheduler, num_inference_steps, json.dumps(dict(config), sort_keys=True, default=str), first
+    config: a diffusers scheduler_config. schedule: see make_scheduler. Raises as make_scheduler does."""
+    config_text, schedule_text = (
+        json.dumps(dict(values or {}), sort_keys=True, default=str) for values in (config, schedule)
     )
+    return _cached(scheduler, num_inference_steps, config_text, first, schedule_text)
 
 
 @lru_cache(maxsize=1024)
-def _cached(name: SchedulerName, steps: int, config_text: str, first: int) -> Table:
-    scheduler = make_scheduler(name, steps, json.loads(config_text))
+def _cached(name: SchedulerName, steps: int, config_text: str, first: int, schedule_text: str) -> Table:
+    scheduler = make_scheduler(name, steps, json.loads(config_text), json.loads(schedule_text))
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     timesteps = scheduler.timesteps[first:]

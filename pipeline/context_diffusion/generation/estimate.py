@@ -66,7 +66,9 @@ def _used_share(outcomes: list[Outcome]) -> float:
 
 def _cell(request: Request, outcome: Outcome) -> Cell:
     if isinstance(outcome, Failure):
-        return f"{request.id} {outcome.code}: {outcome.message}", np.full_like(request.query, 230)
+        width, height = request.output_size
+        gray = np.full((height, width, 3), 230, np.uint8)
+        return f"{request.id} {outcome.code}: {outcome.message}", gray
     return (
         f"{request.id} {request.settings.num_inference_steps} steps {request.settings.scheduler}",
         outcome.image,

@@ -71,7 +71,7 @@ def resolve(job: GenerateJob, commits: dict[str, str] | None = None) -> tuple[Ge
 
     Raises ConfigError, ModelError."""
     model = find_model(job.model, commits)
-    check_chunk(job.cluster.chunk, model.folder is not None, job.cluster.gpus_per_actor == 0)
+    check_chunk(job.cluster.chunk, model.kind, job.cluster.gpus_per_actor == 0)
     return resolved_job(job, model.defaults), model
 
 

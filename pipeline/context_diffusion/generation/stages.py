@@ -32,9 +32,15 @@ from context_diffusion.core.schema import (
 from context_diffusion.core.settings import Settings
 from context_diffusion.core.sweep import Matrix, images_of
 from context_diffusion.core.uris import parent
-from context_diffusion.inputs.context_images import ContextPreprocessing
+from context_diffusion.inputs.context_images import ContextPreprocessing, ReferenceImage
 from context_diffusion.inputs.control_maps import controls_of
-from context_diffusion.inputs.decode import Size, decode_resized, output_size, statistics
+from context_diffusion.inputs.decode import (
+    Size,
+    decode_resized,
+    output_size,
+    reference_output_size,
+    statistics,
+)
 from context_diffusion.inputs.image_sources import ImageSource, read_bytes
 from context_diffusion.inputs.manifest_files import ManifestFile, read_parquet, read_text, rows_of
 from context_diffusion.inputs.rows import RowRules, read_table
@@ -150,20 +156,34 @@ class LoadImages:
 
     def _load(self, row: dict[str, Any], known: KnownPixels) -> dict[str, Any]:
         settings = Settings.from_trusted_json(row["settings"])
-        query = self._resized(row[QUERY], settings.width, settings.height, known)
+        query, (width, height) = self._query(row, settings, known)
         contexts = [self._context(source, known) for source in row[CONTEXT]]
         mean, std = statistics(query)
         return {
             "query_image": to_image(query),
+            "output_width": width,
+            "output_height": height,
             "control_images": [to_image(control.pixels) for control in self._controls(row, query, known)],
             "context_images": [to_image(context) for context in contexts],
             "query_mean": mean,
             "query_std": std,
         }
 
+    def _query(self, row: dict[str, Any], settings: Settings, known: KnownPixels) -> tuple[Pixels, Size]:
+        """Return the query as the model reads it, and the width and height of the output."""
+        width, height = settings.width, settings.height
+        if not isinstance(self.preprocessing, ReferenceImage):
+            query = self._resized(row[QUERY], width, height, known)
+            return query, (query.shape[1], query.shape[0])
+        query = self._context(row[QUERY], known)
+        return query, reference_output_size(self.fit, query, width, height, self.image_size)
+
     def _controls(self, row: dict[str, Any], query: Pixels, known: KnownPixels) -> tuple[Control, ...]:
         """Return the row's own control maps, or those computed from its query."""
         kinds = self.control_kinds
+        if row[CONTROL_IMAGE] and isinstance(self.preprocessing, ReferenceImage):
+            message = f"{CONTROL_IMAGE}: this model has no ControlNet; it reads the query itself"
+            raise RowError(ErrorCode.INVALID_SETTING, message)
         if not kinds or not row[CONTROL_IMAGE]:
             return controls_of(query, kinds)
         if len(row[CONTROL_IMAGE]) != len(kinds):
@@ -244,8 +264,9 @@ def _requests(row: dict[str, Any], control_kinds: list[str], matrix: Matrix) -> 
     query = required(row["query_image"])
     controls = tuple(map(Control, control_kinds, map(required, row["control_images"])))
     contexts = tuple(required(context) for context in row["context_images"])
+    size = row["output_width"], row["output_height"]
     return [
-        Request(row[ID], index, query, controls, contexts, row[PROMPT], row[NEGATIVE_PROMPT], settings)
+        Request(row[ID], index, query, controls, contexts, row[PROMPT], row[NEGATIVE_PROMPT], settings, size)
         for index, settings in enumerate(images_of(Settings.from_trusted_json(row["settings"]), matrix))
     ]
 

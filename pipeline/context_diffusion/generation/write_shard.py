@@ -37,6 +37,7 @@ from context_diffusion.core.settings import Settings
 from context_diffusion.core.uris import relative
 from context_diffusion.evaluation.scores import best_of, is_flagged, measure
 from context_diffusion.generation.stages import span
+from context_diffusion.inputs.decode import resize
 from context_diffusion.inputs.image_sources import INLINE
 from context_diffusion.outputs.encode import encode_image
 from context_diffusion.outputs.image_files import existing_images, image_name, store_images
@@ -141,7 +142,8 @@ class WriteShard:
         if not columns or image is None:
             return dict.fromkeys(columns)
         contexts = [required(context) for context in row["context_images"]]
-        query, prompt = required(row["query_image"]), row[PROMPT]
+        query = resize(required(row["query_image"]), image.shape[1], image.shape[0], self.job.fit)
+        prompt = row[PROMPT]
         scores = {column: measure(column, image, query, contexts, prompt) for column in columns}
         return scores | {"flagged": is_flagged(scores, self.job.thresholds)}
 

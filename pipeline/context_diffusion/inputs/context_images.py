@@ -1,12 +1,13 @@
-"""Converts context images of any size to the square uint8 pixels that a model's image encoder reads.
+"""Converts context images of any size to the uint8 pixels that a model's image encoder reads.
 
 ImageProcessor follows a pretrained encoder's preprocessor configuration to the pixel; SquareCrop is what
-native models are trained with. Knows Pillow and numpy only; the mean and std of the normalisation are stored
-here, not applied.
+native models are trained with; ReferenceImage keeps an image's own size. Knows Pillow and numpy only; the
+mean and std of the normalisation are stored here, not applied.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from context_diffusion.core.errors import ModelError
+from context_diffusion.core.errors import ErrorCode, ModelError, RowError
 from context_diffusion.core.job_base import Limits
 from context_diffusion.core.records import Pixels
 from context_diffusion.inputs.decode import decode_image, decode_resized, resize
@@ -83,7 +84,55 @@ class ImageProcessor:
         return (longer, self.resize) if width <= height else (self.resize, longer)
 
 
-ContextPreprocessing = SquareCrop | ImageProcessor
+@dataclass(frozen=True)
+class ReferenceImage:
+    """Keeps an image's own size up to `max_pixels`, for models that read the query and the contexts as
+    references, as diffusers' Flux2KleinPipeline does.
+
+    A larger image is scaled down with Lanczos; then the middle is cropped to multiples of `multiple`.
+    """
+
+    max_pixels: int
+    multiple: int = 16
+    min_side: int = 64
+    max_aspect: float = 8.0
+
+    def decode(self, data: bytes, limits: Limits, name: str) -> Pixels:
+        """Decode an image file at full size and convert it to (H, W, 3).
+
+        Raises RowError as decode_image does, and INVALID_REFERENCE for sides or an aspect ratio that the
+        model does not take."""
+        try:
+            return self.apply(decode_image(data, limits, name))
+        except RowError as error:
+            if error.code == ErrorCode.INVALID_REFERENCE:
+                raise RowError(error.code, f"{name}: {error.message}") from None
+            raise
+
+    def apply(self, pixels: Pixels) -> Pixels:
+        """Convert uint8 pixels (H, W, 3) to (H', W', 3). Raises RowError as `decode` does."""
+        height, width = pixels.shape[:2]
+        self._check(width, height)
+        if width * height > self.max_pixels:
+            scale = math.sqrt(self.max_pixels / (width * height))
+            width, height = int(width * scale), int(height * scale)
+            resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+            pixels = np.asarray(resized)
+        right, lower = (side - side % self.multiple for side in (width, height))
+        left, top = (width - right) // 2, (height - lower) // 2
+        return np.ascontiguousarray(pixels[top : top + lower, left : left + right])
+
+    def _check(self, width: int, height: int) -> None:
+        if min(width, height) < self.min_side:
+            problem = f"the model reads references with sides of at least {self.min_side} pixels"
+        elif max(width, height) > self.max_aspect * min(width, height):
+            problem = f"the model reads references with an aspect ratio of at most {self.max_aspect:g}"
+        else:
+            return
+        raise RowError(ErrorCode.INVALID_REFERENCE, f"{width} x {height} pixels: {problem}")
+
+
+ContextPreprocessing = SquareCrop | ImageProcessor | ReferenceImage
 
 
 def center_crop(pixels: Pixels, side: int) -> Pixels:

@@ -229,6 +229,18 @@ def output_size(
     return side(model_size * aspect), side(model_size / aspect)
 
 
+def reference_output_size(
+    fit: Fit, query: Pixels, width: int | None, height: int | None, model_size: int
+) -> Size:
+    """Return the size (width, height) of a row's output where the query is a reference of any size.
+
+    A given width or height and `keep` act as in output_size; else the output has the query's size."""
+    query_height, query_width = query.shape[:2]
+    if width or height or fit == "keep":
+        return output_size(fit, query_width, query_height, width, height, model_size)
+    return query_width, query_height
+
+
 def resize(
     pixels: Pixels, width: int, height: int, fit: Fit, extent: tuple[float, float] | None = None
 ) -> Pixels:

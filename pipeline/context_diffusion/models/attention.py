@@ -113,22 +113,27 @@ def attend_by_lanes(model: nn.Module) -> list[Attention]:
     return layers
 
 
-@torch.no_grad()
 def _fuse(layer: Attention) -> None:
     """Replace the three projections of a self-attention by one."""
-    parts = [layer.to_q, layer.to_k, layer.to_v]
+    layer.to_qkv = fused_projection([layer.to_q, layer.to_k, layer.to_v])
+    layer.to_q = layer.to_k = layer.to_v = None
+
+
+@torch.no_grad()
+def fused_projection(parts: list[nn.Linear]) -> nn.Linear:
+    """Return one projection whose output is those of the parts, one after the other."""
+    first = parts[0]
     fused = nn.Linear(
-        layer.to_q.in_features,
+        first.in_features,
         sum(part.out_features for part in parts),
-        bias=layer.to_q.bias is not None,
-        device=layer.to_q.weight.device,
-        dtype=layer.to_q.weight.dtype,
+        bias=first.bias is not None,
+        device=first.weight.device,
+        dtype=first.weight.dtype,
     )
     fused.weight.copy_(torch.cat([part.weight for part in parts]))
-    if layer.to_q.bias is not None:
+    if first.bias is not None:
         fused.bias.copy_(torch.cat([part.bias for part in parts]))
-    layer.to_qkv = fused.requires_grad_(False)
-    layer.to_q = layer.to_k = layer.to_v = None
+    return fused.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -10,13 +10,18 @@ from typing import Literal
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2SingleTransformerBlock,
+    Flux2TransformerBlock,
+)
 from torch import nn
 
 from context_diffusion.core.errors import ModelError
 
 Compile = Literal["auto", "off"]
 VARIANTS = 4096  # of the compiled blocks, over all shapes
-BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # what networks consist of, many times over
+# What networks consist of, many times over.
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D, Flux2TransformerBlock, Flux2SingleTransformerBlock)
 
 
 def wants_compilation(compile_key: Compile, device: torch.device) -> bool:

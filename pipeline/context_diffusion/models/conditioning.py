@@ -70,7 +70,7 @@ def slots_of(tokens: list[Tensor], weights: list[float], slots: int) -> tuple[Te
 
 def latent_size(request: Request, factor: int) -> tuple[int, int]:
     """Return height and width of a row's latents. factor: pixels a side of a latent."""
-    height, width = request.query.shape[:2]
+    width, height = request.output_size
     return height // factor, width // factor
 
 

@@ -2,7 +2,8 @@
 
 Sources: the model cards of stable-diffusion-xl-base-1.0 (40 steps), control_v11p_sd15_canny (30 steps of a
 multistep solver), controlnet-canny-sdxl-1.0 (scale .5); the defaults of diffusers' pipelines (guidance 7.5
-and 5); IP-Adapter's README (a scale about .5 beside a prompt, its notebooks .6)."""
+and 5); IP-Adapter's README (a scale about .5 beside a prompt, its notebooks .6); the cards of
+FLUX.2-klein-4B (4 steps, guidance 1) and FLUX.2-klein-base-4B (50 steps, guidance 4)."""
 
 from __future__ import annotations
 
@@ -25,6 +26,15 @@ SDXL: dict[str, Any] = {
     "guidance_scale": 5.0,
     "scheduler": "euler",
     "context_scale": 0.6,
+}
+KLEIN: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0}
+KLEIN_BASE: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 4.0}
+FLUX2_UNUSED: dict[str, Any] = {
+    "strength": None,
+    "context_guidance_scale": None,
+    "controlnet_conditioning_scale": 1.0,
+    "control_guidance_start": 0.0,
+    "control_guidance_end": 1.0,
 }
 NATIVE_SETTINGS: dict[str, Any] = {"num_inference_steps": 4}  # most of the image is its draft
 # A base's own scheduler, by its class in diffusers.
@@ -55,11 +65,22 @@ class Defaults:
     """The defaults of a model.
 
     settings: row settings by name. control: a map for each ControlNet; None: it is unknown what they were
-    trained on. controlnets: their names, for messages."""
+    trained on; empty: the model has none. controlnets: their names, for messages. family: the kind of model,
+    for messages. unused: settings that the model has no use for, with the value that means so."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     control: tuple[str, ...] | None = ("gray",)
     controlnets: tuple[str, ...] = ("its own",)
+    family: str = ""
+    unused: Mapping[str, Any] = field(default_factory=dict)
+
+    def refusal(self, settings: Settings) -> str | None:
+        """Return why the model does not take the settings; None where it does."""
+        for name, neutral in self.unused.items():
+            value = getattr(settings, name)
+            if value != neutral and not (name == "guidance_scale" and value < neutral):
+                return f"{name}: {self.family} has no use for it, got {value}; leave it out"
+        return None
 
 
 def stable_diffusion_defaults(xl: bool, scheduler: Mapping[str, Any], controlnets: list[str]) -> Defaults:
@@ -75,9 +96,23 @@ def stable_diffusion_defaults(xl: bool, scheduler: Mapping[str, Any], controlnet
     return Defaults(settings, control, tuple(controlnets))
 
 
+def flux2_defaults(distilled: bool, scheduler: Mapping[str, Any]) -> Defaults:
+    """Return the defaults of a FLUX.2 [klein], which has no ControlNet. scheduler: its scheduler_config."""
+    settings = KLEIN if distilled else KLEIN_BASE
+    name = SCHEDULERS.get(str(scheduler.get("_class_name")), "flow_euler")
+    family, unused = "a FLUX.2 [klein]", FLUX2_UNUSED
+    if distilled:
+        family, unused = "a distilled FLUX.2 [klein]", FLUX2_UNUSED | {"guidance_scale": 1.0}
+    return Defaults(settings | {"scheduler": name}, (), (), family, unused)
+
+
 def resolved_settings(defaults: Defaults, given: Settings) -> Settings:
-    """Return the given settings, completed by the model's defaults, then by those of Settings."""
-    return Settings.model_validate(defaults.settings | given.model_dump(include=given.model_fields_set))
+    """Return the given settings, completed by the model's defaults, then by those of Settings. Raises
+    ConfigError for a setting that the model has no use for."""
+    settings = Settings.model_validate(defaults.settings | given.model_dump(include=given.model_fields_set))
+    if reason := defaults.refusal(settings):
+        raise ConfigError(f"settings.{reason}")
+    return settings
 
 
 def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> list[str]:
@@ -93,6 +128,11 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
             )
         return list(defaults.control)
     kinds = control_kinds(given)
+    if kinds and not defaults.controlnets:
+        raise ConfigError(
+            f"control: {'+'.join(kinds)}: the model has no ControlNet; leave control out (a FLUX.2 reads the "
+            "query as its first reference)"
+        )
     if kinds and len(kinds) != len(defaults.controlnets):
         count = len(defaults.controlnets)
         raise ConfigError(

@@ -11,19 +11,35 @@ from pathlib import Path
 from typing import Any
 
 from context_diffusion.core.errors import ModelError
-from context_diffusion.core.model_parts import PRESETS, Parts, parts_of
+from context_diffusion.core.model_parts import (
+    FLUX2_PARTS,
+    PRESETS,
+    STABLE_DIFFUSION_PARTS,
+    ModelKind,
+    Parts,
+    parts_of,
+    refuse_parts,
+)
 from context_diffusion.inputs.context_images import (
     TEXTURE_PIXELS,
     ContextPreprocessing,
     ImageProcessor,
+    ReferenceImage,
     SquareCrop,
     image_processor,
 )
-from context_diffusion.models.defaults import NATIVE_SETTINGS, Defaults, stable_diffusion_defaults
+from context_diffusion.models.defaults import (
+    NATIVE_SETTINGS,
+    Defaults,
+    flux2_defaults,
+    stable_diffusion_defaults,
+)
 from context_diffusion.models.hub import commit_of, fetch, fetch_optional, split
 
 BUNDLED = Path(__file__).parent / "native" / "bundled"
 NATIVE = "ContextDiffusion"  # _class_name in a native model's index
+FLUX2 = "Flux2KleinPipeline"
+FLUX2_LATENTS = 128  # a side, the default size of that pipeline
 PREPROCESSOR = "preprocessor_config.json"
 # Folders of a native model; models/native/model.py loads them.
 COMPONENTS = (
@@ -43,11 +59,13 @@ COMPONENTS = (
 class ResolvedModel:
     """A model and its exact version.
 
-    folder: of a native model. parts: of any other model, and of a native one on the hub; every hub id at a
-    commit. revision: a digest over the weights' version. image_size: pixels. contexts: how context images are
-    prepared. defaults: the settings that a job which leaves them out gets."""
+    kind: which backbone runs it. folder: of a native model. parts: of any other model, and of a native one on
+    the hub; every hub id at a commit. revision: a digest over the weights' version. image_size: pixels.
+    contexts: how context images are prepared. defaults: the settings that a job which leaves them out
+    gets."""
 
     name: str
+    kind: ModelKind
     folder: Path | None
     parts: Parts | None
     revision: str
@@ -83,7 +101,8 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
                 f"model: {model!r} not found: expected a folder, a hub id or one of bundled, "
                 f"{', '.join(PRESETS)}"
             )
-    parts = parts_of(model)
+    given = Parts(base=model) if isinstance(model, str) else model
+    parts = parts_of(given)
     away = [part for part in parts.all if not Path(part).exists()]
     for part in away:
         if part.startswith((".", "/", "~")):
@@ -97,6 +116,15 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
     index = read_json(parts.base, "model_index.json", parts.revision)
     if index.get("_class_name") == NATIVE:
         return _native(name, fetch(parts.base, "", parts.revision), index, parts if away else None)
+    kind = str(index.get("_class_name"))
+    if kind == FLUX2:
+        return _flux2(name, parts, given, index)
+    if not kind.startswith("StableDiffusion"):
+        raise ModelError(
+            f"model: {parts.base} is a {kind}, which has no backbone here; known are ContextDiffusion, "
+            f"{FLUX2} and diffusers' Stable Diffusion pipelines"
+        )
+    refuse_parts(given, FLUX2_PARTS, "Stable Diffusion")
     return _stable_diffusion(name, parts, index)
 
 
@@ -106,7 +134,9 @@ def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None 
             raise ModelError(f"model: {folder} has no component {part}/; copy the whole model folder")
     contexts = SquareCrop(max(index["context_size"], TEXTURE_PIXELS))
     defaults = Defaults(NATIVE_SETTINGS)
-    return ResolvedModel(name, folder, parts, digest(folder), index["image_size"], contexts, defaults)
+    return ResolvedModel(
+        name, "native", folder, parts, digest(folder), index["image_size"], contexts, defaults
+    )
 
 
 def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> ResolvedModel:
@@ -122,8 +152,24 @@ def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> Resolve
     image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     xl = "StableDiffusionXL" in str(index.get("_class_name"))
     defaults = stable_diffusion_defaults(xl, scheduler, parts.controlnets)
+    kind: ModelKind = "sdxl" if xl else "sd"
     return ResolvedModel(
-        name, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults
+        name, kind, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults
+    )
+
+
+def _flux2(name: str, parts: Parts, given: Parts, index: dict[str, Any]) -> ResolvedModel:
+    """Resolve a FLUX.2 [klein]. given: what the user said of its parts; index: its model_index.json."""
+    refuse_parts(given, STABLE_DIFFUSION_PARTS, "FLUX.2 [klein]")
+    vae, scheduler = (
+        read_json(parts.base, file, parts.revision)
+        for file in ("vae/config.json", "scheduler/scheduler_config.json")
+    )
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    defaults = flux2_defaults(bool(index.get("is_distilled")), scheduler)
+    contexts = ReferenceImage(parts.max_reference_pixels, multiple=2 * factor)
+    return ResolvedModel(
+        name, "flux2", None, parts, _revision(parts), FLUX2_LATENTS * factor, contexts, defaults
     )
 
 
@@ -156,7 +202,7 @@ def _parsed(path: Path, part: str) -> dict[str, Any]:
 
 def _revision(parts: Parts) -> str:
     """Return a digest over the parts: hub ids by commit, folders and files by their bytes."""
-    fields = parts.model_dump(mode="json")
+    fields = parts.model_dump(mode="json", exclude_defaults=True)
     fields["local"] = {part: digest(Path(part)) for part in parts.all if Path(part).exists()}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -37,7 +37,7 @@ SOFTWARE = {"Software": "context-diffusion"}
 VERSIONED = ("context-diffusion", "torch", "diffusers", "transformers")  # packages that pixels may depend on
 RUNTIME = ("device", "chunk", "compiled")  # what bits depend on, of the engine that generated the image
 ROW = (ID, "index", *SETTING_TYPES, "width", "height", QUERY, CONTEXT, CONTROL_IMAGE, PROMPT, NEGATIVE_PROMPT,
-       "control", "fit", "model", *RUNTIME)  # fmt: skip
+       "full_prompt", "control", "fit", "model", *RUNTIME)  # fmt: skip
 # columns of loaded pixels
 INPUTS = {QUERY: "query_image", "control": "control_images", CONTEXT: "context_images"}
 Metadata = dict[str, Any]

@@ -74,6 +74,9 @@ class NativeBackbone:
             settings = settings.model_copy(update={"guidance_scale": 1.0, "context_guidance_scale": None})
         return guidance_branches(settings, has_prompt)
 
+    def schedule(self, request: Request) -> dict[str, Any]:
+        return {}
+
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         model = self.model
         row_contexts = weighted_contexts(request, self.context_slots)

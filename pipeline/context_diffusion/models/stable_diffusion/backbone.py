@@ -103,6 +103,9 @@ class StableBackbone:
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         return self.vae.config.latent_channels, *latent_size(request, self.latent_factor)
 
+    def schedule(self, request: Request) -> dict[str, Any]:
+        return {}
+
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         contexts = {branch.contexts: self._contexts(request, branch.contexts, cache) for branch in branches}
         both = self._time_ids(request) | self._guidance(request)
@@ -164,7 +167,7 @@ class StableBackbone:
     def _time_ids(self, request: Request) -> Conditions:
         if not self.model.xl:
             return {}
-        height, width = request.query.shape[:2]
+        width, height = request.output_size
         sizes = torch.tensor([[height, width, 0, 0, height, width]])
         return {"time_ids": pinned(sizes, self.device).to(self.dtype)}
 

@@ -1,0 +1,79 @@
+"""Prompts of FLUX.2 [klein]: the role prompt that names the references, and its hidden states in Qwen3.
+
+L tokens  D width of the text encoder
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from context_diffusion.core.errors import ModelError
+
+LENGTH = 512  # tokens, to which every prompt is padded or truncated
+LAYERS = (9, 18, 27)  # whose outputs the transformer reads, side by side
+
+
+def full_prompt(template: str, prompt: str | None, references: int) -> str:
+    """Return what the model is told: the template with the prompt and the contexts' numbers. The query is
+    image 1. Without contexts it is the prompt alone.
+
+    references: with the query."""
+    text = prompt or ""
+    if references < 2:
+        return text
+    styles = "image 2" if references == 2 else f"images 2 to {references}"
+    return template.format(prompt=text, styles=styles).strip()
+
+
+class PromptEncoder:
+    """Encodes prompts as diffusers' Flux2KleinPipeline does."""
+
+    def __init__(self, pipe: Any, base: str) -> None:
+        """Take the text encoder apart: layers after the last one that is read are removed. base: for
+        messages. Raises ModelError for a tokenizer or text encoder of another kind."""
+        self.tokenizer, self.encoder = pipe.tokenizer, pipe.text_encoder.model
+        if not self.tokenizer.chat_template:
+            raise ModelError(
+                f"model: the tokenizer of {base} has no chat template: download its tokenizer/ again"
+            )
+        if len(self.encoder.layers) < LAYERS[-1]:
+            raise ModelError(
+                f"model: the text encoder of {base} has {len(self.encoder.layers)} layers, the transformer "
+                f"reads the output of layer {LAYERS[-1]}"
+            )
+        self.encoder.layers = self.encoder.layers[: LAYERS[-1]]
+        self.encoder.norm = (
+            nn.Identity()
+        )  # it follows the whole model's last layer, not the last one that is left
+
+    def truncates(self, prompt: str) -> bool:
+        """Return whether a prompt has more tokens than are read."""
+        return len(self.tokenizer(self._chat(prompt))["input_ids"]) > LENGTH
+
+    def __call__(self, prompt: str) -> Tensor:
+        """Encode a prompt to (1, L, 3·D)."""
+        read = self.tokenizer(
+            self._chat(prompt),
+            return_tensors="pt",
+            padding="max_length",
+            truncation=True,
+            max_length=LENGTH,
+        ).to(self.encoder.embed_tokens.weight.device)
+        states = self.encoder(
+            input_ids=read["input_ids"],
+            attention_mask=read["attention_mask"],
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
+        return torch.cat([states[layer] for layer in LAYERS], 2)
+
+    def _chat(self, prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        )
