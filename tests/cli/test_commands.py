@@ -261,6 +261,20 @@ def test_doctor_says_what_forbids_the_download_of_weights(tmp_path: Path) -> Non
         assert code == 0, out
 
 
+def test_a_model_whose_licence_is_not_accepted_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    base = PRESETS["flux2-klein-base"].base
+    index = tmp_path / "hub" / base / "model_index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text('{"_class_name": "Flux2KleinPipeline"}')
+    values = job_values(write_manifest(tmp_path / "in", 2), tmp_path / "out", model="flux2-klein-base")
+    (tmp_path / "job.yaml").write_text(json.dumps(values))
+    with hub_of(tmp_path / "hub", gated=base) as (endpoint, _):
+        own = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
+        code, _, told = call("validate", str(tmp_path / "job.yaml"), **own)
+    assert code == 2
+    assert f"{base} is gated: accept its licence at {endpoint}/{base}, then set HF_TOKEN" in told
+
+
 def test_a_package_that_is_too_old_or_missing_is_named() -> None:
     assert problems_of(Requirement("pillow>=1")) == []
     assert problems_of(Requirement("pillow>=999"))[0].startswith("pillow>=999 is required, ")

@@ -51,6 +51,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "controlnet_conditioning_scale": [0.5],
     },
 }
+KLEIN: dict[str, dict[str, Any]] = {
+    "flux2-klein": {"num_inference_steps": 4, "guidance_scale": 1.0, "scheduler": "flow_euler"},
+    "flux2-klein-base": {"num_inference_steps": 50, "guidance_scale": 4.0, "scheduler": "flow_euler"},
+}
 SCHEDULER = {"sd15": "PNDMScheduler", "sdxl": "EulerDiscreteScheduler"}  # of the published bases
 
 
@@ -129,7 +133,7 @@ def test_the_python_api_uses_them_too(preset: str) -> None:
 
 
 def test_presets_have_settings_of_their_own_size_and_controlnets_that_are_known() -> None:
-    assert set(PUBLISHED) == set(PRESETS)
+    assert {*PUBLISHED, *KLEIN} == set(PRESETS)
     for parts in PRESETS.values():
         assert set(parts.controlnets) <= set(CONTROLNETS)
 

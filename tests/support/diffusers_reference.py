@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -122,7 +124,17 @@ def preprocessor(encoder: str) -> CLIPImageProcessor:
 def made(model: Model, rows: list[Request]) -> dict[str, tuple[torch.Tensor, Pixels]]:
     """By our engine, all rows together."""
     pipeline = ContextDiffusion.from_pretrained(model, device="cpu", cpu_threads=1)
-    backbone: Any = pipeline.backbone
+    found = {}
+    with watch_latents(pipeline.backbone) as latents:
+        for row, outcome in pipeline.generate(rows):
+            assert isinstance(outcome, Result), outcome
+            found[row.id] = latents[row.id], outcome.image
+    return found
+
+
+@contextmanager
+def watch_latents(backbone: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Keep the final latents of each row, by its id, of an engine with one thread."""
     encode, decode = backbone.encode, backbone.decode
     latents: dict[str, torch.Tensor] = {}
     decoded: list[torch.Tensor] = []
@@ -139,11 +151,10 @@ def made(model: Model, rows: list[Request]) -> dict[str, tuple[torch.Tensor, Pix
         return replace(encode(row, branches, cache), finish=finish)
 
     backbone.encode, backbone.decode = watched_encode, watched_decode
-    found = {}
-    for row, outcome in pipeline.generate(rows):
-        assert isinstance(outcome, Result), outcome
-        found[row.id] = latents[row.id], outcome.image
-    return found
+    try:
+        yield latents
+    finally:
+        backbone.encode, backbone.decode = encode, decode
 
 
 def compare(model: Model, rows: list[Request], xl: bool) -> None:

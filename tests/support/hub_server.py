@@ -17,14 +17,18 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def hub_of(root: Path) -> Iterator[tuple[str, Counter[str]]]:
-    """root/OWNER/NAME/... -> its endpoint, and how often each file's bytes were asked for."""
+def hub_of(root: Path, gated: str | None = None) -> Iterator[tuple[str, Counter[str]]]:
+    """root/OWNER/NAME/... -> its endpoint, and how often each file's bytes were asked for.
+
+    gated: a repository whose licence nobody has accepted."""
     fetched: Counter[str] = Counter()
 
     def answer(method: str, path: str) -> Answer:
         parts = unquote(urlsplit(path).path).strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             return _of_api(root, "/".join(parts[2:4]), "tree" in parts)
+        if "/".join(parts[:2]) == gated:
+            return 401, {"X-Error-Code": "GatedRepo"}, b""
         file = root.joinpath(*parts[:2], *parts[4:])
         if parts[2:3] != ["resolve"] or not file.is_file():
             return 404, {"X-Error-Code": "EntryNotFound"}, b""

@@ -22,6 +22,7 @@ from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from context_diffusion.core.records import Pixels
 
 LATENT_CHANNELS = 4  # of the VAE; the transformer reads patches of 2x2
+LATENT_STD = 0.1  # of the VAE, before `bn`: so small that its eps of 1e-4 counts
 IMAGE_STD = 0.4  # of decoded noise, in -1 to 1
 TEXT_WIDTH = 16  # of one layer's states; the transformer reads those of three
 END_OF_TEXT = "<|endoftext|>"
@@ -40,8 +41,8 @@ CHAT_TEMPLATE = (
 
 
 def save_tiny_klein(folder: Path, distilled: bool = True, seed: int = 0) -> Path:
-    """Save a pipeline in `folder`, float32 in safetensors, and return the folder. The same seed makes the same
-    weights for the distilled and the base variant: they differ by `is_distilled` alone."""
+    """Save a pipeline in `folder`, in float32 and safetensors, and return the folder. The distilled and the
+    base variant of one seed have the same weights: they differ by `is_distilled` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _tokenizer()
@@ -158,8 +159,8 @@ def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def _transformer() -> Flux2Transformer2DModel:
-    """Make a transformer louder than at birth, when another reference would hardly move the image. Not louder
-    still: rounding errors of float32 grow with it, here by 10 to 60 times over four steps."""
+    """Make a transformer louder than at birth, when another reference would hardly move the image. Louder
+    still, rounding errors would show: here a relative 1e-6 after the first step moves the latents by 2e-5."""
     transformer = Flux2Transformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
@@ -181,8 +182,8 @@ def _transformer() -> Flux2Transformer2DModel:
 
 @torch.no_grad()
 def _vae() -> AutoencoderKLFlux2:
-    """Make a VAE whose latents and images are as loud as a trained one's: `bn` is near the statistics of the
-    latents of drawn images, and the decoder's images fill the range of pixels, about 4 percent of them clipped."""
+    """Make a VAE whose `bn` is near the statistics of drawn images' latents, and whose decoder fills the
+    range of pixels, a few percent of them clipped."""
     vae = AutoencoderKLFlux2(
         block_out_channels=(4, 8, 8, 8),
         latent_channels=LATENT_CHANNELS,
@@ -191,15 +192,18 @@ def _vae() -> AutoencoderKLFlux2:
     ).eval()
     drawn = np.stack([np.asarray(image) for image in tiny_images(8, [(96, 64)], seed=1)])
     images = torch.from_numpy(drawn).permute(0, 3, 1, 2) / 127.5 - 1  # [B, 3, H, W]
+    scale = LATENT_STD / vae.encode(images).latent_dist.mode().std()
     for parameter in vae.quant_conv.parameters():
-        parameter.div_(vae.encode(images).latent_dist.mode().std())
+        parameter.mul_(scale)
+    vae.post_quant_conv.weight.div_(LATENT_STD)
     latents = vae.encode(images).latent_dist.mode()
     patches = torch.nn.functional.pixel_unshuffle(latents, 2)  # [B, 4 C, H/16, W/16]
-    vae.bn.running_mean.copy_(patches.mean((0, 2, 3)) + 0.3 * torch.randn(patches.shape[1]))
+    vae.bn.running_mean.copy_(patches.mean((0, 2, 3)) + 0.3 * LATENT_STD * torch.randn(patches.shape[1]))
     vae.bn.running_var.copy_(patches.var((0, 2, 3)) * (0.5 + torch.rand(patches.shape[1])))
-    decoded = vae.decode(torch.randn_like(latents)).sample
+    noise = LATENT_STD * torch.randn_like(latents)
+    decoded = vae.decode(noise).sample
     vae.decoder.conv_out.weight.mul_(IMAGE_STD / decoded.std((0, 2, 3))[:, None, None, None])
-    vae.decoder.conv_out.bias.sub_(vae.decode(torch.randn_like(latents)).sample.mean((0, 2, 3)))
+    vae.decoder.conv_out.bias.sub_(vae.decode(noise).sample.mean((0, 2, 3)))
     return vae
 
 

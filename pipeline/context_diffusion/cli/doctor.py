@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from context_diffusion.cli.machine_checks import Check, machine_checks, model_cache
 from context_diffusion.core.errors import ContextDiffusionError
 from context_diffusion.core.job_base import writable_url
-from context_diffusion.core.model_parts import PRESETS, parts_of
+from context_diffusion.core.model_parts import LICENCES, PRESETS, parts_of
 from context_diffusion.core.uris import normal
 from context_diffusion.models.hub import obstacle_to, split
 from context_diffusion.models.resolve import find_model
@@ -94,12 +94,15 @@ def weights(model: str) -> Check:
         message = f"{model}: found, revision {revision}{note}"
         return Check("model", True, message, {"model": model, "cached": True})
     parts = parts_of(model)
+    licence = f"; licence {LICENCES[parts.base]}"
     missing = [part for part in parts.all if not is_cached(part, parts.revision)]
     if not missing:
-        return Check("model", True, f"{model}: all parts are cached", {"model": model, "cached": True})
+        return Check(
+            "model", True, f"{model}: all parts are cached{licence}", {"model": model, "cached": True}
+        )
     obstacle = obstacle_to(split(missing[0])[0], PATIENCE_S)
     note = obstacle or "a run downloads them once per node"
-    message = f"{model}: not cached yet: {', '.join(missing)}; {note}"
+    message = f"{model}: not cached yet: {', '.join(missing)}; {note}{licence}"
     return Check("model", not obstacle, message, {"model": model, "cached": False})
 
 

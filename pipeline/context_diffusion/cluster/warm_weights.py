@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -54,12 +55,13 @@ def _load(model: ResolvedModel, on_gpu: bool) -> float:
     on_gpu: load the files that an engine on a GPU would load."""
     started = time.monotonic()
     on_this_node = find_model(model.parts or model.name, model.parts.revision if model.parts else None)
-    if on_this_node.folder is None and on_this_node.parts is not None:
+    if on_this_node.kind != "native" and on_this_node.parts is not None:
         import torch
 
-        from context_diffusion.models.stable_diffusion.loading import load
+        from context_diffusion.pipeline import load_backbone
 
         parts = on_this_node.parts
         dtype = "bfloat16" if on_gpu and parts.dtype == "auto" else parts.dtype
-        load(parts.model_copy(update={"dtype": dtype}), torch.device("cpu"))
+        as_loaded = replace(on_this_node, parts=parts.model_copy(update={"dtype": dtype}))
+        load_backbone(as_loaded, torch.device("cpu"))
     return round(time.monotonic() - started, 2)

@@ -168,7 +168,10 @@ LICENCES = {  # by hub id, from the models' cards
 }
 IP_ADAPTER = {"h94/IP-Adapter": "018e402774aeeddd60609b4ecdb7e298259dc729"}
 PRESETS: dict[str, Parts] = {
-    "flux2-klein": Parts(base="black-forest-labs/FLUX.2-klein-4B"),
+    "flux2-klein": Parts(
+        base="black-forest-labs/FLUX.2-klein-4B",
+        revision={"black-forest-labs/FLUX.2-klein-4B": "e7b7dc27f91deacad38e78976d1f2b499d76a294"},
+    ),
     "flux2-klein-base": Parts(base="black-forest-labs/FLUX.2-klein-base-4B"),
     "sd15": Parts(
         base="stable-diffusion-v1-5/stable-diffusion-v1-5",

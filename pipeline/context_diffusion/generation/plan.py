@@ -142,6 +142,7 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
         "model": {
             "name": model.name,
             "revision": model.revision,
+            "licence": model.licence,
             "commits": model.parts.revision if model.parts else {},
         },
         "versions": versions(),

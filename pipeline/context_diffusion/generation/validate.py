@@ -96,6 +96,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
         "missing_packages": dict(sorted(missing.rows.items())),
         "exit": _exit_code(job, scan.rows, loaded.rows, len(loaded.problems), missing.failing),
         "model_revision": model.revision,
+        "licence": model.licence,
         **estimate,
     }
 

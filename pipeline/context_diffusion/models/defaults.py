@@ -128,10 +128,10 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
             )
         return list(defaults.control)
     kinds = control_kinds(given)
-    if kinds and not defaults.controlnets:
+    if kinds and defaults.family:
         raise ConfigError(
-            f"control: {'+'.join(kinds)}: the model has no ControlNet; leave control out (a FLUX.2 reads the "
-            "query as its first reference)"
+            f"control: {'+'.join(kinds)}: {defaults.family} has no ControlNet, it reads the query itself; "
+            "leave control out"
         )
     if kinds and len(kinds) != len(defaults.controlnets):
         count = len(defaults.controlnets)

@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -70,6 +71,11 @@ def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
         return Path(snapshot_download(repo, revision=revision.get(repo), allow_patterns=wanted)) / folder
     except HFValidationError as error:
         raise ModelError(f"model: {part!r} not found: expected a folder or a hub id ({error})") from error
+    except GatedRepoError as error:
+        raise ModelError(
+            f"model: {repo} is gated: accept its licence at {constants.ENDPOINT}/{repo}, then set HF_TOKEN to "
+            "a token of that account"
+        ) from error
     except Exception as error:  # no such file, no room, no network
         raise ModelError(
             f"model: {part}: cannot download {name or 'its files'} from the hub: {_hint(error)}"

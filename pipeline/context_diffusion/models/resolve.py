@@ -13,6 +13,7 @@ from typing import Any
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.model_parts import (
     FLUX2_PARTS,
+    LICENCES,
     PRESETS,
     STABLE_DIFFUSION_PARTS,
     ModelKind,
@@ -72,6 +73,11 @@ class ResolvedModel:
     image_size: int
     contexts: ContextPreprocessing
     defaults: Defaults = field(default_factory=Defaults)
+
+    @property
+    def licence(self) -> str | None:
+        """The licence of the base's weights; None: it is not known here."""
+        return LICENCES.get(split(self.parts.base)[0]) if self.parts else None
 
 
 def model_folder(model: str) -> Path:
