@@ -28,6 +28,7 @@ from context_diffusion.models.compilation import Compile, compile_blocks, wants_
 from context_diffusion.models.defaults import Defaults, resolved_control, resolved_settings
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
+from context_diffusion.models.offloading import Offload
 from context_diffusion.models.resolve import ResolvedModel, find_model
 
 CPU_THREADS = 2
@@ -72,18 +73,20 @@ class ContextDiffusion:
         device: str | None = None,
         cpu_threads: int = CPU_THREADS,
         compile: Compile = "off",
+        offload: Offload = "auto",
     ) -> ContextDiffusion:
         """Load a model and its weights.
 
-        model: bundled, sd15, sdxl, a folder, a hub id, or a mapping of parts as a job's `model:`. device:
-        default, a GPU if there is one. compile: auto compiles the networks on a GPU, which takes minutes and
-        changes the last bits of images. Raises ModelError."""
+        model: bundled, flux2-klein, sdxl, sd15, a folder, a hub id, or a mapping of parts as a job's
+        `model:`. device: default, a GPU if there is one. compile: auto compiles the networks on a GPU, which
+        takes minutes and changes the last bits of images. offload: auto keeps a FLUX.2's text encoder in the
+        host's memory while it is not used, where a GPU has no room for all. Raises ModelError."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             resolved = find_model(Parts.model_validate(model) if isinstance(model, dict) else model)
         except ValidationError as error:
             raise ModelError(f"model: {error}") from None
-        backbone, unsafe = load_backbone(resolved, where)
+        backbone, unsafe = load_backbone(resolved, where, offload)
         return cls(backbone, resolved.kind, where, cpu_threads, unsafe, resolved.defaults, compile)
 
     def engine(self, chunk: int | None = None, max_wait: int = MAX_WAIT) -> Engine:
@@ -241,9 +244,11 @@ class ContextDiffusion:
 
 
 def load_backbone(
-    model: ResolvedModel, device: torch.device
+    model: ResolvedModel, device: torch.device, offload: Offload = "auto"
 ) -> tuple[Backbone, Callable[[Pixels], bool] | None]:
-    """Load the weights of a model on the device. Returns it with its safety checker. Raises ModelError."""
+    """Load the weights of a model on the device. Returns it with its safety checker. Raises ModelError.
+
+    offload: see `ContextDiffusion.from_pretrained`."""
     if model.kind == "native":
         assert model.folder
         return NativeBackbone(NativeModel.from_pretrained(model.folder).to(device)), None
@@ -254,7 +259,7 @@ def load_backbone(
         from context_diffusion.models.flux2.loading import load_flux2
 
         assert isinstance(model.contexts, ReferenceImage)
-        return Flux2Backbone(load_flux2(model.parts, device), model.parts, model.contexts), None
+        return Flux2Backbone(load_flux2(model.parts, device, offload), model.contexts), None
     from context_diffusion.models.stable_diffusion.backbone import StableBackbone
     from context_diffusion.models.stable_diffusion.loading import load
 
@@ -266,6 +271,9 @@ def load_backbone(
 def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> EngineService:
     """Load the model of a job and start its engine; each actor holds one."""
     pipeline = ContextDiffusion.from_pretrained(
-        job.model, cpu_threads=job.cluster.cpu_threads, compile=job.cluster.compile
+        job.model,
+        cpu_threads=job.cluster.cpu_threads,
+        compile=job.cluster.compile,
+        offload=job.cluster.offload,
     )
     return EngineService(pipeline.engine(job.cluster.chunk, job.cluster.max_wait_steps), broken)

@@ -23,7 +23,7 @@ from context_diffusion.models.hub import split
 from context_diffusion.storage.filesystem import Storage
 from support.http_server import serving
 from support.hub_server import hub_of
-from support.manifests import write_pictures
+from support.manifests import job_values, write_manifest, write_pictures
 from support.ports import free_port
 from support.processes import COMMAND, ENVIRONMENT
 

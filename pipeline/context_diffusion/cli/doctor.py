@@ -94,7 +94,7 @@ def weights(model: str) -> Check:
         message = f"{model}: found, revision {revision}{note}"
         return Check("model", True, message, {"model": model, "cached": True})
     parts = parts_of(model)
-    licence = f"; licence {LICENCES[parts.base]}"
+    licence = f"; licence {LICENCES[parts.base]}" if parts.base in LICENCES else ""
     missing = [part for part in parts.all if not is_cached(part, parts.revision)]
     if not missing:
         return Check(

@@ -69,6 +69,11 @@ class Cluster(StrictModel):
         description="auto: compile the model on GPUs, which takes minutes when an engine starts and needs "
         "Triton and a C compiler",
     )
+    offload: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: where a GPU has no room for all of a FLUX.2, its text encoder is in main memory "
+        "while it is not used",
+    )
     shards_per_actor: Annotated[int, Field(ge=1, le=64)] | None = Field(
         default=None,
         description="shards that one engine works on at once; default: 2, or 8 where sizes vary (a width or "
@@ -108,7 +113,9 @@ class GenerateJob(StrictModel):
     )
     output: OutputFolder = Field(description="the OUTPUT folder, a path or URL")
     model: Annotated[str, Field(min_length=1)] | Parts = Field(
-        default="bundled", description="bundled, sd15, sdxl, a folder, a hub id, or a mapping of parts"
+        default="bundled",
+        description="bundled, flux2-klein, flux2-klein-base, sdxl, sd15, a folder, a hub id, or a mapping of "
+        "parts",
     )
     control: ControlName | Annotated[list[ControlName], Field(min_length=1)] | None = Field(
         default=None,

@@ -43,12 +43,12 @@ class ComponentLoader:
             raise ModelError(f"model: {part} is a {class_name}, expected a {kind.__name__}")
         return self(kind, part)
 
-    def __call__(self, kind: Any, part: str, dtype_name: str = "torch_dtype", **components: Any) -> Any:
+    def __call__(self, kind: Any, part: str, **components: Any) -> Any:
         """Call kind.from_pretrained for a part at its commit; without the variant if the part has none."""
         local = Path(part).exists()
         repo, folder = (part, "") if local else split(part)
         revision = None if local else self.parts.revision.get(repo)
-        options = {"revision": revision, "use_safetensors": True, dtype_name: self.dtype}
+        options = {"revision": revision, "use_safetensors": True, "dtype": self.dtype}
         options |= {"subfolder": folder} if folder else {}
         problems: list[Exception] = []
         wanted = self.parts.variant if self.dtype != torch.float32 else None

@@ -73,8 +73,8 @@ def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
         raise ModelError(f"model: {part!r} not found: expected a folder or a hub id ({error})") from error
     except GatedRepoError as error:
         raise ModelError(
-            f"model: {repo} is gated: accept its licence at {constants.ENDPOINT}/{repo}, then set HF_TOKEN to "
-            "a token of that account"
+            f"model: {repo} is gated: accept its licence at {constants.ENDPOINT}/{repo}, then set HF_TOKEN "
+            "to a token of that account"
         ) from error
     except Exception as error:  # no such file, no room, no network
         raise ModelError(

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from context_diffusion.core.errors import ErrorCode, RowError
-from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import Request
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.embedding_cache import Cache
@@ -27,6 +26,7 @@ from context_diffusion.inputs.context_images import ContextPreprocessing, Refere
 from context_diffusion.models.attention import log_weights
 from context_diffusion.models.conditioning import content_key, latent_size
 from context_diffusion.models.defaults import flux2_defaults
+from context_diffusion.models.flux2.loading import Flux2
 from context_diffusion.models.flux2.prompts import LENGTH, PromptEncoder, full_prompt
 from context_diffusion.models.flux2.references import (
     ImageCodec,
@@ -39,16 +39,17 @@ from context_diffusion.models.flux2.transformer import LaneTokens, predict, prep
 
 
 class Flux2Backbone:
-    """Implement engine/backbone.py. pipe: diffusers' pipeline, which is taken apart."""
+    """Implement engine/backbone.py."""
 
     context_slots = 3  # the model takes four references
     noise_scale = 1.0
     tiles = True
 
-    def __init__(self, pipe: Any, parts: Parts, contexts: ReferenceImage) -> None:
+    def __init__(self, model: Flux2, contexts: ReferenceImage) -> None:
+        pipe, parts = model.pipe, model.parts
         self.transformer = pipe.transformer
         prepare(self.transformer)
-        self.text = PromptEncoder(pipe, parts.base)
+        self.text = PromptEncoder(pipe.tokenizer, pipe.text_encoder.model, parts.base, model.offloaded)
         self.images = ImageCodec(pipe.vae)
         self.template = parts.prompt_template
         self.contexts: ContextPreprocessing = contexts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -11,11 +12,25 @@ from torch import nn
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.models.component_loading import ComponentLoader
+from context_diffusion.models.flux2.prompts import LAYERS
 from context_diffusion.models.lora import fuse_loras
+from context_diffusion.models.offloading import Offload, Offloaded, wants_offloading
 
 
-def load_flux2(parts: Parts, device: torch.device) -> Any:
-    """Load diffusers' Flux2KleinPipeline on the device, in the dtype of the parts. Raises ModelError."""
+@dataclass(frozen=True)
+class Flux2:
+    """A loaded model. pipe: diffusers' pipeline; offloaded: its text encoder, where it is not on the
+    device."""
+
+    pipe: Any
+    parts: Parts
+    offloaded: Offloaded | None
+
+
+def load_flux2(parts: Parts, device: torch.device, offload: Offload = "auto") -> Flux2:
+    """Load diffusers' Flux2KleinPipeline on the device, in the dtype of the parts. Raises ModelError.
+
+    offload: whether the text encoder may stay in the host's memory."""
     pipe = ComponentLoader(parts, device)(diffusers.Flux2KleinPipeline, parts.base)
     if pipe.transformer.config.guidance_embeds:
         raise ModelError(
@@ -24,7 +39,25 @@ def load_flux2(parts: Parts, device: torch.device) -> Any:
         )
     fuse_loras(pipe, parts, "transformer.")
     pipe.set_progress_bar_config(disable=True)
-    for module in pipe.components.values():
-        if isinstance(module, nn.Module):
-            module.to(device).eval().requires_grad_(False)
-    return pipe
+    take_apart(pipe.text_encoder, parts.base)
+    networks = [pipe.transformer, pipe.vae, pipe.text_encoder]
+    away = wants_offloading(offload, networks, device)
+    for network in networks:
+        network.eval().requires_grad_(False)
+        if not (away and network is pipe.text_encoder):
+            network.to(device)
+    return Flux2(pipe, parts, Offloaded(pipe.text_encoder, device) if away else None)
+
+
+def take_apart(text_encoder: Any, base: str) -> None:
+    """Remove what follows the last layer that the transformer reads. Raises ModelError where the text encoder
+    has fewer layers. base: for messages."""
+    decoder = text_encoder.model
+    if len(decoder.layers) < LAYERS[-1]:
+        raise ModelError(
+            f"model: the text encoder of {base} has {len(decoder.layers)} layers, the transformer reads the "
+            f"output of layer {LAYERS[-1]}"
+        )
+    decoder.layers = decoder.layers[: LAYERS[-1]]
+    decoder.norm = nn.Identity()  # it follows the last layer of all, not the last one that is left
+    text_encoder.lm_head = nn.Identity()

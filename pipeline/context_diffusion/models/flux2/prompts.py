@@ -5,12 +5,14 @@ L tokens  D width of the text encoder
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from context_diffusion.core.errors import ModelError
+from context_diffusion.models.offloading import Offloaded
 
 LENGTH = 512  # tokens, to which every prompt is padded or truncated
 LAYERS = (9, 18, 27)  # whose outputs the transformer reads, side by side
@@ -31,23 +33,14 @@ def full_prompt(template: str, prompt: str | None, references: int) -> str:
 class PromptEncoder:
     """Encodes prompts as diffusers' Flux2KleinPipeline does."""
 
-    def __init__(self, pipe: Any, base: str) -> None:
-        """Take the text encoder apart: layers after the last one that is read are removed. base: for
-        messages. Raises ModelError for a tokenizer or text encoder of another kind."""
-        self.tokenizer, self.encoder = pipe.tokenizer, pipe.text_encoder.model
-        if not self.tokenizer.chat_template:
+    def __init__(self, tokenizer: Any, encoder: Any, base: str, offloaded: Offloaded | None) -> None:
+        """encoder: of transformers, without what follows its last layer that is read. base: for messages.
+        Raises ModelError for a tokenizer of another kind."""
+        if not tokenizer.chat_template:
             raise ModelError(
                 f"model: the tokenizer of {base} has no chat template: download its tokenizer/ again"
             )
-        if len(self.encoder.layers) < LAYERS[-1]:
-            raise ModelError(
-                f"model: the text encoder of {base} has {len(self.encoder.layers)} layers, the transformer "
-                f"reads the output of layer {LAYERS[-1]}"
-            )
-        self.encoder.layers = self.encoder.layers[: LAYERS[-1]]
-        self.encoder.norm = (
-            nn.Identity()
-        )  # it follows the whole model's last layer, not the last one that is left
+        self.tokenizer, self.encoder, self.offloaded = tokenizer, encoder, offloaded
 
     def truncates(self, prompt: str) -> bool:
         """Return whether a prompt has more tokens than are read."""
@@ -61,13 +54,15 @@ class PromptEncoder:
             padding="max_length",
             truncation=True,
             max_length=LENGTH,
-        ).to(self.encoder.embed_tokens.weight.device)
-        states = self.encoder(
-            input_ids=read["input_ids"],
-            attention_mask=read["attention_mask"],
-            output_hidden_states=True,
-            use_cache=False,
-        ).hidden_states
+        )
+        with self.offloaded.in_use() if self.offloaded else nullcontext():
+            device = self.encoder.embed_tokens.weight.device
+            states = self.encoder(
+                input_ids=read["input_ids"].to(device),
+                attention_mask=read["attention_mask"].to(device),
+                output_hidden_states=True,
+                use_cache=False,
+            ).hidden_states
         return torch.cat([states[layer] for layer in LAYERS], 2)
 
     def _chat(self, prompt: str) -> str:

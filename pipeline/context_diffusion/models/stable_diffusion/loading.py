@@ -51,9 +51,7 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
     # The safety checker is loaded apart: the pipeline is never called, and XL's takes none.
     components: dict[str, Any] = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
     if parts.image_encoder:
-        components["image_encoder"] = loader(
-            transformers.CLIPVisionModelWithProjection, parts.image_encoder, dtype_name="dtype"
-        )
+        components["image_encoder"] = loader(transformers.CLIPVisionModelWithProjection, parts.image_encoder)
     if parts.vae:
         components["vae"] = loader.component(diffusers.AutoencoderKL, parts.vae)
     pipe = loader(kind_of_pipe, parts.base, **components)
@@ -87,7 +85,7 @@ def _vae_dtype(dtype: torch.dtype, device: torch.device, upcast: bool) -> torch.
 
 
 def _load_safety_checker(loader: ComponentLoader, part: str) -> Any:
-    checker, info = loader(StableDiffusionSafetyChecker, part, dtype_name="dtype", output_loading_info=True)
+    checker, info = loader(StableDiffusionSafetyChecker, part, output_loading_info=True)
     if info["missing_keys"]:  # transformers would use random ones
         missing = sorted(info["missing_keys"])
         raise ModelError(
