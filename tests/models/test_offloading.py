@@ -32,16 +32,15 @@ def test_the_weights_are_the_same_in_use_and_after_it_even_where_the_use_fails()
     assert torch.equal(network.weight, before)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 def test_an_offloaded_text_encoder_gives_the_same_image_and_leaves_the_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = str(save_tiny_klein(tmp_path))
     query, context = tiny_images(2, [(96, 64)])
-    resident = ContextDiffusion.from_pretrained(folder, "cuda", offload="off")
+    resident = ContextDiffusion.from_pretrained(folder, device, offload="off")
     monkeypatch.setattr("context_diffusion.models.offloading.WORKING_BYTES", 2**50)
-    away = ContextDiffusion.from_pretrained(folder, "cuda")
+    away = ContextDiffusion.from_pretrained(folder, device)
     images = [model(query, [context], "a misty forest", seed=1) for model in (resident, away)]
     assert np.array_equal(*map(np.asarray, images))
     encoder = away.backbone.text.encoder  # type: ignore[attr-defined]

@@ -78,7 +78,11 @@ class Defaults:
         """Return why the model does not take the settings; None where it does."""
         for name, neutral in self.unused.items():
             value = getattr(settings, name)
-            if value != neutral and not (name == "guidance_scale" and value < neutral):
+            if name == "context_guidance_scale" and value == settings.guidance_scale:
+                continue  # as OUTPUT has it for a row without one
+            if name == "guidance_scale" and value < neutral:
+                continue
+            if value not in (neutral, [neutral]):
                 return f"{name}: {self.family} has no use for it, got {value}; leave it out"
         return None
 

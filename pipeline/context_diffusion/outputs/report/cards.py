@@ -21,7 +21,7 @@ from context_diffusion.engine.guidance import words_lead
 from context_diffusion.outputs.report.thumbnails import OUTPUT_FILE
 
 CONTEXTS = 8  # contexts of a row that are shown, at most
-MAX_CHARACTERS = {"error_message": 500, PROMPT: 1000, NEGATIVE_PROMPT: 300}
+MAX_CHARACTERS = {"error_message": 500, PROMPT: 1000, NEGATIVE_PROMPT: 300, "full_prompt": 1000}
 URI_CHARACTERS = 200
 WORDS, WORD_CHARACTERS = 12, 30  # of a prompt's words without an effect
 GUIDANCE = ("guidance_scale", "context_guidance_scale")

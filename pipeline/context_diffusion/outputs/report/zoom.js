@@ -51,6 +51,7 @@ function openDialog(row) {
     promptText(row, "button"),
     unknownWords(row),
     row.negative_prompt ? element("p", { className: "dim" }, "negative prompt: " + row.negative_prompt) : null,
+    row.full_prompt ? element("p", { className: "dim" }, "what the model read: " + row.full_prompt) : null,
     element("div", { className: "row-sources" }, ...sources(row)),
     moreContexts,
     details(row),
