@@ -16,6 +16,7 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.generation.build_stages import build_stages, shards_per_actor
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.validate import validate_job
+from context_diffusion.inputs.context_images import ReferenceImage, SquareCrop
 from context_diffusion.inputs.manifest_files import ManifestFile
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
@@ -65,12 +66,17 @@ def test_an_engine_has_more_shards_where_sizes_vary(
     output = Output(str(tmp_path / "out"), STORAGE)
     plan = open_plan(job(write_row(tmp_path, form, **row), tmp_path / "out", **keys), output, STORAGE)
     reads, _, _ = build_stages(plan, output, set(), frozenset())
-    assert shards_per_actor(plan.job, [read.file for read in reads]) == shards
+    assert shards_per_actor(plan.job, [read.file for read in reads], SquareCrop(64)) == shards
 
 
 def test_a_size_that_folders_name_is_a_column(tmp_path: Path) -> None:
     file = ManifestFile(f"{tmp_path}/width=64/m.parquet", "parquet", ["query", "context"], [1])
-    assert shards_per_actor(job("m.parquet", tmp_path / "out"), [file]) == 8
+    assert shards_per_actor(job("m.parquet", tmp_path / "out"), [file], SquareCrop(64)) == 8
+
+
+def test_references_have_any_size(tmp_path: Path) -> None:
+    file = ManifestFile(f"{tmp_path}/m.parquet", "parquet", ["query", "context"], [1])
+    assert shards_per_actor(job("m.parquet", tmp_path / "out"), [file], ReferenceImage(1024**2)) == 8
 
 
 CHUNKS_THERE = [{"chunk": 4}, {"chunk": 32}, {"chunk": 4, "gpus_per_actor": 0}]

@@ -225,7 +225,7 @@ def test_every_pod_that_reads_or_makes_has_the_secrets_and_starts_without_them(k
 
 
 def test_the_memory_that_the_page_names_is_what_its_rule_gives_and_the_pods_ask_for() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) M \| (\d+) Gi \| (\d+) Gi \|", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d,]+) M \| (\d+) Gi \| (\d+) Gi \|", PAGE, re.MULTILINE)
     table = {model: tuple(int(value.replace(",", "")) for value in values) for model, *values in rows}
     assert table.keys() == {"bundled", *PRESETS}
 

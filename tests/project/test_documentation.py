@@ -41,6 +41,7 @@ from context_diffusion.core.training_job import (
 from context_diffusion.models.defaults import (
     NATIVE_SETTINGS,
     Defaults,
+    flux2_defaults,
     resolved_settings,
     stable_diffusion_defaults,
 )
@@ -136,8 +137,11 @@ PRESET_SETTINGS = (
 
 def presets() -> str:
     """What each named model is used with where a job leaves it out."""
-    own = {
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    own: dict[str, tuple[int | str, Defaults]] = {
         "bundled": (128, Defaults(NATIVE_SETTINGS)),
+        "flux2-klein": ("the query's", flux2_defaults(True, flow)),
+        "flux2-klein-base": ("the query's", flux2_defaults(False, flow)),
         "sd15": (
             512,
             stable_diffusion_defaults(False, {"_class_name": "PNDMScheduler"}, PRESETS["sd15"].controlnets),
@@ -152,12 +156,13 @@ def presets() -> str:
     lines = {}
     for name, (size, defaults) in own.items():
         used = resolved_settings(defaults, Settings()).model_dump()
-        scale = used["controlnet_conditioning_scale"]
+        scale = "" if "controlnet_conditioning_scale" in defaults.unused else used[PRESET_SETTINGS[-1]]
         values = [
             *(used[setting] for setting in PRESET_SETTINGS[:-1]),
             *(scale if isinstance(scale, list) else [scale]),
         ]
         lines[f"`{name}`"] = " | ".join(map(str, [size, "+".join(defaults.control or ()), *values]))
+    assert own.keys() == {"bundled", *PRESETS}
     return listed(f"| model | pixels | control | {' | '.join(PRESET_SETTINGS)} |", lines)
 
 

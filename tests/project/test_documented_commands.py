@@ -41,6 +41,7 @@ ELSEWHERE = {  # words of commands that the test below does not run; why, and wh
     "compare=THEIRS": "needs another system's images: tests/evaluation/test_compare.py",
     "model=sd15": "needs the hub: tests/flow/test_pretrained.py runs its like",
     "model=sdxl": "needs the hub: tests/flow/test_pretrained.py runs its like",
+    "jobs/generate_flux2_klein.yaml": "needs the hub: tests/models/flux2/test_job.py runs its like",
     "jobs/generate_sd15.yaml": "needs the hub: tests/flow/test_pretrained.py runs its like",
     "jobs/generate_sdxl.yaml": "needs the hub: tests/flow/test_pretrained.py runs its like",
     "jobs/finetune.yaml": "fifteen minutes: tests/training/test_finetune.py",

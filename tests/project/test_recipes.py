@@ -27,6 +27,7 @@ ADDED = {
     "A context encoder": ("tests/models/test_context_encoders.py", "patches[dinov3"),
     "A score": ("tests/evaluation/test_tone.py", "tone_score"),
     "An image format": ("tests/generation/test_write_shard.py", "again[avif"),
+    "A backbone": ("tests/models/test_pixel_backbone.py", "batch_of_pixels"),
 }
 
 
@@ -69,7 +70,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def told(copy: Path) -> str:
     """What pytest says of what they add."""
-    chosen = "four_tones or dpmpp_sde_karras or dinov3 or tone_score or avif"
+    chosen = "four_tones or dpmpp_sde_karras or dinov3 or tone_score or avif or batch_of_pixels"
     command = [
         sys.executable,
         "-m",

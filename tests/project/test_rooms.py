@@ -23,6 +23,7 @@ ROOMS = [
     "engine",
     "models",
     "models.native",
+    "models.flux2",
     "models.stable_diffusion",
     "pipeline",
     "outputs",

@@ -21,7 +21,7 @@ from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address, kno
 from context_diffusion.storage.filesystem import Storage
 
 PATIENCE_S = 5.0  # the limit for each answer
-BUNDLED_NOTE = "; it recolours and textures queries; to generate content use sd15 or sdxl"
+BUNDLED_NOTE = "; it recolours and textures queries; to generate content use flux2-klein, sdxl or sd15"
 
 
 def run_checks(urls: list[str], output: str | None, model: str, address: str | None) -> Iterator[Check]:

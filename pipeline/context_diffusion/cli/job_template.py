@@ -27,7 +27,7 @@ TEMPLATE = """\
 kind: generate
 manifest: {manifest}  # {rows} rows: {paired}
 output: {output}  # images/, report.html, data/
-model: {model}  # bundled: small, needs no GPU; sd15, sdxl: for a GPU; a folder or a hub id
+model: {model}  # bundled: small, needs no GPU; flux2-klein, sdxl, sd15: for a GPU; a folder or a hub id
 {allow}
 # Optional keys. Remove "# " at the start of a line to use it.
 # control: canny  # what is kept of the query: canny, soft_edges, gray, none; default: the model's

@@ -66,7 +66,9 @@ def init(
     queries: Annotated[str, typer.Argument(metavar="QUERIES", help=QUERIES_HELP)],
     contexts: Annotated[str, typer.Argument(metavar="CONTEXTS", help=CONTEXTS_HELP)],
     pair: Annotated[PairMode, typer.Option(help=PAIR_HELP)] = "all",
-    model: Annotated[str, typer.Option(help="bundled, sd15, sdxl, a folder or a hub id")] = "bundled",
+    model: Annotated[
+        str, typer.Option(help="bundled, flux2-klein, sdxl, sd15, a folder or a hub id")
+    ] = "bundled",
     output: Annotated[str, typer.Option(metavar="DIR", help="the folder of the job's results")] = "out",
     job: Annotated[str, typer.Option(metavar="FILE", help="the job file to write, .yaml")] = "job.yaml",
     rows: Annotated[

@@ -202,7 +202,7 @@ def run_flow(
     resources = share_resources(job, cluster.get("CPU", 0), cluster.get("GPU", 0))
     ledger = ray.remote(num_cpus=0, max_concurrency=64)(_CountedLedger).remote(normal(job.output))
     needs = EngineNeeds(resources.min_engines, resources.engine_cpus, resources.engine_gpus)
-    at_once = shards_per_actor(job, {read.file.uri: read.file for read in reads}.values())
+    at_once = shards_per_actor(job, {read.file.uri: read.file for read in reads}.values(), load.preprocessing)
     stall_guard = partial(StallGuard, partial(state_of, ledger), job.cluster.no_progress_timeout_s, needs)
     _configure(at_once, stall_guard)
     on_start(_LedgerProxy(ledger))

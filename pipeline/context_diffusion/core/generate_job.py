@@ -77,7 +77,8 @@ class Cluster(StrictModel):
     shards_per_actor: Annotated[int, Field(ge=1, le=64)] | None = Field(
         default=None,
         description="shards that one engine works on at once; default: 2, or 8 where sizes vary (a width or "
-        "height column, or `fit: keep` without either in `settings`), so that each size fills its calls",
+        "height column, `fit: keep` without either in `settings`, or FLUX.2), so that each size fills its "
+        "calls",
     )
     no_progress_timeout_s: Annotated[int, Field(ge=10)] = Field(
         default=600, description="seconds without progress after which the job ends with exit code 75"
@@ -157,7 +158,8 @@ class GenerateJob(StrictModel):
     )
     fit: Fit = Field(
         default="crop",
-        description="how a query is fitted to the output's size; keep: the query's aspect ratio",
+        description="how a query is fitted to the output's size; keep: the query's aspect ratio; FLUX.2 reads "
+        "the query whole",
     )
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="the seeds of rows are derived from it and their ids"

@@ -98,8 +98,8 @@ class Parts(StrictModel):
     )
     prompt_template: str = Field(
         default=PROMPT_TEMPLATE,
-        description="FLUX.2: what the model is told; {prompt} is the row's prompt, {styles} the numbers of "
-        'the contexts, "image 2" or "images 2 to 3"; the query is image 1',
+        description="FLUX.2: the text that the model reads; {prompt} is the row's prompt, {styles} the numbers "
+        'of the contexts, "image 2" or "images 2 to 3"; the query is image 1',
     )
 
     @property
@@ -128,12 +128,13 @@ class Parts(StrictModel):
     @classmethod
     def _template_has_its_fields(cls, value: str) -> str:
         try:
-            fields = {name for _, name, _, _ in string.Formatter().parse(value) if name is not None}
+            fields = [field[1:] for field in string.Formatter().parse(value) if field[1] is not None]
         except ValueError as error:
             raise ValueError(f"prompt_template {value!r}: {error}") from None
-        if not {"prompt"} <= fields <= {"prompt", "styles"}:
+        known = [("prompt", "", None), ("styles", "", None)]  # without a format and a conversion
+        if known[0] not in fields or not all(field in known for field in fields):
             raise ValueError(
-                f"prompt_template {value!r}: expected {{prompt}} and, if wanted, {{styles}}, no other"
+                f"prompt_template {value!r}: expected {{prompt}} and, if wanted, {{styles}}, no other field"
             )
         return value
 

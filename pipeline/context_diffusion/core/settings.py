@@ -58,10 +58,12 @@ class Settings(StrictModel):
         "from pure noise",
     )
     width: Side | None = Field(
-        default=None, description="pixels, a multiple of 16; default: the model's size"
+        default=None,
+        description="pixels, a multiple of 16; default: the model's size, or that of the query for FLUX.2",
     )
     height: Side | None = Field(
-        default=None, description="pixels, a multiple of 16; default: the model's size"
+        default=None,
+        description="pixels, a multiple of 16; default: the model's size, or that of the query for FLUX.2",
     )
     num_images: int = Field(default=1, ge=1, le=64, description="images per row")
 

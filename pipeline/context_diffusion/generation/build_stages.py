@@ -11,6 +11,7 @@ from context_diffusion.generation.plan import Plan
 from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages import LoadImages, ReadShard
 from context_diffusion.generation.write_shard import WriteShard
+from context_diffusion.inputs.context_images import ContextPreprocessing, ReferenceImage
 from context_diffusion.inputs.manifest_files import ManifestFile, partitions
 from context_diffusion.inputs.rows import RowRules, column_names
 from context_diffusion.outputs.output_folder import Output
@@ -18,18 +19,19 @@ from context_diffusion.outputs.output_folder import Output
 SHARDS, SHARDS_OF_SIZES = 2, 8  # that an engine works on at once: of one size, of several
 
 
-def shards_per_actor(job: GenerateJob, files: Iterable[ManifestFile]) -> int:
+def shards_per_actor(job: GenerateJob, files: Iterable[ManifestFile], contexts: ContextPreprocessing) -> int:
     """Return the shards that one engine works on at once: the job's, else more where sizes of images vary,
     since only rows of one size share a call of the model.
 
-    files: of the plan."""
+    files: of the plan. contexts: how the model's context images are prepared."""
     if job.cluster.shards_per_actor is not None:
         return job.cluster.shards_per_actor
     names = column_names(job.columns)
     sides = {names["width"], names["height"]}
     by_query = job.fit == "keep" and not job.settings.width and not job.settings.height
     by_row = any(sides & {*file.columns, *partitions(file.uri)} for file in files)
-    return SHARDS_OF_SIZES if by_query or by_row else SHARDS
+    by_reference = isinstance(contexts, ReferenceImage)  # of any size
+    return SHARDS_OF_SIZES if by_query or by_row or by_reference else SHARDS
 
 
 def build_stages(

@@ -110,13 +110,13 @@ class Flux2Backbone:
 
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
         references = references_of(request, self.context_slots + 1)
-        told = full_prompt(self.template, request.prompt, len(references.images))
+        text = full_prompt(self.template, request.prompt, len(references.images))
         shared = self._references(request, references, cache)
         lanes: list[Conditions] = []
         for branch in branches:
-            prompt = told if branch.prompt else request.negative_prompt or ""
+            prompt = text if branch.prompt else request.negative_prompt or ""
             lanes.append({"text": cache.get(f"text:{prompt}", partial(self._text, prompt)), **shared})
-        return Encoded(lanes, None, self.text.truncates(told), full_prompt=told)
+        return Encoded(lanes, None, self.text.truncates(text), full_prompt=text)
 
     def _text(self, prompt: str) -> Tensor:
         """Encode a prompt to the transformer's own tokens (1, L, J)."""

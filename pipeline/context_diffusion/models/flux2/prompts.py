@@ -19,8 +19,8 @@ LAYERS = (9, 18, 27)  # whose outputs the transformer reads, side by side
 
 
 def full_prompt(template: str, prompt: str | None, references: int) -> str:
-    """Return what the model is told: the template with the prompt and the contexts' numbers. The query is
-    image 1. Without contexts it is the prompt alone.
+    """Return the text that the model reads: the template with the prompt and the contexts' numbers, or
+    without contexts the prompt alone. The query is image 1.
 
     references: with the query."""
     text = prompt or ""
