@@ -158,8 +158,8 @@ class GenerateJob(StrictModel):
     )
     fit: Fit = Field(
         default="crop",
-        description="how a query is fitted to the output's size; keep: the query's aspect ratio; FLUX.2 reads "
-        "the query whole",
+        description="how a query is fitted to the output's size; keep: the query's aspect ratio; FLUX.2 "
+        "reads the query whole",
     )
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="the seeds of rows are derived from it and their ids"

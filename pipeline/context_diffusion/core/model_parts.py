@@ -98,8 +98,8 @@ class Parts(StrictModel):
     )
     prompt_template: str = Field(
         default=PROMPT_TEMPLATE,
-        description="FLUX.2: the text that the model reads; {prompt} is the row's prompt, {styles} the numbers "
-        'of the contexts, "image 2" or "images 2 to 3"; the query is image 1',
+        description="FLUX.2: the text that the model reads; {prompt} is the row's prompt, {styles} the "
+        'numbers of the contexts, "image 2" or "images 2 to 3"; the query is image 1',
     )
 
     @property

@@ -7,6 +7,7 @@ Unknown manifest columns are copied to the output, with the prefix PASSED in bet
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -178,6 +179,11 @@ def from_image(value: dict[str, Any] | None) -> Pixels | None:
     if value is None:
         return None
     return np.frombuffer(value["data"], np.uint8).reshape(value["height"], value["width"], 3)
+
+
+def span(began: float) -> dict[str, float]:
+    """Return the SPAN value from `began`, by time.time(), to now."""
+    return {"began": began, "seconds": max(time.time() - began, 0.0)}  # a clock may be set back
 
 
 def known_rows(table: pa.Table) -> list[dict[str, Any]]:

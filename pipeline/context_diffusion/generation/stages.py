@@ -27,6 +27,7 @@ from context_diffusion.core.schema import (
     SPAN,
     known_rows,
     required,
+    span,
     to_image,
 )
 from context_diffusion.core.settings import Settings
@@ -41,7 +42,7 @@ from context_diffusion.inputs.decode import (
     reference_output_size,
     statistics,
 )
-from context_diffusion.inputs.image_sources import ImageSource, read_bytes
+from context_diffusion.inputs.image_sources import ImageSource, read_bytes, without_bytes
 from context_diffusion.inputs.manifest_files import ManifestFile, read_parquet, read_text, rows_of
 from context_diffusion.inputs.rows import RowRules, read_table
 from context_diffusion.models.resolve import ResolvedModel
@@ -149,7 +150,7 @@ class LoadImages:
         for name, values in (("error_code", codes), ("error_message", messages)):
             table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
         for name, values in ((n, table[n]) for n in (QUERY, CONTEXT, CONTROL_IMAGE)):
-            table = table.set_column(table.column_names.index(name), name, _without_bytes(values))
+            table = table.set_column(table.column_names.index(name), name, without_bytes(values))
         for name in LOADED.names:
             table = table.append_column(name, pa.array([row[name] for row in rows], LOADED.field(name).type))
         return _with_span(table, "load", began)
@@ -230,25 +231,9 @@ class LoadImages:
         return pixels
 
 
-def _without_bytes(column: pa.ChunkedArray) -> pa.Array:
-    """Drop the bytes of sources whose pixels are loaded."""
-    stripped = [
-        [{**item, "bytes": None} for item in value]
-        if isinstance(value, list)
-        else value and {**value, "bytes": None}
-        for value in column.to_pylist()
-    ]
-    return pa.array(stripped, column.type)
-
-
 def _with_span(table: pa.Table, stage: str, began: float) -> pa.Table:
     """Add the column of the shard's time in a stage that ends now."""
     return table.append_column(f"{stage}_span", pa.array([span(began)] * len(table), SPAN))
-
-
-def span(began: float) -> dict[str, float]:
-    """Return the SPAN value from `began`, by time.time(), to now."""
-    return {"began": began, "seconds": max(time.time() - began, 0.0)}  # a clock may be set back
 
 
 def requests_of(table: pa.Table, control_kinds: list[str], matrix: Matrix) -> list[list[Request]]:

@@ -32,11 +32,11 @@ from context_diffusion.core.schema import (
     from_image,
     known_rows,
     required,
+    span,
 )
 from context_diffusion.core.settings import Settings
 from context_diffusion.core.uris import relative
 from context_diffusion.evaluation.scores import best_of, is_flagged, measure
-from context_diffusion.generation.stages import span
 from context_diffusion.inputs.decode import resize
 from context_diffusion.inputs.image_sources import INLINE
 from context_diffusion.outputs.encode import encode_image

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyarrow as pa
+
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.job_base import Limits
 from context_diffusion.core.records import Pixels
@@ -63,3 +65,14 @@ def read_bytes(source: ImageSource, allow: list[str], limits: Limits, storage: S
         return bytes(source["bytes"])
     check_allowed(source["path"], allow)
     return storage.read_input(source["path"], limits.max_bytes, GuardedClient(tuple(allow)))
+
+
+def without_bytes(column: pa.ChunkedArray) -> pa.Array:
+    """Drop the bytes of sources whose pixels are loaded."""
+    stripped = [
+        [{**item, "bytes": None} for item in value]
+        if isinstance(value, list)
+        else value and {**value, "bytes": None}
+        for value in column.to_pylist()
+    ]
+    return pa.array(stripped, column.type)
