@@ -259,7 +259,9 @@ def load_backbone(
         from context_diffusion.models.flux2.loading import load_flux2
 
         assert isinstance(model.contexts, ReferenceImage)
-        return Flux2Backbone(load_flux2(model.parts, device, offload), model.contexts), None
+        # A lane that fills its chunk needs no padding, nor the mask that slower attention kernels take.
+        padded = CHUNKS[model.kind, device.type][0] > 1
+        return Flux2Backbone(load_flux2(model.parts, device, offload), model.contexts, padded), None
     from context_diffusion.models.stable_diffusion.backbone import StableBackbone
     from context_diffusion.models.stable_diffusion.loading import load
 

@@ -17,16 +17,21 @@ from context_diffusion.engine.lane_buffers import LaneBuffers
 from context_diffusion.engine.step import denoise
 from context_diffusion.pipeline import ContextDiffusion
 from support.diffusers_reference import Model, row
+from support.klein_rows import Size
 from support.launches import (
     buffers_of,
     calls_of_a_step,
     chunk_of,
+    klein_rows,
     launches_of_diffusers,
+    launches_of_diffusers_klein,
+    make_whole_klein,
     make_whole_model,
     rows_of,
 )
 from support.tiny import GPU, request, tiny_model
 from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
+from support.tiny_flux2 import save_tiny_klein
 
 
 @pytest.mark.parametrize("xl", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sd15", "sdxl"])
@@ -40,6 +45,19 @@ def test_a_step_launches_no_more_than_diffusers_and_copies_and_reads_nothing(
     ours = calls_of_a_step(pipeline, rows)
     assert (ours.copies, ours.reads) == (0, 0)
     assert ours.launches <= launches_of_diffusers(model, rows, xl)
+
+
+@pytest.mark.parametrize("distilled", [True, False], ids=["distilled", "guided"])
+def test_a_step_of_klein_launches_no_more_than_diffusers_and_copies_and_reads_nothing(
+    tmp_path: Path, distilled: bool
+) -> None:
+    """On all layers of FLUX.2 [klein] 4B, made narrow; the rows have references of their own, padded."""
+    model = make_whole_klein(tmp_path, distilled)
+    pipeline = ContextDiffusion.from_pretrained(str(model), device="cpu", cpu_threads=1)
+    rows = klein_rows(pipeline, 4, [(64, 64), (64, 64), (80, 64)])
+    ours = calls_of_a_step(pipeline, rows)
+    assert (ours.copies, ours.reads) == (0, 0)
+    assert ours.launches <= launches_of_diffusers_klein(model, rows)
 
 
 def test_the_native_models_step_copies_and_reads_nothing(tmp_path: Path) -> None:
@@ -92,18 +110,54 @@ def test_a_step_is_one_graph_for_all_settings(small: ContextDiffusion) -> None:
     assert not counters["graph_break"]
 
 
+# Of one shape group: one to three contexts, weights and guidance of their own, any number of steps.
+KLEIN: list[tuple[list[Size], dict[str, Any]]] = [
+    ([(96, 64), (64, 128)], {"num_inference_steps": 3, "guidance_scale": 4.0}),
+    ([(96, 64), (64, 64), (64, 64)], {"num_inference_steps": 9, "context_weights": [0.5, 2.0]}),
+    ([(64, 64), (64, 64), (64, 64), (64, 64)], {"width": 96, "height": 64, "context_scale": 0.3}),
+    ([(96, 64), (80, 80)], {"guidance_scale": 1.5}),
+]
+
+
+@torch.no_grad()
+def test_a_step_of_klein_is_one_graph_for_a_shape_group(tmp_path: Path) -> None:
+    """Over steps too."""
+    folder = save_tiny_klein(tmp_path / "klein", distilled=False)
+    klein = ContextDiffusion.from_pretrained(str(folder), device="cpu", cpu_threads=1)
+    torch._dynamo.reset()
+    counters.clear()
+    step = torch.compile(denoise, fullgraph=True, backend="eager")
+    for sizes, settings in KLEIN:
+        rows = klein_rows(klein, 2, sizes, **settings)
+        assert klein.backbone.shape_group(rows[0]) == (4, 6, 64, True)
+        buffers = _buffers(klein, rows)
+        before = buffers.latents.clone()
+        for _ in range(3):
+            step(klein.backbone, buffers, False)
+        assert not torch.equal(buffers.latents, before)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
 def _buffers(pipeline: ContextDiffusion, rows: list[Request]) -> LaneBuffers:
     return buffers_of(chunk_of(pipeline, rows))
 
 
 @pytest.mark.parametrize("kind", [pytest.param("cuda", marks=GPU)])
-def test_no_step_waits_for_the_gpu(tmp_path: Path, kind: str) -> None:
-    """Nor does placing a row or starting its decoder, once the graphs are captured."""
+def test_no_step_waits_for_the_gpu(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that is called nor one that is replayed."""
+    monkeypatch.setattr("context_diffusion.engine.step.EAGER", 2)
     model = make_whole_model(tmp_path, False)
     pipeline = ContextDiffusion.from_pretrained(model, device=kind)
     chunk = chunk_of(pipeline, rows_of(4))
-    chunk.step()
+    chunk.step()  # loads kernels
     torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        chunk.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    chunk.step()  # captures
     torch.cuda.set_sync_debug_mode("error")
     try:
         chunk.step()

@@ -8,7 +8,7 @@ P places
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +20,7 @@ from context_diffusion.engine.backbone import Backbone, Conditions
 from context_diffusion.engine.lane_buffers import LaneBuffers
 
 AHEAD = 2  # steps
-WARM_UP = 2  # steps before a capture: libraries load their kernels and workspaces in them
+EAGER = 8  # steps of a chunk before its step is captured, which few rows of a rare size are not worth
 
 
 def denoise(backbone: Backbone, buffers: LaneBuffers, controlled: bool) -> None:
@@ -90,38 +90,40 @@ class Captures:
 
 class Stepper:
     """Runs `denoise` on a chunk's buffers: on a CPU by a call, on a GPU by replaying CUDA graphs, one for
-    rows with control and one without."""
+    rows with control and one without, after some steps by calls."""
 
     def __init__(self, backbone: Backbone, buffers: LaneBuffers, captures: Captures) -> None:
         self.backbone, self.buffers, self.captures = backbone, buffers, captures
         self._graphs: dict[bool, Any] = {}
+        self._calls: Counter[bool] = Counter()
 
     @torch.inference_mode()
     def __call__(self, controlled: bool) -> None:
         if self.captures.stream is None:
-            denoise(self.backbone, self.buffers, controlled)
+            self._denoise(controlled)
+            return
+        if controlled not in self._graphs and self._calls[controlled] < EAGER:
+            self._calls[controlled] += 1
+            self._on_stream(controlled, self.captures.stream)
             return
         if controlled not in self._graphs:
-            self._graphs[controlled] = self._capture(controlled, self.captures.stream)
+            self._graphs[controlled] = self.captures.capture(lambda: self._denoise(controlled))
         self._graphs[controlled].replay()
 
     def forget(self) -> None:
         """Capture again before the next step, since a buffer has moved."""
         self._graphs.clear()
 
-    def _capture(self, controlled: bool, stream: torch.cuda.Stream) -> Any:
-        """Capture the step as a graph, after steps whose results are taken back."""
-        changed = (self.buffers.latents, self.buffers.x0, self.buffers.step)
-        kept = [buffer.clone() for buffer in changed]
+    def _denoise(self, controlled: bool) -> None:
+        denoise(self.backbone, self.buffers, controlled)
+
+    def _on_stream(self, controlled: bool, stream: torch.cuda.Stream) -> None:
+        """Call the step on the stream of captures: libraries load their kernels and workspaces for it."""
         current = torch.cuda.current_stream(self.buffers.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                denoise(self.backbone, self.buffers, controlled)
-                for buffer, value in zip(changed, kept, strict=True):
-                    buffer.copy_(value)
+            self._denoise(controlled)
         current.wait_stream(stream)
-        return self.captures.capture(lambda: denoise(self.backbone, self.buffers, controlled))
 
 
 class Pace:

@@ -39,19 +39,20 @@ from context_diffusion.models.flux2.transformer import LaneTokens, predict, prep
 
 
 class Flux2Backbone:
-    """Implement engine/backbone.py."""
+    """Implement engine/backbone.py. padded: references are padded to few lengths, so that more rows share a
+    call."""
 
     context_slots = 3  # the model takes four references
     noise_scale = 1.0
     tiles = True
 
-    def __init__(self, model: Flux2, contexts: ReferenceImage) -> None:
+    def __init__(self, model: Flux2, contexts: ReferenceImage, padded: bool) -> None:
         pipe, parts = model.pipe, model.parts
         self.transformer = pipe.transformer
         prepare(self.transformer)
         self.text = PromptEncoder(pipe.tokenizer, pipe.text_encoder.model, parts.base, model.offloaded)
         self.images = ImageCodec(pipe.vae)
-        self.template = parts.prompt_template
+        self.template, self.padded = parts.prompt_template, padded
         self.contexts: ContextPreprocessing = contexts
         self.scheduler_config: dict[str, Any] = dict(pipe.scheduler.config)
         self.image_size = pipe.default_sample_size * pipe.vae_scale_factor
@@ -90,7 +91,7 @@ class Flux2Backbone:
 
     def _padding(self, references: References) -> tuple[int, bool]:
         used = sum(height * width for height, width in references.sizes(self.images.pixels))
-        padded = padded_length(used)
+        padded = padded_length(used) if self.padded else used
         return padded, padded > used or any(weight != 1 for weight in references.weights)
 
     def _output(self, request: Request) -> tuple[int, int]:
