@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import Flux2KleinPipeline
 
 from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.model_parts import PROMPT_TEMPLATE
 from context_diffusion.core.records import Pixels, Request, Result
+from context_diffusion.models.flux2.prompts import full_prompt
 from context_diffusion.models.resolve import BUNDLED
-from context_diffusion.pipeline import make_engine
+from context_diffusion.pipeline import ContextDiffusion, make_engine
 from support.diffusers_reference import reference, row
+from support.klein_rows import MOST_LEVELS, by_diffusers, klein_row, levels_apart, request_of
 from support.tiny import picture, request, tiny_model
 from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
+from support.tiny_flux2 import save_tiny_klein
 
 RUNS = 20
 THREADS = (2, 4)
@@ -86,6 +91,23 @@ def test_threads_change_no_row_of_stable_diffusion_and_each_is_what_diffusers_ma
     for image, request_ in zip(assert_equal_bits(model, rows), rows, strict=True):
         _, theirs = reference(model, request_, xl)
         assert np.abs(image.astype(int) - theirs.astype(int)).max() <= 1, request_.id
+
+
+def test_threads_change_no_row_of_klein_and_each_is_what_diffusers_makes(tmp_path: Path) -> None:
+    folder = save_tiny_klein(tmp_path / "klein", distilled=False)
+    model = ContextDiffusion.from_pretrained(str(folder), device="cpu")
+    drawn = [
+        klein_row(1, [(64, 64), (64, 64)], guidance_scale=1.0, num_inference_steps=2),
+        klein_row(2, [(64, 64), (64, 80)], "a boat", guidance_scale=4.0, num_inference_steps=3),
+        klein_row(3, [(64, 64), (80, 64), (64, 64)], guidance_scale=1.0, num_inference_steps=2),
+        klein_row(4, [(64, 64), (64, 64)], "", guidance_scale=2.0, num_inference_steps=3),
+    ]
+    rows = [request_of(model, given, str(number)) for number, given in enumerate(drawn)]
+    pipe = Flux2KleinPipeline.from_pretrained(folder)
+    for image, given in zip(assert_equal_bits(str(folder), rows), drawn, strict=True):
+        told = full_prompt(PROMPT_TEMPLATE, given.prompt, len(given.images))
+        theirs, _ = by_diffusers(pipe, given, told)
+        assert levels_apart(image, theirs) <= MOST_LEVELS
 
 
 def test_threads_change_no_row_of_the_native_model(tmp_path: Path) -> None:

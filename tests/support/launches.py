@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +24,10 @@ from context_diffusion.engine.rows import Row
 from context_diffusion.engine.step import Captures, denoise
 from context_diffusion.pipeline import ContextDiffusion
 from support.diffusers_reference import Model, pipeline_of, row
+from support.klein_rows import Size, klein_row, request_of
+from support.klein_variants import with_transformer
 from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
+from support.tiny_flux2 import save_tiny_klein
 
 WITHOUT_KERNEL = {"empty", "empty_like", "empty_strided", "detach", "_unsafe_view", "lift_fresh", "alias"}
 WITHOUT_KERNEL |= {"new_empty", "new_empty_strided"}
@@ -68,6 +73,12 @@ def make_whole_model(folder: Path, xl: bool) -> Model:
     }
 
 
+def make_whole_klein(folder: Path, distilled: bool = True) -> Path:
+    """All layers of FLUX.2 [klein] 4B, narrow."""
+    tiny = save_tiny_klein(folder / "tiny", distilled)
+    return with_transformer(tiny, folder / "klein", num_layers=5, num_single_layers=20)
+
+
 def rows_of(count: int, contexts: int = 2) -> list[Request]:
     """Guided rows."""
     asked = [
@@ -75,6 +86,17 @@ def rows_of(count: int, contexts: int = 2) -> list[Request]:
         for number in range(count)
     ]
     return [replace(request, id=str(number)) for number, request in enumerate(asked)]
+
+
+def klein_rows(
+    pipeline: ContextDiffusion, count: int, sizes: Sequence[Size] = ((64, 64),) * 3, **settings: Any
+) -> list[Request]:
+    """Rows of FLUX.2 [klein], each with references of its own. sizes: of the references, the query first."""
+    settings = {"num_inference_steps": 4} | settings
+    return [
+        request_of(pipeline, klein_row(number, list(sizes), **settings), str(number))
+        for number in range(count)
+    ]
 
 
 def chunk_of(pipeline: ContextDiffusion, requests: list[Request]) -> Chunk:
@@ -98,17 +120,18 @@ def calls_of_a_step(pipeline: ContextDiffusion, requests: list[Request]) -> Call
 
     Copies and reads are counted on torch's meta device, where the host is another one as it is for a GPU."""
     buffers = buffers_of(chunk_of(pipeline, requests))
-    denoise(pipeline.backbone, buffers, controlled=True)  # what is made once
+    controlled = buffers.control is not None
+    denoise(pipeline.backbone, buffers, controlled)  # what is made once
     with Calls() as calls:
-        denoise(pipeline.backbone, buffers, controlled=True)
+        denoise(pipeline.backbone, buffers, controlled)
     for network in (*pipeline.backbone.denoisers, getattr(pipeline.backbone, "model", None)):
         if hasattr(network, "to"):
             network.to("meta")
     for name, value in vars(buffers).items():
         setattr(buffers, name, _on_meta(value))
-    denoise(pipeline.backbone, buffers, controlled=True)
+    denoise(pipeline.backbone, buffers, controlled)
     with Calls() as on_device:
-        denoise(pipeline.backbone, buffers, controlled=True)
+        denoise(pipeline.backbone, buffers, controlled)
     calls.copies, calls.reads = on_device.copies, calls.reads + on_device.reads
     return calls
 
@@ -139,6 +162,26 @@ def launches_of_diffusers(model: Model, requests: list[Request], xl: bool) -> in
         "guidance_scale": 4.0,
         "output_type": "latent",
     }
+    return _launches_of_a_step(pipe, told)
+
+
+def launches_of_diffusers_klein(folder: Path, requests: list[Request]) -> int:
+    """Count the launches of one step of diffusers' Flux2KleinPipeline, the rows in one batch. It takes one
+    set of references for the whole batch: those of the first row."""
+    pipe = diffusers.Flux2KleinPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    first = requests[0]
+    told: dict[str, Any] = {
+        "prompt": [request.prompt or "" for request in requests],
+        "image": [Image.fromarray(image) for image in (first.query, *first.contexts)],
+        "guidance_scale": first.settings.guidance_scale,
+        "output_type": "latent",
+    }
+    return _launches_of_a_step(pipe, told)
+
+
+def _launches_of_a_step(pipe: Any, told: dict[str, Any]) -> int:
+    """Count the launches that one step more takes."""
     counts = []
     for steps in (2, 3):
         with Calls() as calls:

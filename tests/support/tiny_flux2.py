@@ -176,7 +176,7 @@ def _transformer() -> Flux2Transformer2DModel:
         if parameter.ndim == 2:
             parameter.mul_(2.5)
         elif "norm" in name:  # of queries and keys: sharper attention, so that a few tokens of 512 count
-            parameter.mul_(2.0)
+            parameter.mul_(1.5 + torch.rand_like(parameter))  # and no two of them are the same
     return transformer.eval()
 
 

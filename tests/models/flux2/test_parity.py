@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from context_diffusion.engine.scheduler_tables import make_table
 from context_diffusion.models.flux2.prompts import LENGTH
@@ -16,6 +17,7 @@ from context_diffusion.models.flux2.references import positions
 from context_diffusion.models.flux2.transformer import LaneTokens, rotation
 from context_diffusion.models.flux2.transformer import predict as predict_tokens
 from support.klein_rows import (
+    LEAST_LEVELS,
     MOST_LATENTS,
     MOST_LEVELS,
     KleinRow,
@@ -28,7 +30,6 @@ from support.klein_rows import (
 )
 from support.tiny_flux2 import klein_reference, tiny_images
 
-LEAST_LEVELS = 5  # of 255, by which each input moves diffusers' own image
 # Several sizes of outputs, references and numbers of references. Rows 0 to 2 share a shape group.
 MIXED: list[KleinRow] = [
     klein_row(0, [(96, 64), (64, 128)], num_inference_steps=4),
@@ -139,6 +140,28 @@ def test_the_transformer_without_references_is_diffusers(models: Any, pipes: Any
         tokens = coefficients[3] * tokens + coefficients[4] * output
     _, theirs = klein_reference(pipes(True), [], "a boat", seed=4, steps=3, width=64, height=80)
     assert (tokens.transpose(1, 2).unflatten(2, (height, width)) - theirs).abs().max() <= MOST_LATENTS
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "sigmas"),
+    [
+        ((1024, 1024), 4, [1.0, 0.967, 0.908, 0.767]),
+        ((64, 64), 2, [1.0, 0.877]),
+        ((2048, 1104), 3, [1.0, 0.934, 0.779]),
+    ],
+)
+def test_the_noise_levels_are_those_of_the_outputs_size(
+    models: Any, pipes: Any, size: tuple[int, int], steps: int, sigmas: list[float]
+) -> None:
+    """Whatever the size of the references. Over 4,300 tokens the number of steps does not shift them."""
+    model, pipe = models(True), pipes(True)
+    row = klein_row(1, [(96, 64), (64, 64)], width=size[0], height=size[1], num_inference_steps=steps)
+    schedule = model.backbone.schedule(request_of(model, row))
+    table = make_table("flow_euler", steps, model.backbone.scheduler_config, 0, schedule)
+    mu = compute_empirical_mu(size[0] * size[1] // 256, steps)
+    pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    torch.testing.assert_close(table.timesteps, pipe.scheduler.timesteps, rtol=1e-6, atol=1e-4)
+    assert (table.timesteps / 1000).tolist() == pytest.approx(sigmas, abs=1e-3)
 
 
 @torch.inference_mode()

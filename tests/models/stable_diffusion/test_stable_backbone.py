@@ -4,6 +4,7 @@ parts."""
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from context_diffusion.evaluation.prompt import BUNDLED
 from context_diffusion.models.resolve import find_model
 from context_diffusion.pipeline import ContextDiffusion
 from support.diffusers_reference import row
+from support.threads import threads_that_switch_often
 from support.tiny_diffusers import (
     SIDE,
     make_base,
@@ -122,6 +124,24 @@ def test_a_long_prompt_is_cut_and_the_row_says_so_or_is_read_in_chunks(model: Mo
     short = row(2, prompt="a cat")
     difference = image(chunked, short).astype(int) - image(pipeline, short)
     assert np.abs(difference).max() <= 1, "an empty chunk is as if it weren't there"
+
+
+def test_threads_that_tokenize_at_once_change_no_prompt(pipeline: ContextDiffusion) -> None:
+    """A tokenizer of the Rust library keeps padding and truncation as a state of its own."""
+    text: Any = pipeline.backbone.text
+    prompts = ["a cat", "words " * 40]
+
+    @torch.inference_mode()
+    def encoded(number: int) -> tuple[torch.Tensor, bool]:
+        prompt = prompts[number % 2]
+        return text(prompt, False)[0], text.truncates(prompt)
+
+    expected = [encoded(0), encoded(1)]
+    assert [truncated for _, truncated in expected] == [False, True]
+    with threads_that_switch_often(), ThreadPoolExecutor(4) as pool:
+        for number, (hidden, truncated) in enumerate(pool.map(encoded, range(400))):
+            assert hidden.shape == expected[number % 2][0].shape
+            assert truncated == expected[number % 2][1]
 
 
 def test_clip_skip_and_a_lora_are_what_diffusers_makes_of_them(model: Model, tmp_path: Path) -> None:
