@@ -241,6 +241,8 @@ class ContextDiffusion:
             where = ".".join(map(str, first["loc"])) or "settings"
             message = problem_of(first)
             raise ValueError(f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
 
 def load_backbone(

@@ -212,7 +212,7 @@ def test_doctor_looks_at_all_and_ends_with_2_where_something_is_broken(tmp_path:
     } == set(checks)
     assert checks["packages"]["versions"]["torch"]
     assert checks["memory"]["gib"] >= checks["memory"]["free_gib"] > 0
-    assert "to generate content use sd15 or sdxl" in checks["model"]["told"]
+    assert "to generate content use flux2-klein, sdxl or sd15" in checks["model"]["told"]
     assert not (tmp_path / "new").exists()
     assert len(err.splitlines()) == len(checks)
     code, out, err = call(

@@ -109,6 +109,9 @@ class Numbers:
     def shape_group(self, request: Request) -> tuple[int, ...]:
         return request.query.shape[:2]
 
+    def schedule(self, request: Request) -> dict[str, Any]:
+        return {}
+
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         return 1, request.query.shape[0] // 8, request.query.shape[1] // 8
 

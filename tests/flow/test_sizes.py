@@ -75,7 +75,7 @@ def test_an_engine_fed_by_the_plan_has_full_calls_of_nine_sizes(
         [written] = write(generate(load(table), engine, plan.job)).to_pylist()
         return dict(written)
 
-    shards = shards_per_actor(plan.job, plan.files)
+    shards = shards_per_actor(plan.job, plan.files, plan.model.contexts)
     assert (len(reads), shards) == (8, 8)
     with ThreadPoolExecutor(shards) as pool:
         written = list(pool.map(run, reads))

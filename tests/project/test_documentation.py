@@ -137,11 +137,10 @@ PRESET_SETTINGS = (
 
 def presets() -> str:
     """What each named model is used with where a job leaves it out."""
-    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     own: dict[str, tuple[int | str, Defaults]] = {
         "bundled": (128, Defaults(NATIVE_SETTINGS)),
-        "flux2-klein": ("the query's", flux2_defaults(True, flow)),
-        "flux2-klein-base": ("the query's", flux2_defaults(False, flow)),
+        "flux2-klein": ("the query's", flux2_defaults(True)),
+        "flux2-klein-base": ("the query's", flux2_defaults(False)),
         "sd15": (
             512,
             stable_diffusion_defaults(False, {"_class_name": "PNDMScheduler"}, PRESETS["sd15"].controlnets),

@@ -29,6 +29,7 @@ SDXL: dict[str, Any] = {
 }
 KLEIN: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0}
 KLEIN_BASE: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 4.0}
+FLUX2_SCHEDULER: SchedulerName = "flow_euler"
 FLUX2_UNUSED: dict[str, Any] = {
     "strength": None,
     "context_guidance_scale": None,
@@ -76,6 +77,8 @@ class Defaults:
 
     def refusal(self, settings: Settings) -> str | None:
         """Return why the model does not take the settings; None where it does."""
+        if self.family and settings.scheduler != FLUX2_SCHEDULER:
+            return f"scheduler: {self.family} predicts a flow, got {settings.scheduler}; choose {FLUX2_SCHEDULER}"
         for name, neutral in self.unused.items():
             value = getattr(settings, name)
             if name == "context_guidance_scale" and value == settings.guidance_scale:
@@ -100,14 +103,13 @@ def stable_diffusion_defaults(xl: bool, scheduler: Mapping[str, Any], controlnet
     return Defaults(settings, control, tuple(controlnets))
 
 
-def flux2_defaults(distilled: bool, scheduler: Mapping[str, Any]) -> Defaults:
-    """Return the defaults of a FLUX.2 [klein], which has no ControlNet. scheduler: its scheduler_config."""
+def flux2_defaults(distilled: bool) -> Defaults:
+    """Return the defaults of a FLUX.2 [klein], which has no ControlNet."""
     settings = KLEIN if distilled else KLEIN_BASE
-    name = SCHEDULERS.get(str(scheduler.get("_class_name")), "flow_euler")
     family, unused = "a FLUX.2 [klein]", FLUX2_UNUSED
     if distilled:
         family, unused = "a distilled FLUX.2 [klein]", FLUX2_UNUSED | {"guidance_scale": 1.0}
-    return Defaults(settings | {"scheduler": name}, (), (), family, unused)
+    return Defaults(settings | {"scheduler": FLUX2_SCHEDULER}, (), (), family, unused)
 
 
 def resolved_settings(defaults: Defaults, given: Settings) -> Settings:

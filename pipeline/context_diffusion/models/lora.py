@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -51,13 +50,20 @@ def _check(pipe: Any, path: Path, adapter: str, what: str, base: str, prefix: st
             f"{what} changes no weight of {base}: its keys fit none of its layers; "
             f"was it trained for another kind of model, or saved without the prefix {prefix}?"
         )
-    if unused := _unused_keys(path, layers, adapter):
+    if unused := _unused_keys(_weights(pipe, path), layers, adapter):
         names = ", ".join(unused[:NAMED]) + (", ..." if unused[NAMED:] else "")
         LOG.warn(f"{what} fits {base} only in part: {len(unused)} of its keys fit no layer: {names}")
 
 
-def _unused_keys(path: Path, layers: list[nn.Module], adapter: str) -> list[str]:
-    """Return the keys of a LoRA's file whose weights are in no layer. Compares weights, since naming schemes
+def _weights(pipe: Any, path: Path) -> dict[str, torch.Tensor]:
+    """Return a file's weights as diffusers converts them from other tools' forms: it splits and scales
+    some."""
+    converted = pipe.lora_state_dict(str(path.parent), weight_name=path.name)
+    return dict(converted[0] if isinstance(converted, tuple) else converted)
+
+
+def _unused_keys(weights: dict[str, torch.Tensor], layers: list[nn.Module], adapter: str) -> list[str]:
+    """Return the keys of a LoRA whose weights are in no layer. Compares weights, since naming schemes
     differ."""
     loaded = set()
     for layer in layers:
@@ -68,7 +74,7 @@ def _unused_keys(path: Path, layers: list[nn.Module], adapter: str) -> list[str]
                 }
     dtypes = {dtype for dtype, _ in loaded}
     unused = []
-    for key, weight in safetensors.torch.load_file(path).items():
+    for key, weight in weights.items():
         # An alpha is a number that scales another key's weights: it is in no layer itself.
         if weight.ndim and not any((dtype, _digest(weight.to(dtype))) in loaded for dtype in dtypes):
             unused.append(key)

@@ -121,6 +121,7 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
     name = model if isinstance(model, str) else parts.base
     index = read_json(parts.base, "model_index.json", parts.revision)
     if index.get("_class_name") == NATIVE:
+        refuse_parts(given, (*FLUX2_PARTS, *STABLE_DIFFUSION_PARTS, "lora"), "a native model")
         return _native(name, fetch(parts.base, "", parts.revision), index, parts if away else None)
     kind = str(index.get("_class_name"))
     if kind == FLUX2:
@@ -167,12 +168,9 @@ def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> Resolve
 def _flux2(name: str, parts: Parts, given: Parts, index: dict[str, Any]) -> ResolvedModel:
     """Resolve a FLUX.2 [klein]. given: what the user said of its parts; index: its model_index.json."""
     refuse_parts(given, STABLE_DIFFUSION_PARTS, "FLUX.2 [klein]")
-    vae, scheduler = (
-        read_json(parts.base, file, parts.revision)
-        for file in ("vae/config.json", "scheduler/scheduler_config.json")
-    )
+    vae = read_json(parts.base, "vae/config.json", parts.revision)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    defaults = flux2_defaults(bool(index.get("is_distilled")), scheduler)
+    defaults = flux2_defaults(bool(index.get("is_distilled")))
     contexts = ReferenceImage(parts.max_reference_pixels, multiple=2 * factor)
     return ResolvedModel(
         name, "flux2", None, parts, _revision(parts), FLUX2_LATENTS * factor, contexts, defaults

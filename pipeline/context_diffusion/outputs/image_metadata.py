@@ -11,9 +11,9 @@ import importlib.metadata
 import json
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from context_diffusion.core.errors import JobError, RowError
 from context_diffusion.core.generate_job import ControlName, control_kinds
@@ -64,6 +64,14 @@ class _Untrusted(BaseModel):
     compiled: bool = False
     versions: dict[str, str] = {}
     inputs: dict[str, list[str]] = {}
+
+
+class _Sides(StrictModel):
+    """The size of an image, which may be smaller or larger than a row can ask for: a FLUX.2's is the
+    query's."""
+
+    width: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
+    height: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
 
 
 class _Loading(StrictModel):
@@ -125,13 +133,15 @@ def metadata_of_row(row: dict[str, Any], record: Any) -> Metadata:
 
 def settings_of(metadata: Metadata, name: str) -> Settings:
     """Return the settings of the one image. Raises JobError."""
-    values = {key: metadata[key] for key in (*SETTING_TYPES, "width", "height") if key in metadata}
+    values = {key: metadata[key] for key in SETTING_TYPES if key in metadata}
     if "seed" not in values:
         raise JobError(f"{name}: its metadata has no seed")
     try:
-        return Settings.model_validate(values | {"num_images": 1})
+        sides = _Sides.model_validate({key: metadata[key] for key in _Sides.model_fields if key in metadata})
+        settings = Settings.model_validate(values | {"num_images": 1})
     except ValidationError as error:
         raise JobError(f"{name}: its metadata has an invalid setting: {_first(error)}") from None
+    return settings.model_copy(update=sides.model_dump())
 
 
 def loading_of(metadata: Metadata, name: str) -> tuple[Fit, list[str]]:

@@ -56,7 +56,7 @@ class Flux2Backbone:
         self.contexts: ContextPreprocessing = contexts
         self.scheduler_config: dict[str, Any] = dict(pipe.scheduler.config)
         self.image_size = pipe.default_sample_size * pipe.vae_scale_factor
-        self.defaults = flux2_defaults(pipe.config.is_distilled, self.scheduler_config)
+        self.defaults = flux2_defaults(pipe.config.is_distilled)
 
     @property
     def denoisers(self) -> list[nn.Module]:
@@ -114,14 +114,18 @@ class Flux2Backbone:
         text = full_prompt(self.template, request.prompt, len(references.images))
         shared = self._references(request, references, cache)
         lanes: list[Conditions] = []
+        truncated = False
         for branch in branches:
             prompt = text if branch.prompt else request.negative_prompt or ""
-            lanes.append({"text": cache.get(f"text:{prompt}", partial(self._text, prompt)), **shared})
-        return Encoded(lanes, None, self.text.truncates(text), full_prompt=text)
+            encoded, cut = cache.get(f"text:{prompt}", partial(self._text, prompt))
+            truncated |= cut
+            lanes.append({"text": encoded, **shared})
+        return Encoded(lanes, None, truncated, full_prompt=text)
 
-    def _text(self, prompt: str) -> Tensor:
-        """Encode a prompt to the transformer's own tokens (1, L, J)."""
-        return self.transformer.context_embedder(self.text(prompt).to(self.weight.dtype))
+    def _text(self, prompt: str) -> tuple[Tensor, bool]:
+        """Encode a prompt to the transformer's own tokens (1, L, J), and return whether it was truncated."""
+        states = self.text(prompt).to(self.weight.dtype)
+        return self.transformer.context_embedder(states), self.text.truncates(prompt)
 
     def _references(self, request: Request, references: References, cache: Cache) -> Conditions:
         """Encode the references, with the positions and the bias of the lane's tokens."""

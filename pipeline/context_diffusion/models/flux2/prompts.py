@@ -5,6 +5,7 @@ L tokens  D width of the text encoder
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,20 +42,21 @@ class PromptEncoder:
                 f"model: the tokenizer of {base} has no chat template: download its tokenizer/ again"
             )
         self.tokenizer, self.encoder, self.offloaded = tokenizer, encoder, offloaded
+        self._lock = threading.Lock()  # a call leaves its padding and truncation set on the tokenizer
 
     def truncates(self, prompt: str) -> bool:
         """Return whether a prompt has more tokens than are read."""
-        return len(self.tokenizer(self._chat(prompt))["input_ids"]) > LENGTH
+        text = self._chat(prompt)
+        with self._lock:
+            return len(self.tokenizer(text)["input_ids"]) > LENGTH
 
     def __call__(self, prompt: str) -> Tensor:
         """Encode a prompt to (1, L, 3·D)."""
-        read = self.tokenizer(
-            self._chat(prompt),
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=LENGTH,
-        )
+        text = self._chat(prompt)
+        with self._lock:
+            read = self.tokenizer(
+                text, return_tensors="pt", padding="max_length", truncation=True, max_length=LENGTH
+            )
         with self.offloaded.in_use() if self.offloaded else nullcontext():
             device = self.encoder.embed_tokens.weight.device
             states = self.encoder(
