@@ -234,11 +234,12 @@ def reference_output_size(
 ) -> Size:
     """Return the size (width, height) of a row's output where the query is a reference of any size.
 
-    A given width or height and `keep` act as in output_size; else the output has the query's size."""
+    A given width or height takes precedence, and the missing one is the query's. Else, with `keep`, it is
+    that of output_size; with other fits the query's."""
     query_height, query_width = query.shape[:2]
-    if width or height or fit == "keep":
-        return output_size(fit, query_width, query_height, width, height, model_size)
-    return query_width, query_height
+    if fit == "keep" and not width and not height:
+        return output_size(fit, query_width, query_height, None, None, model_size)
+    return width or query_width, height or query_height
 
 
 def resize(

@@ -78,7 +78,8 @@ class Defaults:
     def refusal(self, settings: Settings) -> str | None:
         """Return why the model does not take the settings; None where it does."""
         if self.family and settings.scheduler != FLUX2_SCHEDULER:
-            return f"scheduler: {self.family} predicts a flow, got {settings.scheduler}; choose {FLUX2_SCHEDULER}"
+            given = settings.scheduler
+            return f"scheduler: {self.family} predicts a flow, got {given}; choose {FLUX2_SCHEDULER}"
         for name, neutral in self.unused.items():
             value = getattr(settings, name)
             if name == "context_guidance_scale" and value == settings.guidance_scale:

@@ -58,6 +58,7 @@ def take_apart(text_encoder: Any, base: str) -> None:
             f"model: the text encoder of {base} has {len(decoder.layers)} layers, the transformer reads the "
             f"output of layer {LAYERS[-1]}"
         )
-    decoder.layers = decoder.layers[: LAYERS[-1]]
-    decoder.norm = nn.Identity()  # it follows the last layer of all, not the last one that is left
+    if len(decoder.layers) > LAYERS[-1]:
+        decoder.layers = decoder.layers[: LAYERS[-1]]
+        decoder.norm = nn.Identity()  # it follows the last layer of all, not the last one that is left
     text_encoder.lm_head = nn.Identity()
