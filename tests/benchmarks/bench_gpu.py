@@ -1,19 +1,20 @@
 """The engine on a GPU against diffusers' own pipelines, random weights in the true shapes.
 
-    python tests/benchmarks/bench_gpu.py [--model sd15 --model sdxl] [--rows 48] [--batches 1 2 4 8 16]
-    [--device cuda] [--tiny] [--no-compile]
+    python tests/benchmarks/bench_gpu.py [--model flux2-klein --model sd15 --model sdxl] [--rows 48]
+    [--batches 1 2 4 8 16] [--device cuda] [--tiny] [--no-compile]
 
-Both sides load the same files by the product's loader: Stable Diffusion with a ControlNet and IP-Adapter
-Plus, in bf16 and channels last. For each model:
+Both sides load the same files, in bf16: FLUX.2 [klein] 4B, and Stable Diffusion with a ControlNet and
+IP-Adapter Plus, channels last. For each model:
 
 - the card's own rate of matrix products in this run;
-- the engine as users run it, eager with its CUDA graphs and then with `compile: auto`: seconds of each part,
-  images a second for uniform guided rows, unguided rows, mixed steps and guidance, and mixed sizes, with the
-  occupancy; the share of the rate of matrix products by the FLOPs of flops.py; how many rows are equal to the
-  bit when the last comes first; peak memory;
-- the loop of diffusers_loop.py, eager and then compiled as a whole with CUDA graphs, at its best batch size
-  (found eager, on the uniform rows), on the same rows in the same order; how far its images are from the
-  engine's; and the ratios.
+- the engine as users run it, by the product's loader, eager with its CUDA graphs and then with `compile:
+  auto`: seconds of each part, images a second for each kind of rows of gpu_rows.py, with the occupancy; the
+  share of the rate of matrix products by the FLOPs of flops.py; how many rows are equal to the bit when the
+  last comes first; peak memory;
+- diffusers_loop.py or flux2_loop.py, eager and then compiled, at the best size of batches (found eager, on
+  rows that it can batch), on the same rows in the same order; how far its images are from the engine's; and
+  the ratios. diffusers' FLUX.2 takes one set of references for a batch: rows that share theirs run in
+  batches, all others one by one.
 
 --tiny: the same on small components, where there is no GPU."""
 
@@ -21,12 +22,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
-import resource
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -35,10 +33,10 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from diffusers_loop import DiffusersLoop, batches
-from flops import costs, row_cost
-from gpu_rows import CONTEXTS, KINDS, make_rows
-from random_models import write_model
+from diffusers_loop import DiffusersLoop
+from flux2_loop import Flux2Loop
+from gpu_device import Device
+from gpu_models import NAMES, Case, case_of
 
 from context_diffusion.core.records import Pixels, Request, Result
 from context_diffusion.engine.engine import Engine
@@ -46,15 +44,15 @@ from context_diffusion.engine.step import Stepper
 from context_diffusion.models.compilation import Compile
 from context_diffusion.pipeline import ContextDiffusion
 
-STEPS = {"sd15": 20, "sdxl": 30}
 VARIANTS: dict[Compile, str] = {"off": "eager", "auto": "compiled"}
 # Of each form of a batch: the first one loads kernels or compiles, the second one records CUDA graphs.
 WARM_UPS: dict[Compile, int] = {"off": 1, "auto": 2}
+FEW_ROWS = 4  # for the seconds of parts; twice as many for equal bits
 
 
 @dataclass(frozen=True)
 class Side:
-    """What one side did. rates: images a second, by kind of rows. images: of the first uniform rows."""
+    """What one side did. rates: images a second, by kind of rows. images: of the uniform rows."""
 
     rates: dict[str, float]
     images: list[Pixels]
@@ -62,47 +60,18 @@ class Side:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured, on which device. steps: of uniform rows."""
+    """What is measured, on which device. batches: sizes of diffusers' batches."""
 
-    name: str
-    device: torch.device
+    case: Case
+    device: Device
     rows: int
     batches: list[int]
-    steps: int
-    tiny: bool
     compile: bool
 
     @property
     def variants(self) -> list[Compile]:
         """Return the values of `compile` that are measured. Nothing is compiled on a CPU."""
-        return ["off", "auto"] if self.compile and self.device.type == "cuda" else ["off"]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        self.synchronize()
-        began = time.perf_counter()
-        call()
-        self.synchronize()
-        return time.perf_counter() - began
-
-    def matrix_rate(self) -> float:
-        """Return the FLOP/s of a large matrix product."""
-        side = 256 if self.tiny else 8192
-        a, b = (torch.randn(side, side, device=self.device, dtype=self.dtype) for _ in range(2))
-
-        def products() -> None:
-            for _ in range(10):
-                a @ b
-
-        products()
-        return 2 * side**3 * 10 / self.seconds(products)
+        return ["off", "auto"] if self.compile and self.device.is_gpu else ["off"]
 
 
 def images_of(engine: Engine, requests: Sequence[Request], runs: list[dict[str, Pixels]]) -> None:
@@ -117,34 +86,31 @@ def images_of(engine: Engine, requests: Sequence[Request], runs: list[dict[str, 
 
 
 def measure(bench: Bench) -> None:
-    rate = bench.matrix_rate()
-    print(f"{bench.name}: matrix products {rate / 1e12:.2f} TFLOP/s", flush=True)
+    device, case = bench.device, bench.case
+    rate = device.matrix_rate()
+    print(f"{case.name}: matrix products {rate / 1e12:.2f} TFLOP/s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        write = partial(
-            write_model, Path(folder), bench.name == "sdxl", bench.device, bench.dtype, bench.tiny
-        )
         parts: dict[str, Any] = {}
-        written = bench.seconds(lambda: parts.update(write()))
+        written = device.seconds(lambda: parts.update(case.write(Path(folder), device.device, device.dtype)))
         print(f"  random weights written in {written:.1f} s", flush=True)
         best = None
         for key in bench.variants:
             ours, requests = by_engine(bench, parts, key, rate)
             theirs, best = by_diffusers(bench, parts, key, requests, best)
-            report(key, ours, theirs)
+            report(bench.case, key, ours, theirs)
 
 
-def report(key: Compile, ours: Side, theirs: Side) -> None:
-    count = len(theirs.images)
-    difference = np.abs(np.stack(ours.images[:count]).astype(int) - np.stack(theirs.images))
+def report(case: Case, key: Compile, ours: Side, theirs: Side) -> None:
+    difference = np.abs(np.stack(ours.images).astype(int) - np.stack(theirs.images))
     print(
         f"  {VARIANTS[key]}, images of both sides differ by {difference.mean():.3f} of 255 in the mean, "
         f"{difference.max()} at most"
     )
-    ratios = ", ".join(f"{kind} {ours.rates[kind] / theirs.rates[kind]:.2f}" for kind in KINDS)
-    both = ours.rates["unguided"] / theirs.rates["uniform"]
+    ratios = ", ".join(f"{kind} {ours.rates[kind] / theirs.rates[kind]:.2f}" for kind in case.kinds)
+    our_kind, their_kind, what = case.across
+    across = ours.rates[our_kind] / theirs.rates[their_kind]
     print(
-        f"  engine to diffusers, both {VARIANTS[key]}: {ratios}, unguided rows to batches with both branches "
-        f"{both:.2f}",
+        f"  engine to diffusers, both {VARIANTS[key]}: {ratios}, {what} {across:.2f}",
         flush=True,
     )
 
@@ -153,39 +119,54 @@ def by_engine(
     bench: Bench, parts: dict[str, Any], key: Compile, rate: float
 ) -> tuple[Side, dict[str, list[Request]]]:
     """Measure the engine, and return the rows too, by their kind."""
-    free_memory(bench)
+    device, case = bench.device, bench.case
+    device.free_memory()
     models: list[ContextDiffusion] = []
-    load = partial(ContextDiffusion.from_pretrained, parts, str(bench.device), cpu_threads=1, compile=key)
-    loading = bench.seconds(lambda: models.append(load()))
+    load = partial(ContextDiffusion.from_pretrained, parts, str(device.device), cpu_threads=1, compile=key)
+    loading = device.seconds(lambda: models.append(load()))
     [model] = models
     name = f"engine, {VARIANTS[key]}"
-    full = model.chunks[0]
-    uniform = make_rows(model, "uniform", full, bench.steps)
-    print(f"  {name}: load {loading:.1f} s, {parts_of_time(bench, model.engine(), uniform)}", flush=True)
-    requests = {kind: make_rows(model, kind, bench.rows, bench.steps) for kind in KINDS}
+    few = max(model.chunks[0], FEW_ROWS)
+    spent = parts_of_time(device, model.engine(), case.rows(model, "uniform", few, case.steps))
+    print(f"  {name}: load {loading:.1f} s, {spent}", flush=True)
+    requests = {kind: case.rows(model, kind, bench.rows, case.steps) for kind in case.kinds}
     rates: dict[str, float] = {}
     images: list[dict[str, Pixels]] = []
     for kind, rows in requests.items():
+        warm_up(model, rows)
         engine = model.engine()
         generate = partial(images_of, engine, rows, images)
-        rates[kind] = len(rows) / bench.seconds(generate)
+        rates[kind] = len(rows) / device.seconds(generate)
         occupancy = f"occupancy {engine.occupancy.share:.3f}"
         print(f"  {name}, {kind}: {rates[kind]:.3f} images/s, {occupancy}", flush=True)
-    if not bench.tiny:
-        flops = row_cost(costs(bench.name == "sdxl"), bench.steps, lanes=2, contexts=CONTEXTS)
-        print(f"  {name}, uniform: {flops * rates['uniform'] / rate:.3f} of the matrix products' rate")
-    mixed = make_rows(model, "mixed", 2 * full, min(3, bench.steps))
-    orders: list[dict[str, Pixels]] = []
-    for rows in (mixed, mixed[::-1]):
-        images_of(model.engine(), rows, orders)
-    forward, backward = orders
-    equal = sum(np.array_equal(forward[row], backward[row]) for row in forward)
+    if not device.tiny:
+        share = case.flops() * rates["uniform"] / rate
+        print(f"  {name}, uniform: {share:.3f} of the matrix products' rate")
+    mixed = case.rows(model, case.mixed, 2 * few, min(3, case.steps))
+    equal = equal_in_another_order(model, mixed)
     print(f"  {name}, rows in another order, equal to the bit: {equal} of {len(mixed)}")
-    print(f"  {name}, peak memory {peak_memory(bench):.2f} GiB", flush=True)
+    print(f"  {name}, peak memory {device.peak_memory():.2f} GiB", flush=True)
     return Side(rates, [images[0][row.id] for row in requests["uniform"]]), requests
 
 
-def parts_of_time(bench: Bench, engine: Engine, rows: list[Request]) -> str:
+def warm_up(model: ContextDiffusion, rows: list[Request]) -> None:
+    """Generate a row of each shape in two steps: the first call loads kernels, or compiles."""
+    by_shape = {model.backbone.shape_group(row): row for row in rows}
+    settings = {"num_inference_steps": 2}
+    short = [replace(row, settings=row.settings.model_copy(update=settings)) for row in by_shape.values()]
+    images_of(model.engine(), short, [])
+
+
+def equal_in_another_order(model: ContextDiffusion, rows: list[Request]) -> int:
+    """Return how many rows are equal to the bit when the last comes first."""
+    orders: list[dict[str, Pixels]] = []
+    for order in (rows, rows[::-1]):
+        images_of(model.engine(), order, orders)
+    forward, backward = orders
+    return sum(np.array_equal(forward[row], backward[row]) for row in forward)
+
+
+def parts_of_time(device: Device, engine: Engine, rows: list[Request]) -> str:
     """Say where the time of rows goes, in a run that waits for the device after each part. The first step
     compiles, and captures a CUDA graph; what it takes longer than others is given apart."""
     spent: dict[str, list[float]] = {"encode": [], "step": [], "decode": []}
@@ -193,7 +174,7 @@ def parts_of_time(bench: Bench, engine: Engine, rows: list[Request]) -> str:
     def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any, **options: Any) -> Any:
             results: list[Any] = []
-            spent[part].append(bench.seconds(lambda: results.append(call(*arguments, **options))))
+            spent[part].append(device.seconds(lambda: results.append(call(*arguments, **options))))
             return results[0]
 
         return wrapped
@@ -204,9 +185,9 @@ def parts_of_time(bench: Bench, engine: Engine, rows: list[Request]) -> str:
         patch.object(backbone, "decode", timed("decode", backbone.decode)),
         patch.object(Stepper, "__call__", _method(timed("step", Stepper.__call__))),
     ):
-        total = bench.seconds(partial(images_of, engine, rows, []))
+        total = device.seconds(partial(images_of, engine, rows, []))
     step = median(spent["step"])
-    first = "compile and capture" if bench.device.type == "cuda" else "first step's surplus"
+    first = "slowest step's surplus (compile, capture)"
     return (
         f"{len(rows)} rows in {total:.2f} s: {first} {max(spent['step']) - step:.2f} s, "
         f"encode {sum(spent['encode']):.2f} s, {len(spent['step'])} steps "
@@ -222,26 +203,38 @@ def _method(call: Callable[..., Any]) -> Callable[..., Any]:
 def by_diffusers(
     bench: Bench, parts: dict[str, Any], key: Compile, requests: dict[str, list[Request]], best: int | None
 ) -> tuple[Side, int]:
-    """Measure the loop, and return the size of its batches too. best: the size, if it is known."""
-    free_memory(bench)
-    loop = DiffusersLoop(parts, bench.device)
-    best = best or best_size(bench, loop, requests["uniform"])
+    """Measure diffusers, and return the size of its batches too. best: the size, if it is known."""
+    device, case = bench.device, bench.case
+    device.free_memory()
+    loop = case.loop(parts, device.device)
+    best = best or best_size(bench, loop, requests[case.batched])
     if key == "auto":
         loop.compile()
     name = f"diffusers, {VARIANTS[key]}"
     rates = {}
+    images: dict[str, Pixels] = {}
     for kind, rows in requests.items():
-        split = list(batches(rows, best))
+        split = list(loop.batches(rows, best))
         for batch in {loop.form(batch): batch for batch in split}.values():
             for _ in range(WARM_UPS[key]):
                 loop.run(batch, steps=2)
-        rates[kind] = len(rows) / bench.seconds(lambda split=split: [loop.run(batch) for batch in split])
-        print(f"  {name}, {kind}, batches of {best}: {rates[kind]:.3f} images/s", flush=True)
-    print(f"  {name}, peak memory {peak_memory(bench):.2f} GiB", flush=True)
-    return Side(rates, list(loop.run(requests["uniform"][:best]).numpy())), best
+        generate = partial(run_batches, loop, split, images if kind == "uniform" else {})
+        rates[kind] = len(rows) / device.seconds(generate)
+        largest = max(map(len, split))
+        print(f"  {name}, {kind}, batches of {largest}: {rates[kind]:.3f} images/s", flush=True)
+    print(f"  {name}, peak memory {device.peak_memory():.2f} GiB", flush=True)
+    return Side(rates, [images[row.id] for row in requests["uniform"]]), best
 
 
-def best_size(bench: Bench, loop: DiffusersLoop, rows: list[Request]) -> int:
+def run_batches(
+    loop: DiffusersLoop | Flux2Loop, split: Sequence[list[Request]], images: dict[str, Pixels]
+) -> None:
+    """Generate rows batch by batch, and add their images by id."""
+    for batch in split:
+        images |= dict(zip([row.id for row in batch], loop.run(batch).numpy(), strict=True))
+
+
+def best_size(bench: Bench, loop: DiffusersLoop | Flux2Loop, rows: list[Request]) -> int:
     """Return the quickest size of batches. Sizes that do not fit into memory, or need more rows, are left
     out."""
     rates: dict[int, float] = {}
@@ -249,30 +242,16 @@ def best_size(bench: Bench, loop: DiffusersLoop, rows: list[Request]) -> int:
         with contextlib.suppress(torch.OutOfMemoryError):
             if size <= len(rows):
                 loop.run(rows[:size], steps=2)
-                rates[size] = size / bench.seconds(partial(loop.run, rows[:size]))
+                rates[size] = size / bench.device.seconds(partial(loop.run, rows[:size]))
                 print(f"  diffusers, eager, batches of {size}: {rates[size]:.3f} images/s", flush=True)
     return max(rates, key=lambda size: rates[size])
-
-
-def free_memory(bench: Bench) -> None:
-    gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(bench.device)
-
-
-def peak_memory(bench: Bench) -> float:
-    """Return GiB: those that torch reserved on a GPU, or those of the process so far."""
-    if bench.device.type == "cuda":
-        return torch.cuda.max_memory_reserved(bench.device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--model", action="append", choices=STEPS)
+    arguments.add_argument("--model", action="append", choices=NAMES)
     arguments.add_argument("--rows", type=int, default=48)
     arguments.add_argument(
         "--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sizes of diffusers' batches"
@@ -285,10 +264,10 @@ def main() -> None:
     if device.type == "cpu" and not options.tiny:
         print("no GPU here: --tiny shows that it runs")
         return
-    for name in options.model or STEPS:
-        steps = 2 if options.tiny else STEPS[name]
+    for name in options.model or NAMES:
+        case = case_of(name, options.tiny)
         measure(
-            Bench(name, device, options.rows, options.batches, steps, options.tiny, not options.no_compile)
+            Bench(case, Device(device, options.tiny), options.rows, options.batches, not options.no_compile)
         )
 
 

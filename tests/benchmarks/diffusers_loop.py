@@ -9,7 +9,7 @@ B rows  N contexts of a row
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -49,6 +49,10 @@ class DiffusersLoop:
             mode="reduce-overhead" if gpu else None,
             recompile_limit=64,  # one for each form of a batch
         )
+
+    def batches(self, requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
+        """Split rows into batches of one size of image."""
+        return batches(requests, size, lambda request: request.query.shape)
 
     def form(self, requests: Sequence[Request]) -> tuple[Any, ...]:
         """Return what a compiled step is compiled for."""
@@ -145,9 +149,8 @@ class DiffusersLoop:
         return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def batches(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
-    """Split rows into batches of up to `size` rows of one size of image, in their order otherwise."""
-    by_shape = sorted(requests, key=lambda request: request.query.shape)
-    for _, group in groupby(by_shape, key=lambda request: request.query.shape):
+def batches(requests: Sequence[Request], size: int, key: Callable[[Request], Any]) -> Iterator[list[Request]]:
+    """Split rows into batches of up to `size` rows of equal keys, in their order otherwise."""
+    for _, group in groupby(sorted(requests, key=key), key=key):
         rows = list(group)
         yield from (rows[start : start + size] for start in range(0, len(rows), size))

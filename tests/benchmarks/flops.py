@@ -1,28 +1,44 @@
-"""Floating-point operations of the engine against diffusers' pipelines, in the shapes of SD 1.5 and SDXL.
+"""Floating-point operations of the engine against diffusers' pipelines, in the shapes of FLUX.2 [klein] 4B,
+SD 1.5 and SDXL.
 
     python tests/benchmarks/flops.py
 
 Nothing is computed: the modules stand on torch's meta device, in their published configurations, and torch's
-FLOP counter adds up what a call would cost. The engine's side is what models/stable_diffusion/backbone.py
-runs, lanes full, with all slots for contexts; the reference is what one must run with diffusers for rows of
-mixed guidance in one batch: both guidance branches of every row through U-Net and ControlNet at each step,
-keys, values and the control map's embedding with them. Decoding counts on both sides, encoders on none."""
+FLOP counter adds up what a call would cost.
+
+Stable Diffusion: the engine's side is what models/stable_diffusion/backbone.py runs, lanes full, with all
+slots for contexts; the reference is what one must run with diffusers for rows of mixed guidance in one batch:
+both guidance branches of every row through U-Net and ControlNet at each step, keys, values and the control
+map's embedding with them. Decoding counts on both sides, encoders on none.
+
+FLUX.2 [klein]: one row on both sides, with all that it runs: the text encoder, the autoencoder, the steps.
+The engine's references are padded where chunks have several lanes (on a CPU), and not on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from gpu_rows import EIGHTHS, MIXED_REFERENCES, REFERENCES, Sizes
+from random_flux2 import KLEIN_4B, text_encoder_of, transformer_of
+from random_flux2 import vae_of as flux2_vae_of
 from random_models import controlnet_of, unet_of, vae_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from context_diffusion.models.attention import LaneInputs, attend_by_lanes, keys_and_values
+from context_diffusion.models.flux2.loading import take_apart
+from context_diffusion.models.flux2.prompts import LENGTH
+from context_diffusion.models.flux2.references import padded_length
+from context_diffusion.models.flux2.transformer import LaneTokens, predict, prepare
 
 TEXT, CONTEXT = 77, 16  # tokens of a prompt, and of a context by IP-Adapter Plus
 SLOTS = 8  # contexts that a row of the engine has room for
+SIDE = 1024  # of an output of FLUX.2, in pixels
+TOKEN = 16  # pixels a side
 
 
 @dataclass
@@ -107,7 +123,118 @@ def reference_cost(c: Costs, steps: int, contexts: int) -> float:
     return steps * 2 * (c.unet_full + c.net_full + contexts * (c.context + c.attend)) + c.decode
 
 
+@dataclass
+class Flux2Costs:
+    """FLOPs of a row of FLUX.2: all steps, the text encoder, the encoder of the references, the decoder."""
+
+    steps: float
+    text: float
+    references: float
+    decode: float
+
+    @property
+    def all(self) -> float:
+        return sum(asdict(self).values())
+
+
+class Flux2Counter:
+    """Counts what a row of FLUX.2 [klein] 4B costs in the engine and in diffusers' pipeline."""
+
+    def __init__(self) -> None:
+        with torch.device("meta"):
+            self.theirs, self.ours = transformer_of(KLEIN_4B), transformer_of(KLEIN_4B)
+            self.vae = flux2_vae_of(KLEIN_4B)
+            encoder = text_encoder_of(KLEIN_4B)
+            read = {"input_ids": torch.zeros(1, LENGTH, dtype=torch.long), "output_hidden_states": True}
+            self.text_theirs = flops_of(lambda: encoder(**read))
+            take_apart(encoder, "")
+            self.text_ours = flops_of(lambda: encoder.model(**read))
+            prepare(self.ours)
+            text = torch.empty(1, LENGTH, KLEIN_4B.transformer["joint_attention_dim"])
+            self.text_ours += flops_of(lambda: self.ours.context_embedder(text))
+
+    def engine(self, references: Sizes, steps: int, padded: bool) -> Flux2Costs:
+        """references: heights and widths in eighths of SIDE. padded: their tokens are."""
+        used = _tokens_of(references)
+        length = padded_length(used) if padded else used
+        step = self._engine_step(length, biased=length > used)
+        return Flux2Costs(steps * step, self.text_ours, *self._autoencoder(references))
+
+    def diffusers(self, references: Sizes, steps: int) -> Flux2Costs:
+        step = self._diffusers_step(_tokens_of(references))
+        return Flux2Costs(steps * step, self.text_theirs, *self._autoencoder(references))
+
+    def _engine_step(self, references: int, biased: bool) -> float:
+        output, config = (SIDE // TOKEN) ** 2, self.ours.config
+        total = LENGTH + output + references
+        with torch.device("meta"):
+            rotation = torch.empty(1, total, 1, config.attention_head_dim)
+            lanes = LaneTokens(
+                torch.empty(1, LENGTH, self.ours.inner_dim),
+                torch.empty(1, references, config.in_channels),
+                rotation,
+                rotation,
+                torch.empty(1, 1, 1, total) if biased else None,
+            )
+            latents, timesteps = torch.empty(1, output, config.in_channels), torch.empty(1)
+            return flops_of(lambda: predict(self.ours, latents, timesteps, lanes))
+
+    def _diffusers_step(self, references: int) -> float:
+        images, config = (SIDE // TOKEN) ** 2 + references, self.theirs.config
+        with torch.device("meta"):
+            inputs = {
+                "hidden_states": torch.empty(1, images, config.in_channels),
+                "encoder_hidden_states": torch.empty(1, LENGTH, config.joint_attention_dim),
+                "timestep": torch.empty(1),
+                "img_ids": torch.empty(1, images, 4, dtype=torch.long),
+                "txt_ids": torch.empty(1, LENGTH, 4, dtype=torch.long),
+            }
+            return flops_of(lambda: self.theirs(**inputs))
+
+    def _autoencoder(self, references: Sizes) -> tuple[float, float]:
+        """Return the FLOPs of encoding references and of decoding an output."""
+        unit = SIDE // EIGHTHS
+        with torch.device("meta"):
+            images = [torch.empty(1, 3, height * unit, width * unit) for height, width in references]
+            latents = torch.empty(1, self.vae.config.latent_channels, SIDE // 8, SIDE // 8)
+            encode = sum(flops_of(partial(self.vae.encode, image)) for image in images)
+            return encode, flops_of(lambda: self.vae.decode(latents))
+
+
+def _tokens_of(references: Sizes) -> int:
+    return sum(height * width for height, width in references) * (SIDE // EIGHTHS // TOKEN) ** 2
+
+
+def tell_flux2(steps: int) -> None:
+    """Print both sides' FLOPs of rows of FLUX.2 [klein]."""
+    counter = Flux2Counter()
+    small, large = (4, 4), (8, 8)
+    for name, references in (
+        ("two references of 512 px", (small, small)),
+        ("two of 1024 px", (large, large)),
+        ("one of 1024 px and two of 512 px", REFERENCES),
+    ):
+        ours, theirs = counter.engine(references, steps, padded=False), counter.diffusers(references, steps)
+        for side, cost in (("engine", ours), ("diffusers", theirs)):
+            parts = ", ".join(f"{part} {value / 1e12:.2f}" for part, value in asdict(cost).items())
+            print(f"FLUX.2 [klein] 4B {SIDE} px, {steps} steps, {name}, {side}, TFLOP: {parts}")
+        print(f"  engine {ours.all / 1e12:.1f} of {theirs.all / 1e12:.1f} TFLOP: {ours.all / theirs.all:.3f}")
+    theirs_all = sum(counter.diffusers(sizes, steps).all for sizes in MIXED_REFERENCES)
+    for padded in (False, True):
+        ratios = [
+            counter.engine(sizes, steps, padded).all / counter.diffusers(sizes, steps).all
+            for sizes in MIXED_REFERENCES
+        ]
+        ours_all = sum(counter.engine(sizes, steps, padded).all for sizes in MIXED_REFERENCES)
+        how = "padded" if padded else "without padding"
+        print(
+            f"  mixed references row by row, {how}: engine to diffusers "
+            f"{ours_all / theirs_all:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        )
+
+
 def main() -> None:
+    tell_flux2(steps=4)
     for name, xl, steps in (("SD 1.5 512 px", False, 20), ("SDXL 1024 px", True, 30)):
         found = costs(xl)
         print(

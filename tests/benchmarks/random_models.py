@@ -120,7 +120,7 @@ def write_model(
         parts = {"controlnet": make_controlnet(folder, xl), "image_encoder": make_image_encoder(folder)}
         return {"base": base, **parts, **make_ip_adapter(folder, base, plus=True, xl=xl)}
     torch.manual_seed(0)
-    with torch.no_grad(), _made_on(device, dtype):
+    with torch.no_grad(), made_on(device, dtype):
         unet = unet_of(xl)
         width = unet.config.cross_attention_dim
         adapter = save_ip_adapter(folder / "ip_adapter", unet, projection_of(xl), width, std=width**-0.5)
@@ -165,7 +165,7 @@ def _write_base(folder: Path, xl: bool, unet: Any) -> None:
 
 
 @contextmanager
-def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Make tensors on a device and in a dtype, so that billions of random numbers are drawn there."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
