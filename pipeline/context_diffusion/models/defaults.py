@@ -67,19 +67,21 @@ class Defaults:
 
     settings: row settings by name. control: a map for each ControlNet; None: it is unknown what they were
     trained on; empty: the model has none. controlnets: their names, for messages. family: the kind of model,
-    for messages. unused: settings that the model has no use for, with the value that means so."""
+    for messages. unused: settings that the model has no use for, with the value that means so. schedulers:
+    those that the model can use; empty: any that its scheduler_config goes with."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     control: tuple[str, ...] | None = ("gray",)
     controlnets: tuple[str, ...] = ("its own",)
     family: str = ""
     unused: Mapping[str, Any] = field(default_factory=dict)
+    schedulers: tuple[SchedulerName, ...] = ()
 
     def refusal(self, settings: Settings) -> str | None:
         """Return why the model does not take the settings; None where it does."""
-        if self.family and settings.scheduler != FLUX2_SCHEDULER:
-            given = settings.scheduler
-            return f"scheduler: {self.family} predicts a flow, got {given}; choose {FLUX2_SCHEDULER}"
+        if self.schedulers and settings.scheduler not in self.schedulers:
+            known = ", ".join(self.schedulers)
+            return f"scheduler: {settings.scheduler} does not suit {self.family}; choose {known}"
         for name, neutral in self.unused.items():
             value = getattr(settings, name)
             if name == "context_guidance_scale" and value == settings.guidance_scale:
@@ -110,7 +112,8 @@ def flux2_defaults(distilled: bool) -> Defaults:
     family, unused = "a FLUX.2 [klein]", FLUX2_UNUSED
     if distilled:
         family, unused = "a distilled FLUX.2 [klein]", FLUX2_UNUSED | {"guidance_scale": 1.0}
-    return Defaults(settings | {"scheduler": FLUX2_SCHEDULER}, (), (), family, unused)
+    own = settings | {"scheduler": FLUX2_SCHEDULER}
+    return Defaults(own, (), (), family, unused, (FLUX2_SCHEDULER,))
 
 
 def resolved_settings(defaults: Defaults, given: Settings) -> Settings:
