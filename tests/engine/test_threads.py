@@ -3,12 +3,14 @@ backbone."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import Flux2KleinPipeline
 
 from context_diffusion.core.generate_job import GenerateJob
@@ -19,6 +21,7 @@ from context_diffusion.models.resolve import BUNDLED
 from context_diffusion.pipeline import ContextDiffusion, make_engine
 from support.diffusers_reference import reference, row
 from support.klein_rows import MOST_LEVELS, by_diffusers, klein_row, levels_apart, request_of
+from support.threads import threads_that_switch_often
 from support.tiny import picture, request, tiny_model
 from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
 from support.tiny_flux2 import save_tiny_klein
@@ -145,3 +148,20 @@ def test_order_and_threads_change_no_row_of_the_bundled_model() -> None:
         [images] = generate(str(BUNDLED), [rows[number] for number in order], threads, 1)
         for number, image in zip(order, images, strict=True):
             assert np.array_equal(image, expected[number]), f"row {number} of {order}, {threads} threads"
+
+
+def test_threads_that_tokenize_at_once_change_no_prompt() -> None:
+    """A tokenizer of the Rust library keeps padding and truncation as a state of its own."""
+    model = tiny_model()
+    prompts = ["dots", "dots " * 200]
+
+    @torch.inference_mode()
+    def encoded(number: int) -> tuple[torch.Size, bool]:
+        prompt = prompts[number % 2]
+        return model.encode_text([prompt])[0].shape, model.truncates(prompt)
+
+    expected = [encoded(0), encoded(1)]
+    assert [truncated for _, truncated in expected] == [False, True]
+    with threads_that_switch_often(), ThreadPoolExecutor(4) as pool:
+        for number, found in enumerate(pool.map(encoded, range(400))):
+            assert found == expected[number % 2]

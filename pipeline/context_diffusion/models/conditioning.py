@@ -1,9 +1,11 @@
-"""What both kinds of backbone make of a request's contexts."""
+"""What several kinds of backbone make of a request's contexts and prompts."""
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,16 @@ from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.records import Pixels, Request
 from context_diffusion.engine.lane_buffers import pinned
 from context_diffusion.image_tensors import channels_first
+
+# transformers' tokenizers keep the padding and truncation of a call on themselves, where other threads meet
+# them.
+TOKENIZING = threading.Lock()
+
+
+def tokenize(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
+    """Call a tokenizer of transformers. Safe for several threads."""
+    with TOKENIZING:
+        return tokenizer(text, **options)
 
 
 @dataclass(frozen=True)

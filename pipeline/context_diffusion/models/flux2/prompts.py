@@ -5,7 +5,6 @@ L tokens  D width of the text encoder
 
 from __future__ import annotations
 
-import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from context_diffusion.core.errors import ModelError
+from context_diffusion.models.conditioning import tokenize
 from context_diffusion.models.offloading import Offloaded
 
 LENGTH = 512  # tokens, to which every prompt is padded or truncated
@@ -42,21 +42,15 @@ class PromptEncoder:
                 f"model: the tokenizer of {base} has no chat template: download its tokenizer/ again"
             )
         self.tokenizer, self.encoder, self.offloaded = tokenizer, encoder, offloaded
-        self._lock = threading.Lock()  # a call leaves its padding and truncation set on the tokenizer
 
     def truncates(self, prompt: str) -> bool:
         """Return whether a prompt has more tokens than are read."""
-        text = self._chat(prompt)
-        with self._lock:
-            return len(self.tokenizer(text)["input_ids"]) > LENGTH
+        return len(tokenize(self.tokenizer, self._chat(prompt))["input_ids"]) > LENGTH
 
     def __call__(self, prompt: str) -> Tensor:
         """Encode a prompt to (1, L, 3·D)."""
-        text = self._chat(prompt)
-        with self._lock:
-            read = self.tokenizer(
-                text, return_tensors="pt", padding="max_length", truncation=True, max_length=LENGTH
-            )
+        options = {"padding": "max_length", "truncation": True, "max_length": LENGTH}
+        read = tokenize(self.tokenizer, self._chat(prompt), return_tensors="pt", **options)
         with self.offloaded.in_use() if self.offloaded else nullcontext():
             device = self.encoder.embed_tokens.weight.device
             states = self.encoder(

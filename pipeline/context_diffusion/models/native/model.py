@@ -26,6 +26,7 @@ from transformers import CLIPTextModel
 
 from context_diffusion.core.training_job import SMALL, Normalization
 from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD
+from context_diffusion.models.conditioning import tokenize
 from context_diffusion.models.context_encoders import patch_tokens
 from context_diffusion.models.native import checkpoint
 from context_diffusion.models.native.draft import TEXTURED, Layout, Look, layout_of, look_of, shows_tones
@@ -125,7 +126,8 @@ class NativeModel:
     def encode_text(self, prompts: list[str | None]) -> tuple[Tensor, Tensor]:
         """Return tokens (B, T, D) and their mask (B, T) bool. Longer prompts are truncated."""
         length = self.text_encoder.config.max_position_embeddings
-        batch = self.tokenizer(
+        batch = tokenize(
+            self.tokenizer,
             [prompt or "" for prompt in prompts],
             padding="max_length",
             truncation=True,
@@ -141,15 +143,14 @@ class NativeModel:
         length, special = self.text_encoder.config.max_position_embeddings, self.tokenizer.all_special_ids
         words = torch.zeros(len(prompts), len(self.tokenizer), device=self.device)
         for row, prompt in enumerate(prompts):
-            words[row, self.tokenizer(prompt or "")["input_ids"][:length]] = 1
+            words[row, tokenize(self.tokenizer, prompt or "")["input_ids"][:length]] = 1
         words[:, special] = 0
         return words
 
     def truncates(self, prompt: str | None) -> bool:
         """Return whether a prompt has more tokens than the text encoder reads."""
-        return (
-            len(self.tokenizer(prompt or "")["input_ids"]) > self.text_encoder.config.max_position_embeddings
-        )
+        length = self.text_encoder.config.max_position_embeddings
+        return len(tokenize(self.tokenizer, prompt or "")["input_ids"]) > length
 
     def summarise_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Summarise uint8 (N, 3, S, S) as (N, K, 2·D_v), and return the images' statistics too."""

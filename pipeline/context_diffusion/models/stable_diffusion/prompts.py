@@ -5,11 +5,12 @@ T text tokens  D width
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from context_diffusion.models.conditioning import TOKENIZING, tokenize
 
 
 class PromptEncoder:
@@ -23,7 +24,6 @@ class PromptEncoder:
         self.chunks = chunks
         self.tokenizers = [pipe.tokenizer, pipe.tokenizer_2] if xl else [pipe.tokenizer]
         self.length = min(tokenizer.model_max_length for tokenizer in self.tokenizers)
-        self._lock = threading.Lock()  # a call leaves its padding and truncation set on the tokenizer
         self.zeros = xl and bool(pipe.config.force_zeros_for_empty_prompt)
 
     def key(self, prompt: str | None, negative: bool) -> str:
@@ -38,8 +38,7 @@ class PromptEncoder:
 
     def tokens(self, text: str) -> int:
         """Count the tokens, with begin and end, by the tokenizer that needs most."""
-        with self._lock:
-            return max(len(tokenizer(text, verbose=False)["input_ids"]) for tokenizer in self.tokenizers)
+        return max(len(tokenize(part, text, verbose=False)["input_ids"]) for part in self.tokenizers)
 
     def truncates(self, prompt: str | None) -> bool:
         return (
@@ -73,7 +72,7 @@ class PromptEncoder:
         return padded, encoded[0][1], mask
 
     def _encode(self, text: str | None, negative: bool) -> tuple[Tensor, Tensor | None]:
-        with self._lock:
+        with TOKENIZING:  # the pipeline tokenizes in it
             return self._by_pipeline(text, negative)
 
     def _by_pipeline(self, text: str | None, negative: bool) -> tuple[Tensor, Tensor | None]:
