@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -20,8 +20,8 @@ from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.engine import MAX_WAIT, Engine
 from context_diffusion.engine.rows import StepUpdate
 from context_diffusion.engine.service import EngineService
-from context_diffusion.image_tensors import to_context, to_resized
-from context_diffusion.inputs.context_images import ImageProcessor, ReferenceImage
+from context_diffusion.image_tensors import to_context, to_pixels, to_resized
+from context_diffusion.inputs.context_images import NO_MASKS, ImageProcessor, ReferenceImage, mask_of
 from context_diffusion.inputs.control_maps import CONTROLS, controls_of
 from context_diffusion.inputs.decode import Size, output_size, reference_output_size
 from context_diffusion.models.compilation import Compile, compile_blocks, wants_compilation
@@ -125,6 +125,7 @@ class ContextDiffusion:
         *,
         negative_prompt: str | None = None,
         control: str | list[str] | None = None,
+        context_masks: list[Any] | None = None,
         fit: Fit = "crop",
         callback: Callable[[StepUpdate], None] | None = None,
         **settings: Any,
@@ -133,6 +134,7 @@ class ContextDiffusion:
 
         query and each context: a tensor of load_image_as_tensor, PIL image, array, path, URI or bytes.
         control: the query's control map for each ControlNet; default: the kinds that they were trained on.
+        context_masks: an image for each context, bright where it acts, of the output's aspect ratio.
         settings: row settings (num_inference_steps, guidance_scale, seed, ...) that replace the model's own.
         callback: called after each step.
 
@@ -140,7 +142,9 @@ class ContextDiffusion:
         image's info["unsafe"], and words of the prompt that the model does not know are its
         info["unknown_words"]. Raises ValueError for a wrong setting, RowError for a row that cannot be
         generated."""
-        requests = self.requests(query, context, prompt, negative_prompt, control, fit, settings)
+        requests = self.requests(
+            query, context, prompt, negative_prompt, control, fit, settings, context_masks or []
+        )
         images: dict[int, Image.Image] = {}
         for request, outcome in self.generate(requests, callback):
             if isinstance(outcome, Failure):
@@ -184,6 +188,7 @@ class ContextDiffusion:
         control: str | list[str] | None,
         fit: Fit,
         settings: dict[str, Any],
+        context_masks: Sequence[Any] = (),
     ) -> list[Request]:
         """Return the requests of one row, the same as a job makes of the same images and settings."""
         kinds = self._control_kinds(control)
@@ -195,12 +200,15 @@ class ContextDiffusion:
         pixels, size = self._query(query, fit, checked.width, checked.height)
         controls = controls_of(pixels, kinds)
         contexts = tuple(to_context(image, self.backbone.contexts) for image in context)
+        masks = self._masks(context_masks, size)
         seed = checked.seed
         if seed is None:
             seed = derive_seed(0, hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest())
         seeded = [checked.model_copy(update={"seed": seed + index}) for index in range(checked.num_images)]
         return [
-            Request("row", index, pixels, controls, contexts, prompt, negative_prompt, image_settings, size)
+            Request(
+                "row", index, pixels, controls, contexts, prompt, negative_prompt, image_settings, size, masks
+            )
             for index, image_settings in enumerate(seeded)
         ]
 
@@ -216,6 +224,14 @@ class ContextDiffusion:
 
         pixels = to_resized(query, size, fit)
         return pixels, (pixels.shape[1], pixels.shape[0])
+
+    def _masks(self, masks: Sequence[Any], size: Size) -> tuple[Pixels, ...]:
+        """Return the contexts' masks at the output's size."""
+        if masks and not isinstance(self.backbone.contexts, ImageProcessor):
+            raise ValueError(f"context_masks: {NO_MASKS}")
+        return tuple(
+            mask_of(to_pixels(mask), *size, f"mask {number}") for number, mask in enumerate(masks, 1)
+        )
 
     def _control_kinds(self, control: str | list[str] | None) -> list[str]:
         """Return the kind of control map for each ControlNet. Raises ValueError for an unknown kind."""
@@ -269,7 +285,7 @@ def load_backbone(
 
     assert isinstance(model.contexts, ImageProcessor)
     loaded = load(model.parts, device)
-    return StableBackbone(loaded, model.contexts), loaded.unsafe
+    return StableBackbone(loaded, model.contexts, model.defaults.refusal), loaded.unsafe
 
 
 def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> EngineService:

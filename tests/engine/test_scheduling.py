@@ -94,7 +94,7 @@ class Numbers:
 
     scheduler_config = {"beta_schedule": "linear", "prediction_type": "epsilon", "num_train_timesteps": 1000}
     image_size, context_slots, noise_scale = 8, 1, 1.0
-    contexts, tiles, denoisers = SquareCrop(8), True, ()
+    contexts, tiles, denoisers, num_controlnets = SquareCrop(8), True, (), 0
 
     def __init__(self, room: int = 10**9) -> None:
         self.called, self.room = 0, room
@@ -124,7 +124,12 @@ class Numbers:
         return torch.zeros(1, *self.latent_shape(request))
 
     def predict(
-        self, latents: torch.Tensor, timesteps: torch.Tensor, lanes: Any, control: Conditions | None
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        lanes: Any,
+        control: Conditions | None,
+        group: Any,
     ) -> torch.Tensor:
         assert control is None, "no row has a control map"
         if len(latents) > self.room:

@@ -21,8 +21,8 @@ from context_diffusion.generation.plan import open_plan
 from context_diffusion.inputs.control_maps import control_map
 from context_diffusion.models.defaults import (
     CONTROLNETS,
-    NATIVE_SETTINGS,
     Defaults,
+    native_defaults,
     resolved_control,
     resolved_job,
     resolved_settings,
@@ -190,4 +190,4 @@ def test_what_is_given_goes_before_the_models_and_null_is_given() -> None:
 
 
 def test_the_bundled_model_reads_gray_maps() -> None:
-    assert find_model("bundled").defaults == Defaults(NATIVE_SETTINGS, ("gray",), ("its own",))
+    assert find_model("bundled").defaults == native_defaults()

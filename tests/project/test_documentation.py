@@ -39,9 +39,9 @@ from context_diffusion.core.training_job import (
     TrainJob,
 )
 from context_diffusion.models.defaults import (
-    NATIVE_SETTINGS,
     Defaults,
     flux2_defaults,
+    native_defaults,
     resolved_settings,
     stable_diffusion_defaults,
 )
@@ -126,6 +126,15 @@ TABLES = {
     ),
 }
 
+# The published U-Nets' blocks.
+SD15_UNET = {
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+}
+SDXL_UNET = {
+    "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
+    "up_block_types": [*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"],
+}
 PRESET_SETTINGS = (
     "num_inference_steps",
     "scheduler",
@@ -138,17 +147,19 @@ PRESET_SETTINGS = (
 def presets() -> str:
     """What each named model is used with where a job leaves it out."""
     own: dict[str, tuple[int | str, Defaults]] = {
-        "bundled": (128, Defaults(NATIVE_SETTINGS)),
+        "bundled": (128, native_defaults()),
         "flux2-klein": ("the query's", flux2_defaults(True)),
         "flux2-klein-base": ("the query's", flux2_defaults(False)),
         "sd15": (
             512,
-            stable_diffusion_defaults(False, {"_class_name": "PNDMScheduler"}, PRESETS["sd15"].controlnets),
+            stable_diffusion_defaults(
+                SD15_UNET, False, {"_class_name": "PNDMScheduler"}, PRESETS["sd15"].controlnets
+            ),
         ),
         "sdxl": (
             1024,
             stable_diffusion_defaults(
-                True, {"_class_name": "EulerDiscreteScheduler"}, PRESETS["sdxl"].controlnets
+                SDXL_UNET, True, {"_class_name": "EulerDiscreteScheduler"}, PRESETS["sdxl"].controlnets
             ),
         ),
     }

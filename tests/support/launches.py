@@ -21,7 +21,7 @@ from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.lane_buffers import LaneBuffers
 from context_diffusion.engine.preparation import prepare
 from context_diffusion.engine.rows import Row
-from context_diffusion.engine.step import Captures, denoise
+from context_diffusion.engine.step import Captures, Variant, denoise
 from context_diffusion.pipeline import ContextDiffusion
 from support.diffusers_reference import Model, pipeline_of, row
 from support.klein_rows import Size, klein_row, request_of
@@ -119,19 +119,20 @@ def calls_of_a_step(pipeline: ContextDiffusion, requests: list[Request]) -> Call
     """Count the calls of one step of the engine. The model is of no use afterwards.
 
     Copies and reads are counted on torch's meta device, where the host is another one as it is for a GPU."""
-    buffers = buffers_of(chunk_of(pipeline, requests))
-    controlled = buffers.control is not None
-    denoise(pipeline.backbone, buffers, controlled)  # what is made once
+    chunk = chunk_of(pipeline, requests)
+    buffers = buffers_of(chunk)
+    of_chunk = chunk.group, Variant(controlled=buffers.control is not None, rescaled=False)
+    denoise(pipeline.backbone, buffers, *of_chunk)  # what is made once
     with Calls() as calls:
-        denoise(pipeline.backbone, buffers, controlled)
+        denoise(pipeline.backbone, buffers, *of_chunk)
     for network in (*pipeline.backbone.denoisers, getattr(pipeline.backbone, "model", None)):
         if hasattr(network, "to"):
             network.to("meta")
     for name, value in vars(buffers).items():
         setattr(buffers, name, _on_meta(value))
-    denoise(pipeline.backbone, buffers, controlled)
+    denoise(pipeline.backbone, buffers, *of_chunk)
     with Calls() as on_device:
-        denoise(pipeline.backbone, buffers, controlled)
+        denoise(pipeline.backbone, buffers, *of_chunk)
     calls.copies, calls.reads = on_device.copies, calls.reads + on_device.reads
     return calls
 

@@ -117,6 +117,7 @@ class ErrorCode(StrEnum):
     TRUNCATED_IMAGE = "truncated_image"
     TOO_MANY_PIXELS = "too_many_pixels"
     INVALID_REFERENCE = "invalid_reference"
+    INVALID_MASK = "invalid_mask"
     NO_QUERY = "no_query"
     NO_CONTEXT = "no_context"
     TOO_MANY_CONTEXTS = "too_many_contexts"
@@ -143,6 +144,7 @@ REMEDIES: dict[ErrorCode, str] = {
     ErrorCode.TRUNCATED_IMAGE: "download the file again: it is truncated or damaged",
     ErrorCode.TOO_MANY_PIXELS: "raise `limits.max_pixels`, or scale the image down",
     ErrorCode.INVALID_REFERENCE: "enlarge or crop the image to what the message says that the model reads",
+    ErrorCode.INVALID_MASK: "crop or redraw the mask to the aspect ratio of the output",
     ErrorCode.NO_QUERY: "fill in the cell, or name its column in `columns`",
     ErrorCode.NO_CONTEXT: "give one or more images as a list; in CSV as a JSON list",
     ErrorCode.TOO_MANY_CONTEXTS: "give fewer, or raise `limits.max_contexts` up to what the model supports",

@@ -18,7 +18,7 @@ from context_diffusion.core.job_base import (
     known_columns,
 )
 from context_diffusion.core.model_parts import Parts
-from context_diffusion.core.schema import COLUMNS_BY_SCORE, ScoreName, columns_of
+from context_diffusion.core.schema import COLUMNS_BY_SCORE, MANIFEST_COLUMNS, ScoreName, columns_of
 from context_diffusion.core.settings import Fraction, Settings
 from context_diffusion.core.sweep import Matrix, check_combinations, checked_matrix
 
@@ -126,7 +126,7 @@ class GenerateJob(StrictModel):
     )
     columns: Annotated[
         dict[str, str],
-        known_columns("id", "query", "context", "prompt", "negative_prompt", *Settings.model_fields),
+        known_columns(*MANIFEST_COLUMNS),
     ] = Field(default={}, description="mapping of column names: name here -> name in the manifest")
     settings: Settings = Field(default=Settings(), description="default row settings; override the model's")
     matrix: Matrix = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,7 +29,7 @@ CHUNKS: dict[tuple[ModelKind, str], tuple[int, ...]] = {
 FLUX2_PARTS = ("max_reference_pixels", "prompt_template")
 STABLE_DIFFUSION_PARTS = (
     "controlnet", "ip_adapter", "ip_adapter_weight_name", "image_encoder", "vae", "safety_checker",
-    "clip_skip", "prompt_chunks", "normalization",
+    "clip_skip", "prompt_chunks", "normalization", "loras",
 )  # fmt: skip
 
 
@@ -70,7 +70,11 @@ class Parts(StrictModel):
     lora: str | list[str] | None = Field(
         default=None, description="LoRA files, FOLDER/NAME.safetensors, fused into base"
     )
-    lora_scale: float | list[float] = Field(default=1.0, description="the scale of each LoRA")
+    lora_scale: float | list[float] = Field(default=1.0, description="the scale of each fused LoRA")
+    loras: dict[Annotated[str, Field(min_length=1)], str] = Field(
+        default={},
+        description="name: LoRA file; a row chooses one by its setting `lora`",
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
     )
@@ -108,21 +112,22 @@ class Parts(StrictModel):
         return [self.controlnet] if isinstance(self.controlnet, str) else self.controlnet or []
 
     @property
-    def loras(self) -> list[tuple[str, float]]:
-        """The LoRA files with their scales."""
+    def fused_loras(self) -> list[tuple[str, float]]:
+        """The LoRA files that are fused into the base, with their scales."""
         files = [self.lora] if isinstance(self.lora, str) else self.lora or []
         scales = self.lora_scale if isinstance(self.lora_scale, list) else [self.lora_scale] * len(files)
         return list(zip(files, scales, strict=True))
 
     @property
+    def lora_files(self) -> list[str]:
+        """All LoRA files."""
+        return [*(file for file, _ in self.fused_loras), *self.loras.values()]
+
+    @property
     def all(self) -> list[str]:
         """All parts that files are read from."""
         single = [self.ip_adapter, self.image_encoder, self.vae, self.safety_checker]
-        return [
-            part
-            for part in (self.base, *self.controlnets, *single, *(name for name, _ in self.loras))
-            if part
-        ]
+        return [part for part in (self.base, *self.controlnets, *single, *self.lora_files) if part]
 
     @field_validator("prompt_template")
     @classmethod
@@ -153,9 +158,9 @@ class Parts(StrictModel):
                 f"ip_adapter_weight_name {self.ip_adapter_weight_name!r}: only .safetensors files are "
                 "loaded, no pickles"
             )
-        for name, _ in self.loras:
-            if not name.endswith(".safetensors"):
-                raise ValueError(f"lora {name!r}: only .safetensors files are loaded, no pickles")
+        for file in self.lora_files:
+            if not file.endswith(".safetensors"):
+                raise ValueError(f"lora {file!r}: only .safetensors files are loaded, no pickles")
         return self
 
 

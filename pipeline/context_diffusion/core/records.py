@@ -31,7 +31,8 @@ class Request:
     """One image to generate, as pixels. All arrays are uint8 RGB (H, W, 3).
 
     `settings.seed` is this image's own seed. size: width and height of the output in pixels; None: those of
-    the query, which differ where the model reads the query as a reference of any size.
+    the query, which differ where the model reads the query as a reference of any size. masks: where each
+    context acts, grey at the output's size, bright for yes; empty: everywhere.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Request:
     negative_prompt: str | None
     settings: Settings
     size: tuple[int, int] | None = None
+    masks: tuple[Pixels, ...] = ()
 
     @property
     def output_size(self) -> tuple[int, int]:

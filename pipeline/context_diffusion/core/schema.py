@@ -34,9 +34,12 @@ def columns_of(scores: Sequence[ScoreName]) -> list[str]:
 
 ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT = "id", "query", "context", "prompt", "negative_prompt"
 CONTROL_IMAGE = "control_image"  # control maps of a row, in place of those computed from its query
+CONTEXT_MASKS = "context_masks"  # an image for each context: where in the output it acts
+SOURCES = (QUERY, CONTEXT, CONTROL_IMAGE, CONTEXT_MASKS)  # columns of images
+SOURCE_LISTS = (CONTEXT, CONTROL_IMAGE, CONTEXT_MASKS)
 TARGET = "target"  # of a finetune job's manifest: the image that query and contexts should become
 SETTINGS = tuple(Settings.model_fields)
-MANIFEST_COLUMNS = (ID, QUERY, CONTEXT, PROMPT, NEGATIVE_PROMPT, CONTROL_IMAGE, *SETTINGS)
+MANIFEST_COLUMNS = (ID, *SOURCES, PROMPT, NEGATIVE_PROMPT, *SETTINGS)
 PASSED = "passed:"  # prefix of unknown manifest columns between the stages
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # the Hugging Face Image storage type
 # Schema metadata by which `datasets` decodes the column `image`.
@@ -49,6 +52,7 @@ READ = pa.schema(
         (QUERY, FILE),
         (CONTEXT, pa.list_(FILE)),
         (CONTROL_IMAGE, pa.list_(FILE)),
+        (CONTEXT_MASKS, pa.list_(FILE)),
         (PROMPT, pa.string()),
         (NEGATIVE_PROMPT, pa.string()),
         # JSON: the row's over the job's, with a seed; after `generate` the image's
@@ -65,6 +69,7 @@ LOADED = pa.schema(
         ("output_height", pa.int32()),
         ("control_images", pa.list_(IMAGE)),
         ("context_images", pa.list_(IMAGE)),
+        ("mask_images", pa.list_(IMAGE)),
         ("query_mean", pa.list_(pa.float32())),
         ("query_std", pa.list_(pa.float32())),
     ]
@@ -107,17 +112,21 @@ WRITTEN = pa.schema(  # one row per shard, for the driver
     ]
 )
 
+# Settings with a value for each ControlNet.
+CONTROL_SETTINGS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 SETTING_TYPES: dict[str, pa.DataType] = {
     "seed": pa.int64(),
     "num_inference_steps": pa.int32(),
     "scheduler": pa.string(),
     "guidance_scale": pa.float64(),
     "context_guidance_scale": pa.float64(),
-    "controlnet_conditioning_scale": pa.list_(pa.float64()),  # of each ControlNet
-    "control_guidance_start": pa.float64(),
-    "control_guidance_end": pa.float64(),
+    "guidance_rescale": pa.float64(),
+    **dict.fromkeys(CONTROL_SETTINGS, pa.list_(pa.float64())),
     "context_scale": pa.float64(),
+    "context_blocks": pa.string(),  # a name, or JSON
     "context_weights": pa.list_(pa.float64()),
+    "lora": pa.string(),
+    "lora_scale": pa.float64(),
     "strength": pa.float64(),
     "num_images": pa.int32(),
 }
@@ -139,6 +148,7 @@ OUTPUT = pa.schema(
         (QUERY, pa.string()),
         (CONTEXT, pa.list_(pa.string())),
         (CONTROL_IMAGE, pa.list_(pa.string())),
+        (CONTEXT_MASKS, pa.list_(pa.string())),
         (PROMPT, pa.string()),
         (NEGATIVE_PROMPT, pa.string()),
         ("full_prompt", pa.string()),  # what a model with a prompt_template read in place of the prompt

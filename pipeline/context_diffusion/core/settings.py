@@ -4,11 +4,12 @@ names."""
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from context_diffusion.core.job_base import StrictModel
 
@@ -18,8 +19,51 @@ SchedulerName = Literal[
 
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Fractions = Annotated[list[Fraction], Field(min_length=1)]
 ControlScale = Annotated[float, Field(ge=0, le=10)]
 Side = Annotated[int, Field(ge=64, le=2048, multiple_of=16)]
+CONTEXT_BLOCKS = ("all", "style", "layout", "style+layout")
+MAX_BLOCK_SCALE = 10.0
+
+
+def _checked_blocks(value: str | dict[str, Any]) -> str | dict[str, Any]:
+    """Check the form of `context_blocks`; which blocks there are is known by the model. JSON text is read as
+    a mapping."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"is not JSON ({error})") from None
+    if isinstance(value, dict):
+        return _checked_scales(value, "")
+    if value not in CONTEXT_BLOCKS:
+        known = ", ".join(CONTEXT_BLOCKS)
+        raise ValueError(f"should be {known}, or a mapping such as {{up: {{block_1: 1.0}}}}")
+    return value
+
+
+def _checked_scales(value: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a mapping of scales without the null entries that Arrow adds to the structs of a column."""
+    checked: dict[str, Any] = {}
+    for name, scale in value.items():
+        place = f"{where}{name}"
+        if isinstance(scale, dict) and not where:
+            checked[name] = _checked_scales(scale, f"{place}.")
+        elif scale is not None:
+            for number in scale if isinstance(scale, list) else [scale]:
+                if (
+                    isinstance(number, bool)
+                    or not isinstance(number, int | float)
+                    or not 0 <= number <= MAX_BLOCK_SCALE
+                ):
+                    raise ValueError(
+                        f"{place} should be a number from 0 to {MAX_BLOCK_SCALE:g} or a list of them, not "
+                        f"{number!r}"
+                    )
+            checked[name] = scale
+    if not checked:
+        raise ValueError(f"{where or 'the mapping '}names no block")
+    return checked
 
 
 class Settings(StrictModel):
@@ -40,17 +84,38 @@ class Settings(StrictModel):
     controlnet_conditioning_scale: ControlScale | Annotated[list[ControlScale], Field(min_length=1)] = Field(
         default=1.0, description="strength of the query's layout; a list gives one value per ControlNet"
     )
-    control_guidance_start: Fraction = Field(
-        default=0.0, description="fraction of the steps at which the ControlNet starts"
+    guidance_rescale: Fraction = Field(
+        default=0.0,
+        description="how far the guided prediction is scaled back to the std of the one with the prompt; "
+        "against overexposure by strong guidance",
     )
-    control_guidance_end: Fraction = Field(
-        default=1.0, description="fraction of the steps at which the ControlNet ends"
+    control_guidance_start: Fraction | Fractions = Field(
+        default=0.0,
+        description="fraction of the steps at which the ControlNet starts; a list gives one value per "
+        "ControlNet",
+    )
+    control_guidance_end: Fraction | Fractions = Field(
+        default=1.0,
+        description="fraction of the steps at which the ControlNet ends; a list gives one value per "
+        "ControlNet",
     )
     context_scale: Annotated[float, Field(ge=0, le=10)] = Field(
         default=1.0, description="weight of all contexts relative to the prompt"
     )
+    context_blocks: Annotated[str | dict[str, Any], AfterValidator(_checked_blocks)] = Field(
+        default="all",
+        description="the U-Net's blocks that attend to the contexts: all, style, layout, style+layout, or "
+        "diffusers' mapping of scales by block, times `context_scale`",
+    )
     context_weights: list[Annotated[float, Field(ge=0, le=10)]] | None = Field(
         default=None, description="one weight per context; default: 1 for each"
+    )
+    lora: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="a name of `model.loras`; default: none of them"
+    )
+    lora_scale: Annotated[float, Field(ge=-10, le=10)] = Field(
+        default=1.0,
+        description="the scale of the row's LoRA; rows share calls where LoRA and scale are equal",
     )
     strength: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
@@ -82,13 +147,28 @@ class Settings(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _window_is_open(self) -> Self:
-        if self.control_guidance_start >= self.control_guidance_end:
-            raise ValueError(
-                f"control_guidance_start ({self.control_guidance_start:g}) must be below "
-                f"control_guidance_end ({self.control_guidance_end:g})"
-            )
+    def _windows_are_open(self) -> Self:
+        for start, end in self.control_windows(None):
+            if start >= end:
+                raise ValueError(
+                    f"control_guidance_start ({start:g}) must be below control_guidance_end ({end:g})"
+                )
         return self
+
+    def control_windows(self, networks: int | None) -> list[tuple[float, float]]:
+        """Return the start and the end of each ControlNet's window. networks: how many there are; None: as
+        many as the lists say. Raises ValueError where the lists say another number."""
+        given = {name: getattr(self, name) for name in ("control_guidance_start", "control_guidance_end")}
+        lengths = {name: len(value) for name, value in given.items() if isinstance(value, list)}
+        count = networks if networks is not None else max(lengths.values(), default=1)
+        for name, length in lengths.items():
+            if length != count:
+                other = f"the model has {count} ControlNets" if networks is not None else f"the other {count}"
+                raise ValueError(f"{name} has {length} values, {other}")
+        starts, ends = (
+            value if isinstance(value, list) else itertools.repeat(value, count) for value in given.values()
+        )
+        return list(zip(starts, ends, strict=True))
 
 
 # What A1111, ComfyUI, diffusers' pipelines and data sets call settings and columns.
@@ -102,6 +182,8 @@ OTHER_NAMES = {
     "guidance": "guidance_scale",
     "ip_adapter_scale": "context_scale",
     "ip_adapter_image": "context",
+    "ip_adapter_masks": "context_masks",
+    "cfg_rescale": "guidance_rescale",
     "controlnet_scale": "controlnet_conditioning_scale",
     "control_scale": "controlnet_conditioning_scale",
     "denoising_strength": "strength",

@@ -54,6 +54,7 @@ class Backbone(Protocol):
     context_slots: int  # contexts that a row may have
     noise_scale: float  # of the noise that sampling begins with; 1: as trained
     tiles: bool  # whether `decode` can work in tiles
+    num_controlnets: int
 
     @property
     def denoisers(self) -> list[nn.Module]:
@@ -64,8 +65,8 @@ class Backbone(Protocol):
         model lacks."""
 
     def shape_group(self, request: Request) -> Hashable:
-        """Return what fixes the shapes of the row's tensors, a function of the row alone. Only rows of the
-        same group share a call of `predict`."""
+        """Return what fixes the shapes of the row's tensors and the weights that it needs, a function of the
+        row alone. Only rows of the same group share a call of `predict`."""
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         """Return the shape of the row's latents, without a batch dimension."""
@@ -83,11 +84,12 @@ class Backbone(Protocol):
         pipeline draws."""
 
     def predict(
-        self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions | None
+        self, latents: Tensor, timesteps: Tensor, lanes: Conditions, control: Conditions | None, group: Any
     ) -> Tensor:
         """Return the model's output for latents (P, ...) float32 at timesteps (P,) float32.
 
-        control: of the row of each lane, (P, ...); a `scale` of 0 is no control. None: no lane has any."""
+        group: the shape group of the lanes' rows. control: of the row of each lane, (P, ...); a `scale` of 0
+        is no control. None: no lane has any."""
 
     def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
         """Decode one row's latents (1, ...) float32 to an image (1, 3, H, W) in [0, 1].

@@ -12,7 +12,7 @@ from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.lane_buffers import LaneBuffers
 from context_diffusion.engine.rows import Row, State
-from context_diffusion.engine.step import Captures, Stepper
+from context_diffusion.engine.step import Captures, Stepper, Variant
 
 GROWTH = 256  # steps without running out of memory after which chunks may be larger again
 
@@ -81,7 +81,7 @@ class Chunk:
         """Write a prepared row to the lowest free places. The caller knows that it fits."""
         if self._stepper is None:
             buffers = LaneBuffers(row.ready, self.size, self._device)
-            self._stepper = Stepper(self._backbone, buffers, self._captures)
+            self._stepper = Stepper(self._backbone, buffers, self.group, self._captures)
         taken = {place for places in self.rows.values() for place in places}
         places = [place for place in range(self.size) if place not in taken][: row.lanes]
         if self._stepper.buffers.fit(row):
@@ -96,7 +96,9 @@ class Chunk:
     def step(self) -> None:
         """Move each row one step on."""
         assert self._stepper is not None, "a chunk without rows does not step"
-        self._stepper(controlled=any(row.ready.window[row.step] for row in self.rows))
+        controlled = any(row.ready.window[row.step] for row in self.rows)
+        rescaled = any(row.guidance_rescale for row in self.rows)
+        self._stepper(Variant(controlled, rescaled))
         for row in self.rows:
             row.step += 1
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from context_diffusion.engine.backbone import Conditions
-from context_diffusion.engine.rows import COLUMNS, Prepared, Row
+from context_diffusion.engine.rows import Prepared, Row
 
 BRANCHES = 3  # lanes of a row, at most
 LEAST_STEPS = 64  # of a table; longer ones take twice as much until they fit
@@ -24,10 +24,11 @@ class LaneBuffers:
     """Buffers for `places` lanes. The first row says the shapes of all.
 
     latents, x0: (P, ...) float32, of a row, at its first place; x0 is that of the step before. step: (P,)
-    int64. active: (P,), 1 at the first place of each row, else 0. tables: (P, S, COLUMNS). noise: (P, S,
-    ...); None: no row needs any. row_of_lane: (P,) the first place of each lane's row. lanes_of_row, weights:
-    (P, BRANCHES), the places of a row's lanes and their weights in the guided sum. lanes, control: what
-    `Backbone.predict` reads.
+    int64. active: (P,), 1 at the first place of each row, else 0. tables: (P, S, ...), see Prepared. noise:
+    (P, S, ...); None: no row needs any. row_of_lane: (P,) the first place of each lane's row. lanes_of_row,
+    weights: (P, BRANCHES), the places of a row's lanes and their weights in the guided sum. last_lane: (P,)
+    the place of a row's last lane, which has its prompt and contexts. rescale: (P,) guidance_rescale. lanes,
+    control: what `Backbone.predict` reads.
     """
 
     def __init__(self, first: Prepared, places: int, device: torch.device) -> None:
@@ -37,11 +38,13 @@ class LaneBuffers:
         self.x0 = torch.zeros_like(self.latents)
         self.step = torch.zeros(places, dtype=torch.int64, device=device)
         self.active = torch.zeros(places, dtype=torch.int64, device=device)
-        self.tables = torch.zeros(places, LEAST_STEPS, COLUMNS, device=device)
+        self.tables = torch.zeros(places, LEAST_STEPS, first.table.shape[1], device=device)
         self.noise: Tensor | None = None
         self.row_of_lane = self.places.clone()
         self.lanes_of_row = self.places[:, None].repeat(1, BRANCHES)
         self.weights = torch.zeros(places, BRANCHES, device=device)
+        self.last_lane = self.places.clone()
+        self.rescale = torch.zeros(places, device=device)
         self.lanes = _empty(first.encoded.lanes[0], places)
         self.control: Conditions | None = None
 
@@ -70,6 +73,8 @@ class LaneBuffers:
             # An absent branch reads the row's own lane with weight 0, never a neighbour's.
             self.lanes_of_row[first, number] = places[number] if present else first
             self.weights[first, number] = row.branches[number].weight if present else 0.0
+        self.last_lane[first] = places[-1]
+        self.rescale[first] = row.guidance_rescale
         for place, conditions in zip(places, ready.encoded.lanes, strict=True):
             self.row_of_lane[place] = first
             _write(self.lanes, place, conditions)
@@ -90,6 +95,7 @@ class LaneBuffers:
         first = places[0]
         self.active[first] = 0
         self.step[first] = 0
+        self.rescale[first] = 0
         self.tables[first] = 0
         self.latents[first] = 0
         for place in places:

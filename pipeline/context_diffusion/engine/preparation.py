@@ -12,7 +12,9 @@ from concurrent.futures import Executor, Future
 import torch
 from torch import Tensor
 
+from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.records import Failure, Request
+from context_diffusion.core.settings import Settings
 from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.chunk import Chunk
 from context_diffusion.engine.embedding_cache import Cache
@@ -115,10 +117,11 @@ def prepare(row: Row, backbone: Backbone, cache: Cache) -> Prepared:
     encoded = backbone.encode(request, row.branches, cache)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     latents = _first_latents(request, table, backbone, generator)
-    acting = control_window(len(table), settings.control_guidance_start, settings.control_guidance_end)
-    window = [encoded.control is not None and step in acting for step in range(len(table))]
-    factors = torch.tensor(window, dtype=torch.float32)[:, None]
-    columns = torch.cat([table.timesteps[:, None], table.coefficients.float(), factors], 1)
+    acting = torch.zeros(len(table), backbone.num_controlnets)
+    if encoded.control is not None:
+        acting = control_factors(len(table), settings, backbone.num_controlnets)
+    window = acting.any(1).tolist()
+    columns = torch.cat([table.timesteps[:, None], table.coefficients.float(), acting], 1)
     noise = _noise(table, latents.shape[1:], generator)
     row.seconds += time.perf_counter() - started
     return Prepared(encoded, latents, columns, noise, window)
@@ -149,6 +152,19 @@ def start_step(steps: int, strength: float | None) -> int:
     """Return the first step of an image-to-image row, as diffusers counts it: steps - min(int(steps ·
     strength), steps)."""
     return 0 if strength is None else max(steps - min(int(steps * strength), steps), 0)
+
+
+def control_factors(steps: int, settings: Settings, networks: int) -> Tensor:
+    """Return 1 where a ControlNet acts, else 0, for each step and ControlNet (S, N). Raises RowError where
+    the row's windows are not as many as the ControlNets."""
+    try:
+        windows = settings.control_windows(networks)
+    except ValueError as error:
+        raise RowError(ErrorCode.INVALID_SETTING, str(error)) from None
+    factors = torch.zeros(steps, networks)
+    for network, (start, end) in enumerate(windows):
+        factors[control_window(steps, start, end), network] = 1.0
+    return factors
 
 
 def control_window(steps: int, start: float, end: float) -> range:

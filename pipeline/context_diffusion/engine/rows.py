@@ -17,7 +17,6 @@ from context_diffusion.core.records import Failure, Pixels, Request
 from context_diffusion.engine.backbone import Encoded
 from context_diffusion.engine.guidance import Branch
 
-COLUMNS = 9  # of a row's table on the device: timestep, the seven of scheduler_tables.Table, control factor
 TOO_LARGE = Failure(
     ErrorCode.OUT_OF_MEMORY,
     "the row alone does not fit into the device's memory: try a smaller width and height",
@@ -62,6 +61,11 @@ class Row:
     def steps(self) -> int:
         return len(self.ready.window)
 
+    @property
+    def guidance_rescale(self) -> float:
+        """How far the guided output is rescaled; 0 without guidance."""
+        return self.request.settings.guidance_rescale if self.lanes > 1 else 0.0
+
     def restart(self, size: int) -> None:
         """Wait again, for a chunk of `size` lanes, to begin with the first step."""
         self.state, self.prepared, self.step, self.size = State.WAITING, None, 0, size
@@ -71,9 +75,10 @@ class Row:
 class Prepared:
     """What a row's steps read.
 
-    latents: (1, ...) float32, the first ones. table: (S, COLUMNS) float32. noise: (S, ...) float32, drawn in
-    the order in which diffusers draws; None: the scheduler adds none. window: whether the ControlNets act, at
-    each step.
+    latents: (1, ...) float32, the first ones. table: (S, 8 + N) float32: timestep, the seven columns of
+    scheduler_tables.Table, and for each of N ControlNets 1 where it acts, else 0. noise: (S, ...) float32,
+    drawn in the order in which diffusers draws; None: the scheduler adds none. window: whether any ControlNet
+    acts, at each step.
     """
 
     encoded: Encoded

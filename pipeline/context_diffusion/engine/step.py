@@ -9,9 +9,9 @@ P places
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,26 +20,39 @@ from context_diffusion.engine.backbone import Backbone, Conditions
 from context_diffusion.engine.lane_buffers import LaneBuffers
 
 AHEAD = 2  # steps
+COLUMNS = 8  # of a row's table, before those of the control windows
 EAGER = 8  # steps of a chunk before its step is captured, which few rows of a rare size are not worth
 
 
-def denoise(backbone: Backbone, buffers: LaneBuffers, controlled: bool) -> None:
-    """Move each row of the buffers one step on.
+class Variant(NamedTuple):
+    """What a step does beside the rest, where a row needs it.
 
-    controlled: whether ControlNets run; where they do not, all rows are outside of their control window."""
+    controlled: ControlNets run; without, all rows are outside of their control windows. rescaled: the guided
+    output is rescaled; without, no row has a guidance_rescale."""
+
+    controlled: bool
+    rescaled: bool
+
+
+def denoise(backbone: Backbone, buffers: LaneBuffers, group: Hashable, variant: Variant) -> None:
+    """Move each row of the buffers, all of one shape group, one step on."""
     b = buffers
     now = b.tables[b.places, b.step]
-    time, scale, p, q, x, out, before, noise, window = now.view(
-        *now.shape, *[1] * (b.latents.dim() - 1)
+    columns, windows = now[:, :COLUMNS], now[:, COLUMNS:]
+    time, scale, p, q, x, out, before, noise = columns.view(
+        *columns.shape, *[1] * (b.latents.dim() - 1)
     ).unbind(1)
     outputs = backbone.predict(
         (b.latents * scale)[b.row_of_lane],
         time.flatten()[b.row_of_lane],
         b.lanes,
-        _control(b, window.flatten()) if controlled else None,
+        _control(b, windows) if variant.controlled else None,
+        group,
     ).float()
     weights = b.weights.view(*b.weights.shape, *[1] * (b.latents.dim() - 1))
     output = (outputs[b.lanes_of_row] * weights).sum(1)
+    if variant.rescaled:
+        output = _rescaled(output, outputs[b.last_lane], b.rescale)
     latents = x * b.latents + out * output + before * b.x0
     if b.noise is not None:
         latents = latents + noise * b.noise[b.places, b.step]
@@ -48,13 +61,24 @@ def denoise(backbone: Backbone, buffers: LaneBuffers, controlled: bool) -> None:
     b.step.add_(b.active)
 
 
-def _control(b: LaneBuffers, window: Tensor) -> Conditions:
-    """Return the control of each lane's row, with the scale 0 outside of the row's control window."""
+def _rescaled(guided: Tensor, conditional: Tensor, rescale: Tensor) -> Tensor:
+    """Scale guided outputs (P, ...) towards the std of the conditional ones (Lin et al. 2023, arXiv
+    2305.08891, section 3.4), by rescale (P,) from 0, not at all, to 1."""
+    rescale = rescale.view(-1, *[1] * (guided.dim() - 1))
+    axes = list(range(1, guided.dim()))
+    ratio = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    # An unused place has no std: its ratio is no number.
+    return torch.where(rescale > 0, guided * (rescale * ratio + (1 - rescale)), guided)
+
+
+def _control(b: LaneBuffers, windows: Tensor) -> Conditions:
+    """Return the control of each lane's row, with the scale 0 outside of a ControlNet's window. windows: (P,
+    N), 0 or 1."""
     assert b.control is not None, "a controlled row has been written"
     rows: Conditions = dict(b.control)
     scale = rows["scale"]
     assert isinstance(scale, Tensor)
-    rows["scale"] = scale * window[:, None].to(scale.dtype)
+    rows["scale"] = scale * windows.to(scale.dtype)
     return {
         name: value[b.row_of_lane] if isinstance(value, Tensor) else tuple(v[b.row_of_lane] for v in value)
         for name, value in rows.items()
@@ -90,39 +114,39 @@ class Captures:
 
 class Stepper:
     """Runs `denoise` on a chunk's buffers: on a CPU by a call, on a GPU by replaying CUDA graphs, one for
-    rows with control and one without, after some steps by calls."""
+    each variant, after some steps by calls."""
 
-    def __init__(self, backbone: Backbone, buffers: LaneBuffers, captures: Captures) -> None:
-        self.backbone, self.buffers, self.captures = backbone, buffers, captures
-        self._graphs: dict[bool, Any] = {}
-        self._calls: Counter[bool] = Counter()
+    def __init__(self, backbone: Backbone, buffers: LaneBuffers, group: Hashable, captures: Captures) -> None:
+        self.backbone, self.buffers, self.group, self.captures = backbone, buffers, group, captures
+        self._graphs: dict[Variant, Any] = {}
+        self._calls: Counter[Variant] = Counter()
 
     @torch.inference_mode()
-    def __call__(self, controlled: bool) -> None:
+    def __call__(self, variant: Variant) -> None:
         if self.captures.stream is None:
-            self._denoise(controlled)
+            self._denoise(variant)
             return
-        if controlled not in self._graphs and self._calls[controlled] < EAGER:
-            self._calls[controlled] += 1
-            self._on_stream(controlled, self.captures.stream)
+        if variant not in self._graphs and self._calls[variant] < EAGER:
+            self._calls[variant] += 1
+            self._on_stream(variant, self.captures.stream)
             return
-        if controlled not in self._graphs:
-            self._graphs[controlled] = self.captures.capture(lambda: self._denoise(controlled))
-        self._graphs[controlled].replay()
+        if variant not in self._graphs:
+            self._graphs[variant] = self.captures.capture(lambda: self._denoise(variant))
+        self._graphs[variant].replay()
 
     def forget(self) -> None:
         """Capture again before the next step, since a buffer has moved."""
         self._graphs.clear()
 
-    def _denoise(self, controlled: bool) -> None:
-        denoise(self.backbone, self.buffers, controlled)
+    def _denoise(self, variant: Variant) -> None:
+        denoise(self.backbone, self.buffers, self.group, variant)
 
-    def _on_stream(self, controlled: bool, stream: torch.cuda.Stream) -> None:
+    def _on_stream(self, variant: Variant, stream: torch.cuda.Stream) -> None:
         """Call the step on the stream of captures: libraries load their kernels and workspaces for it."""
         current = torch.cuda.current_stream(self.buffers.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            self._denoise(controlled)
+            self._denoise(variant)
         current.wait_stream(stream)
 
 

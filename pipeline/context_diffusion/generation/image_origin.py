@@ -18,14 +18,13 @@ from context_diffusion.core.job_base import Limits
 from context_diffusion.core.model_parts import PRESETS
 from context_diffusion.core.records import is_derived
 from context_diffusion.core.schema import (
-    CONTEXT,
-    CONTROL_IMAGE,
     ID,
     NEGATIVE_PROMPT,
     OUTPUT,
     PROMPT,
     QUERY,
     READ,
+    SOURCE_LISTS,
 )
 from context_diffusion.core.uris import normal, parent
 from context_diffusion.generation.shards import read_shards
@@ -152,8 +151,7 @@ def read_row(origin: ImageOrigin, base: str | None, storage: Storage) -> dict[st
     row["settings"] = settings_of(metadata, origin.uri).model_dump_json()
     uris = {
         QUERY: [metadata[QUERY]],
-        CONTEXT: metadata[CONTEXT],
-        CONTROL_IMAGE: metadata.get(CONTROL_IMAGE, []),
+        **{name: metadata.get(name, []) for name in SOURCE_LISTS},
     }
     if inline := [name for name, listed in uris.items() if INLINE in listed]:
         planned = _manifest_row(origin, storage)

@@ -17,6 +17,7 @@ from context_diffusion.core.job_base import Fit, Limits
 from context_diffusion.core.records import Control, EngineStats, Failure, Pixels, Request, Result, Shard
 from context_diffusion.core.schema import (
     CONTEXT,
+    CONTEXT_MASKS,
     CONTROL_IMAGE,
     ID,
     LOADED,
@@ -24,6 +25,7 @@ from context_diffusion.core.schema import (
     NEGATIVE_PROMPT,
     PROMPT,
     QUERY,
+    SOURCES,
     SPAN,
     known_rows,
     required,
@@ -33,10 +35,17 @@ from context_diffusion.core.schema import (
 from context_diffusion.core.settings import Settings
 from context_diffusion.core.sweep import Matrix, images_of
 from context_diffusion.core.uris import parent
-from context_diffusion.inputs.context_images import ContextPreprocessing, ReferenceImage
+from context_diffusion.inputs.context_images import (
+    NO_MASKS,
+    ContextPreprocessing,
+    ImageProcessor,
+    ReferenceImage,
+    mask_of,
+)
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.inputs.decode import (
     Size,
+    decode_image,
     decode_resized,
     output_size,
     reference_output_size,
@@ -149,7 +158,7 @@ class LoadImages:
             messages.append(message)
         for name, values in (("error_code", codes), ("error_message", messages)):
             table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
-        for name, values in ((n, table[n]) for n in (QUERY, CONTEXT, CONTROL_IMAGE)):
+        for name, values in ((n, table[n]) for n in SOURCES):
             table = table.set_column(table.column_names.index(name), name, without_bytes(values))
         for name in LOADED.names:
             table = table.append_column(name, pa.array([row[name] for row in rows], LOADED.field(name).type))
@@ -166,6 +175,7 @@ class LoadImages:
             "output_height": height,
             "control_images": [to_image(control.pixels) for control in self._controls(row, query, known)],
             "context_images": [to_image(context) for context in contexts],
+            "mask_images": [to_image(mask) for mask in self._masks(row, (width, height), known)],
             "query_mean": mean,
             "query_std": std,
         }
@@ -194,6 +204,19 @@ class LoadImages:
         height, width = query.shape[:2]
         maps = [self._resized(source, width, height, known) for source in row[CONTROL_IMAGE]]
         return tuple(map(Control, kinds, maps))
+
+    def _masks(self, row: dict[str, Any], size: Size, known: KnownPixels) -> list[Pixels]:
+        """Return the masks of the row's contexts at the output's size."""
+        width, height = size
+        if row[CONTEXT_MASKS] and not isinstance(self.preprocessing, ImageProcessor):
+            raise RowError(ErrorCode.INVALID_SETTING, f"{CONTEXT_MASKS}: {NO_MASKS}")
+
+        def decode(data: bytes, name: str) -> Pixels:
+            return mask_of(decode_image(data, self.limits, name), width, height, name)
+
+        return [
+            self._loaded(source, (CONTEXT_MASKS, size), decode, known) for source in row[CONTEXT_MASKS] or []
+        ]
 
     def _resized(
         self, source: ImageSource, width: int | None, height: int | None, known: KnownPixels
@@ -249,9 +272,21 @@ def _requests(row: dict[str, Any], control_kinds: list[str], matrix: Matrix) -> 
     query = required(row["query_image"])
     controls = tuple(map(Control, control_kinds, map(required, row["control_images"])))
     contexts = tuple(required(context) for context in row["context_images"])
+    masks = tuple(required(mask) for mask in row["mask_images"])
     size = row["output_width"], row["output_height"]
     return [
-        Request(row[ID], index, query, controls, contexts, row[PROMPT], row[NEGATIVE_PROMPT], settings, size)
+        Request(
+            row[ID],
+            index,
+            query,
+            controls,
+            contexts,
+            row[PROMPT],
+            row[NEGATIVE_PROMPT],
+            settings,
+            size,
+            masks,
+        )
         for index, settings in enumerate(images_of(Settings.from_trusted_json(row["settings"]), matrix))
     ]
 

@@ -22,7 +22,7 @@ from context_diffusion.core.errors import (
 )
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard
-from context_diffusion.core.schema import CONTEXT, CONTROL_IMAGE, ID, PROMPT, QUERY
+from context_diffusion.core.schema import CONTEXT, ID, PROMPT, QUERY, SOURCES
 from context_diffusion.core.sweep import combinations
 from context_diffusion.core.uris import normal, protocol
 from context_diffusion.generation.estimate import try_rows
@@ -136,7 +136,7 @@ def _missing_packages(job: GenerateJob, files: list[ManifestFile], storage: Stor
     missing = MissingPackages({}, Counter(), 0)
     checked: set[str] = set()
     names = RowRules.of_job(job).names
-    columns = [names[name] for name in (QUERY, CONTEXT, CONTROL_IMAGE)]
+    columns = [names[name] for name in SOURCES]
     for row in chain.from_iterable(scan_texts(file, storage, columns) for file in files):
         uris = {protocol(uri): uri for uri in reversed(NAMED_URI.findall(str(row)))}
         for scheme in sorted((uris.keys() - checked) & PROTOCOLS):

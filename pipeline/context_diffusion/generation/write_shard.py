@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -15,8 +16,7 @@ import pyarrow.compute as pc
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.schema import (
-    CONTEXT,
-    CONTROL_IMAGE,
+    CONTROL_SETTINGS,
     COUNTED,
     FAILURES_TOLD,
     HUGGING_FACE,
@@ -26,6 +26,7 @@ from context_diffusion.core.schema import (
     PROMPT,
     QUERY,
     SETTING_TYPES,
+    SOURCE_LISTS,
     STAGES,
     WRITTEN,
     columns_of,
@@ -121,7 +122,7 @@ class WriteShard:
             **_setting_columns(row["settings"]),
             "status": "failed" if row["error_code"] else "ok",
             QUERY: _label(row[QUERY], self.base),
-            **{name: _labels(row[name], self.base) for name in (CONTEXT, CONTROL_IMAGE)},
+            **{name: _labels(row[name], self.base) for name in SOURCE_LISTS},
             "control": "+".join(self.job.control_kinds) or "disabled",
             "fit": self.job.fit,
             "model": self.model,
@@ -155,8 +156,10 @@ def _setting_columns(text: str | None) -> dict[str, Any]:
         return {}
     settings = Settings.from_trusted_json(text)
     columns = settings.model_dump(include=set(SETTING_TYPES))
-    scale = settings.controlnet_conditioning_scale
-    columns["controlnet_conditioning_scale"] = scale if isinstance(scale, list) else [scale]
+    for name in CONTROL_SETTINGS:
+        columns[name] = columns[name] if isinstance(columns[name], list) else [columns[name]]
+    if not isinstance(settings.context_blocks, str):
+        columns["context_blocks"] = json.dumps(settings.context_blocks, sort_keys=True)
     if settings.context_guidance_scale is None:
         columns["context_guidance_scale"] = settings.guidance_scale
     return columns

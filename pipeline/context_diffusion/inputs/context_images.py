@@ -132,6 +132,26 @@ class ReferenceImage:
         raise RowError(ErrorCode.INVALID_REFERENCE, f"{width} x {height} pixels: {problem}")
 
 
+MASK_ASPECT_TOLERANCE = 0.02
+NO_MASKS = "this model has no IP-Adapter, whose contexts can have masks; leave them out"
+
+
+def mask_of(pixels: Pixels, width: int, height: int, name: str) -> Pixels:
+    """Scale a context's mask (H, W, 3) to the output's size as diffusers' IPAdapterMaskProcessor does.
+
+    Raises RowError with INVALID_MASK for another aspect ratio than the output's."""
+    rows, columns = pixels.shape[:2]
+    if abs(columns * height / (rows * width) - 1) > MASK_ASPECT_TOLERANCE:
+        raise RowError(
+            ErrorCode.INVALID_MASK,
+            f"context_masks: {name} has {columns} x {rows} pixels, another aspect ratio than the output's "
+            f"{width} x {height}",
+        )
+    if (rows, columns) == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+
+
 ContextPreprocessing = SquareCrop | ImageProcessor | ReferenceImage
 
 

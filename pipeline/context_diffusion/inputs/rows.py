@@ -18,7 +18,6 @@ from context_diffusion.core.job_base import Limits, problem_of
 from context_diffusion.core.records import derive_id, derive_seed
 from context_diffusion.core.schema import (
     CONTEXT,
-    CONTROL_IMAGE,
     ID,
     MANIFEST_COLUMNS,
     NEGATIVE_PROMPT,
@@ -28,6 +27,7 @@ from context_diffusion.core.schema import (
     QUERY,
     READ,
     SETTINGS,
+    SOURCE_LISTS,
 )
 from context_diffusion.core.settings import Settings
 from context_diffusion.core.sweep import Matrix, check_combinations
@@ -138,7 +138,7 @@ def _read_row(row: Row, id_: str, shard: int, rules: RowRules, base: str, names:
         for column in (PROMPT, NEGATIVE_PROMPT):
             read[column] = _prompt(row.get(names[column]), column, rules.limits)
         read[QUERY] = as_source(row.get(names[QUERY]), base)
-        for column in (CONTEXT, CONTROL_IMAGE):
+        for column in SOURCE_LISTS:
             read[column] = as_sources(row.get(names[column]), base)
         _check_id(id_)
         read["settings"] = _settings(row, names, rules, id_).model_dump_json()
@@ -197,7 +197,7 @@ def _settings(row: Row, names: dict[str, str], rules: RowRules, id_: str) -> Set
 
 def _plain(value: Any, name: str) -> Any:
     """Convert a cell to what Settings accepts: CSV text is parsed, whole floats become integers."""
-    if isinstance(value, str) and name != "scheduler":
+    if isinstance(value, str) and name not in ("scheduler", "context_blocks", "lora"):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):

@@ -5,7 +5,7 @@ P lanes  L tokens  D width  J width of a layer's keys  h heads
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -25,18 +25,21 @@ class LaneInputs(NamedTuple):
 
     text: the keys and values (P, L, J) of all cross-attention layers, in the order of the network's modules:
     k, v, k, v, ... contexts: the same of an IP-Adapter. bias, context_bias: (P, 1, 1, L), added to the
-    logits. context_scale: (P, 1, 1); None: no IP-Adapter."""
+    logits. context_scale: (P, layers), of each layer; None: no IP-Adapter. context_masks: empty, or for each
+    resolution of the network (P, slots, L), the weight of each context at each place: contexts are then
+    attended to one by one, not together."""
 
     text: tuple[Tensor, ...]
     bias: Tensor | None = None
     contexts: tuple[Tensor, ...] = ()
     context_bias: Tensor | None = None
     context_scale: Tensor | None = None
+    context_masks: tuple[Tensor, ...] = ()
 
 
 class SelfAttention:
-    """Attend as diffusers' AttnProcessor2_0 does, with one projection for queries, keys and values; `lanes`
-    is ignored."""
+    """Attend as diffusers' AttnProcessor2_0 does, with one projection for queries, keys and values where the
+    layer has it; `lanes` is ignored."""
 
     def __call__(
         self,
@@ -48,7 +51,11 @@ class SelfAttention:
         *,
         lanes: LaneInputs | None = None,
     ) -> Tensor:
-        query, key, value = (_heads(part, attn.heads) for part in attn.to_qkv(hidden_states).chunk(3, 2))
+        if attn.to_q is None:
+            parts: Any = attn.to_qkv(hidden_states).chunk(3, 2)
+        else:
+            parts = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = (_heads(part, attn.heads) for part in parts)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return _projected(attn, attended)
 
@@ -74,9 +81,26 @@ class LaneAttention:
         query = _heads(attn.to_q(hidden_states), attn.heads)
         attended = self._attend(query, lanes.text, lanes.bias, attn.heads)
         if lanes.context_scale is not None:
-            shown = self._attend(query, lanes.contexts, lanes.context_bias, attn.heads)
-            attended = attended + lanes.context_scale * shown
+            shown = (
+                self._attend_masked(query, lanes, attn.heads)
+                if lanes.context_masks
+                else self._attend(query, lanes.contexts, lanes.context_bias, attn.heads)
+            )
+            attended = attended + lanes.context_scale[:, self.place, None, None] * shown
         return _projected(attn, attended)
+
+    def _attend_masked(self, query: Tensor, lanes: LaneInputs, heads: int) -> Tensor:
+        """Attend to each context alone, and return the sum (P, L, J), weighted by the masks."""
+        [masks] = [masks for masks in lanes.context_masks if masks.shape[2] == query.shape[2]]
+        slots = masks.shape[1]
+        key, value = (
+            _heads(lanes.contexts[2 * self.place + part].unflatten(1, (slots, -1)).flatten(0, 1), heads)
+            for part in range(2)
+        )
+        queries = query[:, None].expand(-1, slots, -1, -1, -1).flatten(0, 1)
+        attended = F.scaled_dot_product_attention(queries, key, value)  # (P·slots, h, L, J/h)
+        by_slot = attended.transpose(1, 2).flatten(2).unflatten(0, (-1, slots))
+        return (by_slot * masks[..., None]).sum(1)
 
     def _attend(self, query: Tensor, keys: tuple[Tensor, ...], bias: Tensor | None, heads: int) -> Tensor:
         key, value = (_heads(keys[2 * self.place + part], heads) for part in range(2))
@@ -99,16 +123,18 @@ def cross_attentions(model: nn.Module) -> list[Attention]:
     return [layer for name, layer in model.named_modules() if name.endswith("attn2")]
 
 
-def attend_by_lanes(model: nn.Module) -> list[Attention]:
+def attend_by_lanes(model: nn.Module, fuse: bool = True) -> list[Attention]:
     """Set the processors of a U-Net or ControlNet, and return its cross-attention layers.
 
-    This cannot be undone: pass a copy of a model that is used in another way too."""
+    fuse: project to queries, keys and values of self-attention at once. This cannot be undone: pass a copy of
+    a model that is used in another way too."""
     layers = cross_attentions(model)
     for place, layer in enumerate(layers):
         layer.set_processor(LaneAttention(place))
     for name, layer in model.named_modules():
         if name.endswith("attn1"):
-            _fuse(layer)
+            if fuse:
+                _fuse(layer)
             layer.set_processor(SelfAttention())
     return layers
 

@@ -28,29 +28,32 @@ def tokenize(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Context:
-    """key: of its content."""
+    """key: of its content. mask: where it acts, at the output's size; None: everywhere."""
 
     key: str
     pixels: Pixels
     weight: float
+    mask: Pixels | None = None
 
 
 def weighted_contexts(request: Request, slots: int) -> list[Context]:
     """In the order of their content, so that their order in the row cannot change a bit. Raises RowError
-    where they are more than the model has slots, or the weights are not theirs."""
+    where they are more than the model has slots, or the weights or masks are not theirs."""
     given = request.settings.context_weights or [1.0] * len(request.contexts)
-    if len(given) != len(request.contexts):
-        message = f"context_weights has {len(given)} values for {len(request.contexts)} contexts"
-        raise RowError(ErrorCode.INVALID_SETTING, message)
+    masks = request.masks or (None,) * len(request.contexts)
+    for name, values in (("context_weights", given), ("context_masks", masks)):
+        if len(values) != len(request.contexts):
+            message = f"{name} has {len(values)} values for {len(request.contexts)} contexts"
+            raise RowError(ErrorCode.INVALID_SETTING, message)
     if len(request.contexts) > slots:
         raise RowError(
             ErrorCode.TOO_MANY_CONTEXTS, f"{len(request.contexts)} contexts, the model takes at most {slots}"
         )
     found = (
-        Context(content_key(pixels), pixels, weight)
-        for pixels, weight in zip(request.contexts, given, strict=True)
+        Context(content_key(pixels), pixels, weight, mask)
+        for pixels, weight, mask in zip(request.contexts, given, masks, strict=True)
     )
-    return sorted(found, key=lambda one: (one.key, one.weight))
+    return sorted(found, key=lambda context: (context.key, context.weight, content_key(context.mask)))
 
 
 def control_scales(request: Request, networks: int) -> list[float]:
@@ -66,7 +69,10 @@ def control_scales(request: Request, networks: int) -> list[float]:
     return scales
 
 
-def content_key(pixels: Pixels) -> str:
+def content_key(pixels: Pixels | None) -> str:
+    """Return a key of an image's content; the same for any two that are None."""
+    if pixels is None:
+        return ""
     return hashlib.blake2b(pixels.tobytes(), digest_size=16).hexdigest() + str(pixels.shape)
 
 

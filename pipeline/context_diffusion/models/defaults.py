@@ -13,7 +13,9 @@ from typing import Any
 
 from context_diffusion.core.errors import ConfigError
 from context_diffusion.core.generate_job import ControlName, GenerateJob, control_kinds
-from context_diffusion.core.settings import SchedulerName, Settings
+from context_diffusion.core.schema import CONTROL_SETTINGS
+from context_diffusion.core.settings import SchedulerName, Settings, did_you_mean
+from context_diffusion.models.context_blocks import ContextBlocks, context_blocks
 
 SD15: dict[str, Any] = {
     "num_inference_steps": 30,
@@ -30,12 +32,15 @@ SDXL: dict[str, Any] = {
 KLEIN: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0}
 KLEIN_BASE: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 4.0}
 FLUX2_SCHEDULER: SchedulerName = "flow_euler"
+STABLE_DIFFUSION_ONLY: dict[str, Any] = {"context_blocks": "all", "lora": None, "lora_scale": 1.0}
 FLUX2_UNUSED: dict[str, Any] = {
     "strength": None,
     "context_guidance_scale": None,
+    "guidance_rescale": 0.0,
     "controlnet_conditioning_scale": 1.0,
     "control_guidance_start": 0.0,
     "control_guidance_end": 1.0,
+    **STABLE_DIFFUSION_ONLY,
 }
 NATIVE_SETTINGS: dict[str, Any] = {"num_inference_steps": 4}  # most of the image is its draft
 # A base's own scheduler, by its class in diffusers.
@@ -68,7 +73,8 @@ class Defaults:
     settings: row settings by name. control: a map for each ControlNet; None: it is unknown what they were
     trained on; empty: the model has none. controlnets: their names, for messages. family: the kind of model,
     for messages. unused: settings that the model has no use for, with the value that means so. schedulers:
-    those that the model can use; empty: any that its scheduler_config goes with."""
+    those that the model can use; empty: any that its scheduler_config goes with. blocks: of its U-Net, for
+    `context_blocks`. loras: the names that the setting `lora` may have."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     control: tuple[str, ...] | None = ("gray",)
@@ -76,6 +82,8 @@ class Defaults:
     family: str = ""
     unused: Mapping[str, Any] = field(default_factory=dict)
     schedulers: tuple[SchedulerName, ...] = ()
+    blocks: ContextBlocks | None = None
+    loras: tuple[str, ...] = ()
 
     def refusal(self, settings: Settings) -> str | None:
         """Return why the model does not take the settings; None where it does."""
@@ -90,11 +98,31 @@ class Defaults:
                 continue
             if value not in (neutral, [neutral]):
                 return f"{name}: {self.family} has no use for it, got {value}; leave it out"
+        if self.blocks:
+            try:
+                self.blocks.scales(settings.context_blocks)
+            except ValueError as error:
+                return f"context_blocks: {error}"
+        if settings.lora is not None and settings.lora not in self.loras:
+            known = did_you_mean(settings.lora, self.loras) if self.loras else "the model has none"
+            return f"lora: {settings.lora!r} is no name of model.loras; {known}"
         return None
 
 
-def stable_diffusion_defaults(xl: bool, scheduler: Mapping[str, Any], controlnets: list[str]) -> Defaults:
-    """Return the defaults of a base and its ControlNets. scheduler: the base's scheduler_config."""
+def native_defaults() -> Defaults:
+    """Return the defaults of a native model."""
+    return Defaults(NATIVE_SETTINGS, family="a native model", unused=STABLE_DIFFUSION_ONLY)
+
+
+def stable_diffusion_defaults(
+    unet: Mapping[str, Any],
+    xl: bool,
+    scheduler: Mapping[str, Any],
+    controlnets: list[str],
+    loras: Sequence[str] = (),
+) -> Defaults:
+    """Return the defaults of a base with its ControlNets and LoRA names. unet, scheduler: the base's
+    configurations."""
     settings = SDXL if xl else SD15
     if name := SCHEDULERS.get(str(scheduler.get("_class_name"))):
         settings = settings | {"scheduler": name}
@@ -103,7 +131,8 @@ def stable_diffusion_defaults(xl: bool, scheduler: Mapping[str, Any], controlnet
     if set(scales) > {1.0} or (scales and scales[0] != 1.0):
         settings = settings | {"controlnet_conditioning_scale": scales}
     control = None if None in known else tuple(net[0] for net in known if net)
-    return Defaults(settings, control, tuple(controlnets))
+    blocks = context_blocks(unet, xl)
+    return Defaults(settings, control, tuple(controlnets), blocks=blocks, loras=tuple(loras))
 
 
 def flux2_defaults(distilled: bool) -> Defaults:
@@ -138,7 +167,7 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
             )
         return list(defaults.control)
     kinds = control_kinds(given)
-    if kinds and defaults.family:
+    if kinds and not defaults.controlnets:
         raise ConfigError(
             f"control: {'+'.join(kinds)}: {defaults.family} has no ControlNet, it reads the query itself; "
             "leave control out"
@@ -156,4 +185,8 @@ def resolved_job(job: GenerateJob, defaults: Defaults) -> GenerateJob:
     """Return the job with what it leaves out taken from its model's defaults. Raises ConfigError."""
     kinds = resolved_control(defaults, job.control)
     settings = resolved_settings(defaults, job.settings)
+    for name in CONTROL_SETTINGS if kinds else ():
+        value = getattr(settings, name)
+        if isinstance(value, list) and len(value) != len(kinds):
+            raise ConfigError(f"settings.{name}: {len(value)} values for {len(kinds)} control maps")
     return job.model_copy(update={"control": kinds or "disabled", "settings": settings})

@@ -20,21 +20,25 @@ NAMED = 3  # keys of a LoRA that fit no layer, named in a message
 def fuse_loras(pipe: Any, parts: Parts, prefix: str) -> None:
     """Fuse the LoRA files into a diffusers pipeline. prefix: of their keys. Raises ModelError naming the
     file."""
-    for number, (name, scale) in enumerate(parts.loras):
-        folder, _, file = name.rpartition("/")
-        path = fetch(folder or ".", file, parts.revision)
-        try:
-            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=f"lora{number}")
-            _check(pipe, path, f"lora{number}", f"model: lora {name}", parts.base, prefix)
-            pipe.fuse_lora(lora_scale=scale, adapter_names=[f"lora{number}"])
-            pipe.unload_lora_weights()
-        except ModelError:
-            raise
-        except Exception as error:
-            hint = "; pip install 'context-diffusion[lora]'" if "PEFT" in str(error) else ""
-            raise ModelError(
-                f"model: lora {name} cannot be loaded into {parts.base}: {error}{hint}"
-            ) from error
+    for number, (file, scale) in enumerate(parts.fused_loras):
+        load_lora(pipe, file, f"lora{number}", parts, prefix)
+        pipe.fuse_lora(lora_scale=scale, adapter_names=[f"lora{number}"])
+        pipe.unload_lora_weights()
+
+
+def load_lora(pipe: Any, file: str, adapter: str, parts: Parts, prefix: str) -> None:
+    """Load a LoRA file into a diffusers pipeline, as an adapter of its own. prefix: of its keys. Raises
+    ModelError naming the file."""
+    folder, _, name = file.rpartition("/")
+    path = fetch(folder or ".", name, parts.revision)
+    try:
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter)
+        _check(pipe, path, adapter, f"model: lora {file}", parts.base, prefix)
+    except ModelError:
+        raise
+    except Exception as error:
+        hint = "; pip install 'context-diffusion[lora]'" if "PEFT" in str(error) else ""
+        raise ModelError(f"model: lora {file} cannot be loaded into {parts.base}: {error}{hint}") from error
 
 
 def _check(pipe: Any, path: Path, adapter: str, what: str, base: str, prefix: str) -> None:

@@ -30,9 +30,9 @@ from context_diffusion.inputs.context_images import (
     image_processor,
 )
 from context_diffusion.models.defaults import (
-    NATIVE_SETTINGS,
     Defaults,
     flux2_defaults,
+    native_defaults,
     stable_diffusion_defaults,
 )
 from context_diffusion.models.hub import commit_of, fetch, fetch_optional, split
@@ -140,7 +140,7 @@ def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None 
         if not (folder / part).is_dir():
             raise ModelError(f"model: {folder} has no component {part}/; copy the whole model folder")
     contexts = SquareCrop(max(index["context_size"], TEXTURE_PIXELS))
-    defaults = Defaults(NATIVE_SETTINGS)
+    defaults = native_defaults()
     return ResolvedModel(
         name, "native", folder, parts, digest(folder), index["image_size"], contexts, defaults
     )
@@ -158,7 +158,7 @@ def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> Resolve
     )
     image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     xl = "StableDiffusionXL" in str(index.get("_class_name"))
-    defaults = stable_diffusion_defaults(xl, scheduler, parts.controlnets)
+    defaults = stable_diffusion_defaults(unet, xl, scheduler, parts.controlnets, list(parts.loras))
     kind: ModelKind = "sdxl" if xl else "sd"
     return ResolvedModel(
         name, kind, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults

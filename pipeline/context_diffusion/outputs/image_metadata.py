@@ -21,12 +21,14 @@ from context_diffusion.core.job_base import Fit, StrictModel
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.schema import (
     CONTEXT,
-    CONTROL_IMAGE,
+    CONTEXT_MASKS,
     ID,
     NEGATIVE_PROMPT,
     PROMPT,
     QUERY,
     SETTING_TYPES,
+    SOURCE_LISTS,
+    SOURCES,
 )
 from context_diffusion.core.settings import Settings
 from context_diffusion.core.uris import resolve
@@ -36,10 +38,15 @@ KEY = "context_diffusion"  # of the text in an image file that holds the metadat
 SOFTWARE = {"Software": "context-diffusion"}
 VERSIONED = ("context-diffusion", "torch", "diffusers", "transformers")  # packages that pixels may depend on
 RUNTIME = ("device", "chunk", "compiled")  # what bits depend on, of the engine that generated the image
-ROW = (ID, "index", *SETTING_TYPES, "width", "height", QUERY, CONTEXT, CONTROL_IMAGE, PROMPT, NEGATIVE_PROMPT,
+ROW = (ID, "index", *SETTING_TYPES, "width", "height", *SOURCES, PROMPT, NEGATIVE_PROMPT,
        "full_prompt", "control", "fit", "model", *RUNTIME)  # fmt: skip
 # columns of loaded pixels
-INPUTS = {QUERY: "query_image", "control": "control_images", CONTEXT: "context_images"}
+INPUTS = {
+    QUERY: "query_image",
+    "control": "control_images",
+    CONTEXT: "context_images",
+    CONTEXT_MASKS: "mask_images",
+}
 Metadata = dict[str, Any]
 
 
@@ -55,6 +62,7 @@ class _Untrusted(BaseModel):
     query: str
     context: list[str]
     control_image: list[str] = []
+    context_masks: list[str] = []
     prompt: str | None = None
     negative_prompt: str | None = None
     control: str
@@ -157,7 +165,7 @@ def loading_of(metadata: Metadata, name: str) -> tuple[Fit, list[str]]:
 def sources_of(metadata: Metadata, base: str) -> dict[str, Any]:
     """Return query, contexts and control maps as source columns. base: the folder of relative URIs."""
     sources: dict[str, Any] = {QUERY: _source(metadata["query"], base)}
-    for column in (CONTEXT, CONTROL_IMAGE):
+    for column in SOURCE_LISTS:
         sources[column] = [_source(uri, base) for uri in metadata.get(column, [])]
     return sources
 

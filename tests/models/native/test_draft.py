@@ -120,7 +120,10 @@ def test_the_draft_leaves_with_the_layout() -> None:
         encoded = backbone.encode(one, backbone.branches(one), Cache(2**20))
         assert encoded.control
         latents = torch.randn(1, *backbone.model.latent_shape, generator=generator.manual_seed(0))
-        outputs.append(backbone.predict(latents, torch.tensor([500.0]), encoded.lanes[-1], encoded.control))
+        output = backbone.predict(
+            latents, torch.tensor([500.0]), encoded.lanes[-1], encoded.control, backbone.shape_group(one)
+        )
+        outputs.append(output)
     assert torch.equal(*outputs)
 
 

@@ -45,6 +45,7 @@ class Flux2Backbone:
     context_slots = 3  # the model takes four references
     noise_scale = 1.0
     tiles = True
+    num_controlnets = 0
 
     def __init__(self, model: Flux2, contexts: ReferenceImage, padded: bool) -> None:
         pipe, parts = model.pipe, model.parts
@@ -168,7 +169,7 @@ class Flux2Backbone:
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         raise RowError(ErrorCode.INVALID_SETTING, "strength: this model has no image-to-image start")
 
-    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Any) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Any, group: Any) -> Tensor:
         tokens = latents.to(self.weight.dtype).flatten(2).transpose(1, 2)
         read = LaneTokens(lanes["text"], lanes["references"], lanes["cos"], lanes["sin"], lanes.get("bias"))
         output = predict(self.transformer, tokens, timesteps, read)

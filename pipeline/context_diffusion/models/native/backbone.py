@@ -50,6 +50,7 @@ class NativeBackbone:
         self.noise_scale = model.noise_scale
         self.contexts: ContextPreprocessing = SquareCrop(max(model.context_size, TEXTURE_PIXELS))
         self.tiles = False
+        self.num_controlnets = 1
         self.latent_factor = model.image_size // model.latent_shape[1]
 
     @property
@@ -129,7 +130,9 @@ class NativeBackbone:
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         return self.model.encode_pixels(to_tensor(request.query, self.model.device)).float()
 
-    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Conditions | None) -> Tensor:
+    def predict(
+        self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Conditions | None, group: Any
+    ) -> Tensor:
         down, mid, draft = None, None, None
         if control is not None:
             down, mid, draft = self._control(latents, timesteps, lanes, control)

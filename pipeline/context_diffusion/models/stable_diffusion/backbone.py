@@ -7,54 +7,54 @@ B lanes  T text tokens  K tokens a context  D width  C h w latents
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from context_diffusion.core.errors import ErrorCode, RowError
-from context_diffusion.core.records import Pixels, Request
+from context_diffusion.core.records import Request
+from context_diffusion.core.settings import Settings
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.engine.lane_buffers import pinned
 from context_diffusion.inputs.context_images import ContextPreprocessing, ImageProcessor
-from context_diffusion.models.attention import (
-    ABSENT,
-    LaneInputs,
-    attend_by_lanes,
-    cross_attentions,
-    keys_and_values,
-    log_weights,
-)
-from context_diffusion.models.conditioning import (
-    content_key,
-    control_scales,
-    latent_size,
-    to_tensor,
-    weighted_contexts,
-)
-from context_diffusion.models.normalization import normalise
+from context_diffusion.models.attention import ABSENT, LaneInputs, keys_and_values
+from context_diffusion.models.conditioning import content_key, control_scales, latent_size, to_tensor
+from context_diffusion.models.stable_diffusion.contexts import SLOTS, ContextConditions
 from context_diffusion.models.stable_diffusion.control_networks import ControlNetworks
 from context_diffusion.models.stable_diffusion.loading import StableDiffusion
-from context_diffusion.models.stable_diffusion.prompts import PromptEncoder
+from context_diffusion.models.stable_diffusion.row_loras import LoraKey, Networks, RowNetworks, lora_key
+
+
+class Group(NamedTuple):
+    """A shape group. latents: their shape. lora: of the rows. masked: their contexts have masks."""
+
+    latents: tuple[int, ...]
+    lora: LoraKey | None
+    masked: bool
 
 
 class StableBackbone:
-    """Implement engine/backbone.py. contexts: the image encoder's preprocessing."""
+    """Implement engine/backbone.py. contexts: the image encoder's preprocessing. refusal: why the model does
+    not take a row's settings, or None."""
 
-    def __init__(self, model: StableDiffusion, contexts: ImageProcessor) -> None:
+    def __init__(
+        self, model: StableDiffusion, contexts: ImageProcessor, refusal: Callable[[Settings], str | None]
+    ) -> None:
         pipe = model.pipe
         self.model = model
         self.unet = pipe.unet
         self.vae = pipe.vae
-        self.text = PromptEncoder(pipe, model.xl, model.parts.clip_skip, model.parts.prompt_chunks)
         adapted = pipe.unet.config.encoder_hid_dim_type
-        self.encoder = _ContextEncoder(pipe, contexts, model.parts.normalization) if adapted else None
-        self.layers = attend_by_lanes(self.unet)
+        self.encoder = (
+            ContextConditions(pipe, contexts, model.parts.normalization, model.xl) if adapted else None
+        )
+        self.networks = RowNetworks(pipe, model.row_loras, model.xl, model.parts)
+        self.refusal = refusal
         self.controlnets = ControlNetworks(model.controlnets)
         for network in (*self.denoisers, self.vae):
             network.to(memory_format=torch.channels_last)
@@ -65,7 +65,8 @@ class StableBackbone:
         self.image_size = self.unet.config.sample_size * self.latent_factor
         self.contexts: ContextPreprocessing = contexts
         self.tiles = True
-        self.context_slots = 8
+        self.num_controlnets = len(model.controlnets)
+        self.context_slots = SLOTS
         self.noise_scale = 1.0
 
     @property
@@ -82,8 +83,11 @@ class StableBackbone:
 
     def branches(self, request: Request) -> list[Branch]:
         settings = request.settings
+        if reason := self.refusal(settings):
+            raise RowError(ErrorCode.INVALID_SETTING, reason)
         if self.guidance_width is None:
-            differs = self.text.key(request.prompt, False) != self.text.key(request.negative_prompt, True)
+            text = self.networks.base.text
+            differs = text.key(request.prompt, False) != text.key(request.negative_prompt, True)
             return guidance_branches(settings, differs)
         if settings.context_guidance_scale not in (None, settings.guidance_scale):
             message = (
@@ -93,8 +97,8 @@ class StableBackbone:
             raise RowError(ErrorCode.INVALID_SETTING, message)
         return [Branch(1.0, contexts=True, prompt=True)]
 
-    def shape_group(self, request: Request) -> tuple[int, ...]:
-        return self.latent_shape(request)
+    def shape_group(self, request: Request) -> Group:
+        return Group(self.latent_shape(request), lora_key(request.settings), bool(request.masks))
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         return self.vae.config.latent_channels, *latent_size(request, self.latent_factor)
@@ -103,61 +107,35 @@ class StableBackbone:
         return {}
 
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:
+        networks = self.networks(lora_key(request.settings))
         contexts = {branch.contexts: self._contexts(request, branch.contexts, cache) for branch in branches}
         both = self._time_ids(request) | self._guidance(request)
         lanes: list[Conditions] = []
         truncated = False
         for branch in branches:
             prompt, negative = (request.prompt, False) if branch.prompt else (request.negative_prompt, True)
-            key = f"text:{self.text.key(prompt, negative)}"
-            text, cut = cache.get(key, partial(self._text, prompt, negative))
+            key = f"text:{networks.key}:{networks.text.key(prompt, negative)}"
+            text, cut = cache.get(key, partial(self._text, networks, prompt, negative))
             truncated |= cut
             lanes.append(text | contexts[branch.contexts] | both)
         return Encoded(lanes, self._control_maps(request, cache), truncated)
 
-    def _text(self, prompt: str | None, negative: bool) -> tuple[Conditions, bool]:
+    def _contexts(self, request: Request, present: bool, cache: Cache) -> Conditions:
+        """Encode the contexts of a guidance branch."""
+        if self.encoder is None:
+            return {}
+        return self.encoder(request, latent_size(request, self.latent_factor), present, cache)
+
+    def _text(self, networks: Networks, prompt: str | None, negative: bool) -> tuple[Conditions, bool]:
         """Encode a prompt to the keys and values of all layers, and return whether it was truncated."""
-        hidden, pooled, mask = self.text(prompt, negative)
-        conditions: Conditions = {"text": keys_and_values(self.layers, hidden)}
+        hidden, pooled, mask = networks.text(prompt, negative)
+        conditions: Conditions = {"text": keys_and_values(networks.layers, hidden)}
         conditions |= self.controlnets.text(hidden)
         if pooled is not None:
             conditions["text_embeds"] = pooled
-        if self.text.chunks > 1:
+        if networks.text.chunks > 1:
             conditions["bias"] = torch.where(mask, 0.0, ABSENT)[:, None, None].to(hidden.dtype)
-        return conditions, self.text.truncates(prompt)
-
-    def _contexts(self, request: Request, present: bool, cache: Cache) -> Conditions:
-        """Encode the contexts of a branch. A branch without them gets an empty image's features.
-
-        What is cached is one context's own; it is padded to the row's slots here."""
-        if self.encoder is None:
-            return {}
-        scale = request.settings.context_scale
-        contexts = weighted_contexts(request, self.context_slots)
-        none = cache.get("context:", partial(self.encoder.keys_and_values, None))
-        if not present:
-            return self._slots([none], [1.0], scale)
-        keys = [
-            cache.get(f"context:{context.key}", partial(self.encoder.keys_and_values, context.pixels))
-            for context in contexts
-        ]
-        return self._slots(keys, [context.weight for context in contexts], scale)
-
-    def _slots(self, keys: list[tuple[Tensor, ...]], weights: list[float], scale: float) -> Conditions:
-        """Join the keys and values (1, K, J) of each context to (1, slots·K, J); zeros fill the rest."""
-        empty = self.context_slots - len(keys)
-        joined = tuple(
-            F.pad(torch.cat(parts, 1), (0, 0, 0, empty * parts[0].shape[1]))
-            for parts in zip(*keys, strict=True)
-        )
-        given = torch.tensor([*weights, *[0.0] * empty])
-        bias = log_weights(given).repeat_interleave(keys[0][0].shape[1])[None, None, None]
-        strength = scale if any(weights) else 0.0
-        return {
-            "contexts": joined,
-            "context_bias": pinned(bias, self.device).to(self.dtype),
-            "context_scale": joined[0].new_full((1, 1, 1), strength),
-        }
+        return conditions, networks.text.truncates(prompt)
 
     def _time_ids(self, request: Request) -> Conditions:
         if not self.model.xl:
@@ -189,7 +167,7 @@ class StableBackbone:
         latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample(generator)
         return (latents * self.vae.config.scaling_factor).float()
 
-    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Any) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Any, group: Group) -> Tensor:
         latents = latents.to(self.dtype)
         added = {name: lanes[name] for name in ("text_embeds", "time_ids") if name in lanes}
         residuals = None
@@ -201,8 +179,9 @@ class StableBackbone:
             lanes.get("contexts", ()),
             lanes.get("context_bias"),
             lanes.get("context_scale"),
+            lanes.get("context_masks", ()),
         )
-        return self.unet(
+        return self.networks(group.lora).unet(
             latents,
             timesteps,
             encoder_hidden_states=None,
@@ -219,53 +198,3 @@ class StableBackbone:
         decode = self.vae.tiled_decode if tiled else self.vae.decode
         images = decode(scaled, return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1)
-
-
-class _ContextEncoder:
-    """The image encoder, and the IP-Adapter's parts taken out of the U-Net, which would run them at every
-    step."""
-
-    def __init__(self, pipe: Any, preprocessing: ImageProcessor, normalization: Any) -> None:
-        self.encoder = pipe.image_encoder
-        self.normalization = normalization
-        self.scale = preprocessing.scale
-        [self.project] = pipe.unet.encoder_hid_proj.image_projection_layers
-        self.keys = [
-            part[0]
-            for layer in cross_attentions(pipe.unet)
-            for part in (layer.processor.to_k_ip, layer.processor.to_v_ip)
-        ]
-        pipe.unet.encoder_hid_proj = None
-        pipe.unet.register_to_config(encoder_hid_dim_type=None)
-        self.mean, self.std = (
-            torch.tensor(part, device=self.encoder.device)[:, None, None]
-            for part in (preprocessing.mean, preprocessing.std)
-        )
-
-    def keys_and_values(self, pixels: Pixels | None) -> tuple[Tensor, ...]:
-        """Return the keys and values (1, K, J) of all layers for a context, uint8 (S, S, 3), or for none."""
-        tokens = self._empty() if pixels is None else self._encode(pixels)
-        return tuple(key(tokens) for key in self.keys)
-
-    def _encode(self, pixels: Pixels) -> Tensor:
-        """Encode a context to tokens (1, K, D)."""
-        image = to_tensor(pixels, self.encoder.device)
-        if self.normalization == "none":
-            values = (image * self.scale - self.mean) / self.std
-        else:
-            values, _, _ = normalise(image, self.normalization)
-        return self._features(values.to(self.encoder.dtype), empty=False)
-
-    def _empty(self) -> Tensor:
-        side = self.encoder.config.image_size
-        return self._features(
-            torch.zeros(1, 3, side, side, device=self.encoder.device, dtype=self.encoder.dtype), empty=True
-        )
-
-    def _features(self, values: Tensor, empty: bool) -> Tensor:
-        """Return the adapter's tokens: a plain one reads the projected embedding, Plus the patches; `empty`:
-        of no context."""
-        if isinstance(self.project, ImageProjection):
-            embeds = self.encoder(values).image_embeds
-            return self.project(torch.zeros_like(embeds) if empty else embeds)
-        return self.project(self.encoder(values, output_hidden_states=True).hidden_states[-2])

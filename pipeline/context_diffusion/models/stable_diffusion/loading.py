@@ -25,6 +25,7 @@ from context_diffusion.core.model_parts import Parts
 from context_diffusion.models.component_loading import ComponentLoader
 from context_diffusion.models.hub import fetch
 from context_diffusion.models.lora import fuse_loras
+from context_diffusion.models.stable_diffusion.row_loras import load_row_loras
 from context_diffusion.models.stable_diffusion.safety_checker import SafetyChecker
 
 # IP-Adapters that read images
@@ -34,12 +35,13 @@ ADAPTERS = (ImageProjection, IPAdapterPlusImageProjection, IPAdapterFullImagePro
 @dataclass
 class StableDiffusion:
     """A loaded model. pipe: diffusers' text-to-image pipeline of the base, with the IP-Adapter in its U-Net;
-    xl: an XL one."""
+    xl: an XL one. row_loras: copies of it with each LoRA that rows choose, by name."""
 
     pipe: Any
     controlnets: list[Any]
     parts: Parts
     xl: bool
+    row_loras: dict[str, Any]
     unsafe: SafetyChecker | None = None
 
 
@@ -63,15 +65,18 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
                 "different"
             )
     fuse_loras(pipe, parts, "unet.")
+    row_loras = load_row_loras(pipe, parts)
     if parts.ip_adapter and parts.ip_adapter_weight_name:
         _load_ip_adapter(pipe, parts, fetch(parts.ip_adapter, parts.ip_adapter_weight_name, parts.revision))
     pipe.set_progress_bar_config(disable=True)
     checker = _load_safety_checker(loader, parts.safety_checker) if parts.safety_checker else None
-    for module in [*pipe.components.values(), *controlnets, checker]:
+    copied = [module for copy in row_loras.values() for module in copy.components.values()]
+    for module in [*pipe.components.values(), *copied, *controlnets, checker]:
         if isinstance(module, nn.Module):
             module.to(device).eval().requires_grad_(False)
     pipe.vae.to(_vae_dtype(loader.dtype, device, upcast=xl and pipe.vae.config.force_upcast))
-    return StableDiffusion(pipe, controlnets, parts, xl, SafetyChecker(checker) if checker else None)
+    unsafe = SafetyChecker(checker) if checker else None
+    return StableDiffusion(pipe, controlnets, parts, xl, row_loras, unsafe)
 
 
 def _vae_dtype(dtype: torch.dtype, device: torch.device, upcast: bool) -> torch.dtype:

@@ -23,6 +23,7 @@ ERRORS: dict[ErrorCode, str] = {
     ErrorCode.TRUNCATED_IMAGE: "An image file ends early or is damaged.",
     ErrorCode.TOO_MANY_PIXELS: "An image has more pixels than the job allows.",
     ErrorCode.INVALID_REFERENCE: "An image has sides or an aspect ratio that the model does not read.",
+    ErrorCode.INVALID_MASK: "A context's mask has another aspect ratio than the output.",
     ErrorCode.NO_QUERY: "The row has no query image.",
     ErrorCode.NO_CONTEXT: "The row has no context image.",
     ErrorCode.TOO_MANY_CONTEXTS: "The row has more context images than allowed.",
