@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from context_diffusion.core.records import Request
 from context_diffusion.engine.lane_buffers import LaneBuffers
-from context_diffusion.engine.step import denoise
+from context_diffusion.engine.step import Variant, denoise
 from context_diffusion.pipeline import ContextDiffusion
 from support.diffusers_reference import Model, row
 from support.klein_rows import Size
@@ -104,7 +104,8 @@ def test_a_step_is_one_graph_for_all_settings(small: ContextDiffusion) -> None:
     step = torch.compile(denoise, fullgraph=True, backend="eager")
     for control in (True, False):
         for rows in mixed_rows():
-            step(small.backbone, _buffers(small, rows), control)
+            group = small.backbone.shape_group(rows[0])
+            step(small.backbone, _buffers(small, rows), group, Variant(control, rescaled=False))
     # With control and without, with noise and without.
     assert 2 <= counters["stats"]["unique_graphs"] <= 4
     assert not counters["graph_break"]
@@ -129,11 +130,12 @@ def test_a_step_of_klein_is_one_graph_for_a_shape_group(tmp_path: Path) -> None:
     step = torch.compile(denoise, fullgraph=True, backend="eager")
     for sizes, settings in KLEIN:
         rows = klein_rows(klein, 2, sizes, **settings)
-        assert klein.backbone.shape_group(rows[0]) == (4, 6, 64, True)
+        group = klein.backbone.shape_group(rows[0])
+        assert group == (4, 6, 64, True)
         buffers = _buffers(klein, rows)
         before = buffers.latents.clone()
         for _ in range(3):
-            step(klein.backbone, buffers, False)
+            step(klein.backbone, buffers, group, Variant(controlled=False, rescaled=False))
         assert not torch.equal(buffers.latents, before)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]

@@ -112,7 +112,7 @@ def test_a_long_prompt_is_cut_and_the_row_says_so_or_is_read_in_chunks(model: Mo
     words, more = "words " * 12, " and a very red house at the very end of a long long road by the sea"
     pipeline = load(model)
     cut, same = row(1, prompt=words + more), row(1, prompt=words + more + " !")
-    [(_, outcome)] = list(pipeline.generate([cut]))
+    [(_, outcome)] = list(pipeline.generate([cut], chunk=4))
     assert isinstance(outcome, Result)
     assert outcome.prompt_truncated
     assert np.array_equal(outcome.image, image(pipeline, same)), "what is cut says nothing"
