@@ -63,6 +63,7 @@ def reference(
         told = {"prompt_embeds": torch.zeros(1, 77, 64), "pooled_prompt_embeds": torch.zeros(1, 32)}
     if "ip_adapter" in model:
         told["ip_adapter_image"] = [contexts or [Image.fromarray(context) for context in one.contexts]]
+    told |= {"eta": 0.3} if settings.scheduler == "tcd" else {}  # its class's default; the pipelines' is 0
     maps = [Image.fromarray(control.pixels) for control in one.controls]
     if one.controls:
         told |= {
@@ -170,12 +171,15 @@ def compare(model: Model, rows: list[Request], xl: bool) -> None:
 # Written once more, apart from the package: what a diffusers user would construct.
 REFERENCES: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
+    "ddim_trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
     "ddpm": ("DDPMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler_trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "tcd": ("TCDScheduler", {}),
     "lcm": ("LCMScheduler", {}),
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
