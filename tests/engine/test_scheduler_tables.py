@@ -51,8 +51,10 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 def comparable(scheduler: str, prediction: str, spacing: str, steps: int, more: dict[str, Any]) -> bool:
     """Where diffusers itself has an answer to compare with."""
-    if scheduler == "lcm":  # spaced as its own training was
+    if scheduler in ("lcm", "tcd"):  # spaced as their own training was
         return steps <= 50 and spacing == "leading"
+    if scheduler.endswith("_trailing"):  # whatever the model's own spacing is
+        return comparable(scheduler.removesuffix("_trailing"), prediction, "trailing", steps, more)
     if scheduler == "flow_euler":  # predicts the flow, over sigmas of its own
         return prediction == "epsilon" and spacing == "leading" and more is STABLE_DIFFUSION
     if scheduler in ("ddim", "ddpm"):
@@ -73,7 +75,7 @@ CASES = [
         list(REFERENCES),
         ["epsilon", "v_prediction", "sample"],
         ["leading", "trailing", "linspace"],
-        [1, 2, 14, 50, 100],
+        [1, 2, 4, 8, 20, 50, 100],
         [STABLE_DIFFUSION, COSINE],
     )
     if comparable(*case)
@@ -88,7 +90,7 @@ def test_every_sampler_is_compared() -> None:
 def test_a_table_steps_as_its_scheduler(
     scheduler: SchedulerName, prediction: str, spacing: str, steps: int, more: dict[str, Any]
 ) -> None:
-    first = 5 if steps in (14, 100) else 0  # those as image to image
+    first = {4: 1, 20: 5, 100: 5}.get(steps, 0)  # those as image to image
     settings = config_for(scheduler, prediction, spacing, **more)
     reference = reference_of(scheduler, settings, steps)
     table = make_table(scheduler, steps, settings, first)
@@ -108,7 +110,7 @@ def test_a_table_steps_as_its_scheduler(
         if hasattr(reference, "scale_model_input"):
             close(ours * scale_in, reference.scale_model_input(theirs, timestep))
         theirs = reference.step(
-            output, timestep, theirs, **({} if scheduler == "ddim" else {"generator": drawn})
+            output, timestep, theirs, **({} if scheduler.startswith("ddim") else {"generator": drawn})
         ).prev_sample
         noise = torch.randn(shape, generator=draws).double() if d else torch.zeros(shape)
         x0 = p * ours + q * output
@@ -198,7 +200,30 @@ def test_what_is_not_linear_is_refused() -> None:
         make_table("ddim", 10, config("epsilon", "leading") | {"clip_sample": True})
 
 
-def test_too_many_steps_for_a_sampler_is_the_rows_fault() -> None:
-    with pytest.raises(RowError, match="scheduler lcm with 60 steps") as caught:
-        make_table("lcm", 60, config("epsilon", "leading", **STABLE_DIFFUSION))
+@pytest.mark.parametrize("scheduler", ["lcm", "tcd"])
+def test_too_many_steps_for_a_sampler_is_the_rows_fault(scheduler: SchedulerName) -> None:
+    with pytest.raises(RowError, match=f"scheduler {scheduler} with 60 steps") as caught:
+        make_table(scheduler, 60, config("epsilon", "leading", **STABLE_DIFFUSION))
     assert caught.value.code == ErrorCode.INVALID_SETTING
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_the_x0_of_tcd_is_the_one_that_ddim_predicts_at_its_timesteps(prediction: str) -> None:
+    """Its class does not return it."""
+    settings = config(prediction, "leading", **STABLE_DIFFUSION)
+    table = make_table("tcd", 4, settings)
+    ddim = reference_of("ddim", settings, 4)
+    x, output = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for timestep, (_, p, q, *_) in zip(table.timesteps.long(), table.coefficients.tolist(), strict=True):
+        close(p * x.double() + q * output, ddim.step(output, timestep, x).pred_original_sample)
+
+
+def test_a_trailing_sampler_starts_from_pure_noise_and_a_base_that_is_trailing_needs_none() -> None:
+    """SDXL's own configuration is leading: its first timestep of 4 is 751."""
+    leading = config("epsilon", "leading", steps_offset=1, **STABLE_DIFFUSION)
+    for name in ("euler", "ddim"):
+        table = make_table(f"{name}_trailing", 4, leading)  # type: ignore[arg-type]
+        assert table.timesteps.tolist() == [999, 749, 499, 249]
+        assert make_table(name, 4, leading).timesteps.tolist() == [751, 501, 251, 1]  # type: ignore[arg-type]
+        own = make_table(name, 4, leading | {"timestep_spacing": "trailing"})  # type: ignore[arg-type]
+        assert torch.equal(own.coefficients, table.coefficients)

@@ -39,6 +39,8 @@ from context_diffusion.core.training_job import (
     TrainJob,
 )
 from context_diffusion.models.defaults import (
+    FAMILIES,
+    FEW_STEPS,
     Defaults,
     flux2_defaults,
     native_defaults,
@@ -176,7 +178,19 @@ def presets() -> str:
     return listed(f"| model | pixels | control | {' | '.join(PRESET_SETTINGS)} |", lines)
 
 
+def few_steps() -> str:
+    """The few-step LoRAs with the settings that they are used with."""
+    lines = {}
+    for (name, family), preset in FEW_STEPS.items():
+        repo, _, file = preset.lora.rpartition("/")
+        assert preset.guidance_scale <= 1
+        values = [repo, file, f"`{preset.scheduler}`", preset.num_inference_steps, "none"]
+        lines[f"`{name}` | {FAMILIES[family]}"] = " | ".join(map(str, values))
+    return listed("| `few_steps` | base | LoRA | file | scheduler | steps | guidance |", lines)
+
+
 TABLES["presets"] = presets()
+TABLES["few_steps"] = few_steps()
 
 
 def words() -> str:
@@ -197,6 +211,7 @@ TABLES["words"] = words()
 CONFIGURATION = ("settings", "job", "parts", "presets", "train", "finetune", "evaluate")
 PAGES = {
     REFERENCE / "configuration.md": {name: TABLES[name] for name in CONFIGURATION},
+    REFERENCE / "models.md": {"few_steps": TABLES["few_steps"]},
     REFERENCE / "cli.md": {"exits": TABLES["exits"]},
     REFERENCE / "errors.md": {"codes": TABLES["codes"]},
     PACKAGE / "models/native/bundled/README.md": {"words": TABLES["words"]},

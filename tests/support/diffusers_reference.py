@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
@@ -36,12 +37,14 @@ def row(number: int, **own: Any) -> Request:
         own.pop("control", ["canny", "gray"]),
     )
     prompt, negative = own.pop("prompt", "a misty forest"), own.pop("negative_prompt", None)
+    masks = own.pop("masks", ())
     settings = Settings.model_validate(
         {"seed": number, "num_inference_steps": 3, "guidance_scale": 4.0, **own}
     )
     query = picture(number, *size)
     shown = tuple(picture(100 + number + k, 32, 32) for k in range(contexts))
-    return Request(f"row-{number}", 0, query, controls_of(query, kinds), shown, prompt, negative, settings)
+    controls = controls_of(query, kinds)
+    return Request(f"row-{number}", 0, query, controls, shown, prompt, negative, settings, masks=masks)
 
 
 def reference(
@@ -50,9 +53,12 @@ def reference(
     """By diffusers alone: its pipeline for that kind of row, its scheduler, one call. contexts: the
     originals, of any size, in place of the request's pixels; skip: clip_skip. -> latents and picture."""
     settings = one.settings
-    pipe = pipeline_of(json.dumps(model), xl, bool(one.controls), settings.strength is not None)
+    lora = None if settings.lora is None else model["loras"][settings.lora]
+    pipe = pipeline_of(json.dumps(model), xl, bool(one.controls), settings.strength is not None, lora)
+    if lora:
+        pipe.set_adapters(["own"], [settings.lora_scale])
     if "ip_adapter" in model:
-        pipe.set_ip_adapter_scale(settings.context_scale)
+        pipe.set_ip_adapter_scale(adapter_scale(one, xl))
     name, own = REFERENCES[settings.scheduler]
     pipe.scheduler = getattr(diffusers, name).from_pretrained(model["base"], subfolder="scheduler", **own)
     told: dict[str, Any] = {"prompt": one.prompt or "", "negative_prompt": one.negative_prompt}
@@ -63,6 +69,15 @@ def reference(
         told = {"prompt_embeds": torch.zeros(1, 77, 64), "pooled_prompt_embeds": torch.zeros(1, 32)}
     if "ip_adapter" in model:
         told["ip_adapter_image"] = [contexts or [Image.fromarray(context) for context in one.contexts]]
+    if one.masks:
+        width, height = one.output_size
+        masks = IPAdapterMaskProcessor().preprocess(
+            [Image.fromarray(mask).convert("L") for mask in one.masks], height=height, width=width
+        )
+        told["cross_attention_kwargs"] = {"ip_adapter_masks": [masks.reshape(1, -1, height, width)]}
+    if settings.guidance_rescale:
+        told["guidance_rescale"] = settings.guidance_rescale
+    told |= {"eta": 0.3} if settings.scheduler == "tcd" else {}  # its class's default; the pipelines' is 0
     maps = [Image.fromarray(control.pixels) for control in one.controls]
     if one.controls:
         told |= {
@@ -89,8 +104,36 @@ def reference(
     return latents, np.asarray(pipe.image_processor.postprocess(decoded, output_type="pil")[0])
 
 
+# Written once more, apart from the package: the blocks that InstantStyle names.
+STYLE = {True: {"up": {"block_0": [0.0, 1.0, 0.0]}}, False: {"up": {"block_1": 1.0}}}
+LAYOUT = {True: {"down": {"block_2": [0.0, 1.0]}}, False: {"down": {"block_2": 1.0}, "mid": 1.0}}
+
+
+def adapter_scale(one: Request, xl: bool) -> list[Any]:
+    """What a user of diffusers gives to set_ip_adapter_scale. The tests' weights of masked contexts differ
+    only where all blocks act."""
+    scale, blocks = one.settings.context_scale, one.settings.context_blocks
+    if one.masks and one.settings.context_weights:
+        return [[scale * weight for weight in one.settings.context_weights]]
+    if blocks == "all":
+        return [scale]
+    if isinstance(blocks, str):
+        blocks = {
+            "style": STYLE[xl],
+            "layout": LAYOUT[xl],
+            "style+layout": {**STYLE[xl], **LAYOUT[xl]},
+        }[blocks]
+    return [times(blocks, scale)]
+
+
+def times(scales: Any, factor: float) -> Any:
+    if isinstance(scales, dict):
+        return {name: times(own, factor) for name, own in scales.items()}
+    return [times(own, factor) for own in scales] if isinstance(scales, list) else scales * factor
+
+
 @cache
-def pipeline_of(parts: str, xl: bool, controlled: bool, from_image: bool) -> Any:
+def pipeline_of(parts: str, xl: bool, controlled: bool, from_image: bool, lora: str | None = None) -> Any:
     model: Model = json.loads(parts)
     name = (
         "StableDiffusion"
@@ -109,6 +152,8 @@ def pipeline_of(parts: str, xl: bool, controlled: bool, from_image: bool) -> Any
         pipe.load_ip_adapter(
             model["ip_adapter"], "", model["ip_adapter_weight_name"], image_encoder_folder=None
         )
+    if lora:
+        pipe.load_lora_weights(lora, adapter_name="own")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -170,12 +215,15 @@ def compare(model: Model, rows: list[Request], xl: bool) -> None:
 # Written once more, apart from the package: what a diffusers user would construct.
 REFERENCES: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
+    "ddim_trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
     "ddpm": ("DDPMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler_trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "tcd": ("TCDScheduler", {}),
     "lcm": ("LCMScheduler", {}),
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }

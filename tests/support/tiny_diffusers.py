@@ -42,10 +42,15 @@ SIDE, WIDTH, VISION = 64, 32, 64  # pixels, text, image encoder
 
 
 def make_base(
-    folder: Path, xl: bool = False, seed: int = 0, guidance_width: int | None = None, whole: bool = False
+    folder: Path,
+    xl: bool = False,
+    seed: int = 0,
+    guidance_width: int | None = None,
+    whole: bool = False,
+    width: int = WIDTH,
 ) -> str:
     """guidance_width: of the guidance scale's embedding, which an LCM's U-Net reads. whole: all layers of the
-    published U-Net, made narrow."""
+    published U-Net, made narrow. width: of each text encoder."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "words")
     scheduler = DDIMScheduler(
@@ -53,15 +58,15 @@ def make_base(
     )
     parts: dict[str, Any] = {
         "vae": _vae(),
-        "unet": _unet(xl, guidance_width, whole),
+        "unet": _unet(xl, guidance_width, whole, width),
         "tokenizer": tokenizer,
         "scheduler": scheduler,
     }
-    parts["text_encoder"] = _text(CLIPTextModel, tokenizer)
+    parts["text_encoder"] = _text(CLIPTextModel, tokenizer, width)
     if xl:
         pipe = StableDiffusionXLPipeline(
             **parts,
-            text_encoder_2=_text(CLIPTextModelWithProjection, tokenizer),
+            text_encoder_2=_text(CLIPTextModelWithProjection, tokenizer, width),
             tokenizer_2=tokenizer,
             add_watermarker=False,
         )
@@ -82,10 +87,10 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(str(folder), model_max_length=77)
 
 
-def _text(kind: Any, tokenizer: CLIPTokenizer) -> Any:
+def _text(kind: Any, tokenizer: CLIPTokenizer, width: int) -> Any:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
+        hidden_size=width,
         intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -144,8 +149,11 @@ def _sizes(xl: bool) -> dict[str, Any]:
     return sizes
 
 
-def _unet(xl: bool, guidance_width: int | None = None, whole: bool = False) -> UNet2DConditionModel:
+def _unet(
+    xl: bool, guidance_width: int | None = None, whole: bool = False, width: int = WIDTH
+) -> UNet2DConditionModel:
     sizes = _whole_sizes(xl) if whole else _sizes(xl)
+    sizes["cross_attention_dim"] = 2 * width if xl else width
     if not whole:
         sizes["up_block_types"] = ("CrossAttnUpBlock2D", "UpBlock2D")
     elif xl:

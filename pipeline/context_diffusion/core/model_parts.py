@@ -25,11 +25,12 @@ CHUNKS: dict[tuple[ModelKind, str], tuple[int, ...]] = {
     ("flux2", "cpu"): (2, 1),
     ("flux2", "cuda"): (1, 2, 4),  # a lane has thousands of tokens, which fill a GPU
 }
+FewStepsName = Literal["lcm", "lightning", "hyper"]
 # Parts of one kind of model alone: for the others they are refused.
 FLUX2_PARTS = ("max_reference_pixels", "prompt_template")
 STABLE_DIFFUSION_PARTS = (
     "controlnet", "ip_adapter", "ip_adapter_weight_name", "image_encoder", "vae", "safety_checker",
-    "clip_skip", "prompt_chunks", "normalization", "loras",
+    "clip_skip", "prompt_chunks", "normalization", "loras", "few_steps",
 )  # fmt: skip
 
 
@@ -74,6 +75,11 @@ class Parts(StrictModel):
     loras: dict[Annotated[str, Field(min_length=1)], str] = Field(
         default={},
         description="name: LoRA file; a row chooses one by its setting `lora`",
+    )
+    few_steps: FewStepsName | None = Field(
+        default=None,
+        description="a published LoRA that makes SD 1.5 (lcm, hyper) or SDXL generate in 4 steps, with its "
+        "scheduler and guidance as defaults",
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU"

@@ -14,7 +14,8 @@ from pydantic import AfterValidator, Field, model_validator
 from context_diffusion.core.job_base import StrictModel
 
 SchedulerName = Literal[
-    "ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde", "lcm", "flow_euler"
+    "ddim", "ddim_trailing", "ddpm", "euler", "euler_trailing", "euler_a", "dpmpp_2m", "dpmpp_2m_karras",
+    "dpmpp_sde", "tcd", "lcm", "flow_euler"
 ]  # fmt: skip
 
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -74,7 +75,11 @@ class Settings(StrictModel):
         description="default: derived from the job's seed and the row's id; image k has seed + k",
     )
     num_inference_steps: int = Field(default=20, ge=1, le=1000, description="denoising steps")
-    scheduler: SchedulerName = Field(default="ddim", description="the scheduler (sampler)")
+    scheduler: SchedulerName = Field(
+        default="ddim",
+        description="the scheduler (sampler); ddim_trailing and euler_trailing have trailing timestep "
+        "spacing; tcd has eta 0.3",
+    )
     guidance_scale: Scale = Field(default=1.5, description="prompt guidance strength; 1 or less: no guidance")
     context_guidance_scale: Scale | None = Field(
         default=None,

@@ -26,8 +26,10 @@ from context_diffusion.core.settings import SchedulerName
 # Its class in diffusers, and what its name says over the model's scheduler_config, which holds for all else.
 SAMPLERS: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
+    "ddim_trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
     "ddpm": ("DDPMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler_trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "dpmpp_2m_karras": (
@@ -35,6 +37,7 @@ SAMPLERS: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
         {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
     ),
     "dpmpp_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "tcd": ("TCDScheduler", {}),
     "lcm": ("LCMScheduler", {}),
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
@@ -168,7 +171,7 @@ def _probe(scheduler: Any, timestep: Tensor, number: int) -> list[float]:
         out, timestep, x, **({"generator": torch.Generator().manual_seed(0)} if draws else {})
     )
     noise = torch.randn(8, 1, generator=torch.Generator().manual_seed(0)).double()
-    after, x0 = made.prev_sample.double(), _x0(scheduler, made, x, out)
+    after, x0 = made.prev_sample.double(), _x0(scheduler, made, timestep, x, out)
     d = after[mine + NOISE] / noise[mine + NOISE]
     after = after - d * noise
     c = 0.0 if before is None else float(after[mine + BEFORE] / before[mine + BEFORE])
@@ -189,11 +192,15 @@ def _last_x0(scheduler: Any) -> Tensor | None:
     return None if kept is None else kept.double()
 
 
-def _x0(scheduler: Any, made: Any, x: Tensor, out: Tensor) -> Tensor:
+def _x0(scheduler: Any, made: Any, timestep: Tensor, x: Tensor, out: Tensor) -> Tensor:
     """The x0 of the step just made, under the name that its class has for it."""
     for name in ("pred_original_sample", "denoised"):
         if hasattr(made, name):
             return getattr(made, name).double()
+    if hasattr(made, "pred_noised_sample"):  # TCD does not return the x0 that it predicts, as DDIM does
+        ddim = diffusers.DDIMScheduler.from_config(scheduler.config)
+        ddim.set_timesteps(1)
+        return ddim.step(out, timestep, x).pred_original_sample.double()
     remembered = _last_x0(scheduler)
     if remembered is not None:
         return remembered

@@ -31,6 +31,7 @@ from context_diffusion.inputs.context_images import (
 )
 from context_diffusion.models.defaults import (
     Defaults,
+    few_steps_of,
     flux2_defaults,
     native_defaults,
     stable_diffusion_defaults,
@@ -109,30 +110,34 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
             )
     given = Parts(base=model) if isinstance(model, str) else model
     parts = parts_of(given)
-    away = [part for part in parts.all if not Path(part).exists()]
-    for part in away:
-        if part.startswith((".", "/", "~")):
-            raise ModelError(f"model: {part} not found: check the path")
-    hub = {split(part)[0] for part in away}
     known = (commits or {}) | parts.revision
-    parts = parts.model_copy(
-        update={"revision": {repo: commit_of(repo, known.get(repo)) for repo in sorted(hub)}}
-    )
+    parts = _at_commits(parts, known)
     name = model if isinstance(model, str) else parts.base
     index = read_json(parts.base, "model_index.json", parts.revision)
     if index.get("_class_name") == NATIVE:
         refuse_parts(given, (*FLUX2_PARTS, *STABLE_DIFFUSION_PARTS, "lora"), "a native model")
-        return _native(name, fetch(parts.base, "", parts.revision), index, parts if away else None)
+        return _native(name, fetch(parts.base, "", parts.revision), index, parts if parts.revision else None)
     kind = str(index.get("_class_name"))
     if kind == FLUX2:
         return _flux2(name, parts, given, index)
-    if not kind.startswith("StableDiffusion"):
+    if not kind.startswith(("StableDiffusion", "LatentConsistencyModel")):
         raise ModelError(
             f"model: {parts.base} is a {kind}, which has no backbone here; known are ContextDiffusion, "
-            f"{FLUX2} and diffusers' Stable Diffusion pipelines"
+            f"{FLUX2} and diffusers' pipelines of Stable Diffusion and latent consistency models"
         )
     refuse_parts(given, FLUX2_PARTS, "Stable Diffusion")
-    return _stable_diffusion(name, parts, index)
+    return _stable_diffusion(name, parts, index, known)
+
+
+def _at_commits(parts: Parts, known: dict[str, str]) -> Parts:
+    """Return the parts with a commit for each hub id. known: commits or branches by hub id. Raises ModelError
+    for a path that does not exist."""
+    away = [part for part in parts.all if not Path(part).exists()]
+    for part in away:
+        if part.startswith((".", "/", "~")):
+            raise ModelError(f"model: {part} not found: check the path")
+    hub = sorted({split(part)[0] for part in away})
+    return parts.model_copy(update={"revision": {repo: commit_of(repo, known.get(repo)) for repo in hub}})
 
 
 def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None = None) -> ResolvedModel:
@@ -146,8 +151,9 @@ def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None 
     )
 
 
-def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> ResolvedModel:
-    """Resolve a Stable Diffusion and its parts. index: the base's model_index.json."""
+def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any], known: dict[str, str]) -> ResolvedModel:
+    """Resolve a Stable Diffusion and its parts. index: the base's model_index.json. known: commits by hub
+    id."""
     unet, vae, scheduler = (
         read_json(parts.base, f"{folder}/{file}", parts.revision)
         for folder, file in (
@@ -158,11 +164,25 @@ def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any]) -> Resolve
     )
     image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     xl = "StableDiffusionXL" in str(index.get("_class_name"))
-    defaults = stable_diffusion_defaults(unet, xl, scheduler, parts.controlnets, list(parts.loras))
+    few_steps = few_steps_of(parts, xl, unet)
+    if few_steps:
+        published = {split(few_steps.lora)[0]: few_steps.commit}
+        parts = _at_commits(_with_lora(parts, few_steps.lora), published | known | parts.revision)
+    defaults = stable_diffusion_defaults(unet, xl, scheduler, parts.controlnets, list(parts.loras), few_steps)
     kind: ModelKind = "sdxl" if xl else "sd"
     return ResolvedModel(
         name, kind, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults
     )
+
+
+def _with_lora(parts: Parts, file: str) -> Parts:
+    """Return the parts with the file among the fused LoRAs, at scale 1; unchanged if it is one: resolved
+    parts are resolved again by each engine."""
+    files = [name for name, _ in parts.fused_loras]
+    if file in files:
+        return parts
+    scales = [scale for _, scale in parts.fused_loras]
+    return parts.model_copy(update={"lora": [*files, file], "lora_scale": [*scales, 1.0]})
 
 
 def _flux2(name: str, parts: Parts, given: Parts, index: dict[str, Any]) -> ResolvedModel:

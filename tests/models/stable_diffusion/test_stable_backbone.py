@@ -128,7 +128,7 @@ def test_a_long_prompt_is_cut_and_the_row_says_so_or_is_read_in_chunks(model: Mo
 
 def test_threads_that_tokenize_at_once_change_no_prompt(pipeline: ContextDiffusion) -> None:
     """A tokenizer of the Rust library keeps padding and truncation as a state of its own."""
-    text: Any = pipeline.backbone.text
+    text: Any = pipeline.backbone.networks.base.text
     prompts = ["a cat", "words " * 40]
 
     @torch.inference_mode()
