@@ -161,6 +161,8 @@ def _unet(
     unet = UNet2DConditionModel(sample_size=SIDE // 2, time_cond_proj_dim=guidance_width, **sizes)
     if guidance_width:
         nn.init.normal_(unet.time_embedding.cond_proj.weight, std=2.0)
+    if whole:  # so many loud layers would multiply the rounding of each
+        return unet
     return _loud(_loud(unet, 1.6 if xl else 2.6, "attn2"), 2.0, "attn2.to_v")
 
 
@@ -239,8 +241,10 @@ def make_face_adapter(folder: Path, base: str) -> dict[str, str]:
     return {"ip_adapter": str(folder), "ip_adapter_weight_name": "face.safetensors"}
 
 
-def make_ip_adapter(folder: Path, base: str, plus: bool = False, xl: bool = False) -> dict[str, str]:
-    """Write an IP-Adapter of random weights, and return its `model:` keys."""
+def make_ip_adapter(
+    folder: Path, base: str, plus: bool = False, xl: bool = False, std: float = 1.0
+) -> dict[str, str]:
+    """Write an IP-Adapter of random weights, and return its `model:` keys. std: of its layers' weights."""
     torch.manual_seed(3)
     width = 2 * WIDTH if xl else WIDTH
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
@@ -251,7 +255,7 @@ def make_ip_adapter(folder: Path, base: str, plus: bool = False, xl: bool = Fals
         if plus
         else ImageProjection(WIDTH, width, 4)
     )
-    return save_ip_adapter(folder / ("plus" if plus else "plain"), unet, projection, width)
+    return save_ip_adapter(folder / ("plus" if plus else "plain"), unet, projection, width, std)
 
 
 def save_ip_adapter(
