@@ -26,9 +26,9 @@ from context_diffusion.inputs.control_maps import CONTROLS, controls_of
 from context_diffusion.inputs.decode import Size, output_size, reference_output_size
 from context_diffusion.models.compilation import Compile, compile_blocks, wants_compilation
 from context_diffusion.models.defaults import Defaults, resolved_control, resolved_settings
+from context_diffusion.models.flux2.offloading import Offload
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.offloading import Offload
 from context_diffusion.models.resolve import ResolvedModel, find_model
 
 CPU_THREADS = 2
@@ -77,10 +77,11 @@ class ContextDiffusion:
     ) -> ContextDiffusion:
         """Load a model and its weights.
 
-        model: bundled, flux2-klein, sdxl, sd15, a folder, a hub id, or a mapping of parts as a job's
-        `model:`. device: default, a GPU if there is one. compile: auto compiles the networks on a GPU, which
-        takes minutes and changes the last bits of images. offload: auto keeps a FLUX.2's text encoder in the
-        host's memory while it is not used, where a GPU has no room for all. Raises ModelError."""
+        model: bundled, flux2-klein, sdxl, sd15, a folder, a hub id, a single-file checkpoint of Stable
+        Diffusion (FILE.safetensors), or a mapping of parts as a job's `model:`. device: default, a GPU if
+        there is one. compile: auto compiles the networks on a GPU, which takes minutes and changes the last
+        bits of images. offload: auto keeps a FLUX.2's text encoder in the host's memory while it is not used,
+        where a GPU has no room for all. Raises ModelError."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             resolved = find_model(Parts.model_validate(model) if isinstance(model, dict) else model)

@@ -60,7 +60,9 @@ def reference(
     if "ip_adapter" in model:
         pipe.set_ip_adapter_scale(adapter_scale(one, xl))
     name, own = REFERENCES[settings.scheduler]
-    pipe.scheduler = getattr(diffusers, name).from_pretrained(model["base"], subfolder="scheduler", **own)
+    pipe.scheduler = getattr(diffusers, name).from_pretrained(
+        model.get("config", model["base"]), subfolder="scheduler", **own
+    )
     told: dict[str, Any] = {"prompt": one.prompt or "", "negative_prompt": one.negative_prompt}
     told |= {"clip_skip": skip} if skip else {}
     if (
@@ -145,7 +147,13 @@ def pipeline_of(parts: str, xl: bool, controlled: bool, from_image: bool, lora: 
         [diffusers.ControlNetModel.from_pretrained(net) for net in model["controlnet"]] if controlled else []
     )
     own = {"controlnet": nets} if nets else {}
-    pipe = getattr(diffusers, f"{name}Pipeline").from_pretrained(model["base"], use_safetensors=True, **own)
+    kind = getattr(diffusers, f"{name}Pipeline")
+    if "config" in model:
+        pipe = kind.from_single_file(model["base"], config=model["config"], local_files_only=True, **own)
+    else:
+        pipe = kind.from_pretrained(model["base"], use_safetensors=True, **own)
+    if "lora" in model:
+        pipe.load_lora_weights(model["lora"])
     if "ip_adapter" in model:
         pipe.image_encoder = CLIPVisionModelWithProjection.from_pretrained(model["image_encoder"])
         pipe.feature_extractor = preprocessor(model["image_encoder"])

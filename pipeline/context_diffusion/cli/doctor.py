@@ -112,7 +112,8 @@ def is_cached(part: str, revision: dict[str, str]) -> bool:
         return True
     repo, folder = split(part)
     snapshots = model_cache() / f"models--{repo.replace('/', '--')}" / "snapshots"
-    return any(snapshots.glob(f"{revision.get(repo, '*')}/{folder}/**/*.safetensors"))
+    files = folder if folder.endswith(".safetensors") else f"{folder}/**/*.safetensors"
+    return any(snapshots.glob(f"{revision.get(repo, '*')}/{files}"))
 
 
 def _message(error: Exception) -> str:

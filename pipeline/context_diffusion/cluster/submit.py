@@ -35,9 +35,16 @@ def local_paths(values: dict[str, Any], address: str) -> list[str]:
     """Return the paths of a job that other machines may lack; none if the cluster is this machine."""
     if urlsplit(address).hostname in LOOPBACK:
         return []
-    values_with_paths = [values.get(key) for key in URIS + NAMES]
-    paths = [path for value in values_with_paths for path in (value if isinstance(value, list) else [value])]
-    return [path for path in paths if isinstance(path, str) and path.startswith("/")]
+    strings = [text for key in URIS + NAMES for text in _strings(values.get(key))]
+    return [path for path in strings if path.startswith("/")]
+
+
+def _strings(value: Any) -> list[str]:
+    """Return the strings of a value, of its items and of its parts."""
+    if isinstance(value, str):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [text for item in items for text in _strings(item)]
 
 
 def submission_of(name: str, jobs: RayJobs | None) -> dict[str, Any]:

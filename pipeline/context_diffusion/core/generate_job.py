@@ -115,8 +115,8 @@ class GenerateJob(StrictModel):
     output: OutputFolder = Field(description="the OUTPUT folder, a path or URL")
     model: Annotated[str, Field(min_length=1)] | Parts = Field(
         default="bundled",
-        description="bundled, flux2-klein, flux2-klein-base, sdxl, sd15, a folder, a hub id, or a mapping of "
-        "parts",
+        description="bundled, flux2-klein, flux2-klein-base, sdxl, sd15, a folder, a hub id, a single-file "
+        "checkpoint of Stable Diffusion (FILE.safetensors), or a mapping of parts",
     )
     control: ControlName | Annotated[list[ControlName], Field(min_length=1)] | None = Field(
         default=None,

@@ -49,8 +49,13 @@ class Parts(StrictModel):
 
     base: str = Field(
         min_length=1,
-        description="FLUX.2 [klein] or Stable Diffusion 1.x, 2.x or XL in diffusers' format; or flux2-klein, "
-        "flux2-klein-base, sd15, sdxl",
+        description="FLUX.2 [klein] or Stable Diffusion 1.x, 2.x or XL in diffusers' format; a single-file "
+        "checkpoint of Stable Diffusion, FILE.safetensors; or flux2-klein, flux2-klein-base, sd15, sdxl",
+    )
+    config: str | None = Field(
+        default=None,
+        description="how a single-file base is built: a folder or hub id in diffusers' format, of which only "
+        "small files are read; default: that of sd15 or sdxl, by the kind of file",
     )
     controlnet: str | list[str] | None = Field(
         default=None, description="for the query's layout; a list for several"
@@ -125,6 +130,11 @@ class Parts(StrictModel):
         return list(zip(files, scales, strict=True))
 
     @property
+    def configuration(self) -> str:
+        """The part whose small files say how the base is built."""
+        return self.config or self.base
+
+    @property
     def lora_files(self) -> list[str]:
         """All LoRA files."""
         return [*(file for file, _ in self.fused_loras), *self.loras.values()]
@@ -132,7 +142,7 @@ class Parts(StrictModel):
     @property
     def all(self) -> list[str]:
         """All parts that files are read from."""
-        single = [self.ip_adapter, self.image_encoder, self.vae, self.safety_checker]
+        single = [self.config, self.ip_adapter, self.image_encoder, self.vae, self.safety_checker]
         return [part for part in (self.base, *self.controlnets, *single, *self.lora_files) if part]
 
     @field_validator("prompt_template")

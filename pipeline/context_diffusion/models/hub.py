@@ -6,18 +6,29 @@ The hub's own cache and locks ensure that a file is downloaded once per node; HF
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    SafetensorsParsingError,
 )
 
 from context_diffusion.core.errors import ModelError, one_line
+
+Shapes = dict[str, tuple[int, ...]]  # of a file's tensors, by key
 
 
 def split(part: str) -> tuple[str, str]:
@@ -56,19 +67,58 @@ def _newest_commit(repo: str, revision: str | None = None, timeout_s: float | No
         raise ConnectionError(f"the hub at {constants.ENDPOINT} cannot be reached: {_hint(error)}") from error
 
 
-def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
-    """Return the path of a part's file, or of the whole part if name is empty; download it if needed. Raises
-    ModelError."""
+def fetch(part: str, name: str, revision: dict[str, str], patterns: Sequence[str] = ("*",)) -> Path:
+    """Return the path of a part's file, or of the whole part if name is empty; download it if needed.
+
+    patterns: of the files that are needed of a whole part. Raises ModelError."""
     local = Path(part)
     if local.exists():
         return local / name if name else local
     repo, folder = split(part)
-    inside = "/".join(piece for piece in (folder, name) if piece)
-    try:
+    with _explained(part, name or "its files"):
         if name:
+            inside = f"{folder}/{name}" if folder else name
             return Path(hf_hub_download(repo, inside, revision=revision.get(repo)))
-        wanted = f"{folder}/*" if folder else None
+        wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
         return Path(snapshot_download(repo, revision=revision.get(repo), allow_patterns=wanted)) / folder
+
+
+def fetch_file(part: str, revision: dict[str, str]) -> Path:
+    """Return the path of a part that is one file; download it if needed. Raises ModelError."""
+    if Path(part).is_file():
+        return Path(part)
+    folder, _, name = part.rpartition("/")
+    return fetch(folder, name, revision)
+
+
+def cached_file(part: str, revision: dict[str, str]) -> Path | None:
+    """Return the path of a part that is one file, if the cache has it at its commit."""
+    repo, name = split(part)
+    with _explained(part, "it"):
+        cached = try_to_load_from_cache(repo, name, revision=revision.get(repo))
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def remote_shapes(part: str, revision: dict[str, str]) -> Shapes:
+    """Fetch the header of a part that is one safetensors file, and return the shapes of its tensors. Raises
+    ModelError."""
+    repo, name = split(part)
+    with _explained(part, "its header"):
+        try:
+            header = HfApi().parse_safetensors_file_metadata(repo, name, revision=revision.get(repo))
+        except SafetensorsParsingError as error:
+            raise ModelError(f"model: {part} is damaged or not a safetensors file: {error}") from error
+    return {key: tuple(tensor.shape) for key, tensor in header.tensors.items()}
+
+
+@contextmanager
+def _explained(part: str, what: str) -> Iterator[None]:
+    """Turn any error of a download into a ModelError. what: the files that are asked for."""
+    repo, _ = split(part)
+    try:
+        yield
+    except ModelError:
+        raise
     except HFValidationError as error:
         raise ModelError(f"model: {part!r} not found: expected a folder or a hub id ({error})") from error
     except GatedRepoError as error:
@@ -77,9 +127,7 @@ def fetch(part: str, name: str, revision: dict[str, str]) -> Path:
             "to a token of that account"
         ) from error
     except Exception as error:  # no such file, no room, no network
-        raise ModelError(
-            f"model: {part}: cannot download {name or 'its files'} from the hub: {_hint(error)}"
-        ) from error
+        raise ModelError(f"model: {part}: cannot download {what} from the hub: {_hint(error)}") from error
 
 
 def fetch_optional(part: str, name: str, revision: dict[str, str]) -> Path | None:

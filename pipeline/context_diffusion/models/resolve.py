@@ -37,6 +37,7 @@ from context_diffusion.models.defaults import (
     stable_diffusion_defaults,
 )
 from context_diffusion.models.hub import commit_of, fetch, fetch_optional, split
+from context_diffusion.models.single_file import check_path, is_single_file, with_configuration
 
 BUNDLED = Path(__file__).parent / "native" / "bundled"
 NATIVE = "ContextDiffusion"  # _class_name in a native model's index
@@ -98,12 +99,13 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
     """Resolve a name, a folder or a hub id; only small files are downloaded.
 
     commits: known commits by hub id. Raises ModelError naming the part."""
+    check_path(model if isinstance(model, str) else model.base)
     if isinstance(model, str) and model not in PRESETS:
         if model == "bundled" or Path(model).is_dir():
             index = read_json(str(model_folder(model)), "model_index.json", {})
             if index.get("_class_name") == NATIVE:
                 return _native(model, model_folder(model), index)
-        elif model.startswith((".", "/", "~")) or "/" not in model:
+        elif not is_single_file(model) and (model.startswith((".", "/", "~")) or "/" not in model):
             raise ModelError(
                 f"model: {model!r} not found: expected a folder, a hub id or one of bundled, "
                 f"{', '.join(PRESETS)}"
@@ -111,9 +113,9 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
     given = Parts(base=model) if isinstance(model, str) else model
     parts = parts_of(given)
     known = (commits or {}) | parts.revision
-    parts = _at_commits(parts, known)
+    parts = with_configuration(_at_commits(parts, known), known)
     name = model if isinstance(model, str) else parts.base
-    index = read_json(parts.base, "model_index.json", parts.revision)
+    index = read_json(parts.configuration, "model_index.json", parts.revision)
     if index.get("_class_name") == NATIVE:
         refuse_parts(given, (*FLUX2_PARTS, *STABLE_DIFFUSION_PARTS, "lora"), "a native model")
         return _native(name, fetch(parts.base, "", parts.revision), index, parts if parts.revision else None)
@@ -152,10 +154,10 @@ def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None 
 
 
 def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any], known: dict[str, str]) -> ResolvedModel:
-    """Resolve a Stable Diffusion and its parts. index: the base's model_index.json. known: commits by hub
-    id."""
+    """Resolve a Stable Diffusion and its parts. index: the model_index.json of its configuration. known:
+    commits by hub id."""
     unet, vae, scheduler = (
-        read_json(parts.base, f"{folder}/{file}", parts.revision)
+        read_json(parts.configuration, f"{folder}/{file}", parts.revision)
         for folder, file in (
             ("unet", "config.json"),
             ("vae", "config.json"),
@@ -206,7 +208,7 @@ def _preprocessing(parts: Parts, index: dict[str, Any]) -> ImageProcessor:
     if path := fetch_optional(parts.image_encoder, PREPROCESSOR, parts.revision):
         return image_processor(_parsed(path, parts.image_encoder), side, parts.image_encoder)
     if any(index.get("feature_extractor") or []):
-        path = fetch_optional(parts.base, f"feature_extractor/{PREPROCESSOR}", parts.revision)
+        path = fetch_optional(parts.configuration, f"feature_extractor/{PREPROCESSOR}", parts.revision)
         with suppress(ModelError):  # made for another encoder: the base's safety checker, at another size
             if path:
                 return image_processor(_parsed(path, parts.base), side, parts.base)
@@ -227,18 +229,19 @@ def _parsed(path: Path, part: str) -> dict[str, Any]:
 def _revision(parts: Parts) -> str:
     """Return a digest over the parts: hub ids by commit, folders and files by their bytes."""
     fields = parts.model_dump(mode="json", exclude_defaults=True)
-    fields["local"] = {part: digest(Path(part)) for part in parts.all if Path(part).exists()}
+    # Of a configuration no weights are read.
+    fields["local"] = {
+        part: digest(Path(part), weights=part != parts.config) for part in parts.all if Path(part).exists()
+    }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def digest(path: Path) -> str:
-    """Return a digest over the names and bytes of a folder's files, or over a file's bytes."""
+def digest(path: Path, weights: bool = True) -> str:
+    """Return a digest over the names and bytes of a folder's files, or over a file's bytes. weights: include
+    those of a folder."""
+    suffixes = (".json", ".safetensors", ".txt") if weights else (".json", ".txt")
     total = hashlib.sha256()
-    files = (
-        [path]
-        if path.is_file()
-        else (p for p in path.rglob("*") if p.suffix in (".json", ".safetensors", ".txt"))
-    )
+    files = [path] if path.is_file() else (p for p in path.rglob("*") if p.suffix in suffixes)
     for file in sorted(files):
         with file.open("rb") as opened:
             total.update(

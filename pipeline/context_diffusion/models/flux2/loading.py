@@ -12,9 +12,9 @@ from torch import nn
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.models.component_loading import ComponentLoader
+from context_diffusion.models.flux2.offloading import Offload, Offloaded, wants_offloading
 from context_diffusion.models.flux2.prompts import LAYERS
 from context_diffusion.models.lora import fuse_loras
-from context_diffusion.models.offloading import Offload, Offloaded, wants_offloading
 
 
 @dataclass(frozen=True)

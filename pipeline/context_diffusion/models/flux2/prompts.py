@@ -13,7 +13,7 @@ from torch import Tensor
 
 from context_diffusion.core.errors import ModelError
 from context_diffusion.models.conditioning import tokenize
-from context_diffusion.models.offloading import Offloaded
+from context_diffusion.models.flux2.offloading import Offloaded
 
 LENGTH = 512  # tokens, to which every prompt is padded or truncated
 LAYERS = (9, 18, 27)  # whose outputs the transformer reads, side by side

@@ -48,7 +48,7 @@ class StableDiffusion:
 def load(parts: Parts, device: torch.device) -> StableDiffusion:
     """Load all parts on the device, in the dtype that the parts name. Raises ModelError naming the part."""
     loader = ComponentLoader(parts, device)
-    xl = "StableDiffusionXL" in fetch(parts.base, "model_index.json", parts.revision).read_text()
+    xl = "StableDiffusionXL" in fetch(parts.configuration, "model_index.json", parts.revision).read_text()
     kind_of_pipe = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
     # The safety checker is loaded apart: the pipeline is never called, and XL's takes none.
     components: dict[str, Any] = {} if xl else {"safety_checker": None, "requires_safety_checker": False}
@@ -56,7 +56,7 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
         components["image_encoder"] = loader(transformers.CLIPVisionModelWithProjection, parts.image_encoder)
     if parts.vae:
         components["vae"] = loader.component(diffusers.AutoencoderKL, parts.vae)
-    pipe = loader(kind_of_pipe, parts.base, **components)
+    pipe = loader.base(kind_of_pipe, **components)
     controlnets = [loader.component(diffusers.ControlNetModel, part) for part in parts.controlnets]
     for name, net in zip(parts.controlnets, controlnets, strict=True):
         if (width := net.config.cross_attention_dim) != pipe.unet.config.cross_attention_dim:

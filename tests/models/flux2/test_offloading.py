@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from context_diffusion.models.offloading import WORKING_BYTES, Offloaded, needed_bytes, wants_offloading
+from context_diffusion.models.flux2.offloading import WORKING_BYTES, Offloaded, needed_bytes, wants_offloading
 from context_diffusion.pipeline import ContextDiffusion
 from support.tiny import GPU
 from support.tiny_flux2 import save_tiny_klein, tiny_images
@@ -38,7 +38,7 @@ def test_an_offloaded_text_encoder_gives_the_same_image_and_leaves_the_gpu(
     folder = str(save_tiny_klein(tmp_path))
     query, context = tiny_images(2, [(96, 64)])
     resident = ContextDiffusion.from_pretrained(folder, device, offload="off")
-    monkeypatch.setattr("context_diffusion.models.offloading.WORKING_BYTES", 2**50)
+    monkeypatch.setattr("context_diffusion.models.flux2.offloading.WORKING_BYTES", 2**50)
     away = ContextDiffusion.from_pretrained(folder, device)
     images = [model(query, [context], "a misty forest", seed=1) for model in (resident, away)]
     assert np.array_equal(*map(np.asarray, images))
