@@ -119,7 +119,7 @@ class WriteShard:
         """Convert a row of the flow to a row of the part and its image file."""
         written: dict[str, Any] = {
             **{name: row.get(name) for name in OUTPUT.names if name in row},
-            **_setting_columns(row["settings"]),
+            **_setting_columns(row["settings"], len(self.job.control_kinds)),
             "status": "failed" if row["error_code"] else "ok",
             QUERY: _label(row[QUERY], self.base),
             **{name: _labels(row[name], self.base) for name in SOURCE_LISTS},
@@ -149,15 +149,16 @@ class WriteShard:
         return scores | {"flagged": is_flagged(scores, self.job.thresholds)}
 
 
-def _setting_columns(text: str | None) -> dict[str, Any]:
+def _setting_columns(text: str | None, networks: int) -> dict[str, Any]:
     """Return the SETTING_TYPES columns of a row's settings, with the values that were used where one was left
-    out."""
+    out. networks: ControlNets that run."""
     if not text:
         return {}
     settings = Settings.from_trusted_json(text)
     columns = settings.model_dump(include=set(SETTING_TYPES))
     for name in CONTROL_SETTINGS:
-        columns[name] = columns[name] if isinstance(columns[name], list) else [columns[name]]
+        value = columns[name]
+        columns[name] = value if isinstance(value, list) else [value] * max(networks, 1)
     if not isinstance(settings.context_blocks, str):
         columns["context_blocks"] = json.dumps(settings.context_blocks, sort_keys=True)
     if settings.context_guidance_scale is None:

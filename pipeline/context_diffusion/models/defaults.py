@@ -18,6 +18,7 @@ from context_diffusion.core.generate_job import ControlName, GenerateJob, contro
 from context_diffusion.core.model_parts import FewStepsName, Parts
 from context_diffusion.core.schema import CONTROL_SETTINGS
 from context_diffusion.core.settings import SchedulerName, Settings, did_you_mean
+from context_diffusion.core.sweep import combinations
 from context_diffusion.models.context_blocks import ContextBlocks, context_blocks
 
 SD15: dict[str, Any] = {
@@ -287,4 +288,7 @@ def resolved_job(job: GenerateJob, defaults: Defaults) -> GenerateJob:
         value = getattr(settings, name)
         if isinstance(value, list) and len(value) != len(kinds):
             raise ConfigError(f"settings.{name}: {len(value)} values for {len(kinds)} control maps")
+    for combination in combinations(job.matrix):
+        if reason := defaults.refusal(settings.model_copy(update=combination)):
+            raise ConfigError(f"matrix: {reason}")
     return job.model_copy(update={"control": kinds or "disabled", "settings": settings})

@@ -17,8 +17,9 @@ from context_diffusion.generation.reproduce import reproduce
 from context_diffusion.inputs.context_images import ReferenceImage
 from context_diffusion.inputs.decode import resize
 from context_diffusion.outputs.encode import read_metadata
-from support.klein_job import run_job, write_job
+from support.klein_job import write_job
 from support.klein_rows import MOST_LEVELS, levels_apart
+from support.local_job import run_job
 from support.tiny_flux2 import klein_reference
 
 STEPS = 3

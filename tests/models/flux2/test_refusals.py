@@ -19,9 +19,10 @@ from context_diffusion.models.resolve import BUNDLED, find_model
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.storage.filesystem import Storage
-from support.klein_job import run_job, write_job
+from support.klein_job import write_job
 from support.klein_rows import klein_row, outcomes_of, request_of
 from support.klein_variants import with_index, with_text_layers, with_transformer, without_chat_template
+from support.local_job import run_job
 from support.tiny_diffusers import make_base
 
 ROW = klein_row(1, [(64, 64), (64, 64)], num_inference_steps=1)

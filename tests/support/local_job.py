@@ -1,0 +1,31 @@
+"""A job's way through the flow's own stages and its own engine, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.generation.build_stages import build_stages
+from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
+from context_diffusion.generation.plan import open_plan
+from context_diffusion.generation.stages import generate
+from context_diffusion.outputs.output_folder import Output
+from context_diffusion.pipeline import make_engine
+from context_diffusion.storage.filesystem import Storage
+
+
+def run_job(job: GenerateJob) -> list[dict[str, Any]]:
+    """Run a job's stages by its own engine, and return the rows of its parts."""
+    output = Output(job.output, Storage())
+    plan = open_plan(job, output, Storage())
+    reads, load, write = build_stages(plan, output, set(), frozenset())
+    engine = GuardedEngine(make_engine(plan.job, pytest.fail), Ledger())
+    for read in reads:
+        [table] = read()
+        write(generate(load(table), engine, plan.job))
+    parts = sorted(Path(job.output, "data").iterdir())
+    return [row for part in parts for row in pq.read_table(part).to_pylist()]
