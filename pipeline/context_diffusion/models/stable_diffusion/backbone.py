@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from context_diffusion.core.errors import ErrorCode, RowError
-from context_diffusion.core.records import Control, Pixels, Request
+from context_diffusion.core.records import Pixels, Request
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, guidance_branches
@@ -38,6 +38,7 @@ from context_diffusion.models.conditioning import (
     weighted_contexts,
 )
 from context_diffusion.models.normalization import normalise
+from context_diffusion.models.stable_diffusion.control_networks import ControlNetworks
 from context_diffusion.models.stable_diffusion.loading import StableDiffusion
 from context_diffusion.models.stable_diffusion.prompts import PromptEncoder
 
@@ -50,16 +51,11 @@ class StableBackbone:
         self.model = model
         self.unet = pipe.unet
         self.vae = pipe.vae
-        self.controlnets = model.controlnets
         self.text = PromptEncoder(pipe, model.xl, model.parts.clip_skip, model.parts.prompt_chunks)
         adapted = pipe.unet.config.encoder_hid_dim_type
         self.encoder = _ContextEncoder(pipe, contexts, model.parts.normalization) if adapted else None
         self.layers = attend_by_lanes(self.unet)
-        self.control_layers = [attend_by_lanes(net) for net in self.controlnets]
-        # They depend on the control maps alone: computed once a row, not once a step.
-        self.map_embeddings = [net.controlnet_cond_embedding for net in self.controlnets]
-        for net in self.controlnets:
-            net.controlnet_cond_embedding = nn.Identity()
+        self.controlnets = ControlNetworks(model.controlnets)
         for network in (*self.denoisers, self.vae):
             network.to(memory_format=torch.channels_last)
         # An LCM's U-Net reads the guidance scale as a number, so one lane replaces both branches.
@@ -74,7 +70,7 @@ class StableBackbone:
 
     @property
     def denoisers(self) -> list[nn.Module]:
-        return [self.unet, *self.controlnets]
+        return [self.unet, *self.controlnets.networks]
 
     @property
     def device(self) -> torch.device:
@@ -123,8 +119,7 @@ class StableBackbone:
         """Encode a prompt to the keys and values of all layers, and return whether it was truncated."""
         hidden, pooled, mask = self.text(prompt, negative)
         conditions: Conditions = {"text": keys_and_values(self.layers, hidden)}
-        for n, layers in enumerate(self.control_layers):
-            conditions[f"net{n}"] = keys_and_values(layers, hidden)
+        conditions |= self.controlnets.text(hidden)
         if pooled is not None:
             conditions["text_embeds"] = pooled
         if self.text.chunks > 1:
@@ -185,12 +180,9 @@ class StableBackbone:
         scales = control_scales(request, len(self.controlnets))
         maps = []
         for n, control in enumerate(request.controls):
-            embedded = cache.get(f"control{n}:{content_key(control.pixels)}", partial(self._map, n, control))
-            maps.append(embedded)
+            key = f"control{n}:{content_key(control.pixels)}"
+            maps.append(cache.get(key, partial(self.controlnets.embed, n, control)))
         return {"maps": tuple(maps), "scale": pinned(torch.tensor([scales]), self.device).to(self.dtype)}
-
-    def _map(self, n: int, control: Control) -> Tensor:
-        return self.map_embeddings[n]((to_tensor(control.pixels, self.device) / 255).to(self.dtype))
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         pixels = to_tensor(request.query, self.device) / 255 * 2 - 1
@@ -200,7 +192,9 @@ class StableBackbone:
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Any) -> Tensor:
         latents = latents.to(self.dtype)
         added = {name: lanes[name] for name in ("text_embeds", "time_ids") if name in lanes}
-        residuals = None if control is None else self._control(latents, timesteps, lanes, added, control)
+        residuals = None
+        if control is not None:
+            residuals = self.controlnets.residuals(latents, timesteps, lanes, added, control)
         inputs = LaneInputs(
             lanes["text"],
             lanes.get("bias"),
@@ -219,26 +213,6 @@ class StableBackbone:
             mid_block_additional_residual=None if residuals is None else residuals[-1],
             return_dict=False,
         )[0]
-
-    def _control(
-        self, latents: Tensor, timesteps: Tensor, lanes: Any, added: dict[str, Tensor], control: Any
-    ) -> list[Tensor]:
-        """Return the sum of the ControlNets' residuals, one a skip connection and the middle one last."""
-        total: list[Tensor] = []
-        for n, net in enumerate(self.controlnets):
-            down, mid = net(
-                latents,
-                timesteps,
-                encoder_hidden_states=None,
-                controlnet_cond=control["maps"][n],
-                added_cond_kwargs=added,
-                cross_attention_kwargs={"lanes": LaneInputs(lanes[f"net{n}"], lanes.get("bias"))},
-                return_dict=False,
-            )
-            scale = control["scale"][:, n, None, None, None]
-            scaled = [residual * scale for residual in (*down, mid)]
-            total = [a + b for a, b in zip(total, scaled, strict=True)] if total else scaled
-        return total
 
     def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
