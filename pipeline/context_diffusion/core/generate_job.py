@@ -22,7 +22,19 @@ from context_diffusion.core.schema import COLUMNS_BY_SCORE, ScoreName, columns_o
 from context_diffusion.core.settings import Fraction, Settings
 from context_diffusion.core.sweep import Matrix, check_combinations, checked_matrix
 
-ControlName = Literal["none", "canny", "gray", "soft_edges", "disabled"]
+ControlName = Literal[
+    "none",
+    "canny",
+    "gray",
+    "soft_edges",
+    "tile",
+    "depth",
+    "lineart",
+    "openpose",
+    "normal",
+    "segment",
+    "disabled",
+]
 ImageFormat = Literal["png", "webp", "jpeg", "none"]
 OutputFormat = Literal["files", "parquet", "both", "webdataset"]
 Actors = Annotated[int, Field(ge=1, le=10_000)]

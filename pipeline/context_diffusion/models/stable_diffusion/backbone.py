@@ -31,7 +31,6 @@ from context_diffusion.models.attention import (
     log_weights,
 )
 from context_diffusion.models.conditioning import (
-    content_key,
     control_scales,
     latent_size,
     to_tensor,
@@ -55,7 +54,7 @@ class StableBackbone:
         adapted = pipe.unet.config.encoder_hid_dim_type
         self.encoder = _ContextEncoder(pipe, contexts, model.parts.normalization) if adapted else None
         self.layers = attend_by_lanes(self.unet)
-        self.controlnets = ControlNetworks(model.controlnets)
+        self.controlnets = ControlNetworks(model.controlnets, model.depth)
         for network in (*self.denoisers, self.vae):
             network.to(memory_format=torch.channels_last)
         # An LCM's U-Net reads the guidance scale as a number, so one lane replaces both branches.
@@ -178,11 +177,8 @@ class StableBackbone:
         if not request.controls:
             return None
         scales = control_scales(request, len(self.controlnets))
-        maps = []
-        for n, control in enumerate(request.controls):
-            key = f"control{n}:{content_key(control.pixels)}"
-            maps.append(cache.get(key, partial(self.controlnets.embed, n, control)))
-        return {"maps": tuple(maps), "scale": pinned(torch.tensor([scales]), self.device).to(self.dtype)}
+        scale = pinned(torch.tensor([scales]), self.device).to(self.dtype)
+        return self.controlnets.maps(request, cache) | {"scale": scale}
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         pixels = to_tensor(request.query, self.device) / 255 * 2 - 1
