@@ -26,6 +26,8 @@ def test_a_tile_map_keeps_the_colours_of_squares_and_no_detail() -> None:
     assert np.corrcoef(squares[0].ravel(), squares[1].ravel())[0, 1] > 0.95
     steps = np.abs(np.diff(tile.astype(int), axis=1))
     assert steps.max() < np.abs(np.diff(noisy.astype(int), axis=1)).max() / 2, "no edges, no noise"
+    plain = control_map((128 + noise).astype(np.uint8), "tile").astype(int)
+    assert np.abs(plain - 128).max() < 15, "noise is averaged, not sampled"
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 400), (72, 136), (1, 1), (5, 20)])

@@ -173,10 +173,12 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
     if given is None:
         if defaults.control is None:
             names = ", ".join(defaults.controlnets)
+            typed = zip(defaults.controlnets, defaults.control_types, strict=False)
+            unions = "".join(f"; {name} takes {', '.join(types)}" for name, types in typed if types)
             raise ConfigError(
                 f"control: the map that the ControlNet {names} was trained on is unknown; "
                 "set control to canny, gray, soft_edges, tile, depth or none (the query itself), a list for "
-                "several, or to disabled"
+                f"several, or to disabled{unions}"
             )
         return list(defaults.control)
     kinds = control_kinds(given)

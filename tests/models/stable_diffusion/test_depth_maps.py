@@ -115,6 +115,25 @@ def test_a_flat_image_is_all_far(estimators: dict[str, str], tmp_path: Path, kin
     assert not load(str(tmp_path / "flat"))(picture(1)).any()
 
 
+def test_a_published_dpt_lacks_weights_that_it_does_not_read(
+    estimators: dict[str, str], tmp_path: Path
+) -> None:
+    """The first fusion layer has no residual. Intel's have the processor's earlier name, too."""
+    shutil.copytree(estimators["dpt"], tmp_path / "published")
+    weights = load_file(tmp_path / "published" / "model.safetensors")
+    unread = [name for name in weights if name.startswith("neck.fusion_stage.layers.0.residual_layer1")]
+    assert unread
+    for name in unread:
+        weights.pop(name)
+    save_file(weights, tmp_path / "published" / "model.safetensors", {"format": "pt"})
+    file = tmp_path / "published" / "preprocessor_config.json"
+    values = json.loads(file.read_text())
+    del values["image_processor_type"]
+    file.write_text(json.dumps(values | {"feature_extractor_type": "DPTFeatureExtractor"}))
+    image = np.asarray(smooth(1, 80, 64))
+    assert torch.equal(load(str(tmp_path / "published"))(image), load(estimators["dpt"])(image))
+
+
 def test_a_dpt_on_dinov2_predicts_distances() -> None:
     from transformers import Dinov2Config, DPTConfig
 
@@ -248,7 +267,7 @@ def test_the_python_api_estimates_depth(model: Model, estimators: dict[str, str]
     one = as_given(dataclasses.replace(one, controls=controls_of(query, ["depth"])), estimators["relative"])
     assert np.abs(np.asarray(ours).astype(int) - reference(without(model), one, xl=False)[1]).max() <= 1
     bare = ContextDiffusion.from_pretrained(without(model), device="cpu")
-    with pytest.raises(ValueError, match=r"control: depth needs a depth model, such as model\.depth_est"):
+    with pytest.raises(ValueError, match=r"^control: depth needs a depth model, such as model\.depth_est"):
         bare(query, [picture(6)], control="depth")
     [(_, outcome)] = list(bare.generate([depth_row(1)]))
     assert isinstance(outcome, Failure)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import ControlNetUnionModel
+from PIL import Image
 
 from context_diffusion.core.errors import ConfigError, ErrorCode, ModelError
 from context_diffusion.core.generate_job import GenerateJob
@@ -24,6 +26,7 @@ from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion, make_engine
 from context_diffusion.storage.filesystem import Storage
 from support.diffusers_reference import Model, row
+from support.launches import calls_of_a_step
 from support.threads import threads_that_switch_often
 from support.tiny import picture
 from support.tiny_diffusers import (
@@ -119,15 +122,38 @@ def test_a_row_has_the_bits_of_its_maps_alone(parts: dict[str, Any]) -> None:
         assert moved(images(pipeline, [one])[one.id], together[one.id]) == 0
 
 
-def test_two_kinds_are_the_same_union_named_twice_and_loaded_once(parts: dict[str, Any]) -> None:
+def test_a_step_of_a_union_costs_what_one_of_a_plain_controlnet_does(parts: dict[str, Any]) -> None:
+    """But for its type's embedding, gathered for each lane and added."""
+    calls = {
+        name: calls_of_a_step(
+            ContextDiffusion.from_pretrained(with_nets(parts, name), device="cpu", cpu_threads=1),
+            [union_row(1, "canny"), union_row(2, "canny")],
+        )
+        for name in ("plain", "union")
+    }
+    assert (calls["union"].copies, calls["union"].reads) == (0, 0)
+    assert calls["union"].launches == calls["plain"].launches + 2
+
+
+def test_two_kinds_are_the_same_union_named_twice_and_loaded_once(
+    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = with_nets(parts, "union", "union")
+    loaded: list[str] = []
+    load = ControlNetUnionModel.from_pretrained
+    monkeypatch.setattr(
+        ControlNetUnionModel, "from_pretrained", lambda name, **own: loaded.append(name) or load(name, **own)
+    )
     rows = [
         union_row(1, "depth", "canny"),
         union_row(2, "canny", "depth", controlnet_conditioning_scale=[0.6, 1.2]),
         union_row(3, "canny", "canny", control_guidance_end=0.7),
     ]
     ours = compare(model, rows)
+    assert loaded[0] == parts["union"]
+    loaded.clear()
     backbone: Any = ContextDiffusion.from_pretrained(model, device="cpu").backbone
+    assert loaded == [parts["union"]]
     assert len(backbone.controlnets) == 2
     assert len(backbone.denoisers) == 2, "the U-Net, and the union once"
     one = dataclasses.replace(rows[0], controls=tuple(reversed(rows[0].controls)))
@@ -145,8 +171,6 @@ def test_a_union_beside_a_plain_controlnet(parts: dict[str, Any]) -> None:
 
 
 def test_through_a_job_with_own_maps(parts: dict[str, Any], tmp_path: Path) -> None:
-    from PIL import Image
-
     lines = []
     for number, size in enumerate([(300, 200), (50, 90)]):
         for name, seed in (("query", number), ("map", 30 + number), ("context", 60 + number)):
@@ -197,7 +221,10 @@ def job_of(folder: Path, model: Model, **keys: Any) -> GenerateJob:
         ("gray", r"gray is no control type .*union7, which takes openpose, depth, .*segment$"),
         ("tile", r"tile is no control type .*union7"),
         ("none", r"none is no control type"),
-        (None, r"the map that the ControlNet .*union7 was trained on is unknown; set control to"),
+        (
+            None,
+            r"the ControlNet .*union7 was trained on is unknown; set control to .*union7 takes openpose, depth",
+        ),
         ("openpose", r"openpose is not computed here: .* column control_image, which .*rows.jsonl lacks"),
         ("depth", r"depth needs a depth model, .*, which .*rows.jsonl lacks"),
         (["canny", "depth"], r"2 map\(s\) .* 1 ControlNet"),

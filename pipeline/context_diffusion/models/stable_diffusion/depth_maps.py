@@ -39,16 +39,21 @@ class DepthEstimator:
     @torch.inference_mode()
     def __call__(self, image: Pixels) -> Tensor:
         """Return the map, (1, 3, H, W) uint8, on the model's device, of an image uint8 (H, W, 3)."""
-        inputs = self.processor(images=Image.fromarray(image), return_tensors="pt")
-        values = pinned(inputs["pixel_values"].float(), self.model.device)
-        [outcome] = self.processor.post_process_depth_estimation(self.model(values), [image.shape[:2]])
-        depth = outcome["predicted_depth"].float()
+        depth = self.depth(image)
         least, most = depth.min(), depth.max()
         spread = most - least
         shares = torch.where(spread > 0, (depth - least) / spread, 0.0)  # a flat one is all far
         levels = (shares * 255).to(torch.uint8)
         levels = torch.where(spread > 0, 255 - levels, levels) if self.inverted else levels
         return levels[None, None].expand(1, 3, -1, -1).contiguous()
+
+    @torch.inference_mode()
+    def depth(self, image: Pixels) -> Tensor:
+        """Return what the model predicts of an image, (H, W) float32."""
+        inputs = self.processor(images=Image.fromarray(image), return_tensors="pt")
+        values = pinned(inputs["pixel_values"].float(), self.model.device)
+        [outcome] = self.processor.post_process_depth_estimation(self.model(values), [image.shape[:2]])
+        return outcome["predicted_depth"].float()
 
 
 def predicts_distance(config: Any) -> bool:
@@ -62,17 +67,23 @@ def predicts_distance(config: Any) -> bool:
 def load_depth_estimator(loader: ComponentLoader, part: str, device: torch.device) -> DepthEstimator:
     """Load a depth model on the device, safetensors only, no remote code. Raises ModelError."""
     whole = replace(loader, parts=loader.parts.model_copy(update={"dtype": "float32"}))
-    model, info = whole(AutoModelForDepthEstimation, part, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):  # transformers would use random ones
-        raise ModelError(
-            f"model: depth_estimator {part}: {len(missing)} weights are missing, {', '.join(missing[:3])}"
-        )
+    options = {"output_loading_info": True, "trust_remote_code": False}
+    model, info = whole(AutoModelForDepthEstimation, part, **options)
+    # transformers would use random ones. Published DPTs lack some that the model does not read.
+    missing = sorted(info["missing_keys"])
+    for name in missing:
+        model.get_parameter(name).data.fill_(torch.nan)
     folder = fetch(part, PREPROCESSOR, loader.parts.revision).parent
     try:
         # The processor by Pillow, whether torchvision is there or not: its pixels differ.
-        processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil")
+        processor = AutoImageProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
         estimator = DepthEstimator(model.to(device).eval().requires_grad_(False), processor)
-        estimator(np.zeros((TRIED_SIDE, TRIED_SIDE, 3), np.uint8))
+        depth = estimator.depth(np.zeros((TRIED_SIDE, TRIED_SIDE, 3), np.uint8))
     except Exception as error:  # a processor of another kind, one that needs torchvision, another input
         raise ModelError(f"model: depth_estimator {part} cannot be used: {error}") from error
+    if not depth.isfinite().all():
+        reason = (
+            f"{len(missing)} weights are missing, {', '.join(missing[:3])}" if missing else "it predicts NaN"
+        )
+        raise ModelError(f"model: depth_estimator {part} cannot be used: {reason}")
     return estimator
