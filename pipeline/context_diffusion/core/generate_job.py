@@ -133,9 +133,9 @@ class GenerateJob(StrictModel):
     control: ControlName | Annotated[list[ControlName], Field(min_length=1)] | None = Field(
         default=None,
         description="the control map, or one per ControlNet: none (the query itself), canny, gray, "
-        "soft_edges and tile are computed from the query, depth by `model.depth_estimator`; lineart, openpose, normal "
-        "and segment are given in `control_image`; disabled: no ControlNet runs; default: the map that the "
-        "model's ControlNet was trained on",
+        "soft_edges and tile are computed from the query, depth by `model.depth_estimator`; lineart, "
+        "openpose, normal and segment are given in `control_image`; disabled: no ControlNet runs; default: "
+        "the map that the model's ControlNet was trained on",
     )
     columns: Annotated[
         dict[str, str],

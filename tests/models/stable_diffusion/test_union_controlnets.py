@@ -223,7 +223,7 @@ def job_of(folder: Path, model: Model, **keys: Any) -> GenerateJob:
         ("none", r"none is no control type"),
         (
             None,
-            r"the ControlNet .*union7 was trained on is unknown; set control to .*union7 takes openpose, depth",
+            r"ControlNet .*union7 was trained on is unknown; set control to .*union7 takes openpose, depth",
         ),
         ("openpose", r"openpose is not computed here: .* column control_image, which .*rows.jsonl lacks"),
         ("depth", r"depth needs a depth model, .*, which .*rows.jsonl lacks"),

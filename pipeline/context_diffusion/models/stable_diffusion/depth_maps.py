@@ -18,14 +18,14 @@ from context_diffusion.models.component_loading import ComponentLoader
 from context_diffusion.models.hub import fetch
 from context_diffusion.models.resolve import PREPROCESSOR
 
-# transformers' models that predict distances, so that far is large. The others predict inverse depth.
+# transformers' models that predict distances, so that far is large. The others predict inverse depth, as MiDaS
+# does, which made the maps that depth ControlNets were trained on; those of Zoe are inverted for them.
 DISTANCES = ("depth_pro", "glpn", "tipsv2_dpt", "zoedepth")
 TRIED_SIDE = 64  # pixels of the image with which a model is tried
 
 
 class DepthEstimator:
-    """Estimate depth: uint8, near is bright, as in the maps of MiDaS and Zoe that depth ControlNets were
-    trained on.
+    """Estimate depth as uint8, near is bright, as in the maps that depth ControlNets were trained on.
 
     model: of transformers, on its device, in float32: half precision would show as bands, and a query is
     estimated once. processor: the model's image processor. A map is that of transformers' pipeline
