@@ -18,8 +18,8 @@ from context_diffusion.models.component_loading import ComponentLoader
 from context_diffusion.models.hub import fetch
 from context_diffusion.models.resolve import PREPROCESSOR
 
-# transformers' models that predict distances, so that far is large. The others predict inverse depth, as MiDaS
-# does, which made the maps that depth ControlNets were trained on; those of Zoe are inverted for them.
+# transformers' models that predict distances, so that far is large. The others predict inverse depth, as does
+# MiDaS, which made the maps that depth ControlNets were trained on; those of Zoe are inverted for them.
 DISTANCES = ("depth_pro", "glpn", "tipsv2_dpt", "zoedepth")
 TRIED_SIDE = 64  # pixels of the image with which a model is tried
 
