@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import torch
 from PIL import Image
 from pydantic import ValidationError
 
 from context_diffusion.core.errors import ConfigError, ModelError, RowError
-from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.generate_job import ControlName, GenerateJob
 from context_diffusion.core.job_base import Fit, problem_of
 from context_diffusion.core.model_parts import CHUNKS, ModelKind, Parts
 from context_diffusion.core.records import Failure, Pixels, Request, Result, derive_seed
@@ -22,7 +22,7 @@ from context_diffusion.engine.rows import StepUpdate
 from context_diffusion.engine.service import EngineService
 from context_diffusion.image_tensors import to_context, to_pixels, to_resized
 from context_diffusion.inputs.context_images import NO_MASKS, ImageProcessor, ReferenceImage, mask_of
-from context_diffusion.inputs.control_maps import CONTROLS, controls_of
+from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.inputs.decode import Size, output_size, reference_output_size
 from context_diffusion.models.compilation import Compile, compile_blocks, wants_compilation
 from context_diffusion.models.defaults import Defaults, resolved_control, resolved_settings
@@ -241,8 +241,10 @@ class ContextDiffusion:
         except ConfigError as error:
             raise ValueError(str(error)) from None
         for kind in kinds:
-            if kind not in CONTROLS:
-                raise ValueError(f"control must be one of {', '.join(CONTROLS)} or disabled, not {kind!r}")
+            if kind not in get_args(ControlName):
+                raise ValueError(f"control must be one of {', '.join(get_args(ControlName))}, not {kind!r}")
+        if reason := self.defaults.no_map(kinds):
+            raise ValueError(reason)
         return kinds
 
     def _checked_settings(self, settings: dict[str, Any]) -> Settings:

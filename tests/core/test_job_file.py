@@ -71,7 +71,7 @@ def test_all_errors_come_in_one_go_each_with_what_to_do() -> None:
     for expected in (
         "modle: unknown key; did you mean 'model'?",
         "settings.num_inference_step: unknown key; did you mean 'num_inference_steps'?",
-        "control: should be 'none', 'canny', 'gray', 'soft_edges' or 'disabled'",
+        "control: should be 'none', 'canny', 'gray', 'soft_edges', 'tile', 'depth', ",
         "output: http:// is read-only; use",
         "rows_per_part: should be greater than or equal to 1, got 0",
         'settings.guidance_scale: should be a valid number, got "high"',

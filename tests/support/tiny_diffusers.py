@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
+    ControlNetUnionModel,
     DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -169,8 +170,33 @@ def _unet(
 def make_controlnet(folder: Path, xl: bool = False, seed: int = 1, whole: bool = False) -> str:
     torch.manual_seed(seed)
     sizes = _whole_sizes(xl) if whole else _sizes(xl)
-    net = ControlNetModel(conditioning_embedding_out_channels=(8, 16), **sizes)
-    for name, parameter in net.named_parameters():  # zero at birth: they would hide the ControlNet
+    net = _heard(ControlNetModel(conditioning_embedding_out_channels=(8, 16), **sizes))
+    net.save_pretrained(folder / f"controlnet{seed}", safe_serialization=True)
+    return str(folder / f"controlnet{seed}")
+
+
+def make_union_controlnet(folder: Path, types: int = 6, seed: int = 7) -> str:
+    """A union ControlNet for XL. types: control types; the promax one has 8."""
+    torch.manual_seed(seed)
+    sizes = _sizes(xl=True)
+    width = sizes["block_out_channels"][0]
+    net = ControlNetUnionModel(
+        conditioning_embedding_out_channels=(8, 16),
+        num_control_type=types,
+        num_trans_channel=width,
+        num_proj_channel=width,
+        num_trans_head=4,
+        **sizes,
+    )
+    nn.init.normal_(net.spatial_ch_projs.weight, std=0.5)
+    _loud(net, 6.0, "control_add_embedding")
+    _heard(net).save_pretrained(folder / f"union{seed}", safe_serialization=True)
+    return str(folder / f"union{seed}")
+
+
+def _heard(net: Any) -> Any:
+    """A ControlNet that is zero at birth, made to be heard."""
+    for name, parameter in net.named_parameters():
         if "controlnet_" in name and not parameter.any():
             nn.init.normal_(parameter, std=0.15)
     with torch.no_grad():  # what differs between two maps is as loud as the latents
@@ -181,8 +207,7 @@ def make_controlnet(folder: Path, xl: bool = False, seed: int = 1, whole: bool =
         made = net.controlnet_cond_embedding(maps)
         last.weight.mul_(1.5 / made.std(0).mean())
         last.bias.sub_(net.controlnet_cond_embedding(maps).mean((0, 2, 3)))
-    net.save_pretrained(folder / f"controlnet{seed}", safe_serialization=True)
-    return str(folder / f"controlnet{seed}")
+    return net
 
 
 def make_image_encoder(folder: Path) -> str:

@@ -22,7 +22,19 @@ from context_diffusion.core.schema import COLUMNS_BY_SCORE, MANIFEST_COLUMNS, Sc
 from context_diffusion.core.settings import Fraction, Settings
 from context_diffusion.core.sweep import Matrix, check_combinations, checked_matrix
 
-ControlName = Literal["none", "canny", "gray", "soft_edges", "disabled"]
+ControlName = Literal[
+    "none",
+    "canny",
+    "gray",
+    "soft_edges",
+    "tile",
+    "depth",
+    "lineart",
+    "openpose",
+    "normal",
+    "segment",
+    "disabled",
+]
 ImageFormat = Literal["png", "webp", "jpeg", "none"]
 OutputFormat = Literal["files", "parquet", "both", "webdataset"]
 Actors = Annotated[int, Field(ge=1, le=10_000)]
@@ -120,9 +132,10 @@ class GenerateJob(StrictModel):
     )
     control: ControlName | Annotated[list[ControlName], Field(min_length=1)] | None = Field(
         default=None,
-        description="the control map computed from the query, or one per ControlNet; none: the query "
-        "itself; disabled: "
-        "no ControlNet runs; default: the map that the model's ControlNet was trained on",
+        description="the control map, or one per ControlNet: none (the query itself), canny, gray, "
+        "soft_edges and tile are computed from the query, depth by `model.depth_estimator`; lineart, "
+        "openpose, normal and segment are given in `control_image`; disabled: no ControlNet runs; default: "
+        "the map that the model's ControlNet was trained on",
     )
     columns: Annotated[
         dict[str, str],

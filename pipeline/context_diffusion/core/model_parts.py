@@ -31,6 +31,7 @@ FLUX2_PARTS = ("max_reference_pixels", "prompt_template")
 STABLE_DIFFUSION_PARTS = (
     "controlnet", "ip_adapter", "ip_adapter_weight_name", "image_encoder", "vae", "safety_checker",
     "clip_skip", "prompt_chunks", "normalization", "loras", "few_steps",
+    "depth_estimator",
 )  # fmt: skip
 
 
@@ -72,6 +73,10 @@ class Parts(StrictModel):
         default=None,
         description="a StableDiffusionSafetyChecker of diffusers; sets the column `unsafe`; default for "
         "sd15: its own",
+    )
+    depth_estimator: str | None = Field(
+        default=None,
+        description="a transformers model for depth estimation, which computes the map of `control: depth`",
     )
     lora: str | list[str] | None = Field(
         default=None, description="LoRA files, FOLDER/NAME.safetensors, fused into base"
@@ -142,7 +147,14 @@ class Parts(StrictModel):
     @property
     def all(self) -> list[str]:
         """All parts that files are read from."""
-        single = [self.config, self.ip_adapter, self.image_encoder, self.vae, self.safety_checker]
+        single = [
+            self.config,
+            self.ip_adapter,
+            self.image_encoder,
+            self.vae,
+            self.safety_checker,
+            self.depth_estimator,
+        ]
         return [part for part in (self.base, *self.controlnets, *single, *self.lora_files) if part]
 
     @field_validator("prompt_template")

@@ -12,18 +12,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from context_diffusion.core.errors import ErrorCode
+from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.settings import Settings
 
 Pixels = NDArray[np.uint8]
+DEPTH_MODEL = "depth-anything/Depth-Anything-V2-Small-hf"  # an example, for messages
 
 
 @dataclass(frozen=True)
 class Control:
-    """A control map, one for each ControlNet of the model. kind: a key of inputs.control_maps.CONTROLS."""
+    """A control map, one for each ControlNet of the model. kind: a ControlName. pixels: None where the engine
+    computes the map of the query."""
 
     kind: str
-    pixels: Pixels
+    pixels: Pixels | None
+
+    @property
+    def given(self) -> Pixels:
+        """The map that the row has. Raises RowError where it has none."""
+        if self.pixels is None:
+            raise RowError(ErrorCode.INVALID_SETTING, no_map(self.kind))
+        return self.pixels
+
+
+def no_map(kind: str) -> str:
+    """Say why there is no map of a kind that is not computed from the query's pixels alone."""
+    if kind == "depth":
+        return (
+            f"control: depth needs a depth model, such as model.depth_estimator: {DEPTH_MODEL}, or a map of "
+            "the row's own in the column control_image"
+        )
+    return f"control: {kind} is not computed here: a row brings its map in the column control_image"
 
 
 @dataclass(frozen=True)

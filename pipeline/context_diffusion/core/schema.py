@@ -67,7 +67,7 @@ LOADED = pa.schema(
         ("query_image", IMAGE),
         ("output_width", pa.int32()),
         ("output_height", pa.int32()),
-        ("control_images", pa.list_(IMAGE)),
+        ("control_images", pa.list_(IMAGE)),  # null: the engine computes it
         ("context_images", pa.list_(IMAGE)),
         ("mask_images", pa.list_(IMAGE)),
         ("query_mean", pa.list_(pa.float32())),

@@ -13,9 +13,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from context_diffusion.core.errors import OutputConflictError
+from context_diffusion.core.errors import ConfigError, OutputConflictError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.model_parts import check_chunk
+from context_diffusion.core.schema import CONTROL_IMAGE
 from context_diffusion.core.sweep import combinations
 from context_diffusion.core.uris import normal
 from context_diffusion.generation import replan
@@ -124,10 +125,18 @@ def check_output(job: GenerateJob, model: ResolvedModel, output: Output) -> None
         raise OutputConflictError(f"{differing}; {HINT}")
 
 
+def check_maps(job: GenerateJob, model: ResolvedModel, scanned: Scan) -> None:
+    """Raise ConfigError if rows must bring control maps and no file of the manifest has any."""
+    reason = model.defaults.no_map(job.control_kinds)
+    if reason and not scanned.has_column(CONTROL_IMAGE):
+        raise ConfigError(f"{reason}, which {', '.join(job.manifests)} lacks")
+
+
 def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
     job, model = resolve(job)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scanned = Scan(job, files, storage)
+    check_maps(job, model, scanned)
     size = part_rows(scanned.rows, job.rows_per_part, len(combinations(job.matrix)))
     first, records = 0, []
     for number in range(len(files)):

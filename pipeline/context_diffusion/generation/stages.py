@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +27,7 @@ from context_diffusion.core.schema import (
     QUERY,
     SOURCES,
     SPAN,
+    from_image,
     known_rows,
     required,
     span,
@@ -124,7 +125,7 @@ class LoadImages:
     """Loads a shard's sources as pixels of the sizes that the model takes, and computes the control maps.
 
     control_kinds: the map of each ControlNet; allow: URI prefixes that rows may read; image_size: the model's
-    own; preprocessing: of context images."""
+    own; preprocessing: of context images. no_map: why rows must bring their control maps, if they must."""
 
     fit: Fit
     control_kinds: list[str]
@@ -133,13 +134,13 @@ class LoadImages:
     image_size: int
     preprocessing: ContextPreprocessing
     storage: Storage
+    no_map: str | None = None
 
     @classmethod
-    def for_job(
-        cls, job: GenerateJob, model: ResolvedModel, allow: list[str], storage: Storage
-    ) -> LoadImages:
+    def for_job(cls, job: GenerateJob, model: ResolvedModel, allow: list[str], storage: Storage) -> Self:
         """job: with its model's defaults filled in."""
-        return cls(job.fit, job.control_kinds, job.limits, allow, model.image_size, model.contexts, storage)
+        no_map, kinds = model.defaults.no_map(job.control_kinds), job.control_kinds
+        return cls(job.fit, kinds, job.limits, allow, model.image_size, model.contexts, storage, no_map)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         began = time.time()
@@ -191,18 +192,18 @@ class LoadImages:
 
     def _controls(self, row: dict[str, Any], query: Pixels, known: KnownPixels) -> tuple[Control, ...]:
         """Return the row's own control maps, or those computed from its query."""
-        kinds = self.control_kinds
-        if row[CONTROL_IMAGE] and isinstance(self.preprocessing, ReferenceImage):
-            message = f"{CONTROL_IMAGE}: this model has no ControlNet; it reads the query itself"
-            raise RowError(ErrorCode.INVALID_SETTING, message)
-        if not kinds or not row[CONTROL_IMAGE]:
+        kinds, sources = self.control_kinds, row[CONTROL_IMAGE]
+        problem = None if sources else self.no_map
+        if sources and isinstance(self.preprocessing, ReferenceImage):
+            problem = f"{CONTROL_IMAGE}: this model has no ControlNet; it reads the query itself"
+        elif sources and kinds and len(sources) != len(kinds):
+            problem = f"{CONTROL_IMAGE} has {len(sources)} images, the job's `control` has {len(kinds)} kinds"
+        if problem:
+            raise RowError(ErrorCode.INVALID_SETTING, problem)
+        if not kinds or not sources:
             return controls_of(query, kinds)
-        if len(row[CONTROL_IMAGE]) != len(kinds):
-            counts = f"{len(row[CONTROL_IMAGE])} images, the job's `control` has {len(kinds)} kinds"
-            message = f"{CONTROL_IMAGE} has {counts}"
-            raise RowError(ErrorCode.INVALID_SETTING, message)
         height, width = query.shape[:2]
-        maps = [self._resized(source, width, height, known) for source in row[CONTROL_IMAGE]]
+        maps = [self._resized(source, width, height, known) for source in sources]
         return tuple(map(Control, kinds, maps))
 
     def _masks(self, row: dict[str, Any], size: Size, known: KnownPixels) -> list[Pixels]:
@@ -270,7 +271,7 @@ def requests_of(table: pa.Table, control_kinds: list[str], matrix: Matrix) -> li
 
 def _requests(row: dict[str, Any], control_kinds: list[str], matrix: Matrix) -> list[Request]:
     query = required(row["query_image"])
-    controls = tuple(map(Control, control_kinds, map(required, row["control_images"])))
+    controls = tuple(map(Control, control_kinds, map(from_image, row["control_images"])))
     contexts = tuple(required(context) for context in row["context_images"])
     masks = tuple(required(mask) for mask in row["mask_images"])
     size = row["output_width"], row["output_height"]

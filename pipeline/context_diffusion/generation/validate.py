@@ -27,7 +27,7 @@ from context_diffusion.core.sweep import combinations
 from context_diffusion.core.uris import normal, protocol
 from context_diffusion.generation.estimate import try_rows
 from context_diffusion.generation.local_model import write_sheet
-from context_diffusion.generation.plan import check_output, part_rows, resolve
+from context_diffusion.generation.plan import check_maps, check_output, part_rows, resolve
 from context_diffusion.generation.stages import LoadImages, ReadShard
 from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file, scan_texts
 from context_diffusion.inputs.manifest_scan import Scan, column_warnings
@@ -74,6 +74,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
     job, model = resolve(job)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scan = Scan(job, files, storage)
+    check_maps(job, model, scan)
     size = part_rows(scan.rows, job.rows_per_part, len(combinations(job.matrix)))
     shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
     missing = _missing_packages(job, files, storage)

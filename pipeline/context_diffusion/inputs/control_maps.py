@@ -9,6 +9,8 @@ import numpy as np
 
 from context_diffusion.core.records import Control, Pixels
 
+TILE = 8  # pixels
+
 
 def query_pixels(image: Pixels) -> Pixels:
     """Return the query unchanged, for ControlNets that read an image."""
@@ -38,11 +40,20 @@ def soft_edges(image: Pixels) -> Pixels:
     return np.clip(magnitude * (255.0 / scale), 0, 255).astype(np.uint8)
 
 
+def tile(image: Pixels) -> Pixels:
+    """Return the query without its details: averaged over squares of TILE pixels, resized back by cubic
+    interpolation, as xinsir's tile ControlNets were trained and are shown with factors of 1 to 32."""
+    height, width = image.shape[:2]
+    small = cv2.resize(image, (max(1, width // TILE), max(1, height // TILE)), interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.uint8)
+
+
 CONTROLS: dict[str, Callable[[Pixels], Pixels]] = {
     "none": query_pixels,
     "canny": canny,
     "gray": gray,
     "soft_edges": soft_edges,
+    "tile": tile,
 }
 
 
@@ -53,5 +64,5 @@ def control_map(image: Pixels, kind: str) -> Pixels:
 
 
 def controls_of(query: Pixels, kinds: Sequence[str]) -> tuple[Control, ...]:
-    """Compute a query's control map of each kind."""
-    return tuple(Control(kind, control_map(query, kind)) for kind in kinds)
+    """Return a query's control map of each kind, without pixels for a kind that is none of CONTROLS."""
+    return tuple(Control(kind, control_map(query, kind) if kind in CONTROLS else None) for kind in kinds)

@@ -106,6 +106,11 @@ class Scan:
             yield Shard(first, number, begin, count, 0, bounds[begin], bounds[begin + count] - bounds[begin])
             first += 1
 
+    def has_column(self, name: str) -> bool:
+        """Return whether any file has a known column."""
+        columns = ([*file.columns, *keys] for file, keys in zip(self.files, self.keys, strict=True))
+        return any(self.names[name] in known for known in columns)
+
     def passed(self) -> pa.Schema:
         """Return the schema of the unknown columns, which are copied to the output."""
         return pa.schema(sorted(self.types.items()))

@@ -16,9 +16,11 @@ from typing import Any, Literal
 from context_diffusion.core.errors import ConfigError, ModelError
 from context_diffusion.core.generate_job import ControlName, GenerateJob, control_kinds
 from context_diffusion.core.model_parts import FewStepsName, Parts
+from context_diffusion.core.records import no_map
 from context_diffusion.core.schema import CONTROL_SETTINGS
 from context_diffusion.core.settings import SchedulerName, Settings, did_you_mean
 from context_diffusion.core.sweep import combinations
+from context_diffusion.inputs.control_maps import CONTROLS
 from context_diffusion.models.context_blocks import ContextBlocks, context_blocks
 
 SD15: dict[str, Any] = {
@@ -71,6 +73,24 @@ CONTROLNETS: dict[str, tuple[ControlName, float]] = {
     "xinsir/controlnet-canny-sdxl-1.0": ("canny", 1.0),
     "latentcat/control_v1p_sd15_brightness": ("gray", 1.0),
     "lllyasviel/control_v11f1e_sd15_tile": ("none", 1.0),
+    "xinsir/controlnet-tile-sdxl-1.0": ("tile", 1.0),
+    "lllyasviel/control_v11f1p_sd15_depth": ("depth", 1.0),
+    "lllyasviel/sd-controlnet-depth": ("depth", 1.0),
+    "diffusers/controlnet-depth-sdxl-1.0": ("depth", 0.5),
+    "diffusers/controlnet-depth-sdxl-1.0-mid": ("depth", 0.5),
+    "diffusers/controlnet-depth-sdxl-1.0-small": ("depth", 0.5),
+    "xinsir/controlnet-depth-sdxl-1.0": ("depth", 1.0),
+}
+# The control types of xinsir's union ControlNets, by the kinds of maps; tile is one of the promax weights.
+UNION_TYPES: dict[str, int] = {
+    "openpose": 0,
+    "depth": 1,
+    "soft_edges": 2,
+    "canny": 3,
+    "lineart": 3,
+    "normal": 4,
+    "segment": 5,
+    "tile": 6,
 }
 
 
@@ -166,7 +186,8 @@ class Defaults:
     trained on; empty: the model has none. controlnets: their names, for messages. family: the kind of model,
     for messages. unused: settings that the model has no use for, with the value that means so. schedulers:
     those that the model can use; empty: any that its scheduler_config goes with. blocks: of its U-Net, for
-    `context_blocks`. loras: the names that the setting `lora` may have."""
+    `context_blocks`. loras: the names that the setting `lora` may have. control_types: the kinds of maps that
+    each ControlNet takes; None: any. estimates_depth: the model has a depth estimator."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     control: tuple[str, ...] | None = ("gray",)
@@ -176,6 +197,14 @@ class Defaults:
     schedulers: tuple[SchedulerName, ...] = ()
     blocks: ContextBlocks | None = None
     loras: tuple[str, ...] = ()
+    control_types: tuple[tuple[str, ...] | None, ...] = ()
+    estimates_depth: bool = False
+
+    def no_map(self, kinds: Sequence[str]) -> str | None:
+        """Return why rows must bring their control maps, for the first kind that neither this package nor the
+        model computes; None where all are computed."""
+        computed = {*CONTROLS, *(["depth"] if self.estimates_depth else [])}
+        return next((no_map(kind) for kind in kinds if kind not in computed), None)
 
     def refusal(self, settings: Settings) -> str | None:
         """Return why the model does not take the settings; None where it does."""
@@ -234,6 +263,19 @@ def stable_diffusion_defaults(
     return Defaults(settings, control, tuple(controlnets), blocks=blocks, loras=tuple(loras))
 
 
+def is_union(config: Mapping[str, Any]) -> bool:
+    """Return whether a ControlNet's config.json is that of a union ControlNet."""
+    return "num_control_type" in config or "Union" in str(config.get("_class_name"))
+
+
+def control_types(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the kinds of maps that a union ControlNet takes, by its config.json; None: it is a plain one."""
+    if not is_union(config):
+        return None
+    count = config.get("num_control_type", 6)
+    return tuple(kind for kind, place in UNION_TYPES.items() if place < count)
+
+
 def flux2_defaults(distilled: bool) -> Defaults:
     """Return the defaults of a FLUX.2 [klein], which has no ControlNet."""
     settings = KLEIN if distilled else KLEIN_BASE
@@ -259,10 +301,12 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
     if given is None:
         if defaults.control is None:
             names = ", ".join(defaults.controlnets)
+            typed = zip(defaults.controlnets, defaults.control_types, strict=False)
+            unions = "".join(f"; {name} takes {', '.join(types)}" for name, types in typed if types)
             raise ConfigError(
                 f"control: the map that the ControlNet {names} was trained on is unknown; "
-                "set control to canny, gray, soft_edges or none (the query itself), a list for several, or "
-                "to disabled"
+                "set control to canny, gray, soft_edges, tile, depth or none (the query itself), a list for "
+                f"several, or to disabled{unions}"
             )
         return list(defaults.control)
     kinds = control_kinds(given)
@@ -277,6 +321,12 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
             f"control: {len(kinds)} map(s) ({', '.join(kinds)}) for a model with {count} ControlNet(s); "
             "name one for each, or disabled"
         )
+    for kind, name, types in zip(kinds, defaults.controlnets, defaults.control_types, strict=False):
+        if types is not None and kind not in types:
+            raise ConfigError(
+                f"control: {kind} is no control type of the union ControlNet {name}, which takes "
+                f"{', '.join(types)}"
+            )
     return kinds
 
 

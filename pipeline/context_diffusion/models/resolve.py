@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from context_diffusion.core.model_parts import (
     parts_of,
     refuse_parts,
 )
+from context_diffusion.core.records import DEPTH_MODEL
 from context_diffusion.inputs.context_images import (
     TEXTURE_PIXELS,
     ContextPreprocessing,
@@ -31,6 +32,7 @@ from context_diffusion.inputs.context_images import (
 )
 from context_diffusion.models.defaults import (
     Defaults,
+    control_types,
     few_steps_of,
     flux2_defaults,
     native_defaults,
@@ -170,7 +172,13 @@ def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any], known: dic
     if few_steps:
         published = {split(few_steps.lora)[0]: few_steps.commit}
         parts = _at_commits(_with_lora(parts, few_steps.lora), published | known | parts.revision)
-    defaults = stable_diffusion_defaults(unet, xl, scheduler, parts.controlnets, list(parts.loras), few_steps)
+    _check_depth_estimator(parts)
+    nets = [read_json(name, "config.json", parts.revision) for name in parts.controlnets]
+    defaults = replace(
+        stable_diffusion_defaults(unet, xl, scheduler, parts.controlnets, list(parts.loras), few_steps),
+        control_types=tuple(map(control_types, nets)),
+        estimates_depth=parts.depth_estimator is not None,
+    )
     kind: ModelKind = "sdxl" if xl else "sd"
     return ResolvedModel(
         name, kind, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults
@@ -185,6 +193,19 @@ def _with_lora(parts: Parts, file: str) -> Parts:
         return parts
     scales = [scale for _, scale in parts.fused_loras]
     return parts.model_copy(update={"lora": [*files, file], "lora_scale": [*scales, 1.0]})
+
+
+def _check_depth_estimator(parts: Parts) -> None:
+    """Raise ModelError if the depth estimator is another kind of model."""
+    if parts.depth_estimator is None:
+        return
+    config = read_json(parts.depth_estimator, "config.json", parts.revision)
+    classes = config.get("architectures") or [config.get("_class_name", "model of an unknown class")]
+    if not any(str(name).endswith("ForDepthEstimation") for name in classes):
+        found = f"depth_estimator {parts.depth_estimator} is a {classes[0]}"
+        raise ModelError(
+            f"model: {found}, expected a transformers model for depth estimation such as {DEPTH_MODEL}"
+        )
 
 
 def _flux2(name: str, parts: Parts, given: Parts, index: dict[str, Any]) -> ResolvedModel:

@@ -107,11 +107,11 @@ def metadata_texts(written: dict[str, Any], loaded: dict[str, Any], parts: Parts
 
 
 def input_digests(loaded: dict[str, Any]) -> dict[str, list[str]]:
-    """Hash the pixels that the model was given."""
+    """Hash the pixels that the model was given; a control map that the engine computes is none of them."""
     columns = {name: loaded[column] for name, column in INPUTS.items()}
     images = {name: value if isinstance(value, list) else [value] for name, value in columns.items()}
     return {
-        name: [hashlib.blake2b(image["data"], digest_size=16).hexdigest() for image in column]
+        name: [hashlib.blake2b(image["data"], digest_size=16).hexdigest() for image in column if image]
         for name, column in images.items()
     }
 

@@ -42,7 +42,7 @@ def save_samples(
     rows = []
     for request, image, target in zip(requests, make(model, requests), targets, strict=True):
         contexts = [*request.contexts, blank, blank][:3]
-        rows.append(np.concatenate([request.query, request.controls[0].pixels, *contexts, target, image], 1))
+        rows.append(np.concatenate([request.query, request.controls[0].given, *contexts, target, image], 1))
     half = len(rows) // 2
     page = Image.fromarray(np.concatenate([np.concatenate(rows[:half]), np.concatenate(rows[half:])], 1))
     with writing(path):

@@ -195,6 +195,7 @@ def test_python_says_what_is_wrong_with_an_image_or_a_size(models: Any) -> None:
         {"vae": "{folder}/vae"},
         {"safety_checker": "{folder}/vae"},
         {"clip_skip": 1},
+        {"depth_estimator": "{folder}/vae"},
         {"prompt_chunks": 2},
         {"normalization": "channel"},
     ],

@@ -121,10 +121,10 @@ class NativeBackbone:
         [scale], [control] = control_scales(request, 1), request.controls
 
         def embed() -> Tensor:
-            latents = self.model.encode_control(to_tensor(control.pixels, self.model.device), [control.kind])
+            latents = self.model.encode_control(to_tensor(control.given, self.model.device), [control.kind])
             return self.layout_embedding(latents.to(self.model.dtype))
 
-        layout = cache.get(f"control:{control.kind}:{content_key(control.pixels)}", embed)
+        layout = cache.get(f"control:{control.kind}:{content_key(control.given)}", embed)
         return {"layout": layout, "scale": layout.new_full((1, 1), scale)}
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:

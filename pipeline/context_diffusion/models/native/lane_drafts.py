@@ -212,12 +212,12 @@ class NativeDrafts:
             raise ValueError(
                 f"row {request.id}: no draft without contexts and a control map that shows tones"
             )
-        tones = tones_of(to_tensor(request.controls[0].pixels, self.model.device))
+        tones = tones_of(to_tensor(request.controls[0].given, self.model.device))
         return self._image(request, tones, wanted, self._looks(wanted.contexts, cache), cache)
 
     def _draft_of(self, request: Request, wanted: Wanted, cache: Cache) -> tuple[EncodedDraft, Detail]:
         control = request.controls[0]
-        key = f"{control.kind}:{content_key(control.pixels)}:{content_key(request.query)}"
+        key = f"{control.kind}:{content_key(control.given)}:{content_key(request.query)}"
         layout = cache.get(f"tones:{key}", partial(self._tones, control))
         looks = self._looks(wanted.contexts, cache)
         seed = request.settings.seed or 0
@@ -286,7 +286,7 @@ class NativeDrafts:
         return encoded, {"drafts": image, "copies": self.model.decode(encoded.latents).float()}
 
     def _tones(self, control: Control) -> Layout:
-        return self.model.layout(to_tensor(control.pixels, self.model.device), [control.kind])
+        return self.model.layout(to_tensor(control.given, self.model.device), [control.kind])
 
 
 def _texture(relief: ReliefModel, images: Tensor, side: int) -> Tensor:

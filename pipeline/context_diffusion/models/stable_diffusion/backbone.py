@@ -23,7 +23,7 @@ from context_diffusion.engine.guidance import Branch, guidance_branches
 from context_diffusion.engine.lane_buffers import pinned
 from context_diffusion.inputs.context_images import ContextPreprocessing, ImageProcessor
 from context_diffusion.models.attention import ABSENT, LaneInputs, keys_and_values
-from context_diffusion.models.conditioning import content_key, control_scales, latent_size, to_tensor
+from context_diffusion.models.conditioning import control_scales, latent_size, to_tensor
 from context_diffusion.models.stable_diffusion.contexts import SLOTS, ContextConditions
 from context_diffusion.models.stable_diffusion.control_networks import ControlNetworks
 from context_diffusion.models.stable_diffusion.loading import StableDiffusion
@@ -55,7 +55,7 @@ class StableBackbone:
         )
         self.networks = RowNetworks(pipe, model.row_loras, model.xl, model.parts)
         self.refusal = refusal
-        self.controlnets = ControlNetworks(model.controlnets)
+        self.controlnets = ControlNetworks(model.controlnets, model.depth)
         for network in (*self.denoisers, self.vae):
             network.to(memory_format=torch.channels_last)
         # An LCM's U-Net reads the guidance scale as a number, so one lane replaces both branches.
@@ -156,11 +156,8 @@ class StableBackbone:
         if not request.controls:
             return None
         scales = control_scales(request, len(self.controlnets))
-        maps = []
-        for n, control in enumerate(request.controls):
-            key = f"control{n}:{content_key(control.pixels)}"
-            maps.append(cache.get(key, partial(self.controlnets.embed, n, control)))
-        return {"maps": tuple(maps), "scale": pinned(torch.tensor([scales]), self.device).to(self.dtype)}
+        scale = pinned(torch.tensor([scales]), self.device).to(self.dtype)
+        return self.controlnets.maps(request, cache) | {"scale": scale}
 
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         pixels = to_tensor(request.query, self.device) / 255 * 2 - 1

@@ -25,6 +25,8 @@ from context_diffusion.core.model_parts import Parts
 from context_diffusion.models.component_loading import ComponentLoader
 from context_diffusion.models.hub import fetch
 from context_diffusion.models.lora import fuse_loras
+from context_diffusion.models.stable_diffusion.control_networks import load_controlnets
+from context_diffusion.models.stable_diffusion.depth_maps import DepthEstimator, load_depth_estimator
 from context_diffusion.models.stable_diffusion.row_loras import load_row_loras
 from context_diffusion.models.stable_diffusion.safety_checker import SafetyChecker
 
@@ -43,6 +45,7 @@ class StableDiffusion:
     xl: bool
     row_loras: dict[str, Any]
     unsafe: SafetyChecker | None = None
+    depth: DepthEstimator | None = None
 
 
 def load(parts: Parts, device: torch.device) -> StableDiffusion:
@@ -57,13 +60,7 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
     if parts.vae:
         components["vae"] = loader.component(diffusers.AutoencoderKL, parts.vae)
     pipe = loader.base(kind_of_pipe, **components)
-    controlnets = [loader.component(diffusers.ControlNetModel, part) for part in parts.controlnets]
-    for name, net in zip(parts.controlnets, controlnets, strict=True):
-        if (width := net.config.cross_attention_dim) != pipe.unet.config.cross_attention_dim:
-            raise ModelError(
-                f"model: controlnet {name} reads text of width {width}, that of base {parts.base} is "
-                "different"
-            )
+    controlnets = load_controlnets(loader, parts.controlnets, pipe.unet.config.cross_attention_dim)
     fuse_loras(pipe, parts, "unet.")
     row_loras = load_row_loras(pipe, parts)
     if parts.ip_adapter and parts.ip_adapter_weight_name:
@@ -75,8 +72,9 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
         if isinstance(module, nn.Module):
             module.to(device).eval().requires_grad_(False)
     pipe.vae.to(_vae_dtype(loader.dtype, device, upcast=xl and pipe.vae.config.force_upcast))
+    depth = load_depth_estimator(loader, parts.depth_estimator, device) if parts.depth_estimator else None
     unsafe = SafetyChecker(checker) if checker else None
-    return StableDiffusion(pipe, controlnets, parts, xl, row_loras, unsafe)
+    return StableDiffusion(pipe, controlnets, parts, xl, row_loras, unsafe, depth)
 
 
 def _vae_dtype(dtype: torch.dtype, device: torch.device, upcast: bool) -> torch.dtype:
