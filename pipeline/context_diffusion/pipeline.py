@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from context_diffusion.backbones import load_backbone
 from context_diffusion.core.errors import ConfigError, ModelError, RowError
 from context_diffusion.core.generate_job import ControlName, GenerateJob
 from context_diffusion.core.job_base import Fit, problem_of
@@ -25,11 +26,9 @@ from context_diffusion.inputs.context_images import NO_MASKS, ImageProcessor, Re
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.inputs.decode import Size, output_size, reference_output_size
 from context_diffusion.models.compilation import Compile, compile_blocks, wants_compilation
-from context_diffusion.models.defaults import Defaults, resolved_control, resolved_settings
 from context_diffusion.models.flux2.offloading import Offload
-from context_diffusion.models.native.backbone import NativeBackbone
-from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.resolve import ResolvedModel, find_model
+from context_diffusion.models.resolution.defaults import Defaults, resolved_control, resolved_settings
+from context_diffusion.models.resolution.resolve import find_model
 
 CPU_THREADS = 2
 
@@ -87,6 +86,10 @@ class ContextDiffusion:
             resolved = find_model(Parts.model_validate(model) if isinstance(model, dict) else model)
         except ValidationError as error:
             raise ModelError(f"model: {error}") from None
+        if resolved.defaults.loras and wants_compilation(compile, where):
+            raise ModelError(
+                "compile: auto does not apply to model.loras: leave one of them out"
+            )
         backbone, unsafe = load_backbone(resolved, where, offload)
         return cls(backbone, resolved.kind, where, cpu_threads, unsafe, resolved.defaults, compile)
 
@@ -262,33 +265,6 @@ class ContextDiffusion:
             raise ValueError(f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
         except ConfigError as error:
             raise ValueError(str(error)) from None
-
-
-def load_backbone(
-    model: ResolvedModel, device: torch.device, offload: Offload = "auto"
-) -> tuple[Backbone, Callable[[Pixels], bool] | None]:
-    """Load the weights of a model on the device. Returns it with its safety checker. Raises ModelError.
-
-    offload: see `ContextDiffusion.from_pretrained`."""
-    if model.kind == "native":
-        assert model.folder
-        return NativeBackbone(NativeModel.from_pretrained(model.folder).to(device)), None
-    assert model.parts
-    # Each imports diffusers' pipelines, which takes some seconds.
-    if model.kind == "flux2":
-        from context_diffusion.models.flux2.backbone import Flux2Backbone
-        from context_diffusion.models.flux2.loading import load_flux2
-
-        assert isinstance(model.contexts, ReferenceImage)
-        # A lane that fills its chunk needs no padding, nor the mask that slower attention kernels take.
-        padded = CHUNKS[model.kind, device.type][0] > 1
-        return Flux2Backbone(load_flux2(model.parts, device, offload), model.contexts, padded), None
-    from context_diffusion.models.stable_diffusion.backbone import StableBackbone
-    from context_diffusion.models.stable_diffusion.loading import load
-
-    assert isinstance(model.contexts, ImageProcessor)
-    loaded = load(model.parts, device)
-    return StableBackbone(loaded, model.contexts, model.defaults.refusal), loaded.unsafe
 
 
 def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> EngineService:

@@ -22,7 +22,7 @@ from context_diffusion.core.settings import Settings
 from context_diffusion.evaluation.shuffled_controls import named_first
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.resolve import model_folder
+from context_diffusion.models.resolution.resolve import model_folder
 from context_diffusion.training.data.layouts import Rng, Tone, make_layout
 from context_diffusion.training.data.pools import make_query
 from context_diffusion.training.data.styles import Style, dress, make_style

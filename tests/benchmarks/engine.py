@@ -36,7 +36,7 @@ from context_diffusion.models.native.draft_image import give_back
 from context_diffusion.models.native.lane_drafts import Detail, NativeDrafts
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.preconditioning import EncodedDraft
-from context_diffusion.models.resolve import model_folder
+from context_diffusion.models.resolution.resolve import model_folder
 from context_diffusion.pipeline import ContextDiffusion
 
 BATCH = 8

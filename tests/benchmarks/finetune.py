@@ -29,7 +29,7 @@ from context_diffusion.evaluation.layout import layout_score
 from context_diffusion.evaluation.style import chamfer, palette, style_score
 from context_diffusion.inputs.control_maps import control_map
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.resolve import model_folder
+from context_diffusion.models.resolution.resolve import model_folder
 from context_diffusion.training.data.encoded_pools import pool_requests
 from context_diffusion.training.data.layouts import Rng, make_layout
 from context_diffusion.training.data.pools import VALIDATION_SEED, make_pool, shift_exposure

@@ -30,7 +30,7 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Request, Result
 from context_diffusion.generation.build_stages import build_stages
 from context_diffusion.generation.plan import open_plan
-from context_diffusion.generation.stages import generate
+from context_diffusion.generation.stages.generate import generate
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 from support import fakes

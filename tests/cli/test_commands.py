@@ -19,7 +19,7 @@ from context_diffusion.cli.doctor import cluster, readable, weights, writable
 from context_diffusion.cli.machine_checks import extras, machine_checks, problems_of
 from context_diffusion.cli.main import app
 from context_diffusion.core.model_parts import PRESETS
-from context_diffusion.models.hub import split
+from context_diffusion.models.resolution.hub import split
 from context_diffusion.storage.filesystem import Storage
 from support.http_server import serving
 from support.hub_server import hub_of

@@ -25,7 +25,7 @@ from context_diffusion.core.settings import Settings
 from context_diffusion.core.uris import normal
 from context_diffusion.generation.plan import Plan, open_plan
 from context_diffusion.generation.shards import read_shards
-from context_diffusion.generation.stages import ReadShard
+from context_diffusion.generation.stages.read_shard import ReadShard
 from context_diffusion.generation.validate import validate_job
 from context_diffusion.inputs.decode import decode_image
 from context_diffusion.inputs.from_folders import Pairing, write_manifest

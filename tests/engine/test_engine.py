@@ -26,7 +26,7 @@ from context_diffusion.models.native.draft import TEXTURED, Look, draft
 from context_diffusion.models.native.draft_image import give_back
 from context_diffusion.models.native.lane_drafts import NativeDrafts
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.resolve import model_folder
+from context_diffusion.models.resolution.resolve import model_folder
 from support.tiny import GPU, picture, request, speaking_model, tiny_model
 
 

@@ -17,7 +17,7 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.model_parts import PROMPT_TEMPLATE
 from context_diffusion.core.records import Pixels, Request, Result
 from context_diffusion.models.flux2.prompts import full_prompt
-from context_diffusion.models.resolve import BUNDLED
+from context_diffusion.models.resolution.resolve import BUNDLED
 from context_diffusion.pipeline import ContextDiffusion, make_engine
 from support.diffusers_reference import reference, row
 from support.klein_rows import MOST_LEVELS, by_diffusers, klein_row, levels_apart, request_of

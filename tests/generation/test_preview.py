@@ -24,7 +24,7 @@ from context_diffusion.core.records import Request, derive_id, derive_seed
 from context_diffusion.generation import estimate
 from context_diffusion.generation.local_model import LocalModel
 from context_diffusion.generation.preview import axes_of, setting_grid
-from context_diffusion.generation.stages import LoadImages
+from context_diffusion.generation.stages.load_images import LoadImages
 from context_diffusion.generation.validate import validate_job
 from context_diffusion.outputs.contact_sheet import GAP, SIDE, contact_sheet
 from support.manifests import job_values, write_manifest

@@ -24,8 +24,10 @@ from context_diffusion.generation.image_origin import find_origin
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.reproduce import Reproduction, reproduce, writer
 from context_diffusion.generation.shards import read_shards
-from context_diffusion.generation.stages import LoadImages, ReadShard, generate
-from context_diffusion.generation.write_shard import WriteShard
+from context_diffusion.generation.stages.generate import generate
+from context_diffusion.generation.stages.load_images import LoadImages
+from context_diffusion.generation.stages.read_shard import ReadShard
+from context_diffusion.generation.stages.write_shard import WriteShard
 from context_diffusion.inputs.decode import decode_image
 from context_diffusion.inputs.manifest_files import _last_group
 from context_diffusion.inputs.rows import RowRules

@@ -17,7 +17,7 @@ from context_diffusion.cli import main
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Request, Result
 from context_diffusion.generation.validate import validate_job
-from context_diffusion.models.resolve import ResolvedModel, find_model
+from context_diffusion.models.resolution.resolve import ResolvedModel, find_model
 from context_diffusion.outputs.finalize import close
 from context_diffusion.outputs.report.build import rebuild
 from context_diffusion.outputs.status import progress_of

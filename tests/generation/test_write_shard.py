@@ -21,8 +21,10 @@ from context_diffusion.core.schema import FAILURES_TOLD, OUTPUT
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.shards import read_shards
-from context_diffusion.generation.stages import LoadImages, ReadShard, generate
-from context_diffusion.generation.write_shard import WriteShard
+from context_diffusion.generation.stages.generate import generate
+from context_diffusion.generation.stages.load_images import LoadImages
+from context_diffusion.generation.stages.read_shard import ReadShard
+from context_diffusion.generation.stages.write_shard import WriteShard
 from context_diffusion.inputs.context_images import SquareCrop
 from context_diffusion.inputs.rows import RowRules
 from context_diffusion.outputs.encode import read_metadata

@@ -13,7 +13,8 @@ from context_diffusion.core.errors import ContextDiffusionError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.shards import read_shards
-from context_diffusion.generation.stages import LoadImages, ReadShard
+from context_diffusion.generation.stages.load_images import LoadImages
+from context_diffusion.generation.stages.read_shard import ReadShard
 from context_diffusion.inputs.context_images import SquareCrop
 from context_diffusion.inputs.from_folders import Pairing, write_manifest
 from context_diffusion.inputs.rows import RowRules

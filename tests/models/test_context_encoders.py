@@ -37,7 +37,7 @@ from context_diffusion.inputs.context_images import TEXTURE_PIXELS
 from context_diffusion.models.context_encoders import load_encoder, patch_tokens
 from context_diffusion.models.native.build import build
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.resolve import find_model
+from context_diffusion.models.resolution.resolve import find_model
 from context_diffusion.training.samples import make
 from support.tiny import SIZES, make_tiny, picture, request
 from support.training_steps import changed_by_a_step

@@ -19,7 +19,7 @@ from context_diffusion.core.model_parts import PRESETS
 from context_diffusion.core.settings import Settings
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.inputs.control_maps import control_map
-from context_diffusion.models.defaults import (
+from context_diffusion.models.resolution.defaults import (
     CONTROLNETS,
     Defaults,
     native_defaults,
@@ -27,7 +27,7 @@ from context_diffusion.models.defaults import (
     resolved_job,
     resolved_settings,
 )
-from context_diffusion.models.resolve import find_model
+from context_diffusion.models.resolution.resolve import find_model
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.storage.filesystem import Storage

@@ -12,9 +12,9 @@ from huggingface_hub import constants
 
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.model_parts import PRESETS, Parts, parts_of
-from context_diffusion.models.hub import commit_of, fetch, split
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.resolve import COMPONENTS, find_model
+from context_diffusion.models.resolution.hub import commit_of, fetch, split
+from context_diffusion.models.resolution.resolve import COMPONENTS, find_model
 from context_diffusion.pipeline import ContextDiffusion
 from support.tiny import tiny_model
 from support.tiny_diffusers import make_base

@@ -38,16 +38,15 @@ from context_diffusion.core.training_job import (
     ReliefSteps,
     TrainJob,
 )
-from context_diffusion.models.defaults import (
-    FAMILIES,
-    FEW_STEPS,
+from context_diffusion.models.native.words import COLOURS, MODIFIERS, OTHER_WORDS
+from context_diffusion.models.resolution.defaults import (
     Defaults,
     flux2_defaults,
     native_defaults,
     resolved_settings,
     stable_diffusion_defaults,
 )
-from context_diffusion.models.native.words import COLOURS, MODIFIERS, OTHER_WORDS
+from context_diffusion.models.resolution.few_steps import FAMILIES, FEW_STEPS
 from context_diffusion.training.data.prompts import PALETTE_WORDS, TEXTURE_WORDS, THING_WORDS, vocabulary
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,10 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.shards import read_shards
-from context_diffusion.generation.stages import Engine, LoadImages, ReadShard, generate
-from context_diffusion.generation.write_shard import WriteShard
+from context_diffusion.generation.stages.generate import Engine, generate
+from context_diffusion.generation.stages.load_images import LoadImages
+from context_diffusion.generation.stages.read_shard import ReadShard
+from context_diffusion.generation.stages.write_shard import WriteShard
 from context_diffusion.inputs.context_images import SquareCrop
 from context_diffusion.inputs.rows import RowRules
 from context_diffusion.outputs.output_folder import Output

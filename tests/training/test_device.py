@@ -17,7 +17,7 @@ from context_diffusion.core.errors import ConfigError
 from context_diffusion.core.training_job import TrainJob
 from context_diffusion.models.native.build import build
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.resolve import model_folder
+from context_diffusion.models.resolution.resolve import model_folder
 from context_diffusion.training import autoencoder
 from context_diffusion.training.data.encoded_pools import encode_pool
 from context_diffusion.training.data.pools import make_pool

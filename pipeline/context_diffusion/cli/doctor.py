@@ -15,8 +15,8 @@ from context_diffusion.core.errors import ContextDiffusionError
 from context_diffusion.core.job_base import writable_url
 from context_diffusion.core.model_parts import LICENCES, PRESETS, parts_of
 from context_diffusion.core.uris import normal
-from context_diffusion.models.hub import obstacle_to, split
-from context_diffusion.models.resolve import find_model
+from context_diffusion.models.resolution.hub import obstacle_to, split
+from context_diffusion.models.resolution.resolve import find_model
 from context_diffusion.ray_jobs import RayJobs, RayJobsError, known_address, known_token
 from context_diffusion.storage.filesystem import Storage
 

@@ -26,8 +26,10 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.uris import normal
 from context_diffusion.generation.build_stages import shards_per_actor
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
-from context_diffusion.generation.stages import Engine, LoadImages, ReadShard, Watched, generate
-from context_diffusion.generation.write_shard import WriteShard
+from context_diffusion.generation.stages.generate import Engine, Watched, generate
+from context_diffusion.generation.stages.load_images import LoadImages
+from context_diffusion.generation.stages.read_shard import ReadShard
+from context_diffusion.generation.stages.write_shard import WriteShard
 
 EngineFactory = Callable[[GenerateJob, Callable[[BaseException], None]], Engine]
 MAX_ENGINES = 10_000  # of a pool that grows with its cluster, which its GPUs limit

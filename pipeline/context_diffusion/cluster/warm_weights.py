@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from context_diffusion.cluster.ray_session import ray_session
 from context_diffusion.core.errors import EXIT_OK, classify
 from context_diffusion.core.generate_job import GenerateJob
-from context_diffusion.models.resolve import ResolvedModel, find_model
+from context_diffusion.models.resolution.resolve import ResolvedModel, find_model
 
 
 def warm(jobs: list[GenerateJob], address: str | None) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _load(model: ResolvedModel, on_gpu: bool) -> float:
     if on_this_node.kind != "native" and on_this_node.parts is not None:
         import torch
 
-        from context_diffusion.pipeline import load_backbone
+        from context_diffusion.backbones import load_backbone
 
         parts = on_this_node.parts
         dtype = "bfloat16" if on_gpu and parts.dtype == "auto" else parts.dtype

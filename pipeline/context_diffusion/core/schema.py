@@ -196,6 +196,11 @@ def span(began: float) -> dict[str, float]:
     return {"began": began, "seconds": max(time.time() - began, 0.0)}  # a clock may be set back
 
 
+def with_span(table: pa.Table, stage: str, began: float) -> pa.Table:
+    """Add the column of a shard's time in a stage that ends now."""
+    return table.append_column(f"{stage}_span", pa.array([span(began)] * len(table), SPAN))
+
+
 def known_rows(table: pa.Table) -> list[dict[str, Any]]:
     """Return a table's rows without the unknown manifest columns, which stay in Arrow."""
     return table.select([name for name in table.column_names if not name.startswith(PASSED)]).to_pylist()

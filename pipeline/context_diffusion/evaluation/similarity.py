@@ -20,7 +20,7 @@ from context_diffusion.image_tensors import channels_first
 from context_diffusion.inputs.decode import resize
 from context_diffusion.models.context_encoders import load_encoder, patch_tokens
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.resolve import model_folder
+from context_diffusion.models.resolution.resolve import model_folder
 from context_diffusion.storage.content_cache import ContentCache
 
 EMBEDDING_CACHE = ContentCache(16 * 2**20)

@@ -9,8 +9,9 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.uris import parent
 from context_diffusion.generation.plan import Plan
 from context_diffusion.generation.shards import read_shards
-from context_diffusion.generation.stages import LoadImages, ReadShard
-from context_diffusion.generation.write_shard import WriteShard
+from context_diffusion.generation.stages.load_images import LoadImages
+from context_diffusion.generation.stages.read_shard import ReadShard
+from context_diffusion.generation.stages.write_shard import WriteShard
 from context_diffusion.inputs.context_images import ContextPreprocessing, ReferenceImage
 from context_diffusion.inputs.manifest_files import ManifestFile, partitions
 from context_diffusion.inputs.rows import RowRules, column_names

@@ -12,8 +12,8 @@ from context_diffusion.core.errors import JobError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Request, Result
 from context_diffusion.generation.local_model import LocalModel, Outcome, engines_of, inputs_of
-from context_diffusion.generation.stages import requests_of
-from context_diffusion.models.resolve import ResolvedModel
+from context_diffusion.generation.stages.generate import requests_of
+from context_diffusion.models.resolution.resolve import ResolvedModel
 from context_diffusion.outputs.contact_sheet import Cell
 
 IMAGES_SHOWN = 4  # of one row

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from context_diffusion.core.errors import ErrorCode
 from context_diffusion.core.records import Failure, Request, Result
-from context_diffusion.generation.stages import Engine
+from context_diffusion.generation.stages.generate import Engine
 
 DEATHS = 3
 

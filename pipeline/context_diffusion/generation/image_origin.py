@@ -28,11 +28,11 @@ from context_diffusion.core.schema import (
 )
 from context_diffusion.core.uris import normal, parent
 from context_diffusion.generation.shards import read_shards
-from context_diffusion.generation.stages import ReadShard
+from context_diffusion.generation.stages.read_shard import ReadShard
 from context_diffusion.inputs.image_sources import INLINE
 from context_diffusion.inputs.manifest_files import ManifestFile
 from context_diffusion.inputs.rows import RowRules
-from context_diffusion.models.resolve import ResolvedModel, find_model
+from context_diffusion.models.resolution.resolve import ResolvedModel, find_model
 from context_diffusion.outputs.image_metadata import (
     Metadata,
     metadata_in,

@@ -9,7 +9,7 @@ from context_diffusion.core.errors import ConfigError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Request, Result
 from context_diffusion.core.uris import normal
-from context_diffusion.models.resolve import ResolvedModel
+from context_diffusion.models.resolution.resolve import ResolvedModel
 from context_diffusion.outputs.contact_sheet import Cell, contact_sheet
 from context_diffusion.outputs.encode import encode_image
 from context_diffusion.storage.filesystem import Storage

@@ -24,8 +24,8 @@ from context_diffusion.generation.shards import file_record, write_shards
 from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file
 from context_diffusion.inputs.manifest_scan import Scan
 from context_diffusion.inputs.url_policy import allowed_prefixes
-from context_diffusion.models.defaults import resolved_job
-from context_diffusion.models.resolve import ResolvedModel, find_model
+from context_diffusion.models.resolution.defaults import resolved_job
+from context_diffusion.models.resolution.resolve import ResolvedModel, find_model
 from context_diffusion.outputs.image_metadata import versions
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage

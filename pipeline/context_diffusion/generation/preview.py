@@ -18,13 +18,14 @@ from context_diffusion.core.schema import ID, SETTINGS
 from context_diffusion.core.settings import did_you_mean
 from context_diffusion.core.uris import parent
 from context_diffusion.generation.local_model import LocalModel, inputs_of
-from context_diffusion.generation.stages import LoadImages, requests_of
+from context_diffusion.generation.stages.generate import requests_of
+from context_diffusion.generation.stages.load_images import LoadImages
 from context_diffusion.inputs.manifest_files import expand, open_file, raw_rows
 from context_diffusion.inputs.rows import RowRules, read_table, row_id
 from context_diffusion.inputs.text_rows import Row
 from context_diffusion.inputs.url_policy import allowed_prefixes
-from context_diffusion.models.defaults import resolved_job
-from context_diffusion.models.resolve import find_model
+from context_diffusion.models.resolution.defaults import resolved_job
+from context_diffusion.models.resolution.resolve import find_model
 from context_diffusion.outputs.contact_sheet import Cell
 from context_diffusion.storage.filesystem import Storage
 

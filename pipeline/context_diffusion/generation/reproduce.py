@@ -20,9 +20,10 @@ from context_diffusion.core.schema import READ
 from context_diffusion.core.uris import normal
 from context_diffusion.generation.image_origin import ImageOrigin, allowed, model_of, read_row
 from context_diffusion.generation.local_model import LocalModel
-from context_diffusion.generation.stages import LoadImages, requests_of
+from context_diffusion.generation.stages.generate import requests_of
+from context_diffusion.generation.stages.load_images import LoadImages
 from context_diffusion.inputs.decode import decode_image, format_of
-from context_diffusion.models.resolve import ResolvedModel
+from context_diffusion.models.resolution.resolve import ResolvedModel
 from context_diffusion.outputs.encode import encode_image
 from context_diffusion.outputs.image_metadata import RUNTIME, differences, loading_of, metadata_texts
 from context_diffusion.storage.filesystem import Storage

@@ -28,13 +28,14 @@ from context_diffusion.core.uris import normal, protocol
 from context_diffusion.generation.estimate import try_rows
 from context_diffusion.generation.local_model import write_sheet
 from context_diffusion.generation.plan import check_maps, check_output, part_rows, resolve
-from context_diffusion.generation.stages import LoadImages, ReadShard
+from context_diffusion.generation.stages.load_images import LoadImages
+from context_diffusion.generation.stages.read_shard import ReadShard
 from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file, scan_texts
 from context_diffusion.inputs.manifest_scan import Scan, column_warnings
 from context_diffusion.inputs.rows import RowRules
 from context_diffusion.inputs.url_policy import PROTOCOLS, allowed_prefixes
 from context_diffusion.models.native.words import read_words, vocabulary_of
-from context_diffusion.models.resolve import ResolvedModel
+from context_diffusion.models.resolution.resolve import ResolvedModel
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 

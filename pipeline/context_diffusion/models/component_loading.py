@@ -15,9 +15,9 @@ from torch import nn
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.event_log import LOG
 from context_diffusion.core.model_parts import Parts
-from context_diffusion.models.hub import fetch_file, split
-from context_diffusion.models.resolve import read_json
-from context_diffusion.models.single_file import (
+from context_diffusion.models.resolution.hub import fetch_file, split
+from context_diffusion.models.resolution.resolve import read_json
+from context_diffusion.models.resolution.single_file import (
     CLIP,
     UNET,
     VAES,

@@ -12,7 +12,7 @@ from torch import nn
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.event_log import LOG
 from context_diffusion.core.model_parts import Parts
-from context_diffusion.models.hub import fetch
+from context_diffusion.models.resolution.hub import fetch
 
 NAMED = 3  # keys of a LoRA that fit no layer, named in a message
 

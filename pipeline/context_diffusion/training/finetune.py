@@ -18,7 +18,7 @@ from context_diffusion.core.records import Pixels, Request
 from context_diffusion.core.training_job import FinetuneJob
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.resolve import digest, model_folder
+from context_diffusion.models.resolution.resolve import digest, model_folder
 from context_diffusion.training.data.batches import SAMPLE_SETTINGS, BatchSource
 from context_diffusion.training.data.encoded_pools import Generated, encode, encode_controls, looks, summarise
 from context_diffusion.training.data.pools import Pools

@@ -15,7 +15,7 @@ from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import Failure, Result
 from context_diffusion.generation.plan import open_plan
-from context_diffusion.models.resolve import BUNDLED, find_model
+from context_diffusion.models.resolution.resolve import BUNDLED, find_model
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.storage.filesystem import Storage

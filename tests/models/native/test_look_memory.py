@@ -22,7 +22,7 @@ from context_diffusion.models.conditioning import weighted_contexts
 from context_diffusion.models.native.lane_drafts import NativeDrafts
 from context_diffusion.models.native.look_memory import KINDS, LookMemory, describe_colours, describe_relief
 from context_diffusion.models.native.model import NativeModel
-from context_diffusion.models.resolve import model_folder
+from context_diffusion.models.resolution.resolve import model_folder
 from context_diffusion.training.data.layouts import make_layout
 from context_diffusion.training.data.prompts import PALETTE_WORDS, TEXTURE_WORDS
 from context_diffusion.training.data.styles import PALETTES, TEXTURES, Style, dress, make_lut, make_style

@@ -12,7 +12,7 @@ from diffusers import AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from context_diffusion.core.errors import ModelError
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.normalization import normalise
-from context_diffusion.models.resolve import BUNDLED
+from context_diffusion.models.resolution.resolve import BUNDLED
 from support.tiny import picture, tiny_model
 
 

@@ -23,7 +23,7 @@ from context_diffusion.models.native.draft import (
 )
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.texture_separation import ReliefModel
-from context_diffusion.models.resolve import BUNDLED
+from context_diffusion.models.resolution.resolve import BUNDLED
 from context_diffusion.training.data.layouts import Tone, make_layout
 from context_diffusion.training.data.styles import TEXTURES, Style, dress, make_style, texture_field
 from context_diffusion.training.look_memory import BARE

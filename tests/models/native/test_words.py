@@ -27,7 +27,7 @@ from context_diffusion.models.native.words import (
     read_words,
     vocabulary_of,
 )
-from context_diffusion.models.resolve import model_folder
+from context_diffusion.models.resolution.resolve import model_folder
 from context_diffusion.training.data.prompts import vocabulary
 from support.tiny import picture
 

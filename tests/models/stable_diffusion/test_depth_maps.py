@@ -26,12 +26,12 @@ from context_diffusion.generation.image_origin import find_origin
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.preview import setting_grid
 from context_diffusion.generation.reproduce import reproduce
-from context_diffusion.generation.stages import generate
+from context_diffusion.generation.stages.generate import generate
 from context_diffusion.generation.validate import validate_job
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.component_loading import ComponentLoader
-from context_diffusion.models.defaults import stable_diffusion_defaults
-from context_diffusion.models.resolve import BUNDLED, find_model
+from context_diffusion.models.resolution.defaults import stable_diffusion_defaults
+from context_diffusion.models.resolution.resolve import BUNDLED, find_model
 from context_diffusion.models.stable_diffusion.depth_maps import DepthEstimator, load_depth_estimator
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion, make_engine

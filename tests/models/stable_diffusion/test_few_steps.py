@@ -25,8 +25,8 @@ from context_diffusion.core.model_parts import PRESETS, Parts
 from context_diffusion.core.records import Pixels, Request, Result
 from context_diffusion.core.settings import Settings
 from context_diffusion.generation.plan import open_plan
-from context_diffusion.models.defaults import FEW_STEPS, FewSteps
-from context_diffusion.models.resolve import find_model
+from context_diffusion.models.resolution.few_steps import FEW_STEPS, FewSteps
+from context_diffusion.models.resolution.resolve import find_model
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.storage.filesystem import Storage

@@ -23,7 +23,7 @@ from context_diffusion.core.records import Failure, Pixels, Request, Result
 from context_diffusion.generation.build_stages import build_stages
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.plan import open_plan
-from context_diffusion.generation.stages import generate
+from context_diffusion.generation.stages.generate import generate
 from context_diffusion.inputs.context_images import image_processor
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.outputs.output_folder import Output

@@ -20,7 +20,7 @@ from context_diffusion.core.settings import Settings
 from context_diffusion.generation.image_origin import find_origin
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.reproduce import reproduce
-from context_diffusion.models.defaults import flux2_defaults, native_defaults, resolved_settings
+from context_diffusion.models.resolution.defaults import flux2_defaults, native_defaults, resolved_settings
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.storage.filesystem import Storage

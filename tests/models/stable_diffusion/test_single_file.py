@@ -29,9 +29,9 @@ from context_diffusion.core.model_parts import PRESETS, Parts
 from context_diffusion.generation.build_stages import build_stages
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.plan import open_plan
-from context_diffusion.generation.stages import generate
+from context_diffusion.generation.stages.generate import generate
 from context_diffusion.models.component_loading import check_weights
-from context_diffusion.models.resolve import find_model
+from context_diffusion.models.resolution.resolve import find_model
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion, make_engine
 from context_diffusion.storage.filesystem import Storage
@@ -247,7 +247,7 @@ def test_planning_a_file_needs_no_torch(models: Any) -> None:
     code = f"""if True:
         import sys
         from context_diffusion.core.model_parts import Parts
-        from context_diffusion.models.resolve import find_model
+        from context_diffusion.models.resolution.resolve import find_model
         assert find_model(Parts(**{models(True)!r})).kind == "sdxl"
         assert "torch" not in sys.modules
     """

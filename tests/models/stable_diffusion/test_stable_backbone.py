@@ -25,7 +25,7 @@ from context_diffusion.core.errors import ErrorCode, ModelError
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import Failure, Pixels, Request, Result
 from context_diffusion.evaluation.prompt import BUNDLED
-from context_diffusion.models.resolve import find_model
+from context_diffusion.models.resolution.resolve import find_model
 from context_diffusion.pipeline import ContextDiffusion
 from support.diffusers_reference import row
 from support.threads import threads_that_switch_often

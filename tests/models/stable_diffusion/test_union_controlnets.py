@@ -20,7 +20,7 @@ from context_diffusion.core.records import Control, Failure, Pixels, Request, Re
 from context_diffusion.generation.build_stages import build_stages
 from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.plan import open_plan
-from context_diffusion.generation.stages import generate
+from context_diffusion.generation.stages.generate import generate
 from context_diffusion.inputs.control_maps import CONTROLS, control_map
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion, make_engine

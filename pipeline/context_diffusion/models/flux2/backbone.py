@@ -25,7 +25,6 @@ from context_diffusion.engine.lane_buffers import pinned
 from context_diffusion.inputs.context_images import ContextPreprocessing, ReferenceImage
 from context_diffusion.models.attention import log_weights
 from context_diffusion.models.conditioning import content_key, latent_size
-from context_diffusion.models.defaults import flux2_defaults
 from context_diffusion.models.flux2.loading import Flux2
 from context_diffusion.models.flux2.prompts import LENGTH, PromptEncoder, full_prompt
 from context_diffusion.models.flux2.references import (
@@ -36,6 +35,7 @@ from context_diffusion.models.flux2.references import (
     references_of,
 )
 from context_diffusion.models.flux2.transformer import LaneTokens, predict, prepare, rotation
+from context_diffusion.models.resolution.defaults import flux2_defaults
 
 
 class Flux2Backbone:

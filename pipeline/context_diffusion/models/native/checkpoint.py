@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.training_job import Normalization
 from context_diffusion.models.context_encoders import load_vision_model
-from context_diffusion.models.resolve import NATIVE
+from context_diffusion.models.resolution.resolve import NATIVE
 
 INDEX = "model_index.json"
 # Fields of NativeModel that are stored in the index unchanged.

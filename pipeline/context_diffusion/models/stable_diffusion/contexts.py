@@ -21,8 +21,8 @@ from context_diffusion.engine.lane_buffers import pinned
 from context_diffusion.inputs.context_images import ImageProcessor
 from context_diffusion.models.attention import cross_attentions, log_weights
 from context_diffusion.models.conditioning import to_tensor, weighted_contexts
-from context_diffusion.models.context_blocks import ContextBlocks, context_blocks
 from context_diffusion.models.normalization import normalise
+from context_diffusion.models.resolution.context_blocks import ContextBlocks, context_blocks
 
 SLOTS = 8  # contexts that a row may have
 

@@ -15,8 +15,8 @@ from context_diffusion.core.errors import ModelError
 from context_diffusion.core.records import Pixels
 from context_diffusion.engine.lane_buffers import pinned
 from context_diffusion.models.component_loading import ComponentLoader
-from context_diffusion.models.hub import fetch
-from context_diffusion.models.resolve import PREPROCESSOR
+from context_diffusion.models.resolution.hub import fetch
+from context_diffusion.models.resolution.resolve import PREPROCESSOR
 
 # transformers' models that predict distances, so that far is large. The others predict inverse depth, as does
 # MiDaS, which made the maps that depth ControlNets were trained on; those of Zoe are inverted for them.

@@ -23,8 +23,8 @@ from torch import nn
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.models.component_loading import ComponentLoader
-from context_diffusion.models.hub import fetch
 from context_diffusion.models.lora import fuse_loras
+from context_diffusion.models.resolution.hub import fetch
 from context_diffusion.models.stable_diffusion.control_networks import load_controlnets
 from context_diffusion.models.stable_diffusion.depth_maps import DepthEstimator, load_depth_estimator
 from context_diffusion.models.stable_diffusion.row_loras import load_row_loras

@@ -30,18 +30,18 @@ from context_diffusion.inputs.context_images import (
     SquareCrop,
     image_processor,
 )
-from context_diffusion.models.defaults import (
+from context_diffusion.models.resolution.defaults import (
     Defaults,
     control_types,
-    few_steps_of,
     flux2_defaults,
     native_defaults,
     stable_diffusion_defaults,
 )
-from context_diffusion.models.hub import commit_of, fetch, fetch_optional, split
-from context_diffusion.models.single_file import check_path, is_single_file, with_configuration
+from context_diffusion.models.resolution.few_steps import few_steps_of
+from context_diffusion.models.resolution.hub import commit_of, fetch, fetch_optional, split
+from context_diffusion.models.resolution.single_file import check_path, is_single_file, with_configuration
 
-BUNDLED = Path(__file__).parent / "native" / "bundled"
+BUNDLED = Path(__file__).parents[1] / "native" / "bundled"
 NATIVE = "ContextDiffusion"  # _class_name in a native model's index
 FLUX2 = "Flux2KleinPipeline"
 FLUX2_LATENTS = 128  # a side, the default size of that pipeline

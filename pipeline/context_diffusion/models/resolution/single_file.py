@@ -11,7 +11,7 @@ from typing import Any
 
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.model_parts import PRESETS, Parts
-from context_diffusion.models.hub import Shapes, cached_file, commit_of, fetch, remote_shapes
+from context_diffusion.models.resolution.hub import Shapes, cached_file, commit_of, fetch, remote_shapes
 
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")

@@ -1,41 +1,30 @@
-"""The stages of the flow as plain callables: ReadShard, LoadImages, generate. write_shard.py has the last
-one. Knows no Ray."""
+"""The second stage: load the images of a shard's rows, and compute their control maps."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import Fit, Limits
-from context_diffusion.core.records import Control, EngineStats, Failure, Pixels, Request, Result, Shard
+from context_diffusion.core.records import Control, Pixels
 from context_diffusion.core.schema import (
     CONTEXT,
     CONTEXT_MASKS,
     CONTROL_IMAGE,
-    ID,
     LOADED,
-    MADE,
-    NEGATIVE_PROMPT,
-    PROMPT,
     QUERY,
     SOURCES,
-    SPAN,
-    from_image,
     known_rows,
-    required,
-    span,
     to_image,
+    with_span,
 )
 from context_diffusion.core.settings import Settings
-from context_diffusion.core.sweep import Matrix, images_of
-from context_diffusion.core.uris import parent
 from context_diffusion.inputs.context_images import (
     NO_MASKS,
     ContextPreprocessing,
@@ -53,71 +42,12 @@ from context_diffusion.inputs.decode import (
     statistics,
 )
 from context_diffusion.inputs.image_sources import ImageSource, read_bytes, without_bytes
-from context_diffusion.inputs.manifest_files import ManifestFile, read_parquet, read_text, rows_of
-from context_diffusion.inputs.rows import RowRules, read_table
-from context_diffusion.models.resolve import ResolvedModel
-from context_diffusion.outputs.output_folder import Output
+from context_diffusion.models.resolution.resolve import ResolvedModel
 from context_diffusion.storage.content_cache import ContentCache
 from context_diffusion.storage.filesystem import Storage
 
 IMAGE_CACHE = ContentCache(64 * 2**20)  # the loaded images of this process, whatever shards it loads
 KnownPixels = dict[tuple[str, Hashable], Pixels]
-Made = tuple[Request | None, Result | Failure | None]  # None: the row failed before it reached the engine
-
-
-class Engine(Protocol):
-    """What generates images. `generate` may be called from several threads at once."""
-
-    def generate(self, requests: list[Request]) -> list[Result | Failure]: ...
-
-
-@runtime_checkable
-class Watched(Protocol):
-    """An engine that reports its statistics."""
-
-    def stats(self) -> EngineStats: ...
-
-
-class ShardEngine(Protocol):
-    """Generates the images of one shard, given by row. Outcomes are returned flat, in the order of the
-    requests."""
-
-    def generate_shard(self, shard: int, rows: list[list[Request]]) -> list[Result | Failure]: ...
-
-
-@dataclass(frozen=True)
-class ReadShard:
-    """One read task: the rows of one shard as one table. (Ray Data would merge a task of several shards into
-    one block.)"""
-
-    rules: RowRules
-    file: ManifestFile
-    shard: Shard
-    passed: pa.Schema
-    storage: Storage
-    # --retry-failed: read only the rows that failed in this OUTPUT's part of the shard
-    redo: Output | None = None
-
-    def __call__(self) -> list[pa.Table]:
-        source = None
-        if self.file.format == "parquet":
-            source = read_parquet(self.file, self.shard, self.storage)
-            names = self.rules.names
-            known = [name for name in source.column_names if name in names.values()]
-            # a derived id hashes the whole row
-            rows = rows_of(source.select(known) if names[ID] in known else source)
-        else:
-            rows = read_text(self.file, self.shard, self.storage)
-        part = self.redo.read_part(self.shard.number, [ID, "status"]) if self.redo else None
-        ids = list(dict.fromkeys(part[ID].to_pylist())) if part is not None else None
-        table = read_table(
-            rows, self.shard.number, self.rules, parent(self.file.uri), self.passed, source, ids
-        )
-        if part is not None:
-            failed = part.filter(pc.equal(part["status"], "failed"))[ID].combine_chunks()
-            table = table.filter(pc.is_in(table[ID], failed))
-        # empty: another run has written the shard, or Ray retries a finished read
-        return [table] if len(table) else []
 
 
 @dataclass(frozen=True)
@@ -163,7 +93,7 @@ class LoadImages:
             table = table.set_column(table.column_names.index(name), name, without_bytes(values))
         for name in LOADED.names:
             table = table.append_column(name, pa.array([row[name] for row in rows], LOADED.field(name).type))
-        return _with_span(table, "load", began)
+        return with_span(table, "load", began)
 
     def _load(self, row: dict[str, Any], known: KnownPixels) -> dict[str, Any]:
         settings = Settings.from_trusted_json(row["settings"])
@@ -253,83 +183,3 @@ class LoadImages:
         if source["bytes"] is None:
             known[key] = pixels
         return pixels
-
-
-def _with_span(table: pa.Table, stage: str, began: float) -> pa.Table:
-    """Add the column of the shard's time in a stage that ends now."""
-    return table.append_column(f"{stage}_span", pa.array([span(began)] * len(table), SPAN))
-
-
-def requests_of(table: pa.Table, control_kinds: list[str], matrix: Matrix) -> list[list[Request]]:
-    """Return the requests of each row: none for a failed row, else num_images for each combination of the
-    matrix."""
-    return [
-        [] if row["error_code"] is not None else _requests(row, control_kinds, matrix)
-        for row in known_rows(table)
-    ]
-
-
-def _requests(row: dict[str, Any], control_kinds: list[str], matrix: Matrix) -> list[Request]:
-    query = required(row["query_image"])
-    controls = tuple(map(Control, control_kinds, map(from_image, row["control_images"])))
-    contexts = tuple(required(context) for context in row["context_images"])
-    masks = tuple(required(mask) for mask in row["mask_images"])
-    size = row["output_width"], row["output_height"]
-    return [
-        Request(
-            row[ID],
-            index,
-            query,
-            controls,
-            contexts,
-            row[PROMPT],
-            row[NEGATIVE_PROMPT],
-            settings,
-            size,
-            masks,
-        )
-        for index, settings in enumerate(images_of(Settings.from_trusted_json(row["settings"]), matrix))
-    ]
-
-
-def generate(table: pa.Table, engine: ShardEngine, job: GenerateJob) -> pa.Table:
-    """Generate the images of a shard. Returns one row per image, and one per failed row."""
-    began = time.time()
-    requests_by_row = requests_of(table, job.control_kinds, job.matrix)
-    outcomes = iter(engine.generate_shard(table["shard"][0].as_py(), requests_by_row))
-    rows: list[int] = []
-    index: list[int] = []
-    results: list[Made] = []
-    for number, requests in enumerate(requests_by_row):
-        of_row: list[Made] = [(request, next(outcomes)) for request in requests]
-        failed = [(request, outcome) for request, outcome in of_row if isinstance(outcome, Failure)]
-        written = failed[:1] or of_row or [(None, None)]  # a row with one failed image is one failed row
-        rows += [number] * len(written)
-        index += range(len(written))
-        results += written
-    return _with_span(
-        _with_results(table.take(pa.array(rows, pa.int64())), index, results), "generate", began
-    )
-
-
-def _with_results(table: pa.Table, index: list[int], results: list[Made]) -> pa.Table:
-    """Add the MADE columns, each image's own settings, and the errors of failed images."""
-    outcomes = [outcome for _, outcome in results]
-    changed = {
-        "settings": [request and request.settings.model_dump_json() for request, _ in results],
-        "error_code": [str(outcome.code) if isinstance(outcome, Failure) else None for outcome in outcomes],
-        "error_message": [outcome.message if isinstance(outcome, Failure) else None for outcome in outcomes],
-    }
-    for name, values in changed.items():
-        column = pc.coalesce(pa.array(values, pa.string()), table[name])
-        table = table.set_column(table.column_names.index(name), name, column)
-    finished = [outcome if isinstance(outcome, Result) else None for outcome in outcomes]
-    columns = {
-        "index": index,
-        "made_image": [to_image(result.image) if result else None for result in finished],
-    }
-    for name in set(MADE.names) - set(columns):
-        columns[name] = [getattr(result, name) if result else None for result in finished]
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values, MADE.field(name).type))
-    return table

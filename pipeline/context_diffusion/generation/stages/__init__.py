@@ -1,0 +1,1 @@
+"""The stages of a shard as plain callables: read, load, generate, write. Knows no Ray."""
