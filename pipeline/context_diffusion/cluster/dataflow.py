@@ -1,5 +1,5 @@
 """The one Ray Data graph: read -> load -> generate -> write, in which a shard is one block from the first
-stage to the last. What it calls are plain callables of generation/stages.py, generation/write_shard.py and
+stage to the last. What it calls are plain callables of generation/stages/ and
 generation/fault_ledger.py, which know no Ray."""
 
 from __future__ import annotations

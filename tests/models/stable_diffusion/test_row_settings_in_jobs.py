@@ -68,7 +68,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "plain": {},
     "lora": {"lora": "ink", "lora_scale": 0.5},
     "blocks": {"context_blocks": {"up": {"block_0": [0.0, 1.0]}}},
-    "masks": {"context_masks": ["left.png", "right.png"]},
+    "masks": {"context_masks": MASKS},
     "windows": {"control_guidance_start": [0.0, 0.3], "control_guidance_end": [0.5, 1.0]},
     "rescaled": {"guidance_rescale": 0.7},
     "unknown": {"lora": "inks"},
@@ -103,7 +103,7 @@ def test_each_setting_is_a_column_and_generates_the_same_image_again(model: Any,
     assert (made["lora"]["lora"], made["lora"]["lora_scale"]) == ("ink", 0.5)
     assert json.loads(made["blocks"]["context_blocks"]) == ROWS["blocks"]["context_blocks"]
     assert made["plain"]["context_blocks"] == "all"
-    assert [Path(uri).name for uri in made["masks"]["context_masks"]] == ["left.png", "right.png"]
+    assert [Path(uri).name for uri in made["masks"]["context_masks"]] == MASKS
     assert made["windows"]["control_guidance_start"] == [0.0, 0.3]
     assert made["plain"]["control_guidance_start"] == [0.0, 0.0]
     assert made["rescaled"]["guidance_rescale"] == 0.7
@@ -136,7 +136,7 @@ def test_parquet_and_csv_say_the_same(model: Any, tmp_path: Path) -> None:
             "id": str(n),
             **ROW,
             "context_blocks": own,
-            "context_masks": ["left.png", "right.png"],
+            "context_masks": MASKS,
             "lora": "oil",
         }
         for n, own in enumerate(blocks)
