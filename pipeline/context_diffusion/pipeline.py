@@ -87,9 +87,7 @@ class ContextDiffusion:
         except ValidationError as error:
             raise ModelError(f"model: {error}") from None
         if resolved.defaults.loras and wants_compilation(compile, where):
-            raise ModelError(
-                "compile: auto does not apply to model.loras: leave one of them out"
-            )
+            raise ModelError("compile: auto does not apply to model.loras: leave one of them out")
         backbone, unsafe = load_backbone(resolved, where, offload)
         return cls(backbone, resolved.kind, where, cpu_threads, unsafe, resolved.defaults, compile)
 

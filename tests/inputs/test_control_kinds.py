@@ -49,6 +49,14 @@ def test_a_kind_is_computed_or_left_to_the_engine_or_to_the_row() -> None:
 def test_published_controlnets_have_maps_that_exist() -> None:
     assert {kind for kind, _ in CONTROLNETS.values()} <= {*CONTROLS, "depth"}
     assert CONTROLNETS["xinsir/controlnet-tile-sdxl-1.0"] == ("tile", 1.0)
+    assert {name: scale for name, (kind, scale) in CONTROLNETS.items() if kind == "depth"} == {
+        "lllyasviel/control_v11f1p_sd15_depth": 1.0,
+        "lllyasviel/sd-controlnet-depth": 1.0,
+        "diffusers/controlnet-depth-sdxl-1.0": 0.5,
+        "diffusers/controlnet-depth-sdxl-1.0-mid": 0.5,
+        "diffusers/controlnet-depth-sdxl-1.0-small": 0.5,
+        "xinsir/controlnet-depth-sdxl-1.0": 1.0,
+    }
 
 
 def test_the_types_of_a_union_are_those_of_its_configuration() -> None:

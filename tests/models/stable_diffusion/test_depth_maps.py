@@ -30,7 +30,6 @@ from context_diffusion.generation.stages.generate import generate
 from context_diffusion.generation.validate import validate_job
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.component_loading import ComponentLoader
-from context_diffusion.models.resolution.defaults import stable_diffusion_defaults
 from context_diffusion.models.resolution.resolve import BUNDLED, find_model
 from context_diffusion.models.stable_diffusion.depth_maps import DepthEstimator, load_depth_estimator
 from context_diffusion.outputs.output_folder import Output
@@ -323,23 +322,6 @@ def test_the_estimator_is_a_part_like_the_others(model: Model, estimators: dict[
     assert model["depth_estimator"] in resolved.parts.all
     assert len({resolved.revision, other.revision, find_model(Parts(**without(model))).revision}) == 3
     assert resolved.defaults.estimates_depth
-
-
-@pytest.mark.parametrize(
-    ("name", "scale"),
-    [
-        ("lllyasviel/control_v11f1p_sd15_depth", 1.0),
-        ("lllyasviel/sd-controlnet-depth", 1.0),
-        ("diffusers/controlnet-depth-sdxl-1.0", 0.5),
-        ("diffusers/controlnet-depth-sdxl-1.0-mid", 0.5),
-        ("diffusers/controlnet-depth-sdxl-1.0-small", 0.5),
-        ("xinsir/controlnet-depth-sdxl-1.0", 1.0),
-    ],
-)
-def test_published_depth_controlnets_are_known(name: str, scale: float) -> None:
-    defaults = stable_diffusion_defaults("xl" in name, {}, [name])
-    assert defaults.control == ("depth",)
-    assert defaults.settings.get("controlnet_conditioning_scale", [1.0]) == [scale]
 
 
 def test_a_depth_model_that_is_none_is_refused(

@@ -31,6 +31,7 @@ from context_diffusion.inputs.context_images import (
     image_processor,
 )
 from context_diffusion.models.resolution.defaults import (
+    CONTROLNETS,
     Defaults,
     control_types,
     flux2_defaults,
@@ -173,10 +174,13 @@ def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any], known: dic
         published = {split(few_steps.lora)[0]: few_steps.commit}
         parts = _at_commits(_with_lora(parts, few_steps.lora), published | known | parts.revision)
     _check_depth_estimator(parts)
-    nets = [read_json(name, "config.json", parts.revision) for name in parts.controlnets]
+    types = [
+        None if net in CONTROLNETS else control_types(read_json(net, "config.json", parts.revision))
+        for net in parts.controlnets
+    ]
     defaults = replace(
         stable_diffusion_defaults(unet, xl, scheduler, parts.controlnets, list(parts.loras), few_steps),
-        control_types=tuple(map(control_types, nets)),
+        control_types=tuple(types),
         estimates_depth=parts.depth_estimator is not None,
     )
     kind: ModelKind = "sdxl" if xl else "sd"
