@@ -53,6 +53,8 @@ def write_row(folder: Path, form: str, **more: Any) -> str:
         ({}, {"wide": 64}, 2),
         ({"columns": {"height": "tall"}}, {"tall": 64}, 8),
         ({"columns": {"height": "tall"}}, {"tall": 64, "height": 64}, 8),
+        ({}, {"lora": "ink"}, 8),
+        ({"columns": {"context_masks": "where"}}, {"where": "mask.png"}, 8),
         ({"fit": "keep"}, {}, 8),
         ({"fit": "keep", "settings": {"width": 64}}, {}, 2),
         ({"fit": "keep", "cluster": {"shards_per_actor": 3}}, {"width": 64}, 3),
@@ -60,7 +62,7 @@ def write_row(folder: Path, form: str, **more: Any) -> str:
     ids=str,
 )
 @pytest.mark.parametrize("form", ["parquet", "jsonl", "csv"])
-def test_an_engine_has_more_shards_where_sizes_vary(
+def test_an_engine_has_more_shards_where_rows_share_fewer_calls(
     tmp_path: Path, form: str, keys: dict[str, Any], row: dict[str, Any], shards: int
 ) -> None:
     output = Output(str(tmp_path / "out"), STORAGE)

@@ -88,9 +88,9 @@ class Cluster(StrictModel):
     )
     shards_per_actor: Annotated[int, Field(ge=1, le=64)] | None = Field(
         default=None,
-        description="shards that one engine works on at once; default: 2, or 8 where sizes vary (a width or "
-        "height column, `fit: keep` without either in `settings`, or FLUX.2), so that each size fills its "
-        "calls",
+        description="shards that one engine works on at once; default: 2, or 8 where rows vary in what calls "
+        "need in common (a column of width, height, lora, lora_scale or context_masks, `fit: keep` without a "
+        "size in `settings`, or FLUX.2), so that each kind fills its calls",
     )
     no_progress_timeout_s: Annotated[int, Field(ge=10)] = Field(
         default=600, description="seconds without progress after which the job ends with exit code 75"

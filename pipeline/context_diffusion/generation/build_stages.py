@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.schema import CONTEXT_MASKS
 from context_diffusion.core.uris import parent
 from context_diffusion.generation.plan import Plan
 from context_diffusion.generation.shards import read_shards
@@ -17,22 +18,25 @@ from context_diffusion.inputs.manifest_files import ManifestFile, partitions
 from context_diffusion.inputs.rows import RowRules, column_names
 from context_diffusion.outputs.output_folder import Output
 
-SHARDS, SHARDS_OF_SIZES = 2, 8  # that an engine works on at once: of one size, of several
+SHARDS, SHARDS_OF_KINDS = 2, 8  # that an engine works on at once: of rows of one kind, of several
+# Rows that differ in one of these share no call of the model.
+KINDS = ("width", "height", "lora", "lora_scale", CONTEXT_MASKS)
 
 
 def shards_per_actor(job: GenerateJob, files: Iterable[ManifestFile], contexts: ContextPreprocessing) -> int:
-    """Return the shards that one engine works on at once: the job's, else more where sizes of images vary,
-    since only rows of one size share a call of the model.
+    """Return the shards that one engine works on at once: the job's, else more where rows vary in size, LoRA
+    or masks, since only rows that agree in these share a call of the model.
 
     files: of the plan. contexts: how the model's context images are prepared."""
     if job.cluster.shards_per_actor is not None:
         return job.cluster.shards_per_actor
     names = column_names(job.columns)
-    sides = {names["width"], names["height"]}
+    columns = {names[name] for name in KINDS}
     by_query = job.fit == "keep" and not job.settings.width and not job.settings.height
-    by_row = any(sides & {*file.columns, *partitions(file.uri)} for file in files)
+    by_row = any(columns & {*file.columns, *partitions(file.uri)} for file in files)
+    by_axis = not job.matrix.keys().isdisjoint(KINDS)
     by_reference = isinstance(contexts, ReferenceImage)  # of any size
-    return SHARDS_OF_SIZES if by_query or by_row or by_reference else SHARDS
+    return SHARDS_OF_KINDS if by_query or by_row or by_axis or by_reference else SHARDS
 
 
 def build_stages(
