@@ -1,7 +1,4 @@
-"""Which blocks of a U-Net attend to the contexts: the row setting `context_blocks`. Knows no torch.
-
-The named choices are those of InstantStyle (Wang et al. 2024, arXiv 2404.02733, and its script for SD 1.5,
-which calls them experimental): in SDXL one transformer of ten layers carries style, another one layout."""
+"""Which blocks of a U-Net attend to the contexts: the row setting `context_blocks`. Knows no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# InstantStyle, Wang et al. 2024, arXiv 2404.02733: in SDXL one transformer of ten layers carries style, another
+# one layout. Those of SD 1.5 are of the authors' script, which calls them experimental.
 SDXL_BLOCKS: dict[str, dict[str, Any]] = {
     "style": {"up": {"block_0": [0.0, 1.0, 0.0]}},
     "layout": {"down": {"block_2": [0.0, 1.0]}},
@@ -32,7 +31,7 @@ class ContextBlocks:
     def scales(self, value: str | Mapping[str, Any]) -> dict[str, float]:
         """Return the scale of each transformer, by its name in the U-Net, such as down_blocks.1.attentions.0.
 
-        value: a valid `context_blocks`. A mapping has the form of diffusers' `set_ip_adapter_scale`: blocks
+        value: a valid `context_blocks`. A mapping has the form of diffusers' scales of an IP-Adapter: blocks
         that it leaves out have the scale 0. Raises ValueError for a block that the U-Net lacks."""
         if value == "all":
             return {name: 1.0 for place in self.transformers for name in self._names(place)}
