@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# InstantStyle, Wang et al. 2024, arXiv 2404.02733: in SDXL one transformer of ten layers carries style, another
-# one layout. Those of SD 1.5 are of the authors' script, which calls them experimental.
+# InstantStyle (Wang et al. 2024, arXiv 2404.02733): in SDXL one transformer of ten layers carries style, one
+# carries layout. Those of SD 1.5 are of the authors' script, which calls them experimental.
 SDXL_BLOCKS: dict[str, dict[str, Any]] = {
     "style": {"up": {"block_0": [0.0, 1.0, 0.0]}},
     "layout": {"down": {"block_2": [0.0, 1.0]}},
