@@ -46,7 +46,7 @@ def build_stages(
 
     finished: shards that are left out; redo: finished shards of which only the failed rows are generated
     again."""
-    rules = RowRules.of_job(plan.job)
+    rules = RowRules.of_job(plan.job, plan.model.defaults.refusal)
     reads = [
         ReadShard(
             rules,

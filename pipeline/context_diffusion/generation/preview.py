@@ -65,7 +65,7 @@ def setting_grid(job: GenerateJob, axes: list[Axis], row_name: str | None) -> tu
     Raises JobError."""
     storage, model = Storage(job.storage_options), find_model(job.model)
     job = resolved_job(job, model.defaults)
-    rules = RowRules.of_job(job)
+    rules = RowRules.of_job(job, model.defaults.refusal)
     uri, raw = _find_row(job, rules.names, storage, row_name)
     variants = _variants(raw, rules.names, axes)
     allow = allowed_prefixes(job.allow, expand(job.manifests, storage))

@@ -80,7 +80,8 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
     shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
     missing = _missing_packages(job, files, storage)
     load = LoadImages.for_job(job, model, allowed_prefixes(job.allow, (file.uri for file in files)), storage)
-    loaded = _load(load, _sample(job, files, scan, shards, sample, storage), keep=pictures is not None)
+    rules = RowRules.of_job(job, model.defaults.refusal)
+    loaded = _load(load, _sample(rules, files, scan, shards, sample, storage), keep=pictures is not None)
     checks = _check_writing(job, model, Output(normal(job.output), storage))
     estimate = _estimate(job, model, loaded.tables, scan.rows, pictures) if pictures else {}
     words = _unknown_words(job, model, files, storage)
@@ -184,7 +185,12 @@ def _exit_code(job: GenerateJob, rows: int, sampled: int, failed: int, without_p
 
 
 def _sample(
-    job: GenerateJob, files: list[ManifestFile], scan: Scan, shards: list[Shard], count: int, storage: Storage
+    rules: RowRules,
+    files: list[ManifestFile],
+    scan: Scan,
+    shards: list[Shard],
+    count: int,
+    storage: Storage,
 ) -> Iterator[pa.Table]:
     """Yield `count` rows, or all, spread evenly over the manifest, one table per shard that has any.
 
@@ -198,7 +204,7 @@ def _sample(
     for shard in shards:
         in_shard = places[bisect_left(places, first) : bisect_left(places, first + shard.rows)]
         if in_shard:
-            [table] = ReadShard(RowRules.of_job(job), files[shard.file], shard, scan.passed(), storage)()
+            [table] = ReadShard(rules, files[shard.file], shard, scan.passed(), storage)()
             sources = table.select([QUERY, CONTEXT]).to_pylist()
             starts = [0, *(place - first for place in in_shard[1:]), shard.rows]
             yield table.take([_newest(sources, start, end, seen) for start, end in pairwise(starts)])

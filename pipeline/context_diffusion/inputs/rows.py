@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from context_diffusion.core.job_base import Limits, problem_of
 from context_diffusion.core.records import derive_id, derive_seed
 from context_diffusion.core.schema import (
     CONTEXT,
+    CONTEXT_MASKS,
     ID,
     MANIFEST_COLUMNS,
     NEGATIVE_PROMPT,
@@ -30,7 +31,7 @@ from context_diffusion.core.schema import (
     SOURCE_LISTS,
 )
 from context_diffusion.core.settings import Settings
-from context_diffusion.core.sweep import Matrix, check_combinations
+from context_diffusion.core.sweep import Matrix, check_combinations, combinations
 from context_diffusion.inputs.image_sources import as_source, as_sources
 from context_diffusion.inputs.text_rows import Row
 
@@ -40,7 +41,8 @@ class RowRules:
     """What a job says about its rows.
 
     settings: defaults of the row settings; matrix: overrides of them; seed: what seeds are derived from;
-    columns: our column name -> the manifest's; limits: what an untrusted row may ask for.
+    columns: our column name -> the manifest's; limits: what an untrusted row may ask for; refusal: why the
+    model does not take settings, or None.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -48,10 +50,11 @@ class RowRules:
     seed: int = 0
     columns: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    refusal: Callable[[Settings], str | None] | None = None
 
     @classmethod
-    def of_job(cls, job: GenerateJob) -> RowRules:
-        return cls(job.settings, job.matrix, job.seed, job.columns, job.limits)
+    def of_job(cls, job: GenerateJob, refusal: Callable[[Settings], str | None] | None = None) -> RowRules:
+        return cls(job.settings, job.matrix, job.seed, job.columns, job.limits, refusal)
 
     @property
     def names(self) -> dict[str, str]:
@@ -141,20 +144,32 @@ def _read_row(row: Row, id_: str, shard: int, rules: RowRules, base: str, names:
         for column in SOURCE_LISTS:
             read[column] = as_sources(row.get(names[column]), base)
         _check_id(id_)
-        read["settings"] = _settings(row, names, rules, id_).model_dump_json()
+        settings = _settings(row, names, rules, id_)
+        read["settings"] = settings.model_dump_json()
         if read[QUERY] is None:
             raise RowError(ErrorCode.NO_QUERY, f"the column {names[QUERY]!r} is empty")
-        if not read[CONTEXT]:
-            message = f"the column {names[CONTEXT]!r} is empty; a row needs one or more"
-            raise RowError(ErrorCode.NO_CONTEXT, message)
-        count = len(read[CONTEXT])
-        if count > rules.limits.max_contexts:
-            read[CONTEXT] = None
-            message = f"{names[CONTEXT]} has {count} images, at most {rules.limits.max_contexts} are allowed"
-            raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
+        _check_contexts(read, settings, rules, names)
     except RowError as error:
         read["error_code"], read["error_message"] = str(error.code), error.message
     return read
+
+
+def _check_contexts(read: Row, settings: Settings, rules: RowRules, names: dict[str, str]) -> None:
+    """Check the number of the row's contexts, and of what it gives for each of them. Raises RowError."""
+    if not read[CONTEXT]:
+        message = f"the column {names[CONTEXT]!r} is empty; a row needs one or more"
+        raise RowError(ErrorCode.NO_CONTEXT, message)
+    count = len(read[CONTEXT])
+    if count > rules.limits.max_contexts:
+        read[CONTEXT] = None
+        message = f"{names[CONTEXT]} has {count} images, at most {rules.limits.max_contexts} are allowed"
+        raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
+    weights = rules.matrix.get("context_weights", [settings.context_weights])
+    for name, each in (("context_weights", weights), (CONTEXT_MASKS, [read[CONTEXT_MASKS]])):
+        for values in each:
+            if values and len(values) != count:
+                message = f"{name} has {len(values)} values for {count} contexts"
+                raise RowError(ErrorCode.INVALID_SETTING, message)
 
 
 def _check_id(id_: str) -> None:
@@ -190,6 +205,9 @@ def _settings(row: Row, names: dict[str, str], rules: RowRules, id_: str) -> Set
         check_combinations(settings, rules.matrix)
     except ValueError as error:
         raise RowError(ErrorCode.INVALID_SETTING, str(error)) from None
+    for combination in combinations(rules.matrix):
+        if rules.refusal and (reason := rules.refusal(settings.model_copy(update=combination))):
+            raise RowError(ErrorCode.INVALID_SETTING, reason)
     if settings.seed is None:
         settings = settings.model_copy(update={"seed": derive_seed(rules.seed, id_)})
     return settings

@@ -20,6 +20,7 @@ from context_diffusion.core.settings import Settings
 from context_diffusion.generation.image_origin import find_origin
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.reproduce import reproduce
+from context_diffusion.generation.validate import validate_job
 from context_diffusion.models.resolution.defaults import flux2_defaults, native_defaults, resolved_settings
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion
@@ -157,6 +158,18 @@ def test_parquet_and_csv_say_the_same(model: Any, tmp_path: Path) -> None:
         digests.append([row["sha256"] for row in made])
     assert digests[0] == digests[1]
     assert len(set(digests[0])) == 2
+
+
+def test_validate_finds_rows_that_the_model_refuses(model: Any, tmp_path: Path) -> None:
+    write_images(tmp_path)
+    rows = [{"id": name, **ROW, **own} for name, own in ROWS.items()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    problems = validate_job(job_of(tmp_path, model, "rows.jsonl"), len(rows))["problems"]
+    found = {problem["id"]: (problem["error_code"], problem["error_message"]) for problem in problems}
+    assert found.keys() == FAILED.keys()
+    for name, (code, message) in found.items():
+        assert code == FAILED[name][0]
+        assert FAILED[name][1] in message
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
