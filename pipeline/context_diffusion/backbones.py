@@ -9,7 +9,7 @@ import torch
 from context_diffusion.core.model_parts import CHUNKS
 from context_diffusion.core.records import Pixels
 from context_diffusion.engine.backbone import Backbone
-from context_diffusion.inputs.context_images import ImageProcessor, ReferenceImage
+from context_diffusion.inputs.context_images import ReferenceImage
 from context_diffusion.models.flux2.offloading import Offload
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
@@ -38,6 +38,5 @@ def load_backbone(
     from context_diffusion.models.stable_diffusion.backbone import StableBackbone
     from context_diffusion.models.stable_diffusion.loading import load
 
-    assert isinstance(model.contexts, ImageProcessor)
     loaded = load(model.parts, device)
-    return StableBackbone(loaded, model.contexts, model.defaults.refusal), loaded.unsafe
+    return StableBackbone(loaded, model), loaded.unsafe

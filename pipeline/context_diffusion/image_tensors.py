@@ -16,7 +16,7 @@ from PIL import Image
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.job_base import Fit, Limits
 from context_diffusion.core.records import Pixels
-from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD, ContextPreprocessing
+from context_diffusion.inputs.context_images import CLIP_MEAN, CLIP_STD, ContextPreprocessing, mask_of
 from context_diffusion.inputs.decode import Size, decode_image, decode_resized, resize, rgb_pixels
 from context_diffusion.storage.filesystem import Storage
 
@@ -153,6 +153,23 @@ def to_context(source: Any, preprocessing: ContextPreprocessing) -> Pixels:
     if (file := _file(source)) is not None:
         return preprocessing.decode(file[0], Limits(), file[1])
     return preprocessing.apply(to_pixels(source))
+
+
+def to_mask(source: Any, size: Size, name: str) -> Pixels:
+    """Turn a context's mask of any kind into pixels (H, W, 3) at the output's size (width, height), in the
+    same way as a job. source: as for `to_pixels`, or an array (H, W) of uint8 or bool. name: for messages.
+
+    Raises as `to_pixels` does, and RowError for another aspect ratio."""
+    if (file := _file(source)) is not None:
+        pixels = decode_image(file[0], Limits(), file[1], "black")
+    elif isinstance(source, Image.Image):
+        pixels = rgb_pixels(source, "black")
+    elif isinstance(source, np.ndarray) and source.ndim == 2 and source.dtype in (np.uint8, np.bool_):
+        grey = source if source.dtype == np.uint8 else source.astype(np.uint8) * 255
+        pixels = np.repeat(grey[..., None], 3, 2)
+    else:
+        pixels = to_pixels(source)
+    return mask_of(pixels, *size, name)
 
 
 def _file(source: Any) -> tuple[bytes, str] | None:

@@ -21,8 +21,8 @@ from context_diffusion.engine.backbone import Backbone
 from context_diffusion.engine.engine import MAX_WAIT, Engine
 from context_diffusion.engine.rows import StepUpdate
 from context_diffusion.engine.service import EngineService
-from context_diffusion.image_tensors import to_context, to_pixels, to_resized
-from context_diffusion.inputs.context_images import NO_MASKS, ImageProcessor, ReferenceImage, mask_of
+from context_diffusion.image_tensors import to_context, to_mask, to_resized
+from context_diffusion.inputs.context_images import NO_MASKS, ReferenceImage
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.inputs.decode import Size, output_size, reference_output_size
 from context_diffusion.models.compilation import Compile, compile_blocks, wants_compilation
@@ -145,7 +145,7 @@ class ContextDiffusion:
         info["unknown_words"]. Raises ValueError for a wrong setting, RowError for a row that cannot be
         generated."""
         requests = self.requests(
-            query, context, prompt, negative_prompt, control, fit, settings, context_masks or []
+            query, context, prompt, negative_prompt, control, fit, settings, context_masks
         )
         images: dict[int, Image.Image] = {}
         for request, outcome in self.generate(requests, callback):
@@ -190,11 +190,11 @@ class ContextDiffusion:
         control: str | list[str] | None,
         fit: Fit,
         settings: dict[str, Any],
-        context_masks: Sequence[Any] = (),
+        context_masks: list[Any] | None = None,
     ) -> list[Request]:
         """Return the requests of one row, the same as a job makes of the same images and settings."""
         kinds = self._control_kinds(control)
-        context = list(context) if isinstance(context, list | tuple) else [context]
+        context, masks_given = _listed(context), _listed(context_masks)
         if not context:
             raise ValueError("context: give one image or a list of them")
         checked = self._checked_settings(settings)
@@ -202,7 +202,7 @@ class ContextDiffusion:
         pixels, size = self._query(query, fit, checked.width, checked.height)
         controls = controls_of(pixels, kinds)
         contexts = tuple(to_context(image, self.backbone.contexts) for image in context)
-        masks = self._masks(context_masks, size)
+        masks = self._masks(masks_given, size)
         seed = checked.seed
         if seed is None:
             seed = derive_seed(0, hashlib.blake2b(pixels.tobytes(), digest_size=8).hexdigest())
@@ -229,11 +229,9 @@ class ContextDiffusion:
 
     def _masks(self, masks: Sequence[Any], size: Size) -> tuple[Pixels, ...]:
         """Return the contexts' masks at the output's size."""
-        if masks and not isinstance(self.backbone.contexts, ImageProcessor):
+        if masks and not self.defaults.takes_masks:
             raise ValueError(f"context_masks: {NO_MASKS}")
-        return tuple(
-            mask_of(to_pixels(mask), *size, f"mask {number}") for number, mask in enumerate(masks, 1)
-        )
+        return tuple(to_mask(mask, size, f"mask {number}") for number, mask in enumerate(masks, 1))
 
     def _control_kinds(self, control: str | list[str] | None) -> list[str]:
         """Return the kind of control map for each ControlNet. Raises ValueError for an unknown kind."""
@@ -263,6 +261,13 @@ class ContextDiffusion:
             raise ValueError(f"{where}: {message}, got {str(first['input'])[:80]!r}") from None
         except ConfigError as error:
             raise ValueError(str(error)) from None
+
+
+def _listed(images: Any) -> list[Any]:
+    """Return a list of images; one image is a list of it."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
 
 
 def make_engine(job: GenerateJob, broken: Callable[[BaseException], None]) -> EngineService:

@@ -10,7 +10,7 @@ import pytest
 from context_diffusion.core.generate_job import ControlName
 from context_diffusion.core.records import no_map
 from context_diffusion.inputs.control_maps import CONTROLS, control_map, controls_of
-from context_diffusion.models.resolution.defaults import CONTROLNETS, UNION_TYPES, control_types
+from context_diffusion.models.resolution.controlnets import CONTROLNETS, UNION_TYPES, control_types
 from support.tiny import picture
 
 

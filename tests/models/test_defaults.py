@@ -19,8 +19,8 @@ from context_diffusion.core.model_parts import PRESETS
 from context_diffusion.core.settings import Settings
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.inputs.control_maps import control_map
+from context_diffusion.models.resolution.controlnets import CONTROLNETS
 from context_diffusion.models.resolution.defaults import (
-    CONTROLNETS,
     Defaults,
     native_defaults,
     resolved_control,

@@ -153,14 +153,12 @@ def presets() -> str:
         "flux2-klein-base": ("the query's", flux2_defaults(False)),
         "sd15": (
             512,
-            stable_diffusion_defaults(
-                SD15_UNET, False, {"_class_name": "PNDMScheduler"}, PRESETS["sd15"].controlnets
-            ),
+            stable_diffusion_defaults(PRESETS["sd15"], SD15_UNET, False, {"_class_name": "PNDMScheduler"}),
         ),
         "sdxl": (
             1024,
             stable_diffusion_defaults(
-                SDXL_UNET, True, {"_class_name": "EulerDiscreteScheduler"}, PRESETS["sdxl"].controlnets
+                PRESETS["sdxl"], SDXL_UNET, True, {"_class_name": "EulerDiscreteScheduler"}
             ),
         ),
     }

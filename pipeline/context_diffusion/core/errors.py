@@ -106,6 +106,9 @@ class ClusterError(ExternalError):
     """The Ray cluster could not be reached, lacks resources, or ended the run."""
 
 
+MOST_CHARACTERS = 1000  # of a row's message
+
+
 class ErrorCode(StrEnum):
     """Why a row failed: the values of the column `error_code`."""
 
@@ -162,12 +165,13 @@ REMEDIES: dict[ErrorCode, str] = {
 
 
 class RowError(ContextDiffusionError):
-    """One row cannot be generated. `code` is stable; the message holds the invalid value."""
+    """One row cannot be generated. `code` is stable; the message holds the invalid value, cut if it is
+    long."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
-        super().__init__(code, message)
         self.code = code
-        self.message = message
+        self.message = message if len(message) <= MOST_CHARACTERS else f"{message[:MOST_CHARACTERS]}..."
+        super().__init__(code, self.message)
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"

@@ -34,6 +34,8 @@ KINDS: dict[str, type[StrictModel]] = {
 # Keys that hold paths or URIs, and keys that hold a path or a name.
 URIS = ("manifest", "images", "compare", "reference", "output", "data", "allow")
 NAMES = ("model", "judge", "encoder")
+# Keys of `model:` whose values may look like the name of a folder.
+NO_PATHS = ("few_steps", "variant", "dtype", "normalization", "prompt_template", "revision")
 BUILT_IN = ("bundled", *PRESETS)
 
 
@@ -194,7 +196,7 @@ def _absolute(value: Any, is_uri: bool) -> Any:
     if isinstance(value, list):
         return [_absolute(item, is_uri) for item in value]
     if isinstance(value, dict):
-        return {key: _absolute(item, is_uri) for key, item in value.items()}
+        return {key: item if key in NO_PATHS else _absolute(item, is_uri) for key, item in value.items()}
     return normal(value) if isinstance(value, str) and (is_uri or Path(value).exists()) else value
 
 

@@ -186,6 +186,9 @@ class Parts(StrictModel):
                 f"ip_adapter_weight_name {self.ip_adapter_weight_name!r}: only .safetensors files are "
                 "loaded, no pickles"
             )
+        count = 1 if isinstance(self.lora, str) else len(self.lora or [])
+        if isinstance(self.lora_scale, list) and len(self.lora_scale) != count:
+            raise ValueError(f"lora_scale has {len(self.lora_scale)} values for {count} files of lora")
         for file in self.lora_files:
             if not file.endswith(".safetensors"):
                 raise ValueError(f"lora {file!r}: only .safetensors files are loaded, no pickles")

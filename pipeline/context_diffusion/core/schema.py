@@ -6,6 +6,7 @@ Unknown manifest columns are copied to the output, with the prefix PASSED in bet
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -171,6 +172,12 @@ OUTPUT = pa.schema(
         ("created_at", pa.timestamp("ms", tz="UTC")),
     ]
 )
+
+
+def output_digest() -> str:
+    """Return a digest of the OUTPUT columns and their types."""
+    return hashlib.sha256(OUTPUT.to_string().encode()).hexdigest()[:16]
+
 
 SCORES = pa.schema(
     [OUTPUT.field(name) for name in (ID, "index", *SCORE_COLUMNS, "error_code", "error_message")]

@@ -33,38 +33,43 @@ def _checked_blocks(value: str | dict[str, Any]) -> str | dict[str, Any]:
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"is not JSON ({error})") from None
     if isinstance(value, dict):
-        return _checked_scales(value, "")
+        if not (checked := _checked_scales(value)):
+            raise ValueError("the mapping names no block")
+        return checked
     if value not in CONTEXT_BLOCKS:
         known = ", ".join(CONTEXT_BLOCKS)
         raise ValueError(f"should be {known}, or a mapping such as {{up: {{block_1: 1.0}}}}")
     return value
 
 
-def _checked_scales(value: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a mapping of scales without the null entries that Arrow adds to the structs of a column."""
+def _checked_scales(value: dict[str, Any], side: str | None = None) -> dict[str, Any]:
+    """Return a mapping of scales without its null entries, which Arrow adds to the structs of a column.
+
+    side: of which the mapping names blocks; None: it names sides."""
     checked: dict[str, Any] = {}
     for name, scale in value.items():
-        place = f"{where}{name}"
-        if isinstance(scale, dict) and not where:
-            checked[name] = _checked_scales(scale, f"{place}.")
-        elif scale is not None:
-            for number in scale if isinstance(scale, list) else [scale]:
-                if (
-                    isinstance(number, bool)
-                    or not isinstance(number, int | float)
-                    or not 0 <= number <= MAX_BLOCK_SCALE
-                ):
-                    raise ValueError(
-                        f"{place} should be a number from 0 to {MAX_BLOCK_SCALE:g} or a list of them, not "
-                        f"{number!r}"
-                    )
+        place = f"{side}.{name}" if side else name
+        if isinstance(scale, dict) and side is None:
+            scale = _checked_scales(scale, name) or None
+        elif scale is not None and scale == scale:  # NaN is null
+            _check_scale(scale, place)
+        if scale is not None and scale == scale:
             checked[name] = scale
-    if not checked:
-        raise ValueError(f"{where or 'the mapping '}names no block")
     return checked
+
+
+def _check_scale(scale: Any, place: str) -> None:
+    """Raise ValueError for what is neither a number in the range of scales nor a list of them."""
+    for number in scale if isinstance(scale, list) else [scale]:
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not 0 <= number <= MAX_BLOCK_SCALE:
+            found = repr(number) if is_number else f"a {type(number).__name__}"
+            raise ValueError(
+                f"{place} should be a number from 0 to {MAX_BLOCK_SCALE:g} or a list of them, not {found}"
+            )
 
 
 class Settings(StrictModel):

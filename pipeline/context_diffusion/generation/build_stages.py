@@ -11,11 +11,11 @@ from context_diffusion.core.uris import parent
 from context_diffusion.generation.plan import Plan
 from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages.load_images import LoadImages
-from context_diffusion.generation.stages.read_shard import ReadShard
+from context_diffusion.generation.stages.read_shard import ReadShard, row_rules
 from context_diffusion.generation.stages.write_shard import WriteShard
 from context_diffusion.inputs.context_images import ContextPreprocessing, ReferenceImage
 from context_diffusion.inputs.manifest_files import ManifestFile, partitions
-from context_diffusion.inputs.rows import RowRules, column_names
+from context_diffusion.inputs.rows import column_names
 from context_diffusion.outputs.output_folder import Output
 
 SHARDS, SHARDS_OF_KINDS = 2, 8  # that an engine works on at once: of rows of one kind, of several
@@ -46,7 +46,7 @@ def build_stages(
 
     finished: shards that are left out; redo: finished shards of which only the failed rows are generated
     again."""
-    rules = RowRules.of_job(plan.job, plan.model.defaults.refusal)
+    rules = row_rules(plan.job, plan.model)
     reads = [
         ReadShard(
             rules,

@@ -16,7 +16,7 @@ import pyarrow as pa
 from context_diffusion.core.errors import ConfigError, OutputConflictError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.model_parts import check_chunk
-from context_diffusion.core.schema import CONTROL_IMAGE
+from context_diffusion.core.schema import CONTROL_IMAGE, output_digest
 from context_diffusion.core.sweep import combinations
 from context_diffusion.core.uris import normal
 from context_diffusion.generation import replan
@@ -92,6 +92,7 @@ def open_plan(
     if not output.storage.exists(output.plan):
         _write_plan(job, output, storage)
     record = output.read_plan()
+    _check_columns(record, output)
     job, model = resolve(job, record["model"]["commits"])
     changed = _changed_keys(record, job)
     may_change = {*(["manifest"] if extend else []), *(CORRECTED if retry_failed else [])}
@@ -120,6 +121,7 @@ def check_output(job: GenerateJob, model: ResolvedModel, output: Output) -> None
     job: with its model's defaults filled in.
     """
     record = output.read_plan()
+    _check_columns(record, output)
     _check_same(record, _changed_keys(record, job), model, output, accept_change=False)
     if differing := _differing(record, job, output.storage):
         raise OutputConflictError(f"{differing}; {HINT}")
@@ -155,6 +157,7 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
             "commits": model.parts.revision if model.parts else {},
         },
         "versions": versions(),
+        "columns": output_digest(),
         "allow": allowed_prefixes(job.allow, (file.uri for file in files)),
         "manifest": records,
         "passed": base64.b64encode(scanned.passed().serialize()).decode(),
@@ -187,6 +190,15 @@ def _changed_keys(record: Any, job: GenerateJob) -> dict[str, str]:
         for key in sorted(current | planned)
         if current.get(key) != planned.get(key)
     }
+
+
+def _check_columns(record: Any, output: Output) -> None:
+    """Raise OutputConflictError if the parts in OUTPUT have other columns than those that are written now."""
+    if record.get("columns") != output_digest():
+        raise OutputConflictError(
+            f"{output.root} was planned by another version of this package, whose data/ has other columns; "
+            "choose another `output:`"
+        )
 
 
 def _check_same(

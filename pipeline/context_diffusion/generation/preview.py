@@ -20,8 +20,9 @@ from context_diffusion.core.uris import parent
 from context_diffusion.generation.local_model import LocalModel, inputs_of
 from context_diffusion.generation.stages.generate import requests_of
 from context_diffusion.generation.stages.load_images import LoadImages
+from context_diffusion.generation.stages.read_shard import row_rules
 from context_diffusion.inputs.manifest_files import expand, open_file, raw_rows
-from context_diffusion.inputs.rows import RowRules, read_table, row_id
+from context_diffusion.inputs.rows import read_table, row_id
 from context_diffusion.inputs.text_rows import Row
 from context_diffusion.inputs.url_policy import allowed_prefixes
 from context_diffusion.models.resolution.defaults import resolved_job
@@ -64,8 +65,8 @@ def setting_grid(job: GenerateJob, axes: list[Axis], row_name: str | None) -> tu
     query and the contexts, then a column for each value of the first axis and a line for each of the second.
     Raises JobError."""
     storage, model = Storage(job.storage_options), find_model(job.model)
-    job = resolved_job(job, model.defaults)
-    rules = RowRules.of_job(job, model.defaults.refusal)
+    job = resolved_job(job.model_copy(update={"matrix": {}}), model.defaults)  # the grid takes its place
+    rules = row_rules(job, model)
     uri, raw = _find_row(job, rules.names, storage, row_name)
     variants = _variants(raw, rules.names, axes)
     allow = allowed_prefixes(job.allow, expand(job.manifests, storage))

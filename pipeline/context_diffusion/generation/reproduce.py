@@ -76,8 +76,7 @@ def _generate(
     job = origin.planned
     limits, storage = (job.limits, Storage(job.storage_options)) if job else (Limits(), Storage())
     prefixes = allow or allowed(origin, base)
-    no_map = model.defaults.no_map(kinds)
-    load = LoadImages(fit, kinds, limits, prefixes, model.image_size, model.contexts, storage, no_map)
+    load = LoadImages.for_model(model, fit, kinds, limits, prefixes, storage)
     table = load(pa.Table.from_pylist([read_row(origin, base, storage)], READ))
     [loaded] = table.to_pylist()
     if loaded["error_code"]:

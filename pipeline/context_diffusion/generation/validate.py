@@ -29,7 +29,7 @@ from context_diffusion.generation.estimate import try_rows
 from context_diffusion.generation.local_model import write_sheet
 from context_diffusion.generation.plan import check_maps, check_output, part_rows, resolve
 from context_diffusion.generation.stages.load_images import LoadImages
-from context_diffusion.generation.stages.read_shard import ReadShard
+from context_diffusion.generation.stages.read_shard import ReadShard, row_rules
 from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file, scan_texts
 from context_diffusion.inputs.manifest_scan import Scan, column_warnings
 from context_diffusion.inputs.rows import RowRules
@@ -80,7 +80,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
     shards = [shard for number in range(len(files)) for shard in scan.cut(number, size, 0)]
     missing = _missing_packages(job, files, storage)
     load = LoadImages.for_job(job, model, allowed_prefixes(job.allow, (file.uri for file in files)), storage)
-    rules = RowRules.of_job(job, model.defaults.refusal)
+    rules = row_rules(job, model)
     loaded = _load(load, _sample(rules, files, scan, shards, sample, storage), keep=pictures is not None)
     checks = _check_writing(job, model, Output(normal(job.output), storage))
     estimate = _estimate(job, model, loaded.tables, scan.rows, pictures) if pictures else {}

@@ -137,7 +137,8 @@ NO_MASKS = "this model has no IP-Adapter, whose contexts can have masks; leave t
 
 
 def mask_of(pixels: Pixels, width: int, height: int, name: str) -> Pixels:
-    """Scale a context's mask (H, W, 3) to the output's size as diffusers' IPAdapterMaskProcessor does.
+    """Scale a context's mask (H, W, 3) to the output's size as diffusers' IPAdapterMaskProcessor does, in
+    grey.
 
     Raises RowError with INVALID_MASK for another aspect ratio than the output's."""
     rows, columns = pixels.shape[:2]
@@ -147,9 +148,10 @@ def mask_of(pixels: Pixels, width: int, height: int, name: str) -> Pixels:
             f"context_masks: {name} has {columns} x {rows} pixels, another aspect ratio than the output's "
             f"{width} x {height}",
         )
-    if (rows, columns) == (height, width):
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS))
+    image = Image.fromarray(pixels)
+    if (rows, columns) != (height, width):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return np.repeat(np.asarray(image.convert("L"))[..., None], 3, 2)
 
 
 ContextPreprocessing = SquareCrop | ImageProcessor | ReferenceImage

@@ -32,14 +32,15 @@ MIN_SIDE, MAX_SIDE = 64, 2048  # the range that Settings allows
 WARNING_FILTERS = threading.Lock()
 
 
-def decode_image(data: bytes, limits: Limits, name: str = "image") -> Pixels:
+def decode_image(data: bytes, limits: Limits, name: str = "image", background: str = "white") -> Pixels:
     """Decode an image file as a viewer shows it: oriented by EXIF, transparency over white, the first frame,
     8 bit.
 
-    name: the file, for messages. Raises RowError: NOT_AN_IMAGE; TRUNCATED_IMAGE if the header is valid but
-    the pixels cannot be decoded; TOO_MANY_PIXELS before they are decoded; OUT_OF_MEMORY.
+    name: the file, for messages. background: the colour behind what is transparent. Raises RowError:
+    NOT_AN_IMAGE; TRUNCATED_IMAGE if the header is valid but the pixels cannot be decoded; TOO_MANY_PIXELS
+    before they are decoded; OUT_OF_MEMORY.
     """
-    return _decoded(open_image(data, limits, name), name)
+    return _decoded(open_image(data, limits, name), name, background)
 
 
 def decode_resized(
@@ -75,9 +76,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _decoded(image: Image.Image, name: str) -> Pixels:
+def _decoded(image: Image.Image, name: str, background: str = "white") -> Pixels:
     try:
-        return rgb_pixels(image)
+        return rgb_pixels(image, background)
     except Exception as error:  # Pillow's decoders may raise any exception: struct.error, KeyError, ...
         raise _row_error(
             error, ErrorCode.TRUNCATED_IMAGE, f"{name}: the image is truncated or damaged"
@@ -148,20 +149,20 @@ def _is_truncated(data: bytes) -> bool:
     return data.startswith(signatures) or data[4:12] == b"ftypavif"
 
 
-def rgb_pixels(image: Image.Image) -> Pixels:
+def rgb_pixels(image: Image.Image, background: str = "white") -> Pixels:
     """Convert a Pillow image of any mode to RGB pixels (H, W, 3), as a viewer shows it.
 
-    The image is turned by its EXIF orientation, in sRGB, over white, with 8 bit.
+    The image is turned by its EXIF orientation, in sRGB, over a background, with 8 bit.
     """
     image.load()
     if _orientation(image) != 1:
         with contextlib.suppress(Exception):  # viewers do not turn an image with a broken EXIF block
             image = ImageOps.exif_transpose(image)
-    return _to_rgb(in_srgb(image))
+    return _to_rgb(in_srgb(image), background)
 
 
-def _to_rgb(image: Image.Image) -> Pixels:
-    """Convert an image of any mode to RGB, (H, W, 3).
+def _to_rgb(image: Image.Image, background: str) -> Pixels:
+    """Convert an image of any mode to RGB, (H, W, 3), over a background.
 
     Modes other than RGB are converted in bands, since the intermediate images need several times the memory.
     """
@@ -176,14 +177,16 @@ def _to_rgb(image: Image.Image) -> Pixels:
 
     white = max(_white_level(band) for _, band in bands()) if image.mode == "F" else 65535.0
     for top, band in bands():
-        pixels[top : top + band.height] = _scaled(band, white) if image.mode[0] in "IF" else _over_white(band)
+        pixels[top : top + band.height] = (
+            _scaled(band, white) if image.mode[0] in "IF" else _over(band, background)
+        )
     return pixels
 
 
-def _over_white(image: Image.Image) -> Pixels:
+def _over(image: Image.Image, background: str) -> Pixels:
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return np.asarray(image.convert("RGB"))
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.job_base import Limits
 from context_diffusion.core.records import Pixels
+from context_diffusion.core.schema import CONTEXT
 from context_diffusion.core.uris import resolve
 from context_diffusion.inputs.decode import decode_image
 from context_diffusion.inputs.safe_http import GuardedClient
@@ -34,15 +35,15 @@ def as_source(value: Any, base: str) -> ImageSource | None:
     return {"bytes": None, "path": resolve(str(path), base)} if path else None
 
 
-def as_sources(value: Any, base: str) -> list[ImageSource]:
-    """Convert a list, a JSON list (CSV) or a single value to a list of sources. Raises RowError."""
+def as_sources(value: Any, base: str, column: str = CONTEXT) -> list[ImageSource]:
+    """Convert a list, a JSON list (CSV) or a single value to a list of sources. column: for messages. Raises
+    RowError."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RowError(
-                ErrorCode.NO_CONTEXT, f"context is not a JSON list: {value[:80]!r} ({error})"
-            ) from None
+            code = ErrorCode.NO_CONTEXT if column == CONTEXT else ErrorCode.INVALID_SETTING
+            raise RowError(code, f"{column} is not a JSON list: {value[:80]!r} ({error})") from None
     items = value if isinstance(value, list) else [value]
     sources = [as_source(item, base) for item in items]
     return [source for source in sources if source is not None]

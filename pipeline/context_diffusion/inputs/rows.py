@@ -42,7 +42,7 @@ class RowRules:
 
     settings: defaults of the row settings; matrix: overrides of them; seed: what seeds are derived from;
     columns: our column name -> the manifest's; limits: what an untrusted row may ask for; refusal: why the
-    model does not take settings, or None.
+    model does not take settings, or None; context_slots: contexts that it takes, None: any number.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -51,10 +51,12 @@ class RowRules:
     columns: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     refusal: Callable[[Settings], str | None] | None = None
+    context_slots: int | None = None
 
     @classmethod
-    def of_job(cls, job: GenerateJob, refusal: Callable[[Settings], str | None] | None = None) -> RowRules:
-        return cls(job.settings, job.matrix, job.seed, job.columns, job.limits, refusal)
+    def of_job(cls, job: GenerateJob) -> RowRules:
+        """Return the rules without what the job's model says."""
+        return cls(job.settings, job.matrix, job.seed, job.columns, job.limits)
 
     @property
     def names(self) -> dict[str, str]:
@@ -142,7 +144,7 @@ def _read_row(row: Row, id_: str, shard: int, rules: RowRules, base: str, names:
             read[column] = _prompt(row.get(names[column]), column, rules.limits)
         read[QUERY] = as_source(row.get(names[QUERY]), base)
         for column in SOURCE_LISTS:
-            read[column] = as_sources(row.get(names[column]), base)
+            read[column] = as_sources(row.get(names[column]), base, column)
         _check_id(id_)
         settings = _settings(row, names, rules, id_)
         read["settings"] = settings.model_dump_json()
@@ -163,6 +165,9 @@ def _check_contexts(read: Row, settings: Settings, rules: RowRules, names: dict[
     if count > rules.limits.max_contexts:
         read[CONTEXT] = None
         message = f"{names[CONTEXT]} has {count} images, at most {rules.limits.max_contexts} are allowed"
+        raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
+    if rules.context_slots is not None and count > rules.context_slots:
+        message = f"{count} contexts, the model takes at most {rules.context_slots}"
         raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
     weights = rules.matrix.get("context_weights", [settings.context_weights])
     for name, each in (("context_weights", weights), (CONTEXT_MASKS, [read[CONTEXT_MASKS]])):

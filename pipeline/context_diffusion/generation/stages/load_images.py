@@ -28,7 +28,6 @@ from context_diffusion.core.settings import Settings
 from context_diffusion.inputs.context_images import (
     NO_MASKS,
     ContextPreprocessing,
-    ImageProcessor,
     ReferenceImage,
     mask_of,
 )
@@ -55,7 +54,8 @@ class LoadImages:
     """Loads a shard's sources as pixels of the sizes that the model takes, and computes the control maps.
 
     control_kinds: the map of each ControlNet; allow: URI prefixes that rows may read; image_size: the model's
-    own; preprocessing: of context images. no_map: why rows must bring their control maps, if they must."""
+    own; preprocessing: of context images. no_map: why rows must bring their control maps, if they must.
+    masks: contexts may have masks."""
 
     fit: Fit
     control_kinds: list[str]
@@ -65,12 +65,26 @@ class LoadImages:
     preprocessing: ContextPreprocessing
     storage: Storage
     no_map: str | None = None
+    masks: bool = False
 
     @classmethod
     def for_job(cls, job: GenerateJob, model: ResolvedModel, allow: list[str], storage: Storage) -> Self:
         """job: with its model's defaults filled in."""
-        no_map, kinds = model.defaults.no_map(job.control_kinds), job.control_kinds
-        return cls(job.fit, kinds, job.limits, allow, model.image_size, model.contexts, storage, no_map)
+        return cls.for_model(model, job.fit, job.control_kinds, job.limits, allow, storage)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: ResolvedModel,
+        fit: Fit,
+        kinds: list[str],
+        limits: Limits,
+        allow: list[str],
+        storage: Storage,
+    ) -> Self:
+        """kinds: the control map of each ControlNet that runs."""
+        no_map, masks = model.defaults.no_map(kinds), model.defaults.takes_masks
+        return cls(fit, kinds, limits, allow, model.image_size, model.contexts, storage, no_map, masks)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         began = time.time()
@@ -139,11 +153,11 @@ class LoadImages:
     def _masks(self, row: dict[str, Any], size: Size, known: KnownPixels) -> list[Pixels]:
         """Return the masks of the row's contexts at the output's size."""
         width, height = size
-        if row[CONTEXT_MASKS] and not isinstance(self.preprocessing, ImageProcessor):
+        if row[CONTEXT_MASKS] and not self.masks:
             raise RowError(ErrorCode.INVALID_SETTING, f"{CONTEXT_MASKS}: {NO_MASKS}")
 
         def decode(data: bytes, name: str) -> Pixels:
-            return mask_of(decode_image(data, self.limits, name), width, height, name)
+            return mask_of(decode_image(data, self.limits, name, "black"), width, height, name)
 
         return [
             self._loaded(source, (CONTEXT_MASKS, size), decode, known) for source in row[CONTEXT_MASKS] or []

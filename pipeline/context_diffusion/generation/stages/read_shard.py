@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Shard
 from context_diffusion.core.schema import (
     ID,
@@ -14,8 +16,17 @@ from context_diffusion.core.schema import (
 from context_diffusion.core.uris import parent
 from context_diffusion.inputs.manifest_files import ManifestFile, read_parquet, read_text, rows_of
 from context_diffusion.inputs.rows import RowRules, read_table
+from context_diffusion.models.resolution.defaults import refusal
+from context_diffusion.models.resolution.resolve import ResolvedModel
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
+
+
+def row_rules(job: GenerateJob, model: ResolvedModel) -> RowRules:
+    """Return what a job and its model say about rows. job: with its model's defaults filled in."""
+    defaults = model.defaults
+    refuses = partial(refusal, defaults, len(job.control_kinds))
+    return replace(RowRules.of_job(job), refusal=refuses, context_slots=defaults.context_slots)
 
 
 @dataclass(frozen=True)

@@ -35,14 +35,14 @@ from context_diffusion.models.flux2.references import (
     references_of,
 )
 from context_diffusion.models.flux2.transformer import LaneTokens, predict, prepare, rotation
-from context_diffusion.models.resolution.defaults import flux2_defaults
+from context_diffusion.models.resolution.defaults import FLUX2_CONTEXTS, flux2_defaults
 
 
 class Flux2Backbone:
     """Implement engine/backbone.py. padded: references are padded to few lengths, so that more rows share a
     call."""
 
-    context_slots = 3  # the model takes four references
+    context_slots = FLUX2_CONTEXTS
     noise_scale = 1.0
     tiles = True
     num_controlnets = 0

@@ -18,6 +18,11 @@ SD15_BLOCKS: dict[str, dict[str, Any]] = {
 }
 
 
+# diffusers' defaults of a U-Net's configuration.
+DOWN = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
+UP = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
+
+
 @dataclass(frozen=True)
 class ContextBlocks:
     """The blocks of a U-Net with cross-attention.
@@ -81,7 +86,7 @@ def _label(place: tuple[str, int]) -> str:
 
 def context_blocks(unet: Mapping[str, Any], xl: bool) -> ContextBlocks:
     """Return the blocks of a U-Net. unet: its config.json."""
-    down, up = unet["down_block_types"], unet["up_block_types"]
+    down, up = unet.get("down_block_types", DOWN), unet.get("up_block_types", UP)
     layers = unet.get("layers_per_block", 2)
     counts = layers if isinstance(layers, list | tuple) else [layers] * len(down)
     transformers = {

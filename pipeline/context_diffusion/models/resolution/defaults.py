@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from context_diffusion.core.errors import ConfigError
-from context_diffusion.core.generate_job import ControlName, GenerateJob, control_kinds
+from context_diffusion.core.generate_job import GenerateJob, control_kinds
+from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import no_map
 from context_diffusion.core.schema import CONTROL_SETTINGS
 from context_diffusion.core.settings import SchedulerName, Settings, did_you_mean
 from context_diffusion.core.sweep import combinations
 from context_diffusion.inputs.control_maps import CONTROLS
 from context_diffusion.models.resolution.context_blocks import ContextBlocks, context_blocks
+from context_diffusion.models.resolution.controlnets import CONTROLNETS
 from context_diffusion.models.resolution.few_steps import FewSteps
 
 SD15: dict[str, Any] = {
@@ -41,6 +43,8 @@ LCM_SDXL = LCM | {"guidance_scale": 8.0}
 KLEIN: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0}
 KLEIN_BASE: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 4.0}
 FLUX2_SCHEDULER: SchedulerName = "flow_euler"
+CONTEXT_SLOTS = 8  # contexts that a row of Stable Diffusion may have
+FLUX2_CONTEXTS = 3  # the model takes four references, of which the query is one
 STABLE_DIFFUSION_ONLY: dict[str, Any] = {"context_blocks": "all", "lora": None, "lora_scale": 1.0}
 FLUX2_UNUSED: dict[str, Any] = {
     "strength": None,
@@ -63,35 +67,6 @@ SCHEDULERS: dict[str, SchedulerName] = {
     "LCMScheduler": "lcm",
     "FlowMatchEulerDiscreteScheduler": "flow_euler",
 }
-# Published ControlNets whose map this package computes, with the scale that their card recommends.
-CONTROLNETS: dict[str, tuple[ControlName, float]] = {
-    "lllyasviel/control_v11p_sd15_canny": ("canny", 1.0),
-    "lllyasviel/sd-controlnet-canny": ("canny", 1.0),
-    "diffusers/controlnet-canny-sdxl-1.0": ("canny", 0.5),
-    "diffusers/controlnet-canny-sdxl-1.0-mid": ("canny", 0.5),
-    "diffusers/controlnet-canny-sdxl-1.0-small": ("canny", 0.5),
-    "xinsir/controlnet-canny-sdxl-1.0": ("canny", 1.0),
-    "latentcat/control_v1p_sd15_brightness": ("gray", 1.0),
-    "lllyasviel/control_v11f1e_sd15_tile": ("none", 1.0),
-    "xinsir/controlnet-tile-sdxl-1.0": ("tile", 1.0),
-    "lllyasviel/control_v11f1p_sd15_depth": ("depth", 1.0),
-    "lllyasviel/sd-controlnet-depth": ("depth", 1.0),
-    "diffusers/controlnet-depth-sdxl-1.0": ("depth", 0.5),
-    "diffusers/controlnet-depth-sdxl-1.0-mid": ("depth", 0.5),
-    "diffusers/controlnet-depth-sdxl-1.0-small": ("depth", 0.5),
-    "xinsir/controlnet-depth-sdxl-1.0": ("depth", 1.0),
-}
-# The control types of xinsir's union ControlNets, by the kinds of maps; tile is one of the promax weights.
-UNION_TYPES: dict[str, int] = {
-    "openpose": 0,
-    "depth": 1,
-    "soft_edges": 2,
-    "canny": 3,
-    "lineart": 3,
-    "normal": 4,
-    "segment": 5,
-    "tile": 6,
-}
 
 
 @dataclass(frozen=True)
@@ -103,7 +78,8 @@ class Defaults:
     for messages. unused: settings that the model has no use for, with the value that means so. schedulers:
     those that the model can use; empty: any that its scheduler_config goes with. blocks: of its U-Net, for
     `context_blocks`. loras: the names that the setting `lora` may have. control_types: the kinds of maps that
-    each ControlNet takes; None: any. estimates_depth: the model has a depth estimator."""
+    each ControlNet takes; None: any. estimates_depth: the model has a depth estimator. context_slots:
+    contexts that a row may have; None: any number. reads_query: as a reference, in place of a ControlNet."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     control: tuple[str, ...] | None = ("gray",)
@@ -115,6 +91,13 @@ class Defaults:
     loras: tuple[str, ...] = ()
     control_types: tuple[tuple[str, ...] | None, ...] = ()
     estimates_depth: bool = False
+    context_slots: int | None = None
+    reads_query: bool = False
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether contexts may have masks: those of an IP-Adapter, which attends in blocks of the U-Net."""
+        return self.blocks is not None
 
     def no_map(self, kinds: Sequence[str]) -> str | None:
         """Return why rows must bring their control maps, for the first kind that neither this package nor the
@@ -146,20 +129,24 @@ class Defaults:
         return None
 
 
-def native_defaults() -> Defaults:
+def native_defaults(context_slots: int | None = None) -> Defaults:
     """Return the defaults of a native model."""
-    return Defaults(NATIVE_SETTINGS, family="a native model", unused=STABLE_DIFFUSION_ONLY)
+    return Defaults(
+        NATIVE_SETTINGS,
+        family="a native model",
+        unused=STABLE_DIFFUSION_ONLY,
+        context_slots=context_slots,
+    )
 
 
 def stable_diffusion_defaults(
+    parts: Parts,
     unet: Mapping[str, Any],
     xl: bool,
     scheduler: Mapping[str, Any],
-    controlnets: list[str],
-    loras: Sequence[str] = (),
     few_steps: FewSteps | None = None,
 ) -> Defaults:
-    """Return the defaults of a base with its ControlNets and LoRA names.
+    """Return the defaults of a base with its parts.
 
     unet, scheduler: the base's configurations. few_steps: the LoRA for few steps, whose settings replace the
     base's."""
@@ -170,26 +157,22 @@ def stable_diffusion_defaults(
         settings = settings | {"scheduler": name}
     if few_steps:
         settings = settings | few_steps.settings
-    known = [CONTROLNETS.get(net) for net in controlnets]
+    known = [CONTROLNETS.get(net) for net in parts.controlnets]
     scales = [net[1] if net else 1.0 for net in known]
     if set(scales) > {1.0} or (scales and scales[0] != 1.0):
         settings = settings | {"controlnet_conditioning_scale": scales}
     control = None if None in known else tuple(net[0] for net in known if net)
-    blocks = context_blocks(unet, xl)
-    return Defaults(settings, control, tuple(controlnets), blocks=blocks, loras=tuple(loras))
-
-
-def is_union(config: Mapping[str, Any]) -> bool:
-    """Return whether a ControlNet's config.json is that of a union ControlNet."""
-    return "num_control_type" in config or "Union" in str(config.get("_class_name"))
-
-
-def control_types(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the kinds of maps that a union ControlNet takes, by its config.json; None: it is a plain one."""
-    if not is_union(config):
-        return None
-    count = config.get("num_control_type", 6)
-    return tuple(kind for kind, place in UNION_TYPES.items() if place < count)
+    adapted = parts.ip_adapter is not None
+    return Defaults(
+        settings,
+        control,
+        tuple(parts.controlnets),
+        family="" if adapted else "a Stable Diffusion without IP-Adapter",
+        unused={} if adapted else {"context_blocks": "all"},
+        blocks=context_blocks(unet, xl) if adapted else None,
+        loras=tuple(parts.loras),
+        context_slots=CONTEXT_SLOTS,
+    )
 
 
 def flux2_defaults(distilled: bool) -> Defaults:
@@ -199,7 +182,16 @@ def flux2_defaults(distilled: bool) -> Defaults:
     if distilled:
         family, unused = "a distilled FLUX.2 [klein]", FLUX2_UNUSED | {"guidance_scale": 1.0}
     own = settings | {"scheduler": FLUX2_SCHEDULER}
-    return Defaults(own, (), (), family, unused, (FLUX2_SCHEDULER,))
+    return Defaults(
+        own,
+        (),
+        (),
+        family,
+        unused,
+        (FLUX2_SCHEDULER,),
+        context_slots=FLUX2_CONTEXTS,
+        reads_query=True,
+    )
 
 
 def resolved_settings(defaults: Defaults, given: Settings) -> Settings:
@@ -226,7 +218,7 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
             )
         return list(defaults.control)
     kinds = control_kinds(given)
-    if kinds and defaults.family and not defaults.controlnets:
+    if kinds and defaults.reads_query:
         raise ConfigError(
             f"control: {'+'.join(kinds)}: {defaults.family} has no ControlNet, it reads the query itself; "
             "leave control out"
@@ -246,15 +238,23 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
     return kinds
 
 
+def refusal(defaults: Defaults, networks: int, settings: Settings) -> str | None:
+    """Return why a model does not take the settings where so many of its ControlNets run; None where it
+    does."""
+    for name in CONTROL_SETTINGS if networks else ():
+        value = getattr(settings, name)
+        if isinstance(value, list) and len(value) != networks:
+            return f"{name}: {len(value)} values for {networks} control maps"
+    return defaults.refusal(settings)
+
+
 def resolved_job(job: GenerateJob, defaults: Defaults) -> GenerateJob:
     """Return the job with what it leaves out taken from its model's defaults. Raises ConfigError."""
     kinds = resolved_control(defaults, job.control)
     settings = resolved_settings(defaults, job.settings)
-    for name in CONTROL_SETTINGS if kinds else ():
-        value = getattr(settings, name)
-        if isinstance(value, list) and len(value) != len(kinds):
-            raise ConfigError(f"settings.{name}: {len(value)} values for {len(kinds)} control maps")
+    if reason := refusal(defaults, len(kinds), settings):
+        raise ConfigError(f"settings.{reason}")
     for combination in combinations(job.matrix):
-        if reason := defaults.refusal(settings.model_copy(update=combination)):
+        if reason := refusal(defaults, len(kinds), settings.model_copy(update=combination)):
             raise ConfigError(f"matrix: {reason}")
     return job.model_copy(update={"control": kinds or "disabled", "settings": settings})

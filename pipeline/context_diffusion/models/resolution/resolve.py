@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,10 +31,9 @@ from context_diffusion.inputs.context_images import (
     SquareCrop,
     image_processor,
 )
+from context_diffusion.models.resolution.controlnets import CONTROLNETS, control_types
 from context_diffusion.models.resolution.defaults import (
-    CONTROLNETS,
     Defaults,
-    control_types,
     flux2_defaults,
     native_defaults,
     stable_diffusion_defaults,
@@ -150,7 +150,7 @@ def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None 
         if not (folder / part).is_dir():
             raise ModelError(f"model: {folder} has no component {part}/; copy the whole model folder")
     contexts = SquareCrop(max(index["context_size"], TEXTURE_PIXELS))
-    defaults = native_defaults()
+    defaults = native_defaults(index["context_slots"])
     return ResolvedModel(
         name, "native", folder, parts, digest(folder), index["image_size"], contexts, defaults
     )
@@ -167,8 +167,8 @@ def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any], known: dic
             ("scheduler", "scheduler_config.json"),
         )
     )
-    image_size = unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
     xl = "StableDiffusionXL" in str(index.get("_class_name"))
+    image_size = latent_side(unet.get("sample_size"), xl) * latent_factor(vae)
     few_steps = few_steps_of(parts, xl, unet)
     if few_steps:
         published = {split(few_steps.lora)[0]: few_steps.commit}
@@ -179,7 +179,7 @@ def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any], known: dic
         for net in parts.controlnets
     ]
     defaults = replace(
-        stable_diffusion_defaults(unet, xl, scheduler, parts.controlnets, list(parts.loras), few_steps),
+        stable_diffusion_defaults(parts, unet, xl, scheduler, few_steps),
         control_types=tuple(types),
         estimates_depth=parts.depth_estimator is not None,
     )
@@ -187,6 +187,17 @@ def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any], known: dic
     return ResolvedModel(
         name, kind, None, parts, _revision(parts), image_size, _preprocessing(parts, index), defaults
     )
+
+
+def latent_side(sample_size: int | None, xl: bool) -> int:
+    """Return the side of the latents that a U-Net was trained for; where its configuration has none, that of
+    diffusers' pipelines."""
+    return sample_size or (128 if xl else 64)
+
+
+def latent_factor(vae: Mapping[str, Any]) -> int:
+    """Return the pixels a side of a latent. vae: its configuration."""
+    return 2 ** (len(vae.get("block_out_channels", (64,))) - 1)
 
 
 def _with_lora(parts: Parts, file: str) -> Parts:
@@ -216,7 +227,7 @@ def _flux2(name: str, parts: Parts, given: Parts, index: dict[str, Any]) -> Reso
     """Resolve a FLUX.2 [klein]. given: what the user said of its parts; index: its model_index.json."""
     refuse_parts(given, STABLE_DIFFUSION_PARTS, "FLUX.2 [klein]")
     vae = read_json(parts.base, "vae/config.json", parts.revision)
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = latent_factor(vae)
     defaults = flux2_defaults(bool(index.get("is_distilled")))
     contexts = ReferenceImage(parts.max_reference_pixels, multiple=2 * factor)
     return ResolvedModel(
@@ -246,9 +257,12 @@ def read_json(part: str, name: str, revision: dict[str, str]) -> dict[str, Any]:
 
 def _parsed(path: Path, part: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        parsed = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"model: {part}: {path.name} cannot be read ({error})") from error
+    if not isinstance(parsed, dict):
+        raise ModelError(f"model: {part}: {path.name} is a JSON {type(parsed).__name__}, expected a mapping")
+    return parsed
 
 
 def _revision(parts: Parts) -> str:

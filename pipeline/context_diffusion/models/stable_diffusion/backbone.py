@@ -7,7 +7,6 @@ B lanes  T text tokens  K tokens a context  D width  C h w latents
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.records import Request
-from context_diffusion.core.settings import Settings
 from context_diffusion.engine.backbone import Conditions, Encoded
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.engine.guidance import Branch, guidance_branches
@@ -24,7 +22,9 @@ from context_diffusion.engine.lane_buffers import pinned
 from context_diffusion.inputs.context_images import ContextPreprocessing, ImageProcessor
 from context_diffusion.models.attention import ABSENT, LaneInputs, keys_and_values
 from context_diffusion.models.conditioning import control_scales, latent_size, to_tensor
-from context_diffusion.models.stable_diffusion.contexts import SLOTS, ContextConditions
+from context_diffusion.models.resolution.defaults import CONTEXT_SLOTS
+from context_diffusion.models.resolution.resolve import ResolvedModel, latent_factor
+from context_diffusion.models.stable_diffusion.contexts import ContextConditions
 from context_diffusion.models.stable_diffusion.control_networks import ControlNetworks
 from context_diffusion.models.stable_diffusion.loading import StableDiffusion
 from context_diffusion.models.stable_diffusion.row_loras import LoraKey, Networks, RowNetworks, lora_key
@@ -39,34 +39,34 @@ class Group(NamedTuple):
 
 
 class StableBackbone:
-    """Implement engine/backbone.py. contexts: the image encoder's preprocessing. refusal: why the model does
-    not take a row's settings, or None."""
+    """Implement engine/backbone.py. model: loaded. resolved: the same before it was."""
 
-    def __init__(
-        self, model: StableDiffusion, contexts: ImageProcessor, refusal: Callable[[Settings], str | None]
-    ) -> None:
+    def __init__(self, model: StableDiffusion, resolved: ResolvedModel) -> None:
+        assert isinstance(resolved.contexts, ImageProcessor)
         pipe = model.pipe
         self.model = model
         self.unet = pipe.unet
         self.vae = pipe.vae
         adapted = pipe.unet.config.encoder_hid_dim_type
         self.encoder = (
-            ContextConditions(pipe, contexts, model.parts.normalization, model.xl) if adapted else None
+            ContextConditions(pipe, resolved.contexts, model.parts.normalization, model.xl)
+            if adapted
+            else None
         )
         self.networks = RowNetworks(pipe, model.row_loras, model.xl, model.parts)
-        self.refusal = refusal
+        self.refusal = resolved.defaults.refusal
         self.controlnets = ControlNetworks(model.controlnets, model.depth)
         for network in (*self.denoisers, self.vae):
             network.to(memory_format=torch.channels_last)
         # An LCM's U-Net reads the guidance scale as a number, so one lane replaces both branches.
         self.guidance_width: int | None = self.unet.config.time_cond_proj_dim
         self.scheduler_config: dict[str, Any] = dict(pipe.scheduler.config)
-        self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.image_size = self.unet.config.sample_size * self.latent_factor
-        self.contexts: ContextPreprocessing = contexts
+        self.latent_factor = latent_factor(self.vae.config)
+        self.image_size = resolved.image_size
+        self.contexts: ContextPreprocessing = resolved.contexts
         self.tiles = True
         self.num_controlnets = len(model.controlnets)
-        self.context_slots = SLOTS
+        self.context_slots = CONTEXT_SLOTS
         self.noise_scale = 1.0
 
     @property

@@ -23,8 +23,7 @@ from context_diffusion.models.attention import cross_attentions, log_weights
 from context_diffusion.models.conditioning import to_tensor, weighted_contexts
 from context_diffusion.models.normalization import normalise
 from context_diffusion.models.resolution.context_blocks import ContextBlocks, context_blocks
-
-SLOTS = 8  # contexts that a row may have
+from context_diffusion.models.resolution.defaults import CONTEXT_SLOTS
 
 
 class ContextConditions:
@@ -48,7 +47,7 @@ class ContextConditions:
 
         size: height and width of the latents. What is cached is one context's own; it is padded to the row's
         slots here."""
-        contexts = weighted_contexts(request, SLOTS)
+        contexts = weighted_contexts(request, CONTEXT_SLOTS)
         weights = [context.weight for context in contexts]
         none = cache.get("context:", partial(self.encoder.keys_and_values, None))
         keys = [
@@ -66,8 +65,9 @@ class ContextConditions:
         return conditions | self._joined(keys) | self._bias(weights, keys[0][0].shape[1])
 
     def _joined(self, keys: list[tuple[Tensor, ...]]) -> Conditions:
-        """Join the keys and values (1, K, J) of each context to (1, SLOTS·K, J); zeros fill the rest."""
-        empty = SLOTS - len(keys)
+        """Join the keys and values (1, K, J) of each context to (1, S·K, J), S: CONTEXT_SLOTS; zeros fill the
+        rest."""
+        empty = CONTEXT_SLOTS - len(keys)
         joined = tuple(
             F.pad(torch.cat(parts, 1), (0, 0, 0, empty * parts[0].shape[1]))
             for parts in zip(*keys, strict=True)
@@ -75,8 +75,8 @@ class ContextConditions:
         return {"contexts": joined}
 
     def _bias(self, weights: list[float], tokens: int) -> Conditions:
-        """Return the logarithm of each token's weight, (1, 1, 1, SLOTS·K)."""
-        given = torch.tensor([*weights, *[0.0] * (SLOTS - len(weights))])
+        """Return the logarithm of each token's weight, (1, 1, 1, CONTEXT_SLOTS·K)."""
+        given = torch.tensor([*weights, *[0.0] * (CONTEXT_SLOTS - len(weights))])
         bias = log_weights(given).repeat_interleave(tokens)[None, None, None]
         return {"context_bias": self._on_device(bias)}
 
@@ -89,7 +89,7 @@ class ContextConditions:
         return self._on_device(scales)
 
     def _masks(self, masks: list[Pixels], weights: list[float], size: tuple[int, int]) -> Conditions:
-        """Return each context's weight at each place of each resolution, (1, SLOTS, L), as diffusers'
+        """Return each context's weight at each place of each resolution, (1, CONTEXT_SLOTS, L), as diffusers'
         IPAdapterMaskProcessor scales masks."""
         pixels = torch.stack([torch.from_numpy(mask[..., 0] >= 128) for mask in masks])[None].float()
         weight = torch.tensor(weights)[:, None, None]
@@ -97,7 +97,7 @@ class ContextConditions:
         height, width = size
         for _ in range(self.levels):
             scaled = F.interpolate(pixels, (height, width), mode="bicubic") * weight
-            filled = F.pad(scaled.flatten(2), (0, 0, 0, SLOTS - len(masks)))
+            filled = F.pad(scaled.flatten(2), (0, 0, 0, CONTEXT_SLOTS - len(masks)))
             levels.setdefault(height * width, self._on_device(filled))
             height, width = (height + 1) // 2, (width + 1) // 2
         return {"context_masks": tuple(levels.values())}

@@ -26,7 +26,7 @@ from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.models.attention import LaneInputs, attend_by_lanes, keys_and_values
 from context_diffusion.models.component_loading import ComponentLoader
 from context_diffusion.models.conditioning import content_key, to_tensor
-from context_diffusion.models.resolution.defaults import UNION_TYPES, is_union
+from context_diffusion.models.resolution.controlnets import UNION_TYPES, is_union
 from context_diffusion.models.resolution.resolve import read_json
 from context_diffusion.models.stable_diffusion.depth_maps import DepthEstimator
 
