@@ -205,15 +205,26 @@ def test_a_job_for_another_working_directory_has_absolute_paths_and_the_names_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for folder in ("mine", "bundled"):
+    for folder in ("mine", "bundled", "hyper", "fp16"):
         (tmp_path / folder).mkdir()
     values = GOOD | {
         "manifest": ["m.csv", "s3://b/m.csv"],
-        "model": {"base": "sd15", "vae": "mine", "controlnet": "o/name"},
+        "model": {
+            "base": "sd15",
+            "vae": "mine",
+            "controlnet": "o/name",
+            "few_steps": "hyper",
+            "variant": "fp16",
+            "loras": {"hyper": "mine/ink.safetensors"},
+        },
     }
+    (tmp_path / "mine" / "ink.safetensors").touch()
     told = absolute(check_job(values))
     assert told["manifest"] == [f"{tmp_path}/m.csv", "s3://b/m.csv"]
-    assert told["model"] == {"base": "sd15", "vae": f"{tmp_path}/mine", "controlnet": "o/name"}
+    assert told["model"] == values["model"] | {
+        "vae": f"{tmp_path}/mine",
+        "loras": {"hyper": f"{tmp_path}/mine/ink.safetensors"},
+    }
     assert told["output"] == f"{tmp_path}/out"
     assert told.keys() == values.keys()
     tuned = absolute(

@@ -190,4 +190,4 @@ def test_what_is_given_goes_before_the_models_and_null_is_given() -> None:
 
 
 def test_the_bundled_model_reads_gray_maps() -> None:
-    assert find_model("bundled").defaults == native_defaults()
+    assert find_model("bundled").defaults == native_defaults(8)

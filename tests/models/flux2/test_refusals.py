@@ -58,7 +58,7 @@ WRONG: list[tuple[dict[str, Any], ErrorCode, str]] = [
     (
         {"context": ["4.webp", "0.png", "1.jpg", "2.png"]},
         ErrorCode.TOO_MANY_CONTEXTS,
-        "4 contexts, the model takes at most 3 beside the query",
+        "4 contexts, the model takes at most 3",
     ),
     (
         {"context_weights": [1, 1]},

@@ -11,10 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
 
 from context_diffusion.core.errors import ErrorCode, ModelError
+from context_diffusion.core.job_base import Limits
 from context_diffusion.core.records import Failure, Pixels, Request, Result
+from context_diffusion.image_tensors import to_mask
+from context_diffusion.inputs.context_images import mask_of
+from context_diffusion.inputs.decode import decode_image
 from context_diffusion.pipeline import ContextDiffusion
 from support.diffusers_reference import Model, compare, made, reference, row
 from support.tiny import picture
@@ -271,5 +276,49 @@ def test_a_lora_that_is_missing_or_fits_nothing_is_named(small: Model, tmp_path:
         ContextDiffusion.from_pretrained(
             {"base": small["base"], "loras": {"ink": str(tmp_path / "none.safetensors")}}, device="cpu"
         )
+    with pytest.raises(ModelError, match="lora_scale has 1 values for 2 files of lora"):
+        two = {"lora": ["a/ink.safetensors", "a/oil.safetensors"], "lora_scale": [1.0]}
+        ContextDiffusion.from_pretrained({"base": small["base"], **two}, device="cpu")
     with pytest.raises(ModelError, match="no pickles"):
         ContextDiffusion.from_pretrained({"base": small["base"], "loras": {"ink": "ink.bin"}}, device="cpu")
+
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "cyan": (0, 255, 255), "white": (255, 255, 255)}
+
+
+def painted(colour: str, mode: str) -> Image.Image:
+    """A mask whose left half is painted, on black; with an alpha channel on what is transparent."""
+    image = Image.new("RGBA", (80, 80), (0, 0, 0, 0 if "A" in mode else 255))
+    image.paste((*COLOURS[colour], 255), (0, 0, 40, 80))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1"])
+@pytest.mark.parametrize("colour", COLOURS)
+def test_masks_of_any_mode_are_those_of_diffusers(tmp_path: Path, colour: str, mode: str) -> None:
+    """As a file, in a job's way, and as an image."""
+    image = painted(colour, mode)
+    image.save(tmp_path / "mask.png")
+    [theirs] = IPAdapterMaskProcessor().preprocess([image.convert("RGB")], height=64, width=64)
+    decoded = decode_image((tmp_path / "mask.png").read_bytes(), Limits(), "mask.png", "black")
+    for ours in (mask_of(decoded, 64, 64, "mask.png"), to_mask(image, (64, 64), "mask")):
+        assert np.array_equal(ours[..., 0] >= 128, theirs[0].numpy() > 0.5)
+
+
+def test_one_mask_of_any_kind(small: Model, tmp_path: Path) -> None:
+    pipeline = ContextDiffusion.from_pretrained(small, device="cpu", cpu_threads=1)
+    left = half("left")
+    Image.fromarray(left).save(tmp_path / "left.png")
+    kinds: list[Any] = [
+        left, left[..., 0], left[..., 0] >= 128, Image.fromarray(left), tmp_path / "left.png",
+        [str(tmp_path / "left.png")],
+    ]  # fmt: skip
+    images = [
+        np.asarray(
+            pipeline(
+                picture(1), picture(2), context_masks=kind, control=["canny", "gray"], num_inference_steps=1
+            )
+        )
+        for kind in kinds
+    ]
+    assert all(np.array_equal(image, images[0]) for image in images[1:])

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from context_diffusion.core.errors import ConfigError
+from context_diffusion.core.errors import ConfigError, OutputConflictError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.settings import Settings
 from context_diffusion.generation.image_origin import find_origin
 from context_diffusion.generation.plan import open_plan
+from context_diffusion.generation.preview import axes_of, setting_grid
 from context_diffusion.generation.reproduce import reproduce
 from context_diffusion.generation.validate import validate_job
 from context_diffusion.models.resolution.defaults import flux2_defaults, native_defaults, resolved_settings
@@ -77,12 +78,27 @@ ROWS: dict[str, dict[str, Any]] = {
     "one mask": {"context_masks": ["left.png"]},
     "no block": {"context_blocks": {"up": {"block_5": 1.0}}},
     "no blocks": {"context_blocks": "styl"},
+    "nested": {"context_blocks": '{"a":' * 2000},
+    "deep": {"context_blocks": '{"a":' * 300 + "1" + "}" * 300},
+    "long": {"lora": "z" * 100_000},
+    "half a list": {"context_masks": "[left.png"},
+    "three windows": {"control_guidance_end": [0.1, 0.2, 0.3]},
+    "one scale": {"controlnet_conditioning_scale": [1.0]},
+    "nine": {"context": ["1.png"] * 9},
+    "nulls": {"context_blocks": {"up": {"block_0": None, "block_7": None}, "mid": 1.0, "down": float("nan")}},
 }
 FAILED = {
     "unknown": ("invalid_setting", "lora: 'inks' is no name of model.loras; did you mean 'ink'?"),
     "flat": ("invalid_mask", "flat.png has 128 x 64 pixels, another aspect ratio than the output's 64 x 64"),
     "one mask": ("invalid_setting", "context_masks has 1 values for 2 contexts"),
     "no block": ("invalid_setting", "up.block_5 is none of the U-Net's blocks with cross-attention"),
+    "nested": ("invalid_setting", "context_blocks: is not JSON"),
+    "deep": ("invalid_setting", "a.a should be a number from 0 to 10 or a list of them, not a dict"),
+    "long": ("invalid_setting", "lora: 'zzz"),
+    "half a list": ("invalid_setting", "context_masks is not a JSON list: '[left.png'"),
+    "three windows": ("invalid_setting", "control_guidance_end: 3 values for 2 control maps"),
+    "one scale": ("invalid_setting", "controlnet_conditioning_scale: 1 values for 2 control maps"),
+    "nine": ("too_many_contexts", "9 contexts, the model takes at most 8"),
     "no blocks": (
         "invalid_setting",
         "context_blocks: should be all, style, layout, style+layout, or a mapping",
@@ -98,6 +114,7 @@ def test_each_setting_is_a_column_and_generates_the_same_image_again(model: Any,
     for name, (code, message) in FAILED.items():
         assert made[name]["error_code"] == code
         assert message in made[name]["error_message"]
+        assert len(made[name]["error_message"]) <= 1003
     finished = made.keys() - FAILED.keys()
     assert all(made[name]["status"] == "ok" for name in finished), made
     assert len({made[name]["sha256"] for name in finished}) == len(finished), "each changes the image"
@@ -178,6 +195,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"settings": {"context_blocks": "style"}, "control": CONTROL}, "up.block_1 is none of the U-Net's"),
     ({"settings": {"control_guidance_end": [0.1, 0.2, 0.3]}}, "control_guidance_end: 3 values for 2 "),
     ({"matrix": {"lora": ["ink", "chalk"]}}, "matrix: lora: 'chalk' is no name of model.loras"),
+    ({"matrix": {"control_guidance_end": [[0.5, 1, 1]]}}, "matrix: control_guidance_end: 3 values for"),
     ({"matrix": {"context_blocks": ["all", {"down": {"block_4": 1.0}}]}}, "context_blocks: down.block_4"),
 ]  # fmt: skip
 
@@ -200,6 +218,8 @@ def test_a_wrong_job_ends_before_its_first_shard(
         ({"context_blocks": "styles"}, "should be all, style, layout, style+layout, or a mapping"),
         ({"context_blocks": {"up": {"block_1": -1}}}, "up.block_1 should be a number from 0 to 10"),
         ({"context_blocks": {}}, "names no block"),
+        ({"context_blocks": {"up": {"block_1": None}}}, "names no block"),
+        ({"context_blocks": {"up": {"block_1": True}}}, "not a bool"),
         ({"context_blocks": "{up: 1}"}, "is not JSON"),
         ({"control_guidance_start": [0.1, 0.2], "control_guidance_end": [0.5]}, "_guidance_end has 1 values"),
         ({"control_guidance_start": [0.1, 0.6], "control_guidance_end": 0.5}, "must be below"),
@@ -222,3 +242,41 @@ def test_models_without_them_refuse_the_settings(base: str) -> None:
     for settings in ({"lora": "ink"}, {"lora_scale": 0.5}, {"context_blocks": "style"}):
         with pytest.raises(ConfigError, match=f"{next(iter(settings))}: a .* has no use for it"):
             resolved_settings(defaults, Settings.model_validate(settings))
+
+
+def test_without_an_ip_adapter_masks_and_blocks_are_refused(model: Any, tmp_path: Path) -> None:
+    write_images(tmp_path)
+    plain = {name: model[name] for name in ("base", "controlnet")}
+    rows = [
+        {"id": "masks", **ROW, "context_masks": MASKS},
+        {"id": "blocks", **ROW, "context_blocks": "style"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    made = {row["id"]: row for row in run_job(job_of(tmp_path, plain, "rows.jsonl"))}
+    assert "this model has no IP-Adapter" in made["masks"]["error_message"]
+    assert "a Stable Diffusion without IP-Adapter has no use for it" in made["blocks"]["error_message"]
+    pipeline = ContextDiffusion.from_pretrained(plain, device="cpu")
+    with pytest.raises(ValueError, match="context_masks: this model has no IP-Adapter"):
+        pipeline(picture(1), [picture(2)], control=CONTROL, context_masks=[picture(3)])
+
+
+def test_a_preview_takes_the_place_of_a_jobs_matrix(model: Any, tmp_path: Path) -> None:
+    write_images(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "a", **ROW}))
+    job = job_of(tmp_path, model, "rows.jsonl", matrix={"context_blocks": ["all", {"mid": 1}]})
+    _, lines = setting_grid(job, axes_of(["guidance_scale=1,3"]), None)
+    assert len(lines[1]) == 2
+
+
+def test_an_output_with_other_columns_is_refused(model: Any, tmp_path: Path) -> None:
+    write_images(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"id": "a", **ROW}))
+    job = job_of(tmp_path, model, "rows.jsonl")
+    output = Output(job.output, Storage())
+    open_plan(job, output, Storage())
+    open_plan(job, output, Storage())
+    plan = tmp_path / "out" / "plan.json"
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"columns": "those before"}))
+    for change in (False, True):
+        with pytest.raises(OutputConflictError, match="whose data/ has other columns"):
+            open_plan(job, output, Storage(), accept_change=change)

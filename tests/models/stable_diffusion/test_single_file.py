@@ -408,6 +408,9 @@ def test_a_wrong_path_or_configuration_says_what_to_do(models: Any, tmp_path: Pa
     broken = tmp_path / "broken"
     shutil.copytree(model["config"], broken)
     (broken / "unet" / "config.json").write_text("{")
+    listed = tmp_path / "listed"
+    shutil.copytree(model["config"], listed)
+    (listed / "unet" / "config.json").write_text("[]")
     wide = tmp_path / "wide"
     shutil.copytree(model["config"], wide)
     config = json.loads((wide / "unet" / "config.json").read_text())
@@ -423,6 +426,10 @@ def test_a_wrong_path_or_configuration_says_what_to_do(models: Any, tmp_path: Pa
         (str(tmp_path / "none.safetensors"), r"none\.safetensors not found: check the path"),
         (Parts(base=file, config=str(folder)), r"lacks vae/config\.json, tokenizer/tokenizer\.json"),
         (Parts(base=file, config=str(broken)), r"unet/config\.json cannot be read"),
+        (
+            Parts(base=file, config=str(listed)),
+            r"config\.json is a JSON list, expected a mapping|describes a U-Net",
+        ),
         (Parts(base=file, config=models(True)["config"]), "is that of a StableDiffusionXLPipeline, but"),
         (Parts(base=file, config=str(wide)), "reads text of width 768; that of .* has 32 and 32"),
         (Parts(base=file, config="/no/such"), "/no/such not found"),
