@@ -276,8 +276,8 @@ def test_a_lora_that_is_missing_or_fits_nothing_is_named(small: Model, tmp_path:
         ContextDiffusion.from_pretrained(
             {"base": small["base"], "loras": {"ink": str(tmp_path / "none.safetensors")}}, device="cpu"
         )
+    two = {"lora": ["a/ink.safetensors", "a/oil.safetensors"], "lora_scale": [1.0]}
     with pytest.raises(ModelError, match="lora_scale has 1 values for 2 files of lora"):
-        two = {"lora": ["a/ink.safetensors", "a/oil.safetensors"], "lora_scale": [1.0]}
         ContextDiffusion.from_pretrained({"base": small["base"], **two}, device="cpu")
     with pytest.raises(ModelError, match="no pickles"):
         ContextDiffusion.from_pretrained({"base": small["base"], "loras": {"ink": "ink.bin"}}, device="cpu")
