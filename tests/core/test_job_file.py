@@ -95,6 +95,9 @@ def test_set_overrides_dotted_keys(tmp_path: Path) -> None:
     job = load_job(str(path), ["settings.num_inference_steps=7", "max_failed=5%", "score=[layout]"])
     assert isinstance(job, GenerateJob)
     assert (job.settings.num_inference_steps, job.max_failed, job.score) == (7, "5%", ["layout"])
+    quick = load_job(str(path), ["model=sdxl", "model.few_steps=lightning"])
+    assert isinstance(quick, GenerateJob)
+    assert quick.model == Parts(base="sdxl", few_steps="lightning")
     with pytest.raises(ConfigError, match="key=value"):
         load_job(str(path), ["seed"])
     with pytest.raises(ConfigError, match="manifest is not a mapping"):

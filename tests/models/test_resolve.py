@@ -140,3 +140,9 @@ def test_every_part_of_a_preset_has_a_commit_and_is_replaceable() -> None:
 def test_a_folder_is_read_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert fetch(str(tmp_path), "config.json", {}) == tmp_path / "config.json"
+
+
+def test_the_bundled_model_as_a_mapping() -> None:
+    assert find_model(Parts(base="bundled")) == find_model("bundled")
+    with pytest.raises(ModelError, match="few_steps does not apply to a native model, which bundled is"):
+        find_model(Parts(base="bundled", few_steps="lightning"))

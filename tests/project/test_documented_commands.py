@@ -39,7 +39,6 @@ ELSEWHERE = {  # words of commands that the test below does not run; why, and wh
     "warm": "tests/cluster/test_nodes.py",
     "view": "a server, until it is stopped: tests/outputs/report",
     "compare=THEIRS": "needs another system's images: tests/evaluation/test_compare.py",
-    "model.base=sdxl": "needs the hub: tests/models/stable_diffusion/test_few_steps.py runs its like",
     "model=sdxl": "needs the hub: tests/flow/test_pretrained.py runs its like",
     "jobs/generate_flux2_klein.yaml": "needs the hub: tests/models/flux2/test_job.py runs its like",
     "jobs/generate_sd15.yaml": "needs the hub: tests/flow/test_pretrained.py runs its like",

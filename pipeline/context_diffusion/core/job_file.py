@@ -214,6 +214,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         child = values.setdefault(parent, {})
+        if parent == "model" and isinstance(child, str):  # `model: NAME` is short for its base
+            child = values[parent] = {"base": child}
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override}: {parent} is not a mapping, got {child!r}")
         values = child

@@ -44,6 +44,7 @@ from context_diffusion.models.resolution.single_file import check_path, is_singl
 
 BUNDLED = Path(__file__).parents[1] / "native" / "bundled"
 NATIVE = "ContextDiffusion"  # _class_name in a native model's index
+NOT_NATIVE_PARTS = (*FLUX2_PARTS, *STABLE_DIFFUSION_PARTS, "lora")
 FLUX2 = "Flux2KleinPipeline"
 FLUX2_LATENTS = 128  # a side, the default size of that pipeline
 PREPROCESSOR = "preprocessor_config.json"
@@ -102,6 +103,9 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
     """Resolve a name, a folder or a hub id; only small files are downloaded.
 
     commits: known commits by hub id. Raises ModelError naming the part."""
+    if isinstance(model, Parts) and model.base == "bundled":
+        refuse_parts(model, NOT_NATIVE_PARTS, "a native model")
+        model = model.base
     check_path(model if isinstance(model, str) else model.base)
     if isinstance(model, str) and model not in PRESETS:
         if model == "bundled" or Path(model).is_dir():
@@ -120,7 +124,7 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
     name = model if isinstance(model, str) else parts.base
     index = read_json(parts.configuration, "model_index.json", parts.revision)
     if index.get("_class_name") == NATIVE:
-        refuse_parts(given, (*FLUX2_PARTS, *STABLE_DIFFUSION_PARTS, "lora"), "a native model")
+        refuse_parts(given, NOT_NATIVE_PARTS, "a native model")
         return _native(name, fetch(parts.base, "", parts.revision), index, parts if parts.revision else None)
     kind = str(index.get("_class_name"))
     if kind == FLUX2:
