@@ -37,15 +37,15 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """-> the `model:` mapping of a kind: (xl, plus), with all layers of the published U-Nets."""
+    """-> the `model:` mapping of a kind: (xl, plus). whole: with all layers of the published U-Nets."""
 
     @cache
-    def make(xl: bool, plus: bool) -> Model:
-        folder = tmp_path_factory.mktemp("whole")
-        base = make_base(folder, xl, whole=True)
+    def make(xl: bool, plus: bool, whole: bool = False) -> Model:
+        folder = tmp_path_factory.mktemp("model")
+        base = make_base(folder, xl, whole=whole)
         return {
             "base": base,
-            "controlnet": [make_controlnet(folder, xl, seed, whole=True) for seed in (1, 2)],
+            "controlnet": [make_controlnet(folder, xl, seed, whole=whole) for seed in (1, 2)],
             "image_encoder": make_image_encoder(folder),
             **make_ip_adapter(folder, base, plus, xl, std=0.5),
         }
@@ -72,7 +72,7 @@ BLOCKS: list[Any] = [
 
 @pytest.mark.parametrize(("xl", "plus"), KINDS)
 def test_the_blocks_of_contexts(models: Any, xl: bool, plus: bool) -> None:
-    model = models(xl, plus)
+    model = models(xl, plus, whole=True)
     rows = [
         row(number, contexts=1 + number % 2, context_blocks=blocks, context_scale=1.0 - number / 10)
         for number, blocks in enumerate(BLOCKS)
@@ -90,11 +90,11 @@ def replace_settings(one: Request, **changed: Any) -> Any:
 
 
 def test_in_sdxl_style_is_ten_of_seventy_layers(models: Any) -> None:
-    for xl, style, layout, layers in ((True, 10, 4, 70), (False, 3, 3, 16)):
-        backbone: Any = ContextDiffusion.from_pretrained(models(xl, xl), device="cpu").backbone
+    for xl, style, layout, layers in ((True, 10, 10, 70), (False, 3, 3, 16)):
+        backbone: Any = ContextDiffusion.from_pretrained(models(xl, xl, whole=True), device="cpu").backbone
         encoder = backbone.encoder
         assert len(encoder.transformers) == layers
-        for blocks, count in (("style", style), ("layout", layout if not xl else 10), ("all", layers)):
+        for blocks, count in (("style", style), ("layout", layout), ("all", layers)):
             scales = encoder.blocks.scales(blocks)
             assert sum(scales[name] for name in encoder.transformers) == count, (xl, blocks)
 
@@ -110,7 +110,7 @@ def test_masks_of_contexts(models: Any, xl: bool, plus: bool) -> None:
         row(2, contexts=2),
         row(3, contexts=3, masks=wide, size=(96, 64), context_scale=0.7),
         row(4, contexts=2, masks=both, context_weights=[0.5, 1.5], guidance_scale=1.0),
-        row(5, contexts=1, masks=both[:1], context_blocks="style", prompt=None),
+        row(5, contexts=1, masks=both[:1], context_blocks={"up": 1.0}, prompt=None),
     ]
     compare(model, rows, xl)
     images = made(model, [rows[0], replace(rows[0], id="everywhere", masks=())])
