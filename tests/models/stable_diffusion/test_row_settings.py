@@ -22,6 +22,7 @@ from context_diffusion.inputs.context_images import mask_of
 from context_diffusion.inputs.decode import decode_image
 from context_diffusion.pipeline import ContextDiffusion
 from support.diffusers_reference import Model, compare, made, reference, row
+from support.threads import threads_that_switch_often
 from support.tiny import picture
 from support.tiny_diffusers import SIDE, make_base, make_controlnet, make_image_encoder, make_ip_adapter
 from support.tiny_loras import make_lora
@@ -218,6 +219,27 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
         **make_ip_adapter(folder, base),
         "loras": {"ink": make_lora(folder, base, "ink", 1)},
     }
+
+
+def test_threads_and_neighbours_change_no_bit(small: Model) -> None:
+    """Rows with a LoRA, with masks and with blocks of their own, in chunks that go on at once."""
+    own: list[dict[str, Any]] = [
+        {"lora": "ink"},
+        {"masks": (half("left"), half("right"))},
+        {"context_blocks": {"up": 1.0}, "guidance_rescale": 0.5},
+        {"lora": "ink", "lora_scale": 0.5, "masks": (half("right"), half("left"))},
+        {"control_guidance_end": [0.4, 1.0]},
+    ]
+    rows = [row(number, contexts=2, **own[number % len(own)]) for number in range(10)]
+    images = []
+    for threads in (1, 2, 4):
+        pipeline = ContextDiffusion.from_pretrained(small, device="cpu", cpu_threads=threads)
+        with threads_that_switch_often():
+            ordered = rows if threads == 1 else rows[::-1]
+            outcomes = {one.id: outcome for one, outcome in pipeline.generate(ordered, chunk=2)}
+        images.append([outcomes[one.id].image for one in rows])  # type: ignore[union-attr]
+    for number, one in enumerate(rows):
+        assert all(np.array_equal(images[0][number], of_run[number]) for of_run in images[1:]), one.id
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
