@@ -80,14 +80,12 @@ def test_a_sweep_is_made_and_scored_and_a_mended_row_is_swept_too(tmp_path: Path
         settings = {name: row[name] for name in ("seed", "num_inference_steps", "scheduler")}
         guidance, weight = GRID[row["index"]]
         contexts = [str(tmp_path / "in" / name) for name in source["context"]]
-        image = alone(
-            str(tmp_path / "in" / source["query"]),
-            contexts,
-            source["prompt"],
-            guidance_scale=guidance,
-            context_scale=weight,
-            **settings,
-        )
-        assert np.array_equal(np.asarray(image), row["pixels"]), (
+        settings |= {"guidance_scale": guidance, "context_scale": weight}
+        query = str(tmp_path / "in" / source["query"])
+        requests = alone.requests(query, contexts, source["prompt"], None, None, "crop", settings)
+        # Bits are equal within one chunk size.
+        [(_, outcome)] = alone.generate(requests, chunk=row["chunk"])
+        assert isinstance(outcome, Result)
+        assert np.array_equal(outcome.image, row["pixels"]), (
             "the same picture as that row alone with those settings"
         )
