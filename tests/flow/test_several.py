@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from context_diffusion import ContextDiffusion
+from context_diffusion.core.records import Result
 from support.manifests import write_manifest, write_pictures
 from support.output_reader import plan_rows, read_output
 from support.processes import COMMAND, ENVIRONMENT

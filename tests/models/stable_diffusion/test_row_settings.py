@@ -177,7 +177,7 @@ def test_a_lora_of_each_row(tmp_path: Path, xl: bool) -> None:
         row(2, lora="oil", contexts=2),
         row(3),
         row(4, lora="ink", lora_scale=0.4, num_inference_steps=5),
-        row(5, lora="oil", lora_scale=1.7, control=[]),
+        row(5, lora="oil", lora_scale=1.2, control=[], guidance_scale=2.0),
         row(6, lora="ink", lora_scale=0.0, scheduler="euler"),
         row(7, lora="ink", guidance_scale=1.0),
     ]
