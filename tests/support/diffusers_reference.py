@@ -101,9 +101,14 @@ def reference(
         generator=torch.Generator("cpu").manual_seed(settings.seed or 0),
         output_type="latent",
     ).images
+    return latents, image_of(pipe, latents)
+
+
+def image_of(pipe: Any, latents: torch.Tensor) -> Pixels:
+    """What a pipeline decodes latents to."""
     with torch.inference_mode():
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
-    return latents, np.asarray(pipe.image_processor.postprocess(decoded, output_type="pil")[0])
+    return np.asarray(pipe.image_processor.postprocess(decoded, output_type="pil")[0])
 
 
 # Written once more, apart from the package: the blocks that InstantStyle names.

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
 from PIL import Image
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from context_diffusion.core.records import Pixels, Request
-from support.diffusers_reference import REFERENCES, Model, preprocessor
+from support.diffusers_reference import REFERENCES, Model, image_of, preprocessor
 
 # Written once more, apart from the package: the list in ControlNetPlus' README.
 MODES = {
@@ -104,6 +103,4 @@ def union_reference(model: Model, one: Request, plain: tuple[str, ...] = ()) -> 
         output_type="latent",
         **told,
     ).images
-    with torch.inference_mode():
-        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
-    return np.asarray(pipe.image_processor.postprocess(decoded, output_type="pil")[0])
+    return image_of(pipe, latents)

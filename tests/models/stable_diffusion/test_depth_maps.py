@@ -20,22 +20,20 @@ from context_diffusion.core.errors import ConfigError, ErrorCode, JobError, Mode
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import Control, Failure, Pixels, Request, Result
-from context_diffusion.generation.build_stages import build_stages
-from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.image_origin import find_origin
 from context_diffusion.generation.plan import open_plan
 from context_diffusion.generation.preview import setting_grid
 from context_diffusion.generation.reproduce import reproduce
-from context_diffusion.generation.stages.generate import generate
 from context_diffusion.generation.validate import validate_job
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.component_loading import ComponentLoader
 from context_diffusion.models.resolution.resolve import BUNDLED, find_model
 from context_diffusion.models.stable_diffusion.depth_maps import DepthEstimator, load_depth_estimator
 from context_diffusion.outputs.output_folder import Output
-from context_diffusion.pipeline import ContextDiffusion, make_engine
+from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.storage.filesystem import Storage
 from support.diffusers_reference import Model, reference, row
+from support.local_job import run_stages
 from support.threads import threads_that_switch_often
 from support.tiny import picture
 from support.tiny_depth import make_depth_anything, make_dpt, make_glpn
@@ -216,17 +214,7 @@ def job_of(folder: Path, model: Any, **keys: Any) -> GenerateJob:
 
 def run(job: GenerateJob) -> list[dict[str, Any]]:
     """Run a job's stages in this process. -> the loaded rows."""
-    output = Output(job.output, Storage())
-    plan = open_plan(job, output, Storage())
-    reads, load_images, write = build_stages(plan, output, set(), frozenset())
-    engine = GuardedEngine(make_engine(plan.job, pytest.fail), Ledger())
-    rows = []
-    for read in reads:
-        [table] = read()
-        loaded = load_images(table)
-        write(generate(loaded, engine, plan.job))
-        rows += loaded.to_pylist()
-    return rows
+    return [row for loaded in run_stages(job) for row in loaded.to_pylist()]
 
 
 def test_through_a_job_and_again_from_its_image(

@@ -21,15 +21,14 @@ from context_diffusion.core.errors import ErrorCode, ModelError, RowError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Pixels, Request, Result
 from context_diffusion.generation.build_stages import build_stages
-from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.plan import open_plan
-from context_diffusion.generation.stages.generate import generate
 from context_diffusion.inputs.context_images import image_processor
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.outputs.output_folder import Output
-from context_diffusion.pipeline import ContextDiffusion, make_engine
+from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.storage.filesystem import Storage
 from support.diffusers_reference import Model, compare, reference, row
+from support.local_job import run_stages
 from support.tiny import picture
 from support.tiny_diffusers import (
     SIDE,
@@ -122,14 +121,7 @@ def test_images_of_any_size_through_a_job(model: Model, tmp_path: Path) -> None:
          "model": model,
          "control": "canny", "settings": settings}
     )  # fmt: skip
-    output = Output(job.output, Storage())
-    plan = open_plan(job, output, Storage())
-    reads, load, write = build_stages(plan, output, set(), frozenset())
-    engine = GuardedEngine(make_engine(plan.job, pytest.fail), Ledger())
-    for read in reads:
-        [table] = read()
-        loaded = load(table)
-        write(generate(loaded, engine, plan.job))
+    for loaded in run_stages(job):
         for line in loaded.to_pylist():
             query = np.frombuffer(line["query_image"]["data"], np.uint8).reshape(SIDE, SIDE, 3)
             _, theirs = reference(model, as_requested(query, 1), xl=False, contexts=contexts[line["id"]])

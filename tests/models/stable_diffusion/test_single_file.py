@@ -26,17 +26,15 @@ from context_diffusion.core.errors import ModelError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_file import absolute
 from context_diffusion.core.model_parts import PRESETS, Parts
-from context_diffusion.generation.build_stages import build_stages
-from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.plan import open_plan
-from context_diffusion.generation.stages.generate import generate
 from context_diffusion.models.component_loading import check_weights
 from context_diffusion.models.resolution.resolve import find_model
 from context_diffusion.outputs.output_folder import Output
-from context_diffusion.pipeline import ContextDiffusion, make_engine
+from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.storage.filesystem import Storage
 from support.diffusers_reference import Model, compare, made, reference, row
 from support.hub_server import COMMIT, hub_of
+from support.local_job import run_job
 from support.manifests import write_manifest
 from support.original_format import make_published_base, original_weights, save_original
 from support.tiny import picture
@@ -216,13 +214,9 @@ def test_a_job_of_a_file_is_planned_and_run(models: Any, tmp_path: Path) -> None
     values |= {"output": str(tmp_path / "out"), "settings": settings}
     job = GenerateJob.model_validate(values)
     output = Output(job.output, Storage())
-    plan = open_plan(job, output, Storage())
+    open_plan(job, output, Storage())
     assert output.read_plan()["model"]["revision"] == find_model(Parts(**model)).revision
-    reads, load, write = build_stages(plan, output, set(), frozenset())
-    engine = GuardedEngine(make_engine(plan.job, pytest.fail), Ledger())
-    for read in reads:
-        for table in read():
-            write(generate(load(table), engine, plan.job))
+    assert len(run_job(job)) == 2
     files = list((tmp_path / "out" / "images").glob("*/*.png"))
     assert len(files) == 2
     assert all(len(np.unique(np.asarray(Image.open(file)))) > 30 for file in files)

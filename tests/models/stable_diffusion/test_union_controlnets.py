@@ -17,16 +17,14 @@ from PIL import Image
 from context_diffusion.core.errors import ConfigError, ErrorCode, ModelError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Control, Failure, Pixels, Request, Result
-from context_diffusion.generation.build_stages import build_stages
-from context_diffusion.generation.fault_ledger import GuardedEngine, Ledger
 from context_diffusion.generation.plan import open_plan
-from context_diffusion.generation.stages.generate import generate
 from context_diffusion.inputs.control_maps import CONTROLS, control_map
 from context_diffusion.outputs.output_folder import Output
-from context_diffusion.pipeline import ContextDiffusion, make_engine
+from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.storage.filesystem import Storage
 from support.diffusers_reference import Model, row
 from support.launches import calls_of_a_step
+from support.local_job import run_stages
 from support.threads import threads_that_switch_often
 from support.tiny import picture
 from support.tiny_diffusers import (
@@ -180,14 +178,7 @@ def test_through_a_job_with_own_maps(parts: dict[str, Any], tmp_path: Path) -> N
     del lines[1]["control_image"]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     job = job_of(tmp_path, with_nets(parts, "union"), control="depth")
-    output = Output(job.output, Storage())
-    plan = open_plan(job, output, Storage())
-    reads, load, write = build_stages(plan, output, set(), frozenset())
-    engine = GuardedEngine(make_engine(plan.job, pytest.fail), Ledger())
-    for read in reads:
-        [table] = read()
-        loaded = load(table)
-        write(generate(loaded, engine, plan.job))
+    for loaded in run_stages(job):
         first, second = loaded.to_pylist()
     assert second["error_code"] == ErrorCode.INVALID_SETTING
     assert "control: depth needs a depth model" in second["error_message"]
