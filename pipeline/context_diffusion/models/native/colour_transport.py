@@ -36,6 +36,7 @@ MAX_LIFT = 15.0  # lightness by which an image is lifted where that needs room
 HUES = 60.0  # squared chroma within a tone from which a context has several hues per tone
 GRAIN = 0.04  # std, in sides of a context, of the blur that coarse chroma is of
 TONES, TONE = 32, 8.0  # groups of equally light pixels; lightness within which they share one mean chroma
+DENSE = 3.0  # typical fine chroma that counts half
 MATCHED = 0.7  # share of the way to the contexts' chroma that the last transport goes
 RGB_TO_XYZ = (
     (0.4124564, 0.3575761, 0.1804375),
@@ -108,10 +109,12 @@ def mixed_palettes(palettes: list[Palette], weights: list[float]) -> Palette:
 
 def fine_chroma(lab: Tensor) -> Tensor:
     """Return how the chroma of Lab (N, 3, S, S) differs, within a few pixels, from that of equally light
-    pixels; (N, 2, S, S)."""
+    pixels; (N, 2, S, S). Fainter where only a few pixels differ: these are objects, not texture."""
     difference = lab[:, 1:] - _mean_chroma(lab)
     coarse = blurred(difference.flatten(0, 1)[:, None], GRAIN * min(lab.shape[2:]))
-    return difference - coarse[:, 0].unflatten(0, (len(lab), 2))
+    fine = difference - coarse[:, 0].unflatten(0, (len(lab), 2))
+    typical = fine.square().sum(1).flatten(1).median(1).values[:, None, None, None]
+    return fine * (typical / (typical + DENSE**2))
 
 
 def _mean_chroma(lab: Tensor) -> Tensor:
