@@ -19,13 +19,14 @@ Facts = dict[str, Any]
 WORDS = 30  # without an effect, that the page lists
 
 
-def job_facts(output: Output, summary: dict[str, Any], last_image: datetime | None) -> Facts:
+def job_facts(output: Output, plan: Any, summary: dict[str, Any], last_image: datetime | None) -> Facts:
     """Return what the page shows of the job.
+
+    plan: the content of plan.json.
 
     about: pairs of name and text; settings: pairs of key and text; seconds: from the job's start to its last
     image; retry: the command for failed rows; unknown_words: some of those that had no effect.
     """
-    plan = output.read_json(output.plan)
     model, versions = plan.get("model", {}), plan.get("versions", {})
     started = datetime.fromisoformat(plan["created_at"]) if plan.get("created_at") else None
     uris = [file["uri"] for file in plan["manifest"]]
