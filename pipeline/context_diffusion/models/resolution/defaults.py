@@ -181,9 +181,8 @@ def flux2_defaults(distilled: bool) -> Defaults:
     family, unused = "a FLUX.2 [klein]", FLUX2_UNUSED
     if distilled:
         family, unused = "a distilled FLUX.2 [klein]", FLUX2_UNUSED | {"guidance_scale": 1.0}
-    own = settings | {"scheduler": FLUX2_SCHEDULER}
     return Defaults(
-        own,
+        settings | {"scheduler": FLUX2_SCHEDULER},
         (),
         (),
         family,
@@ -242,9 +241,10 @@ def refusal(defaults: Defaults, networks: int, settings: Settings) -> str | None
     """Return why a model does not take the settings where so many of its ControlNets run; None where it
     does."""
     for name in CONTROL_SETTINGS if networks else ():
-        value = getattr(settings, name)
-        if isinstance(value, list) and len(value) != networks:
-            return f"{name}: {len(value)} values for {networks} control maps"
+        try:
+            settings.by_controlnet(name, networks)
+        except ValueError as error:
+            return str(error)
     return defaults.refusal(settings)
 
 

@@ -7,11 +7,17 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.model_parts import PRESETS, Parts
-from context_diffusion.models.resolution.hub import Shapes, cached_file, commit_of, fetch, remote_shapes
+from context_diffusion.models.resolution.hub import (
+    Shapes,
+    cached_file,
+    commit_of,
+    fetch,
+    parsed_json,
+    remote_shapes,
+)
 
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -238,8 +244,10 @@ def _shapes(path: Path, base: str) -> Shapes:
         shapes = {key: tuple(entry["shape"]) for key, entry in tensors.items()}
         whole = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        told = f"model: {base} is damaged or not a safetensors file: its header cannot be read"
-        raise ModelError(f"{told}; download it again") from error
+        raise ModelError(
+            f"model: {base} is damaged or not a safetensors file: its header cannot be read; download it "
+            "again"
+        ) from error
     if size < whole:
         raise ModelError(
             f"model: {base} was cut short: it has {size:,} of {whole:,} bytes; download it again"
@@ -256,27 +264,27 @@ def _check(checkpoint: Checkpoint, parts: Parts) -> None:
     for name in ("tokenizer", "tokenizer_2") if checkpoint.xl else ("tokenizer",):
         if not any((folder / name / vocabulary).is_file() for vocabulary in VOCABULARIES):
             missing.append(f"{name}/{VOCABULARIES[0]}")
-    told = f"model: config {config}"
+    subject = f"model: config {config}"
     if missing:
         raise ModelError(
-            f"{told} lacks {', '.join(missing)}: expected the configuration of a {checkpoint.family} in "
+            f"{subject} lacks {', '.join(missing)}: expected the configuration of a {checkpoint.family} in "
             "diffusers' format; if it is a hub id, the cache may hold only a part: run once with a network"
         )
     index, unet, scheduler = (
-        _parsed(folder / name) for name in (CONFIGURATION[0], CONFIGURATION[1], CONFIGURATION[4])
+        parsed_json(folder / name, config) for name in (CONFIGURATION[0], CONFIGURATION[1], CONFIGURATION[4])
     )
     kind = str(index.get("_class_name"))
     known = kind.startswith(("StableDiffusion", "LatentConsistencyModel"))
     if not known or ("StableDiffusionXL" in kind) != checkpoint.xl:
         raise ModelError(
-            f"{told} is that of a {kind}, but {parts.base} is a {checkpoint.family} checkpoint: name the "
+            f"{subject} is that of a {kind}, but {parts.base} is a {checkpoint.family} checkpoint: name the "
             "configuration of one"
         )
     width = unet.get("cross_attention_dim")
     channels = unet.get("block_out_channels", [320])[0]
     if (channels, width) != (checkpoint.channels, checkpoint.text_width) and isinstance(width, int):
         raise ModelError(
-            f"{told} describes a U-Net of {channels} channels that reads text of width {width}; that of "
+            f"{subject} describes a U-Net of {channels} channels that reads text of width {width}; that of "
             f"{parts.base} has {checkpoint.channels} and {checkpoint.text_width}: name the configuration of "
             "the model that it was made from"
         )
@@ -284,13 +292,6 @@ def _check(checkpoint: Checkpoint, parts: Parts) -> None:
     if any(scheduler.get(name) != value for name, value in marks.values()):
         options = ", ".join(f"{name}: {json.dumps(value)}" for name, value in marks.values())
         raise ModelError(
-            f"{told} has another noise schedule than {parts.base}, whose keys {', '.join(marks)} say "
+            f"{subject} has another noise schedule than {parts.base}, whose keys {', '.join(marks)} say "
             f"{options}: set `config:` to a folder whose scheduler/scheduler_config.json says so"
         )
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model: {path} cannot be read ({error})") from error
