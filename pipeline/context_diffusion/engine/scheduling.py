@@ -19,7 +19,7 @@ WINDOW = 64  # waiting rows of a group that are looked at
 
 @dataclass(frozen=True)
 class Option:
-    """A chunk that could go on, or be opened. chunk: None for one to open, for rows of `group` in `size`
+    """A chunk that could advance, or be opened. chunk: None for one to open, for rows of `group` in `size`
     lanes. fill: share of its lanes that would be used. oldest: the order of its oldest row. recent: it went
     on in the step before."""
 
@@ -107,7 +107,7 @@ class Patience:
         self._waited = 0
 
     def overdue(self, oldest: int | None) -> int | None:
-        """Return the oldest row's order if it must go on now, until it is finished."""
+        """Return the oldest row's order if it must advance now, until it is finished."""
         if oldest != self._oldest:
             self._oldest, self._waited = oldest, 0
         return oldest if self._waited >= self.limit else None

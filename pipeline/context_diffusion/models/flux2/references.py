@@ -49,8 +49,8 @@ def references_of(request: Request, most: int) -> References:
     weighted = [
         (image, weight * settings.context_scale) for image, weight in zip(contexts, given, strict=True)
     ]
-    kept = [(request.query, 1.0), *[(image, weight) for image, weight in weighted if weight > 0]]
-    return References(tuple(image for image, _ in kept), tuple(weight for _, weight in kept))
+    references = [(request.query, 1.0), *[(image, weight) for image, weight in weighted if weight > 0]]
+    return References(tuple(image for image, _ in references), tuple(weight for _, weight in references))
 
 
 def padded_length(tokens: int) -> int:
