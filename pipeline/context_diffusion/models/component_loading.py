@@ -21,10 +21,10 @@ from context_diffusion.models.resolution.single_file import (
     UNET,
     VAES,
     XL_CLIP,
-    fetch_configuration,
     is_single_file,
     read_checkpoint,
 )
+from context_diffusion.models.resolution.single_file_configuration import fetch_configuration
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()

@@ -47,7 +47,8 @@ from context_diffusion.models.resolution.hub import (
     read_json,
     split,
 )
-from context_diffusion.models.resolution.single_file import check_path, is_single_file, with_configuration
+from context_diffusion.models.resolution.single_file import check_path, is_single_file
+from context_diffusion.models.resolution.single_file_configuration import with_configuration
 
 BUNDLED = Path(__file__).parents[1] / "native" / "bundled"
 NATIVE = "ContextDiffusion"  # _class_name in a native model's index
