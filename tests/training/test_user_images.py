@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from context_diffusion.core.errors import ConfigError, ManifestError
-from context_diffusion.core.job_file import check_job, load_job
+from context_diffusion.core.job_file import check_job
 from context_diffusion.core.training_job import FinetuneJob
 from context_diffusion.training.data.pools import shift_exposure
 from context_diffusion.training.data.user_batches import Gallery
 from context_diffusion.training.data.user_images import Example, UserImages, read_user_images
+from support.job_files import load_job
 from support.manifests import write_pictures
 from support.user_images import job, write_styles
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from context_diffusion.core.errors import ConfigError, OutputConflictError
 from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.job_base import dotted
 from context_diffusion.core.model_parts import check_chunk
 from context_diffusion.core.schema import CONTROL_IMAGE, output_digest
 from context_diffusion.core.sweep import combinations
@@ -167,24 +168,11 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
     output.storage.create(output.plan, json.dumps(record, indent=2).encode())
 
 
-def _flat(keys: dict[str, Any]) -> dict[str, Any]:
-    """Flatten nested keys to the dotted names of `--set`: {"settings": {"seed": 1}} -> {"settings.seed":
-    1}."""
-    flat: dict[str, Any] = {}
-    for key, value in keys.items():
-        flat |= (
-            {f"{key}.{inner}": v for inner, v in _flat(value).items()}
-            if isinstance(value, dict)
-            else {key: value}
-        )
-    return flat
-
-
 def _changed_keys(record: Any, job: GenerateJob) -> dict[str, str]:
     """Return the dotted keys that affect pixels or shards and differ between the plan's job and this one,
     with both values."""
-    planned = _flat(GenerateJob.model_validate(record["job"]).pixel_keys())
-    current = _flat(job.pixel_keys())
+    planned = dotted(GenerateJob.model_validate(record["job"]).pixel_keys())
+    current = dotted(job.pixel_keys())
     return {
         key: f"{key}: {planned.get(key)!r} planned, {current.get(key)!r} now"
         for key in sorted(current | planned)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from context_diffusion.core.errors import ErrorCode, RowError
-from context_diffusion.core.records import Pixels, Request
+from context_diffusion.core.records import Pixels, Request, check_contexts
 from context_diffusion.engine.lane_buffers import pinned
 from context_diffusion.image_tensors import channels_first
 
@@ -42,14 +42,7 @@ def weighted_contexts(request: Request, slots: int) -> list[Context]:
     masks."""
     given = request.settings.context_weights or [1.0] * len(request.contexts)
     masks = request.masks or (None,) * len(request.contexts)
-    for name, values in (("context_weights", given), ("context_masks", masks)):
-        if len(values) != len(request.contexts):
-            message = f"{name} has {len(values)} values for {len(request.contexts)} contexts"
-            raise RowError(ErrorCode.INVALID_SETTING, message)
-    if len(request.contexts) > slots:
-        raise RowError(
-            ErrorCode.TOO_MANY_CONTEXTS, f"{len(request.contexts)} contexts, the model takes at most {slots}"
-        )
+    check_contexts(len(request.contexts), slots, context_weights=given, context_masks=request.masks)
     contexts = (
         Context(content_key(pixels), pixels, weight, mask)
         for pixels, weight, mask in zip(request.contexts, given, masks, strict=True)
