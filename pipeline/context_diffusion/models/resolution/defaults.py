@@ -125,7 +125,7 @@ class Defaults:
                 return f"context_blocks: {error}"
         if settings.lora is not None and settings.lora not in self.loras:
             known = did_you_mean(settings.lora, self.loras) if self.loras else "the model has none"
-            return f"lora: {settings.lora!r} is no name of model.loras; {known}"
+            return f"lora: {settings.lora!r} is not a name of model.loras; {known}"
         return None
 
 
@@ -231,7 +231,7 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
     for kind, name, types in zip(kinds, defaults.controlnets, defaults.control_types, strict=False):
         if types is not None and kind not in types:
             raise ConfigError(
-                f"control: {kind} is no control type of the union ControlNet {name}, which takes "
+                f"control: {kind} is not a control type of the union ControlNet {name}, which takes "
                 f"{', '.join(types)}"
             )
     return kinds

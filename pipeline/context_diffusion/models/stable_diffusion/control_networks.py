@@ -38,8 +38,8 @@ def load_controlnets(loader: ComponentLoader, names: list[str], text_width: int)
     for name, network in loaded.items():
         if (width := network.config.cross_attention_dim) != text_width:
             raise ModelError(
-                f"model: controlnet {name} reads text of width {width}, that of base {loader.parts.base} is "
-                "different"
+                f"model: controlnet {name} reads text of width {width}, that of base {loader.parts.base} has "
+                f"{text_width}: choose a ControlNet that was trained for the base"
             )
     return [loaded[name] for name in names]
 
