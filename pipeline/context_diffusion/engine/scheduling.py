@@ -68,7 +68,7 @@ def _option(group: Hashable, size: int, chunk: Chunk | None, rows: list[Row], re
 
 def choose(options: Iterable[Option], count: int, overdue: int | None) -> list[Option]:
     """Return up to `count` options: the one with the overdue row, then the fullest, and among equally full
-    ones those that are open and went on before, so that few are begun at once."""
+    ones those that are open and advanced before, so that few are begun at once."""
 
     def rank(option: Option) -> tuple[bool, float, bool, bool, int]:
         return option.oldest == overdue, option.fill, option.recent, option.chunk is not None, -option.oldest
@@ -113,7 +113,7 @@ class Patience:
         return oldest if self._waited >= self.limit else None
 
     def stepped(self, advanced: bool) -> None:
-        """Count a step, in which the oldest row went on or did not."""
+        """Count a step, in which the oldest row advanced or did not."""
         if not advanced:
             self._waited += 1
             self.longest = max(self.longest, self._waited)

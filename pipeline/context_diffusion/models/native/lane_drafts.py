@@ -138,7 +138,7 @@ class NativeDrafts:
             return Wanted(contexts, {})
         read = self.words(prompt, cache)
         words = cache.get(f"words:{prompt}", lambda: self.model.known_words([read.text]))
-        # Colours that the prompt names go before those that the memory has for its words.
+        # Colours that the prompt names take precedence over those that the memory has for its words.
         said = [kind for kind in KINDS if self.model.memory.says(kind, words)]
         kinds = [kind for kind in said if not (read.colours and kind == "colours")]
         if contexts:

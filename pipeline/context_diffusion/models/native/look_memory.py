@@ -1,10 +1,10 @@
-"""What a prompt says of colours and of texture, and looks that training has seen to say it with: of those
-that fit the words best the seed takes one (after retrieval-augmented diffusion, Blattmann et al. 2022, arXiv
-2204.11824). A draft is drawn with it as with a context's.
+"""The looks, colours and textures seen in training, that a prompt's words describe. Of those that fit the
+words best the seed selects one (after retrieval-augmented diffusion, Blattmann et al. 2022, arXiv
+2204.11824). A draft uses it like the look of a context.
 
-How well words and a look fit is learned by contrast (InfoNCE, van den Oord et al. 2018), so that it is the
-logarithm of how much likelier the look is with the words than without, but for a constant: what lies low
-contradicts them; and words after which all looks are as likely as before tell nothing of them.
+How well words and a look fit is learned by contrast (InfoNCE, van den Oord et al. 2018), so that it is, up to
+a constant, the logarithm of how much likelier the look is with the words than without: a low value means that
+they contradict each other, and words that leave all looks equally likely describe none.
 
 B prompts  N looks  V words of the tokenizer
 """
@@ -40,9 +40,9 @@ PLACES = 16  # of a curve of colours
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of what is finer than a ninth of an image
 NUMBERS = {"colours": 3 * PLACES, "texture": 2 * len(PERIODS) * len(SHARES) + 2 + len(QUANTILES)}
 COMPARED, HIDDEN = 32, 128
-NEAREST = 4  # looks of which the seed takes one
+NEAREST = 4  # looks of which the seed selects one
 RELIEF = 256.0  # steps of a kept relief to one of tone
-# times as strong as training had it is a texture that words ask for: the query's own stands beside it
+# factor of the strength in training of a texture that words ask for: the query's own is there too
 VIVID = 1.5
 
 DARKER, LIGHTER = 45.0, 40.0  # lightness from a named colour to the ends of its curve

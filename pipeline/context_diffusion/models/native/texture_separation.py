@@ -1,8 +1,8 @@
-"""A picture's relief: its texture alone, in tones, told from its layout (structure and texture, after Meyer
-2001; here a network learned which is which by pictures of layouts and styles of all kinds:
-training/texture_separation.py).
+"""An image's relief: its texture alone, in tones, separated from its layout (structure and texture, after
+Meyer 2001). A network learned the separation from images of many kinds of layouts and styles
+(training/texture_separation.py).
 
-Every function treats its pictures one by one. N pictures  H W pixels
+Every function treats its images one by one. N images  H W pixels
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 GROUPS = 8  # of normalisation: widths are multiples of it
-FOLD = 2  # pixels a side that are one place
-SMALL = 0.3  # times the network's own unit: what is added to tones is about a third of them
-FAINT = 0.02  # deviation, in ranks: what is no stronger is an error; a flat picture's is about that
+FOLD = 2  # pixels a side of one place of the network's grid
+SMALL = 0.3  # factor of the network's output: what is added to tones is about a third of them
+FAINT = 0.02  # std, in ranks, up to which a texture is taken for an error: about that of a flat image
 
 
 class Block(nn.Module):
-    """A residual block that is modulated by what it sees of the whole picture: a texture is everywhere."""
+    """A residual block that is modulated by the mean over the whole image, since a texture is everywhere."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
