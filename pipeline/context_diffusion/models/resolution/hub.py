@@ -87,17 +87,18 @@ def fetch(part: str, name: str, revision: dict[str, str], patterns: Sequence[str
 
 def read_json(part: str, name: str, revision: dict[str, str]) -> dict[str, Any]:
     """Read a part's JSON file; download it if needed. Raises ModelError."""
-    return parsed_json(fetch(part, name, revision), part)
+    return parsed_json(fetch(part, name, revision), f"{part}/{name}")
 
 
-def parsed_json(path: Path, part: str) -> dict[str, Any]:
-    """Return the mapping in a JSON file. part: that it belongs to, for messages. Raises ModelError."""
+def parsed_json(path: Path, name: str) -> dict[str, Any]:
+    """Return the mapping in a JSON file. name: the part with the file's name, for messages. Raises
+    ModelError."""
     try:
         parsed = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"model: {part}: {path.name} cannot be read ({error})") from error
+        raise ModelError(f"model: {name} cannot be read ({error})") from error
     if not isinstance(parsed, dict):
-        raise ModelError(f"model: {part}: {path.name} is a JSON {type(parsed).__name__}, expected a mapping")
+        raise ModelError(f"model: {name} is a JSON {type(parsed).__name__}, expected a mapping")
     return parsed
 
 

@@ -254,12 +254,15 @@ def _preprocessing(parts: Parts, index: dict[str, Any]) -> ImageProcessor:
         return image_processor(None, 224, parts.base)
     side = read_json(parts.image_encoder, "config.json", parts.revision)["image_size"]
     if path := fetch_optional(parts.image_encoder, PREPROCESSOR, parts.revision):
-        return image_processor(parsed_json(path, parts.image_encoder), side, parts.image_encoder)
+        config = parsed_json(path, f"{parts.image_encoder}/{PREPROCESSOR}")
+        return image_processor(config, side, parts.image_encoder)
     if any(index.get("feature_extractor") or []):
-        path = fetch_optional(parts.configuration, f"feature_extractor/{PREPROCESSOR}", parts.revision)
+        name = f"feature_extractor/{PREPROCESSOR}"
+        path = fetch_optional(parts.configuration, name, parts.revision)
         with suppress(ModelError):  # made for another encoder: the base's safety checker, at another size
             if path:
-                return image_processor(parsed_json(path, parts.base), side, parts.base)
+                config = parsed_json(path, f"{parts.configuration}/{name}")
+                return image_processor(config, side, parts.base)
     return image_processor(None, side, parts.image_encoder)
 
 

@@ -93,7 +93,8 @@ def _check(checkpoint: Checkpoint, parts: Parts) -> None:
             "diffusers' format; if it is a hub id, the cache may hold only a part: run once with a network"
         )
     index, unet, scheduler = (
-        parsed_json(folder / name, config) for name in (CONFIGURATION[0], CONFIGURATION[1], CONFIGURATION[4])
+        parsed_json(folder / name, f"{config}/{name}")
+        for name in (CONFIGURATION[0], CONFIGURATION[1], CONFIGURATION[4])
     )
     kind = str(index.get("_class_name"))
     known = kind.startswith(("StableDiffusion", "LatentConsistencyModel"))
