@@ -221,7 +221,7 @@ def test_a_wrong_job_ends_before_its_first_shard(
         ({"context_blocks": {"up": {"block_1": None}}}, "names no block"),
         ({"context_blocks": {"up": {"block_1": True}}}, "not a bool"),
         ({"context_blocks": "{up: 1}"}, "is not JSON"),
-        ({"control_guidance_start": [0.1, 0.2], "control_guidance_end": [0.5]}, "_guidance_end: 1 values for 2"),
+        ({"control_guidance_start": [0.1, 0.2], "control_guidance_end": [0.5]}, "_guidance_end: 1 values"),
         ({"control_guidance_start": [0.1, 0.6], "control_guidance_end": 0.5}, "must be below"),
         ({"guidance_rescale": 1.5}, "less than or equal to 1"),
         ({"lora_scale": 11}, "less than or equal to 10"),
