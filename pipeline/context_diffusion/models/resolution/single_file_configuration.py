@@ -81,13 +81,8 @@ def _check(checkpoint: Checkpoint, parts: Parts) -> None:
     """Check that a configuration is whole and suits the checkpoint. Raises ModelError."""
     config = str(parts.config)
     folder = fetch_configuration(config, parts.revision)
-    more = ("text_encoder_2/config.json",) if checkpoint.xl else ()
-    missing = [name for name in (*CONFIGURATION, *more) if not (folder / name).is_file()]
-    for name in ("tokenizer", "tokenizer_2") if checkpoint.xl else ("tokenizer",):
-        if not any((folder / name / vocabulary).is_file() for vocabulary in VOCABULARIES):
-            missing.append(f"{name}/{VOCABULARIES[0]}")
     subject = f"model: config {config}"
-    if missing:
+    if missing := _missing_files(folder, checkpoint.xl):
         raise ModelError(
             f"{subject} lacks {', '.join(missing)}: expected the configuration of a {checkpoint.family} in "
             "diffusers' format; if it is a hub id, the cache may hold only a part: run once with a network"
@@ -118,3 +113,13 @@ def _check(checkpoint: Checkpoint, parts: Parts) -> None:
             f"{subject} has another noise schedule than {parts.base}, whose keys {', '.join(marks)} say "
             f"{options}: set `config:` to a folder whose scheduler/scheduler_config.json says so"
         )
+
+
+def _missing_files(folder: Path, xl: bool) -> list[str]:
+    """Return the files that a configuration lacks. xl: of an XL model."""
+    names = (*CONFIGURATION, *(["text_encoder_2/config.json"] if xl else []))
+    missing = [name for name in names if not (folder / name).is_file()]
+    for tokenizer in ("tokenizer", "tokenizer_2") if xl else ("tokenizer",):
+        if not any((folder / tokenizer / vocabulary).is_file() for vocabulary in VOCABULARIES):
+            missing.append(f"{tokenizer}/{VOCABULARIES[0]}")
+    return missing
