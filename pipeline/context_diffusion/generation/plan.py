@@ -68,7 +68,7 @@ def part_rows(rows: int, rows_per_part: int, images: int = 1) -> int:
     return max(1, min(rows_per_part, max(4, -(-rows // 8))) // images)
 
 
-def resolve(job: GenerateJob, commits: dict[str, str] | None = None) -> tuple[GenerateJob, ResolvedModel]:
+def resolve_job(job: GenerateJob, commits: dict[str, str] | None = None) -> tuple[GenerateJob, ResolvedModel]:
     """Return the job with its model's defaults filled in, and the model. commits: known commits by hub id.
 
     Raises ConfigError, ModelError."""
@@ -94,7 +94,7 @@ def open_plan(
         _write_plan(job, output, storage)
     record = output.read_plan()
     _check_columns(record, output)
-    job, model = resolve(job, record["model"]["commits"])
+    job, model = resolve_job(job, record["model"]["commits"])
     changed = _changed_keys(record, job)
     may_change = {*(["manifest"] if extend else []), *(CORRECTED if retry_failed else [])}
     forbidden = {key: values for key, values in changed.items() if key.split(".")[0] not in may_change}
@@ -136,7 +136,7 @@ def check_maps(job: GenerateJob, model: ResolvedModel, scanned: Scan) -> None:
 
 
 def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
-    job, model = resolve(job)
+    job, model = resolve_job(job)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scanned = Scan(job, files, storage)
     check_maps(job, model, scanned)

@@ -57,7 +57,7 @@ class Ahead(Generic[Value]):
             self._executor.shutdown(cancel_futures=True)
 
 
-KINDS = ("gray", "none", "canny", "soft_edges")
+CONTROL_KINDS = ("gray", "none", "canny", "soft_edges")
 
 KIND_SHARES = (0.55, 0.25, 0.1, 0.1)
 
@@ -151,7 +151,7 @@ def make_pool(seed: int, styles: int, images_per_style: int, size: int = 128, he
     for _, tone in layouts:
         for _ in range(2):
             query = make_query(rng, tone)
-            kind = str(rng.choice(KINDS, p=KIND_SHARES))
+            kind = str(rng.choice(CONTROL_KINDS, p=KIND_SHARES))
             queries.append(query)
             controls.append(control_map(query, kind))
             kinds.append(kind)
