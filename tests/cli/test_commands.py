@@ -328,13 +328,13 @@ def test_weights_are_here_or_kept_or_to_come(tmp_path: Path, monkeypatch: pytest
 def test_a_file_of_several_jobs_lists_those_that_ran_even_if_the_first_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from context_diffusion.cli import main
+    from context_diffusion.cli import run_command
 
     ended = {"output": "x", "exit": 75, "error": "the store is away"}
-    monkeypatch.setattr(main, "_run_job", lambda *_: ended)
+    monkeypatch.setattr(run_command, "_run_job", lambda *_: ended)
     jobs = [{"kind": "generate", "manifest": "rows.csv", "output": str(tmp_path / name)} for name in "ab"]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     with pytest.raises(typer.Exit) as exit_:
-        main.run(str(tmp_path / "jobs.json"))
+        run_command.run(str(tmp_path / "jobs.json"))
     assert exit_.value.exit_code == 75
     assert json.loads(capsys.readouterr().out)["jobs"] == [ended]

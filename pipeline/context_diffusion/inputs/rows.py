@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from context_diffusion.core.errors import ErrorCode, ManifestError, RowError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import Limits, problem_of
-from context_diffusion.core.records import derive_id, derive_seed
+from context_diffusion.core.records import check_contexts, derive_id, derive_seed
 from context_diffusion.core.schema import (
     CONTEXT,
     CONTEXT_MASKS,
@@ -166,15 +166,8 @@ def _check_contexts(read: Row, settings: Settings, rules: RowRules, names: dict[
         read[CONTEXT] = None
         message = f"{names[CONTEXT]} has {count} images, at most {rules.limits.max_contexts} are allowed"
         raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
-    if rules.context_slots is not None and count > rules.context_slots:
-        message = f"{count} contexts, the model takes at most {rules.context_slots}"
-        raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
-    weights = rules.matrix.get("context_weights", [settings.context_weights])
-    for name, each in (("context_weights", weights), (CONTEXT_MASKS, [read[CONTEXT_MASKS]])):
-        for values in each:
-            if values and len(values) != count:
-                message = f"{name} has {len(values)} values for {count} contexts"
-                raise RowError(ErrorCode.INVALID_SETTING, message)
+    for weights in rules.matrix.get("context_weights", [settings.context_weights]):
+        check_contexts(count, rules.context_slots, context_weights=weights, context_masks=read[CONTEXT_MASKS])
 
 
 def _check_id(id_: str) -> None:

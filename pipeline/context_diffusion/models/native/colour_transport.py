@@ -217,21 +217,22 @@ def _along(points: Tensor, axes: Tensor) -> Tensor:
 
 
 def _rotations() -> list[list[list[float]]]:
-    """AXES rotations that cover the directions evenly: the first and the last are Lab's own axes."""
-    golden, found = math.pi * (3 - math.sqrt(5)), []
+    """Return AXES rotations that cover the directions evenly: the first and the last are Lab's own axes."""
+    golden = math.pi * (3 - math.sqrt(5))
+    rotations = []
     for number in range(AXES):
         turn, tilt = golden * number, math.acos(1 - number / AXES)
         if number in (0, AXES - 1):
             turn = tilt = 0.0
         c, s, d, e = math.cos(turn), math.sin(turn), math.cos(tilt), math.sin(tilt)
-        found.append(
+        rotations.append(
             [
                 [d, -e * c, -e * s],
                 [e * c, d * c * c + s * s, (d - 1) * c * s],
                 [e * s, (d - 1) * c * s, d * s * s + c * c],
             ]
         )
-    return found
+    return rotations
 
 
 def guided_coefficients(guide: Tensor, values: Tensor, radius: int, epsilon: float) -> tuple[Tensor, Tensor]:

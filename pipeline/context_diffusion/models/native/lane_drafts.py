@@ -102,8 +102,8 @@ class NativeDrafts:
         strength = self.model.detail_scale * share * min(control_scales(request, 1)[0], 1.0)
         # Image to image starts from the query: the less noise it has had, the more of the decoded image is
         # the answer.
-        kept = 1.0 if request.settings.strength is None else request.settings.strength
-        rest_scale = 1 - kept + kept * self.model.rest_scale
+        noise_share = 1.0 if request.settings.strength is None else request.settings.strength
+        rest_scale = 1 - noise_share + noise_share * self.model.rest_scale
         detail = detail | {
             "share": encoded.pixels.new_full((1, 1, 1, 1), strength),
             "rest_scale": encoded.pixels.new_full((1, 1, 1, 1), rest_scale),
@@ -136,7 +136,7 @@ class NativeDrafts:
             return Wanted(contexts, {})
         read = self.words(prompt, cache)
         words = cache.get(f"words:{prompt}", lambda: self.model.known_words([read.text]))
-        # Colours that the prompt names go before those that the memory has for its words.
+        # Colours that the prompt names take precedence over those that the memory has for its words.
         said = [kind for kind in KINDS if self.model.memory.says(kind, words)]
         kinds = [kind for kind in said if not (read.colours and kind == "colours")]
         if contexts:
@@ -161,8 +161,8 @@ class NativeDrafts:
         """Return named colours, none if the contexts show them already."""
         if not (named and contexts):
             return named
-        shown = shows_colours(named_colours(named), self._mean_colours(contexts, cache).cpu())
-        return () if shown else named
+        repeats_them = shows_colours(named_colours(named), self._mean_colours(contexts, cache).cpu())
+        return () if repeats_them else named
 
     def _described(self, kind: Kind, contexts: list[Context], cache: Cache) -> Tensor:
         """Return the description (1, numbers) of one kind of look, over all contexts together."""

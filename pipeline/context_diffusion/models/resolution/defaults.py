@@ -125,7 +125,7 @@ class Defaults:
                 return f"context_blocks: {error}"
         if settings.lora is not None and settings.lora not in self.loras:
             known = did_you_mean(settings.lora, self.loras) if self.loras else "the model has none"
-            return f"lora: {settings.lora!r} is no name of model.loras; {known}"
+            return f"lora: {settings.lora!r} is not a name of model.loras; {known}"
         return None
 
 
@@ -181,9 +181,8 @@ def flux2_defaults(distilled: bool) -> Defaults:
     family, unused = "a FLUX.2 [klein]", FLUX2_UNUSED
     if distilled:
         family, unused = "a distilled FLUX.2 [klein]", FLUX2_UNUSED | {"guidance_scale": 1.0}
-    own = settings | {"scheduler": FLUX2_SCHEDULER}
     return Defaults(
-        own,
+        settings | {"scheduler": FLUX2_SCHEDULER},
         (),
         (),
         family,
@@ -232,7 +231,7 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
     for kind, name, types in zip(kinds, defaults.controlnets, defaults.control_types, strict=False):
         if types is not None and kind not in types:
             raise ConfigError(
-                f"control: {kind} is no control type of the union ControlNet {name}, which takes "
+                f"control: {kind} is not a control type of the union ControlNet {name}, which takes "
                 f"{', '.join(types)}"
             )
     return kinds
@@ -242,9 +241,10 @@ def refusal(defaults: Defaults, networks: int, settings: Settings) -> str | None
     """Return why a model does not take the settings where so many of its ControlNets run; None where it
     does."""
     for name in CONTROL_SETTINGS if networks else ():
-        value = getattr(settings, name)
-        if isinstance(value, list) and len(value) != networks:
-            return f"{name}: {len(value)} values for {networks} control maps"
+        try:
+            settings.by_controlnet(name, networks)
+        except ValueError as error:
+            return str(error)
     return defaults.refusal(settings)
 
 

@@ -39,7 +39,7 @@ class Group(NamedTuple):
 
 
 class StableBackbone:
-    """Implement engine/backbone.py. model: loaded. resolved: the same before it was."""
+    """Implement engine/backbone.py. model: loaded. resolved: what it was loaded from."""
 
     def __init__(self, model: StableDiffusion, resolved: ResolvedModel) -> None:
         assert isinstance(resolved.contexts, ImageProcessor)

@@ -27,7 +27,7 @@ from context_diffusion.models.attention import LaneInputs, attend_by_lanes, keys
 from context_diffusion.models.component_loading import ComponentLoader
 from context_diffusion.models.conditioning import content_key, to_tensor
 from context_diffusion.models.resolution.controlnets import UNION_TYPES, is_union
-from context_diffusion.models.resolution.resolve import read_json
+from context_diffusion.models.resolution.hub import read_json
 from context_diffusion.models.stable_diffusion.depth_maps import DepthEstimator
 
 
@@ -38,8 +38,8 @@ def load_controlnets(loader: ComponentLoader, names: list[str], text_width: int)
     for name, network in loaded.items():
         if (width := network.config.cross_attention_dim) != text_width:
             raise ModelError(
-                f"model: controlnet {name} reads text of width {width}, that of base {loader.parts.base} is "
-                "different"
+                f"model: controlnet {name} reads text of width {width}, that of base {loader.parts.base} has "
+                f"{text_width}: choose a ControlNet that was trained for the base"
             )
     return [loaded[name] for name in names]
 
@@ -56,7 +56,8 @@ class ControlNetworks:
 
     def __init__(self, loaded: list[Any], depth: DepthEstimator | None) -> None:
         distinct = list({id(network): network for network in loaded}.values())
-        self.places = [next(n for n, one in enumerate(distinct) if one is network) for network in loaded]
+        place_of = {id(network): place for place, network in enumerate(distinct)}
+        self.places = [place_of[id(network)] for network in loaded]
         self.embeddings = [MapEmbedding(network) for network in distinct]
         self.networks = [_stepping(network) for network in distinct]
         self.layers = [attend_by_lanes(network) for network in self.networks]
