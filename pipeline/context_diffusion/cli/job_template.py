@@ -39,6 +39,8 @@ model: {model}  # bundled: small, needs no GPU; flux2-klein, sdxl, sd15: for a G
 #   guidance_scale: 1.5  # how strongly the prompt is followed; 1 is fastest
 #   context_scale: 0.8  # how strongly the contexts are followed, 0 to 1
 #   num_images: 2  # images of each row, with different seeds
+#   width: 256  # pixels of the image, with height; default: the model's size, 128 x 128 of the bundled one
+#   height: 256
 """
 
 
