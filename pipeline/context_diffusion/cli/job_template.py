@@ -12,6 +12,7 @@ from context_diffusion.core.errors import JobError
 from context_diffusion.core.job_file import check_job, parse
 from context_diffusion.core.uris import normal, parent
 from context_diffusion.inputs.from_folders import Pairing, write_manifest
+from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
 PAIRED = {
@@ -56,6 +57,8 @@ def write_job(pairing: Pairing, manifest: str, job_file: str, model: str, output
     for option, file in (("--job", job_file), ("--rows", manifest)):
         if storage.exists(normal(file)):
             raise JobError(f"{option} {file} exists already: remove it or choose another name")
+    if storage.exists(Output(normal(output), storage).plan):
+        raise JobError(f"--output {output} holds the images of another job: choose another name")
     check_job({"kind": "generate", "manifest": manifest, "output": output, "model": model}, job_file)
     written = write_manifest(pairing, manifest)
     # A job with `allow` reads nothing else, so the manifest's own folder is named too.

@@ -36,6 +36,7 @@ from context_diffusion.cli.options import (
 )
 from context_diffusion.core.errors import (
     EXIT_INTERRUPTED,
+    EXIT_JOB,
     EXIT_OK,
     EXIT_ROWS_FAILED,
     EXIT_UNEXPECTED,
@@ -118,7 +119,8 @@ def _run() -> int:
         return EXIT_INTERRUPTED
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):  # a wrong option or argument
-            print_error(error.format_message() if hasattr(error, "format_message") else str(error))
+            text = error.format_message() if hasattr(error, "format_message") else str(error)
+            print_error(text.replace("Value error, ", ""))
             return JobError.exit_code
         if LOG.format == LogFormat.JSON:
             print_error("".join(traceback.format_exception(error)))
@@ -185,10 +187,11 @@ def _run_job(
 
 def _report_end(job: StrictModel, file: str, summary: dict[str, Any]) -> None:
     """Write a job's failed rows, and its error or its end, to the log."""
-    if isinstance(job, GenerateJob) and summary.get("failed"):
-        _report_failures(job, file, summary)
-    if isinstance(job, GenerateJob) and summary.get("unknown_words"):
-        _report_unknown_words(job, summary["unknown_words"])
+    if isinstance(job, GenerateJob) and summary["exit"] != EXIT_JOB:
+        if summary.get("failed"):
+            _report_failures(job, file, summary)
+        if summary.get("unknown_words"):
+            _report_unknown_words(job, summary["unknown_words"])
     if "error" in summary:
         print_error(summary["error"])
     else:
