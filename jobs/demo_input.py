@@ -61,9 +61,9 @@ ROWS: list[Row] = [
     ("camera", ["retina"], "ocean colours", {"guidance_scale": 1.5, "context_guidance_scale": 2.5}),
     ("horse", ["glass-1"], "autumn colours", {"guidance_scale": 2.0}),
     # one row with a setting in steps
-    ("coffee", ["glass-2"], None, {"context_scale": 0.5, "seed": 7}),
-    ("coffee", ["glass-2"], None, {"context_scale": 0.75, "seed": 7}),
-    ("coffee", ["glass-2"], None, {"context_scale": 1.0, "seed": 7}),
+    ("coffee", ["waves-2"], None, {"context_scale": 0.3, "seed": 7}),
+    ("coffee", ["waves-2"], None, {"context_scale": 0.6, "seed": 7}),
+    ("coffee", ["waves-2"], None, {"context_scale": 1.0, "seed": 7}),
     # other schedulers and steps
     ("chelsea", ["night-2"], None, {"scheduler": "euler", "num_inference_steps": 8}),
     ("rocket", ["sunset-2"], None, {"scheduler": "dpmpp_2m", "num_inference_steps": 6}),

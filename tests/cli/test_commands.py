@@ -131,7 +131,7 @@ def test_stdout_holds_the_result_alone(tmp_path: Path) -> None:
     [
         (
             ["manifest", "--queries", ".", "--contexts", ".", "--pair", "each", "--out", "x.csv"],
-            "'each' is not one of 'all', 'zip'",
+            "'--pair': 'each' is not one of 'all', 'zip'",
         ),
         (["manifest", "--queries", ".", "--pair", "all", "--out", "x.csv"], "Missing option '--contexts'"),
         (

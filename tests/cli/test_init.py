@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from context_diffusion.cli import main
 from context_diffusion.cli.job_template import job_text, write_job
 from context_diffusion.cli.run_command import _result_lines
 from context_diffusion.core.errors import ConfigError, JobError, ManifestError
@@ -74,6 +75,11 @@ def test_nothing_is_overwritten_or_left_half_done(folder: Path) -> None:
     (folder / "rows.parquet").touch()
     with pytest.raises(JobError, match=r"--rows rows\.parquet exists already"):
         write_job(pairing, "rows.parquet", "new.yaml", "bundled", "out")
+    (folder / "out").mkdir()
+    (folder / "out/plan.json").touch()
+    with pytest.raises(JobError, match="--output out holds the images of another job"):
+        write_job(pairing, "more.parquet", "new.yaml", "bundled", "out")
+    (folder / "out/plan.json").unlink()
     with pytest.raises(ConfigError):
         write_job(pairing, "more.parquet", "new.yaml", "", "out")
     with pytest.raises(ManifestError, match="equal numbers"):
@@ -103,3 +109,17 @@ def test_without_its_packages_the_viewers_line_names_the_extra(monkeypatch: pyte
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     job = GenerateJob.model_validate({"kind": "generate", "manifest": "rows.csv", "output": "out"})
     assert _result_lines(job)[2].endswith("(needs: pip install 'context-diffusion[view]')")
+
+
+def test_a_job_that_is_refused_says_nothing_of_failed_rows_in_its_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(main, "_report_failures", lambda *_: shown.append("failures"))
+    monkeypatch.setattr(main, "_report_unknown_words", lambda *_: shown.append("words"))
+    job = GenerateJob(kind="generate", manifest="rows.parquet", output="out")
+    summary = {"failed": 4, "rows": 12, "unknown_words": 1, "error": "out belongs to another job"}
+    main._report_end(job, "job.yaml", summary | {"exit": 2})
+    assert shown == []
+    main._report_end(job, "job.yaml", summary | {"exit": 4})
+    assert shown == ["failures", "words"]

@@ -81,6 +81,7 @@ def test_all_errors_come_in_one_go_each_with_what_to_do() -> None:
         "unknown name 'image'",
     ):
         assert expected in text, text
+    assert "control: should be a valid list" not in text
 
 
 def test_missing_keys_and_kinds_are_named() -> None:

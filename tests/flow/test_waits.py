@@ -77,7 +77,7 @@ def test_a_cluster_that_others_hold_is_told(tmp_path: Path) -> None:
         holding.wait()
     assert summary["exit"] == 75
     assert "engine(s) start or wait for resources" in summary["error"]
-    assert "CPUs, 0 of 2 are free" in log
+    assert "CPU, 0 of 2 are free" in log
 
 
 def command(tmp_path: Path, address: str) -> tuple[int, dict[str, Any], str]:

@@ -184,6 +184,16 @@ def test_the_warm_up_of_an_engine_is_no_part_of_the_estimate(
     assert any("is not included" in line for line in estimate.estimate_lines(told))
 
 
+def test_a_duration_has_two_units_at_most() -> None:
+    figures = {"images": 9, "seconds_per_image": 1.5, "engines": 1, "device": "cpu", "measured_images": 1}
+    figures |= {"warm_up_seconds": 2.0, "filled": 1.0, "pictures": "sample.png"}
+    for seconds, text in ((0, "0 s"), (59, "59 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")):
+        assert (
+            f": about {text} on 1 engine"
+            in estimate.estimate_lines(figures | {"estimated_seconds": seconds})[0]
+        )
+
+
 def sampled_contexts(job: GenerateJob, monkeypatch: pytest.MonkeyPatch, sample: int) -> list[list[str]]:
     """The contexts of the rows that were looked at."""
     seen: list[list[str]] = []

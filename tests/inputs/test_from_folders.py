@@ -135,10 +135,10 @@ def test_pictures_elsewhere_are_named_whole_and_must_be_allowed(folders: Path, t
         ({"contexts": "empty"}, r"--contexts .*empty: the folder has no images \(\.png"),
         ({"contexts": "prompts.txt"}, "the folder does not exist"),
         ({"contexts": "mixed"}, r"mixed has images \(.*\) and sub-folders \(ink\)"),
-        ({"pair": "zip"}, "there are 3 queries, 6 contexts$"),
+        ({"pair": "zip"}, "each; queries: 3, contexts: 6$"),
         (
             {"pair": "zip", "contexts_per_row": 3, "prompts": "prompts.txt"},
-            "3 queries, 2 contexts, 3 prompts",
+            "queries: 3, contexts: 2, prompts: 3",
         ),
         ({"contexts_per_row": 4}, "the 6 images .* cannot be divided into groups of 4"),
         ({"contexts_per_row": 7}, "has only 6"),

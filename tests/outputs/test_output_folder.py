@@ -66,3 +66,14 @@ def test_a_torn_part_is_named_at_once(tmp_path: Path, damage: str) -> None:
     with pytest.raises(StorageError, match=r"part-00001\.parquet: not a readable Parquet file"):
         output.count()
     assert time.monotonic() - started < 10, "it was tried again, in vain"
+
+
+def test_of_failed_rows_each_reason_is_shown_once(tmp_path: Path) -> None:
+    output = Output(str(tmp_path), Storage(deadline_s=20))
+    reasons = [None, "gone", "gone", "torn", "gone", "wide", "tall"]
+    for shard, reason in enumerate(reasons):
+        status = "failed" if reason else "ok"
+        row = {"id": str(shard), "status": status, "error_code": "missing_file", "error_message": reason}
+        output.storage.create(output.part(shard), to_parquet(pa.Table.from_pylist([row])))
+    assert [row["id"] for row in output.failures(3)] == ["1", "3", "5"]
+    assert [row["error_message"] for row in output.failures(9)] == ["gone", "torn", "wide", "tall"]

@@ -12,6 +12,7 @@ from context_diffusion.core.errors import JobError
 from context_diffusion.core.job_file import check_job, parse
 from context_diffusion.core.uris import normal, parent
 from context_diffusion.inputs.from_folders import Pairing, write_manifest
+from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
 PAIRED = {
@@ -39,6 +40,8 @@ model: {model}  # bundled: small, needs no GPU; flux2-klein, sdxl, sd15: for a G
 #   guidance_scale: 1.5  # how strongly the prompt is followed; 1 is fastest
 #   context_scale: 0.8  # how strongly the contexts are followed, 0 to 1
 #   num_images: 2  # images of each row, with different seeds
+#   width: 256  # pixels of the image, with height; default: the model's size, 128 x 128 of the bundled one
+#   height: 256
 """
 
 
@@ -54,6 +57,8 @@ def write_job(pairing: Pairing, manifest: str, job_file: str, model: str, output
     for option, file in (("--job", job_file), ("--rows", manifest)):
         if storage.exists(normal(file)):
             raise JobError(f"{option} {file} exists already: remove it or choose another name")
+    if storage.exists(Output(normal(output), storage).plan):
+        raise JobError(f"--output {output} holds the images of another job: choose another name")
     check_job({"kind": "generate", "manifest": manifest, "output": output, "model": model}, job_file)
     written = write_manifest(pairing, manifest)
     # A job with `allow` reads nothing else, so the manifest's own folder is named too.

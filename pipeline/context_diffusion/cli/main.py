@@ -94,7 +94,8 @@ def _run() -> int:
         return EXIT_INTERRUPTED
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):  # a wrong option or argument
-            print_error(error.format_message() if hasattr(error, "format_message") else str(error))
+            text = error.format_message() if hasattr(error, "format_message") else str(error)
+            print_error(text.replace("Value error, ", ""))
             return JobError.exit_code
         if LOG.format == LogFormat.JSON:
             print_error("".join(traceback.format_exception(error)))

@@ -56,6 +56,8 @@ def verify(output: Folder) -> None:
     errors = find_errors(folder)
     for line in errors:
         stderr.print(line)
+    if not errors:
+        stderr.print(f"{folder.root}: complete, and every file matches its checksum")
     code = EXIT_UNEXPECTED if errors else EXIT_OK
     print_summary({"output": folder.root, "wrong": len(errors), "exit": code})
     raise typer.Exit(code)

@@ -24,6 +24,7 @@ from context_diffusion.cli.options import (
     unknown_words_line,
 )
 from context_diffusion.core.errors import (
+    EXIT_JOB,
     EXIT_OK,
     EXIT_ROWS_FAILED,
     ContextDiffusionError,
@@ -101,10 +102,11 @@ def _run_job(
 
 def _report_end(job: StrictModel, file: str, summary: dict[str, Any]) -> None:
     """Write a job's failed rows, and its error or its end, to the log."""
-    if isinstance(job, GenerateJob) and summary.get("failed"):
-        _report_failures(job, file, summary)
-    if isinstance(job, GenerateJob) and summary.get("unknown_words"):
-        _report_unknown_words(job, summary["unknown_words"])
+    if isinstance(job, GenerateJob) and summary["exit"] != EXIT_JOB:
+        if summary.get("failed"):
+            _report_failures(job, file, summary)
+        if summary.get("unknown_words"):
+            _report_unknown_words(job, summary["unknown_words"])
     if "error" in summary:
         print_error(summary["error"])
     else:

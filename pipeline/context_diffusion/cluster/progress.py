@@ -29,6 +29,10 @@ class RunProgress:
         self._images = 0
         self._started = time.monotonic()
         self._reported = self._started
+        self._reported_rows = before.rows
+        self._first: tuple[float, int] | None = (
+            None  # the time of this run's first shard, the rows until then
+        )
         self._sums = dict.fromkeys(COUNTED, 0.0)
         self._bar: Progress | None = None
 
@@ -49,7 +53,7 @@ class RunProgress:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        elif self.counts.rows > self._rows_before:
+        elif self.counts.rows > self._reported_rows:
             self._report()
 
     def add(self, counts: dict[str, Any]) -> None:
@@ -64,6 +68,7 @@ class RunProgress:
         for name in COUNTED:
             self._sums[name] += counts[name]
         self._images += counts["images_made"]
+        self._first = self._first or (time.monotonic(), self.counts.rows)
         if self._bar:
             self._bar.update(self._task, completed=self.counts.rows, rate=self._rate())
         elif time.monotonic() - self._reported > EVERY_SECONDS:
@@ -85,13 +90,22 @@ class RunProgress:
     def _report(self) -> None:
         """Write a line of progress."""
         self._reported = time.monotonic()
-        seconds = self._reported - self._started
-        done = self.counts.rows - self._rows_before
-        left = seconds / done * (self.rows - self.counts.rows) if done else 0.0
+        self._reported_rows = self.counts.rows
+        left = self._seconds_left()
         fields: dict[str, Any] = {"rows": self.counts.rows, "of": self.rows, "failed": self.counts.failed}
-        fields |= {"images_per_second": round(self._images_per_second, 3), "seconds_left": round(left)}
-        text = f"{self.counts.rows}/{self.rows} rows, {self._rate()}, {left:.0f} s left"
+        fields["images_per_second"] = round(self._images_per_second, 3)
+        text = f"{self.counts.rows}/{self.rows} rows, {self._rate()}"
+        if left is not None:
+            fields["seconds_left"] = left
+            text += f", {left} s left"
         LOG.emit("progress", text, **fields)
+
+    def _seconds_left(self) -> int | None:
+        """Return the time that the other rows take at the pace since the first shard, without the engines'
+        start; None until there is a second one."""
+        since, rows = self._first or (self._started, self.counts.rows)
+        done = self.counts.rows - rows
+        return round((time.monotonic() - since) / done * (self.rows - self.counts.rows)) if done else None
 
 
 def _emit_shard(counts: dict[str, Any]) -> None:

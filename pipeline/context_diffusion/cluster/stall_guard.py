@@ -87,7 +87,7 @@ def _missing_resources(needs: EngineNeeds) -> str:
     total = ray.cluster_resources()
     shares = {"CPU": needs.cpus, "GPU": needs.gpus}
     return "; ".join(
-        f"each needs {share:g} {name}s, {free.get(name, 0):g} of {total.get(name, 0):g} are free"
+        f"each needs {share:g} {name}, {free.get(name, 0):g} of {total.get(name, 0):g} are free"
         for name, share in shares.items()
         if share
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ from typing import IO, Any, Self, cast
 from rich.console import Console
 
 FIRST_S = 3.0  # of waiting, until the first line
+LOOK_S = 1.0  # between two looks at the reason
 AGAIN_S = 30.0  # between two lines with the same reason
 
 
@@ -135,7 +137,8 @@ LOG = Log(console())  # the driver sets the terminal's console here before it re
 class WaitNotice:
     """Reports from a thread what a command waits for, while it is entered.
 
-    reason: returns the text, or None when the wait is over. A new text is reported at once."""
+    reason: returns the text, or None when the wait is over. A new text is reported at once, one that differs
+    in its numbers alone after AGAIN_S."""
 
     def __init__(self, reason: Callable[[], str | None], level: str = "info") -> None:
         self._reason = reason
@@ -155,7 +158,7 @@ class WaitNotice:
         began = time.monotonic()
         last_reason: str | None = None
         reported_at = began
-        while not self._over.wait(FIRST_S if last_reason is None else 1.0):
+        while not self._over.wait(FIRST_S if last_reason is None else LOOK_S):
             try:
                 reason = self._reason()
             except Exception:  # the cluster is gone: the command that waits reports it
@@ -163,10 +166,15 @@ class WaitNotice:
             if reason is None or self._over.is_set():
                 return
             now = time.monotonic()
-            if reason != last_reason or now - reported_at > AGAIN_S:
+            if _words(reason) != _words(last_reason) or now - reported_at > AGAIN_S:
                 seconds = round(now - began)
                 LOG.emit(
                     "waiting", f"waiting, {seconds} s: {reason}", self._level, message=reason, seconds=seconds
                 )
                 last_reason = reason
                 reported_at = now
+
+
+def _words(text: str | None) -> str | None:
+    """Return a text without its numbers."""
+    return text and re.sub(r"[\d.]+", "", text)

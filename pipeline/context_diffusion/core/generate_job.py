@@ -197,7 +197,7 @@ class GenerateJob(StrictModel):
     @classmethod
     def _number_or_share(cls, value: int | str | None) -> int | str | None:
         if isinstance(value, str) and not re.fullmatch(r"(100|\d{1,2})(\.\d+)?%", value):
-            raise ValueError(f"max_failed must be a number of rows or a percentage such as 5%, not {value!r}")
+            raise ValueError("should be a number of rows or a percentage such as 5%")
         return value
 
     @field_validator("matrix")

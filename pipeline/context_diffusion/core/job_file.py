@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import typing
+from collections import Counter
 from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def _documents(path: str) -> list[dict[str, Any]]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the job file: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: the job file is not UTF-8 text: {error}") from error
+        raise ConfigError(f"{path}: not a YAML or JSON file: it is not UTF-8 text: {error}") from error
     try:
         documents = list(yaml.load_all(text, Loader=_Loader))
     except yaml.YAMLError as error:
@@ -161,7 +162,7 @@ def check_job(values: dict[str, Any], where: str = "job") -> StrictModel:
     try:
         return KINDS[kind].model_validate(values)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(KINDS[kind], item) for item in error.errors()))
+        lines = list(dict.fromkeys(_explain(KINDS[kind], item) for item in _one_form_each(error.errors())))
         count = f"{len(lines)} error{'s' if len(lines) > 1 else ''}"
         raise ConfigError("\n".join([f"{where}: {count}:", *(f"  {line}" for line in lines)])) from None
 
@@ -211,9 +212,21 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
+def _one_form_each(items: list[Any]) -> list[Any]:
+    """Drop the pydantic errors that a value is not a list, where it may also be a single one and is a wrong
+    one."""
+    places = Counter(tuple(_path(item)) for item in items)
+    return [item for item in items if item["type"] != "list_type" or places[tuple(_path(item))] == 1]
+
+
+def _path(item: Any) -> list[Any]:
+    """Return the keys and indices that lead to a pydantic error's value."""
+    return [part for part in item["loc"] if isinstance(part, int) or not _is_type(str(part))]
+
+
 def _explain(model: type[BaseModel], item: Any) -> str:
     """Return one line for a pydantic error: where, what is wrong, with which value, what is allowed."""
-    path = [part for part in item["loc"] if isinstance(part, int) or not _is_type(str(part))]
+    path = _path(item)
     where = ".".join(str(part) for part in path)
     if item["type"] == "extra_forbidden":
         return (

@@ -68,9 +68,9 @@ def _cell(request: Request, outcome: Outcome) -> Cell:
     if isinstance(outcome, Failure):
         width, height = request.output_size
         gray = np.full((height, width, 3), 230, np.uint8)
-        return f"{request.id} {outcome.code}: {outcome.message}", gray
+        return f"{request.id}: {outcome.code}: {outcome.message}", gray
     return (
-        f"{request.id} {request.settings.num_inference_steps} steps {request.settings.scheduler}",
+        f"{request.id}: {request.settings.num_inference_steps} steps, {request.settings.scheduler}",
         outcome.image,
     )
 
@@ -87,12 +87,11 @@ def _figures(images: int, seconds: float, engines: int) -> dict[str, Any]:
 
 def estimate_lines(figures: dict[str, Any]) -> list[str]:
     """Write the figures of `validate` as lines of text."""
-    minutes, seconds = divmod(figures["estimated_seconds"], 60)
     engines = f"{figures['engines']} engine{'s' if figures['engines'] > 1 else ''}"
     device = figures.get("gpu", figures["device"])
     lines = [
         f"{figures['images']} images, {figures['seconds_per_image']} s each on {device}: "
-        f"about {minutes // 60} h {minutes % 60} min {seconds} s on {engines} like this one",
+        f"about {_duration(figures['estimated_seconds'])} on {engines} like this one",
         f"measured on {figures['measured_images']} images after one warm-up image "
         f"({figures['warm_up_seconds']} s); the start of Ray and of the engines is not included",
         f"the sample used {figures['filled']:.0%} of the model's lanes; the estimate assumes that the job "
@@ -101,3 +100,11 @@ def estimate_lines(figures: dict[str, Any]) -> list[str]:
     if "gpu" in figures:
         lines.append(f"GPU memory: {figures['gpu_used_gib']} of {figures['gpu_memory_gib']} GiB")
     return [*lines, f"images: {figures['pictures']}"]
+
+
+def _duration(seconds: int) -> str:
+    """Write a duration with one or two units, such as 14 s, 3 min 20 s, 2 h 5 min."""
+    minutes = seconds // 60
+    if minutes == 0:
+        return f"{seconds} s"
+    return f"{minutes} min {seconds % 60} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -100,9 +100,9 @@ def pair_up(pairing: Pairing, storage: Storage) -> Iterator[Triple]:
     elif pairing.pair == "zip":
         row_prompts = prompts * len(queries) if pairing.prompts is None else prompts
         if not len(queries) == len(groups) == len(row_prompts):
-            counts = f"{len(queries)} queries, {len(groups)} contexts"
-            counts += f", {len(prompts)} prompts" if pairing.prompts else ""
-            raise ManifestError(f"--pair zip needs equal numbers of each, but there are {counts}")
+            counts = f"queries: {len(queries)}, contexts: {len(groups)}"
+            counts += f", prompts: {len(prompts)}" if pairing.prompts else ""
+            raise ManifestError(f"--pair zip needs equal numbers of each; {counts}")
         yield from zip(queries, groups, row_prompts, strict=True)
     else:
         generator = random.Random(pairing.seed)

@@ -141,14 +141,16 @@ class Output:
         return self._tar[path][member]
 
     def failures(self, most: int) -> list[dict[str, str]]:
-        """Return id, error_code and error_message of the first failed rows, at most `most`."""
+        """Return id, error_code and error_message of the first failed rows, each message once, at most
+        `most`."""
         columns = ["id", "error_code", "error_message"]
-        failures: list[dict[str, str]] = []
+        failures: dict[tuple[str, str], dict[str, str]] = {}
         for _, part in self.read_parts([*columns, "status"]):
-            failures += part.filter(pc.equal(part["status"], "failed")).select(columns).to_pylist()
+            for row in part.filter(pc.equal(part["status"], "failed")).select(columns).to_pylist():
+                failures.setdefault((row["error_code"], row["error_message"]), row)
             if len(failures) >= most:
                 break
-        return failures[:most]
+        return list(failures.values())[:most]
 
     def unknown_words(self, most: int) -> list[str]:
         """Return the first words of prompts that have no effect, each once, at most `most`."""

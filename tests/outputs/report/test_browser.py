@@ -334,6 +334,29 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(watched: Watched) -> None:
         assert target.bounding_box()["height"] >= 30
 
 
+def test_a_phone_shows_a_contact_sheet_as_a_grid_and_a_card_what_its_row_varies(
+    chromium: Any, tmp_path: Path
+) -> None:
+    axes = {"context_scale": [0.5, 1.0], "num_inference_steps": [4, 8]}
+    context = chromium.new_context(viewport={"width": 360, "height": 740})
+    page = context.new_page()
+    page.goto(f"file://{quote(finished(tmp_path, 1, {}, matrix=axes).report)}")
+    page.wait_for_selector("#count:not(:empty)")
+    assert page.locator(".sheet thead th").all_inner_texts() == ["num_inference_steps", "4", "8"]
+    boxes = [image.bounding_box() for image in page.locator(".sheet td img").all()]
+    assert boxes[0]["y"] == boxes[1]["y"] < boxes[2]["y"] == boxes[3]["y"]
+    assert boxes[0]["x"] == boxes[2]["x"] < boxes[1]["x"] == boxes[3]["x"]
+    assert min(box["width"] for box in boxes) >= 96
+    lines = page.locator("article p:has(strong)").all_inner_texts()
+    assert ["context scale 0.5" in line.replace("\u00a0", " ") for line in lines] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(watched: Watched, scheme: str) -> None:
     if not AXE.exists():

@@ -42,12 +42,18 @@ function sources(row) {
     element("figcaption", {}, kind, element("span", { className: "uri" }, " " + (input.uri || "none")))));
 }
 
+// The settings that users change most, those of contexts only where they have an effect of their own.
 function settingsLine(row) {
-  const { scheduler, num_inference_steps: steps } = row.settings;
+  const { scheduler, num_inference_steps: steps, guidance_scale: guidance, context_guidance_scale: contextGuidance,
+    context_scale: contextScale, context_weights: weights, strength, seed } = row.settings;
   const parts = [scheduler, steps && steps + (steps === 1 ? " step" : " steps"),
-    "guidance_scale" in row.settings && "guidance " + row.settings.guidance_scale,
-    "seed" in row.settings && "seed " + row.settings.seed];
-  return parts.filter(Boolean).join(" · ");
+    guidance !== undefined && "guidance " + guidance,
+    contextGuidance !== undefined && contextGuidance !== guidance && "context guidance " + contextGuidance,
+    contextScale !== undefined && contextScale !== 1 && "context scale " + contextScale,
+    weights && "weights " + weights.join(", "),
+    strength !== undefined && "strength " + strength,
+    seed !== undefined && "seed " + seed];
+  return parts.filter(Boolean).map(part => part.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
 // The prompt score is beside the style score, since a prompt may explain a low one.
