@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,3 +132,21 @@ def test_each_input_moves_the_reference_itself(models: Any, xl: bool) -> None:
         if np.abs(reference(model, row(1, **change), xl)[1] - base).max() < 20
     ]
     assert not still
+
+
+@pytest.mark.parametrize("xl", [False, True], ids=["sd15", "sdxl"])
+def test_the_mean_and_std_of_latents_are_read_where_diffusers_reads_them(tmp_path: Path, xl: bool) -> None:
+    """By its XL pipelines alone, where an autoencoder's configuration has both."""
+    base = make_base(tmp_path, xl)
+    rows = [
+        row(1, control=[]),
+        row(2, control=[], strength=0.6),
+        row(3, control=["canny"]),
+        row(4, control=["canny"], strength=0.7),
+    ]
+    model = {"base": base, "controlnet": [make_controlnet(tmp_path, xl)]}
+    config = Path(base) / "vae" / "config.json"
+    mean = {"latents_mean": [0.1, -0.3, 0.2, 0.4]}
+    own = json.loads(config.read_text()) | mean | {"latents_std": [1.3, 0.8, 2.0, 0.7]}
+    config.write_text(json.dumps(own))
+    compare(model, rows, xl)
