@@ -83,7 +83,8 @@ def generate(model: Any, rows: list[Request], threads: int, runs: int) -> list[l
     engine = make_engine(job, pytest.fail)
     images = []
     for _ in range(runs):
-        results = engine.generate(rows)
+        with threads_that_switch_often():
+            results = engine.generate(rows)
         assert all(isinstance(result, Result) for result in results), results
         images.append([result.image for result in results if isinstance(result, Result)])
     return images
