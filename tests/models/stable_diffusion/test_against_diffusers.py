@@ -158,6 +158,17 @@ def test_the_mean_and_std_of_latents_are_read_where_diffusers_reads_them(tmp_pat
     compare(model, rows, xl)
 
 
+@pytest.mark.parametrize("xl", [False, True], ids=["sd15", "sdxl"])
+def test_a_controlnet_of_maps_in_bgr_reads_them_so(tmp_path: Path, xl: bool) -> None:
+    net = make_controlnet(tmp_path, xl)
+    config = Path(net) / "config.json"
+    order = {"controlnet_conditioning_channel_order": "bgr"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | order))
+    model = {"base": make_base(tmp_path, xl), "controlnet": [net, make_controlnet(tmp_path, xl, 2)]}
+    rows = [row(1, control=["none", "canny"]), row(2, control=["tile", "none"], guidance_scale=1.0)]
+    compare(model, rows, xl)
+
+
 def test_an_image_that_was_decoded_in_tiles_is_recorded_so_in_the_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

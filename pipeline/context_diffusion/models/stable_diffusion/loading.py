@@ -61,7 +61,7 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
         components["vae"] = loader.component(diffusers.AutoencoderKL, parts.vae)
     pipe = loader.base(kind_of_pipe, **components)
     _check_text(pipe, parts.base, xl)
-    controlnets = load_controlnets(loader, parts.controlnets, pipe.unet.config.cross_attention_dim)
+    controlnets = load_controlnets(loader, parts.controlnets, pipe.unet)
     fuse_loras(pipe, parts, "unet.")
     row_loras = load_row_loras(pipe, parts)
     if parts.ip_adapter and parts.ip_adapter_weight_name:
