@@ -25,7 +25,7 @@ from support.http_server import serving
 from support.hub_server import hub_of
 from support.manifests import job_values, write_manifest, write_pictures
 from support.ports import free_port
-from support.processes import COMMAND, ENVIRONMENT
+from support.processes import COMMAND, ENVIRONMENT, PATIENCE_S
 
 STORAGE = Storage(deadline_s=1)
 UNDETECTED = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # typer's own way to name the shell
@@ -35,7 +35,7 @@ NAMES = {*typer.main.get_command(app).commands}  # type: ignore[attr-defined]
 def call(*arguments: str, **more: str) -> tuple[int, str, str]:
     """-> exit code, stdout, stderr."""
     done = subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT | more, timeout=150
+        [*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT | more, timeout=PATIENCE_S
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -10,6 +10,7 @@ SAMPLERS."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from context_diffusion.core.errors import ErrorCode, ModelError, RowError
+from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.settings import SchedulerName
 
 # By name: its class in diffusers, and the options that replace those of the model's scheduler_config.
@@ -41,6 +42,7 @@ SAMPLERS: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
+NOT_LINEAR = ("clip_sample", "thresholding")  # options of diffusers' schedulers that bound the x0
 X, OUT, BEFORE, NOISE = range(4)  # the unit values of a probe
 
 
@@ -68,12 +70,9 @@ def make_scheduler(
     schedule: Mapping[str, Any] | None = None,
 ) -> Any:
     """Make the diffusers scheduler that a sampler stands for, with its timesteps. Raises RowError where the
-    model's scheduler_config and the sampler do not go together or have no such number of steps, ModelError
-    for a config whose step is not linear.
+    model's scheduler_config and the sampler do not go together or have no such number of steps.
 
     schedule: further arguments of `set_timesteps`."""
-    if config.get("clip_sample") or config.get("thresholding"):
-        raise ModelError("scheduler_config: clip_sample and thresholding are not linear; set both to false")
     if reason := _unsuitable(scheduler, config):
         raise RowError(ErrorCode.INVALID_SETTING, f"scheduler {scheduler}: {reason}")
     class_name, overrides = SAMPLERS[scheduler]
@@ -104,9 +103,18 @@ def _unsuitable(scheduler: SchedulerName, config: Mapping[str, Any]) -> str | No
         suitable = [name for name in SAMPLERS if (name == "flow_euler") == is_flow(config)]
         kind = "a flow" if is_flow(config) else str(config.get("prediction_type", "epsilon"))
         return f"the model predicts {kind}; choose {', '.join(suitable)}"
+    if option := _not_linear(scheduler, config):
+        linear = [name for name in SAMPLERS if name != "flow_euler" and not _not_linear(name, config)]
+        return f"the model's scheduler_config has {option}, which is not linear; choose {', '.join(linear)}"
     if scheduler.startswith("dpmpp") and (order := config.get("solver_order", 2)) > 2:
         return f"the model's scheduler_config has solver_order {order}, supported are 1 and 2"
     return None
+
+
+def _not_linear(scheduler: SchedulerName, config: Mapping[str, Any]) -> str | None:
+    """The option of the model's scheduler_config that makes a step of the sampler's class not linear."""
+    known = inspect.signature(getattr(diffusers, SAMPLERS[scheduler][0])).parameters
+    return next((option for option in NOT_LINEAR if config.get(option) and option in known), None)
 
 
 def make_table(

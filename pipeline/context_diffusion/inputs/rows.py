@@ -35,6 +35,8 @@ from context_diffusion.core.sweep import Matrix, check_combinations, combination
 from context_diffusion.inputs.image_sources import as_source, as_sources
 from context_diffusion.inputs.text_rows import Row
 
+NULLS = ("nan", "null")  # of a CSV's numbers and lists, in any case
+
 
 @dataclass(frozen=True)
 class RowRules:
@@ -190,7 +192,8 @@ def _prompt(value: Any, name: str, limits: Limits) -> str | None:
 
 def _settings(row: Row, names: dict[str, str], rules: RowRules, id_: str) -> Settings:
     """Return the row's settings over the job's, with a seed. This is where settings are validated, once."""
-    cells = {name: _plain(row[names[name]], name) for name in SETTINGS if row.get(names[name]) is not None}
+    given = {name: _plain(row.get(names[name]), name) for name in SETTINGS}
+    cells = {name: value for name, value in given.items() if value is not None}
     try:
         settings = Settings.model_validate(rules.settings.model_dump() | cells)
     except ValidationError as error:
@@ -212,8 +215,11 @@ def _settings(row: Row, names: dict[str, str], rules: RowRules, id_: str) -> Set
 
 
 def _plain(value: Any, name: str) -> Any:
-    """Convert a cell to what Settings accepts: CSV text is parsed, whole floats become integers."""
+    """Convert a cell to what Settings accepts: CSV text is parsed, NaN is null, whole floats become
+    integers."""
     if isinstance(value, str) and name not in ("scheduler", "context_blocks", "lora"):
+        if value.strip().lower() in NULLS:
+            return None
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):

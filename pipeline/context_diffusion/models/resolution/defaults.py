@@ -62,11 +62,12 @@ SCHEDULERS: dict[str, SchedulerName] = {
     "DDPMScheduler": "ddpm",
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_a",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",  # of its other algorithms: see _own_scheduler
     "TCDScheduler": "tcd",
     "LCMScheduler": "lcm",
     "FlowMatchEulerDiscreteScheduler": "flow_euler",
 }
+MULTISTEP = "dpmsolver++"  # the algorithm of dpmpp_2m, and the default of its class
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def stable_diffusion_defaults(
     settings = SDXL if xl else SD15
     if unet.get("time_cond_proj_dim"):  # a latent consistency model
         settings = settings | (LCM_SDXL if xl else LCM)
-    if name := SCHEDULERS.get(str(scheduler.get("_class_name"))):
+    if name := _own_scheduler(scheduler):
         settings = settings | {"scheduler": name}
     if few_steps:
         settings = settings | few_steps.settings
@@ -173,6 +174,14 @@ def stable_diffusion_defaults(
         loras=tuple(parts.loras),
         context_slots=CONTEXT_SLOTS,
     )
+
+
+def _own_scheduler(config: Mapping[str, Any]) -> SchedulerName | None:
+    """Return the scheduler of a base's scheduler_config; None: no name here stands for it."""
+    algorithm = config.get("algorithm_type", MULTISTEP)
+    if config.get("_class_name") == "DPMSolverMultistepScheduler" and algorithm != MULTISTEP:
+        return "dpmpp_sde" if algorithm == f"sde-{MULTISTEP}" else None
+    return SCHEDULERS.get(str(config.get("_class_name")))
 
 
 def flux2_defaults(distilled: bool) -> Defaults:

@@ -31,6 +31,7 @@ from context_diffusion.inputs.context_images import (
     SquareCrop,
     image_processor,
 )
+from context_diffusion.models.resolution.base_networks import check_networks
 from context_diffusion.models.resolution.controlnets import CONTROLNETS, control_types
 from context_diffusion.models.resolution.defaults import (
     Defaults,
@@ -171,15 +172,13 @@ def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None 
 def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any], known: dict[str, str]) -> ResolvedModel:
     """Resolve a Stable Diffusion and its parts. index: the model_index.json of its configuration. known:
     commits by hub id."""
-    unet, vae, scheduler = (
-        read_json(parts.configuration, f"{folder}/{file}", parts.revision)
-        for folder, file in (
-            ("unet", "config.json"),
-            ("vae", "config.json"),
-            ("scheduler", "scheduler_config.json"),
-        )
+    unet, own_vae, scheduler = (
+        read_json(parts.configuration, file, parts.revision)
+        for file in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     )
+    vae = read_json(parts.vae, "config.json", parts.revision) if parts.vae else own_vae
     xl = "StableDiffusionXL" in str(index.get("_class_name"))
+    check_networks(parts, index, unet, vae, xl)
     image_size = latent_side(unet.get("sample_size"), xl) * latent_factor(vae)
     few_steps = few_steps_of(parts, xl, unet)
     if few_steps:
