@@ -244,6 +244,8 @@ def test_the_preset_of_sdxl_takes_a_few_step_lora_too(
     encoder = snapshot(hub, "h94/IP-Adapter", sdxl.revision["h94/IP-Adapter"]) / "models" / "image_encoder"
     encoder.mkdir(parents=True)
     (encoder / "config.json").write_text(json.dumps({"image_size": 32}))
+    assert sdxl.vae
+    shutil.copytree(base / "vae", snapshot(hub, sdxl.vae, sdxl.revision[sdxl.vae]))
     found = find_model(Parts(base="sdxl", few_steps="lightning"))
     published = FEW_STEPS["lightning", "sdxl"]
     assert found.parts
