@@ -1,4 +1,4 @@
-# Two commands on a fresh machine with python3 and make: `make demo` and `make test`. All lives in .venv and build/.
+# Two commands on a fresh machine with python3 and make: `make demo` and `make test`. Everything is in .venv and build/.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
@@ -8,17 +8,17 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .PHONY: help install packages demo test test-full lock chaos lint train bench bench-gpu clean
 
-help: ## what there is
+help: ## lists the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
-install: .venv/installed ## the package and what its demo and tests need, into .venv
+install: .venv/installed ## installs the package and what its demo and tests need into .venv
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-packages: ## Debian packages that tests of the longer kind need: an S3 server (Ceph), Java, Chromium; npm's axe. As root, or with sudo
+packages: ## installs what the longer tests need: an S3 server (Ceph), Java, Chromium (Debian), axe (npm); as root or with sudo
 	@lacking=""; need() { command -v "$$1" >/dev/null || { shift; lacking="$$lacking $$*"; }; }; \
 	need radosgw radosgw; need ceph-mon ceph-mon; need ceph-osd ceph-osd; need java default-jre-headless; \
 	need chromium chromium fonts-dejavu-core; need npm npm; \
@@ -34,13 +34,13 @@ demo: install ## runs jobs/demo.yaml on the bundled model; leaves build/demo wit
 	@echo "one row fails on purpose"
 	@echo "report: build/demo/report.html"
 
-lint: install ## ruff, a strict type check, no dead code
+lint: install ## checks format, style, types and dead code
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/vulture
 
-test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
+test: lint ## runs all checks: ruff, types, pytest with real Ray; 12 minutes at most
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m 'not ray and not slow and not gpu' --cov --cov-fail-under=88
 	$(BIN)/pytest -m 'ray and not slow and not gpu'
 
@@ -48,10 +48,10 @@ test: lint ## all checks: ruff, types, pytest with real Ray; 12 minutes at most
 	$(BIN)/python -m pip install --quiet --editable '.[full]'
 	touch $@
 
-test-full: .venv/full ## the longer tests as far as 25 minutes reach: store, command line, disk, submit; then the others, from another one on with each commit
+test-full: .venv/full ## runs the longer tests for 25 minutes: store, command line, disk, submit first; the others from another start with each commit
 	TEST_SECONDS=1500 TEST_TURN=$$(git rev-list --count HEAD 2>/dev/null || echo 0) $(BIN)/pytest -m slow -rs
 
-lock: .venv/full ## requirements.lock anew: the newest versions that the oldest Python takes, without CUDA's own
+lock: .venv/full ## regenerates requirements.lock: the newest versions for the oldest Python, without CUDA's own
 	mkdir -p build
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --only-binary :all: --no-annotate --no-header \
 		--extra lora --extra train --extra gcs --extra azure --extra view --output-file build/resolved.txt pyproject.toml
@@ -61,15 +61,15 @@ lock: .venv/full ## requirements.lock anew: the newest versions that the oldest 
 chaos: install ## kills parts of running jobs N=20 times and compares with an undisturbed run
 	PYTHONPATH=tests $(BIN)/python tests/support/chaos.py $(N)
 
-train: install ## trains the bundled model from nothing: four and a half hours on two cores; the same command goes on
+train: install ## trains the bundled model from scratch: four and a half hours on two cores; rerun to resume
 	$(BIN)/context-diffusion run jobs/train.yaml
 
-bench: install ## the measurements of tests/benchmarks/LOG.md
+bench: install ## runs the measurements of tests/benchmarks/LOG.md
 	$(BIN)/python tests/benchmarks/flow.py
 	$(BIN)/python tests/benchmarks/engine.py --trace jobs/slots.png
 	$(BIN)/python tests/benchmarks/flops.py
 
-bench-gpu: install ## the tests that need a GPU; the engine on it against diffusers, random weights in the true shapes
+bench-gpu: install ## runs the tests that need a GPU, and the engine against diffusers with random weights in the true shapes
 	$(BIN)/pytest -m gpu
 	$(BIN)/python tests/benchmarks/bench_gpu.py
 

@@ -9,7 +9,6 @@ import torch
 from context_diffusion.core.model_parts import CHUNKS
 from context_diffusion.core.records import Pixels
 from context_diffusion.engine.backbone import Backbone
-from context_diffusion.inputs.context_images import ReferenceImage
 from context_diffusion.models.flux2.offloading import Offload
 from context_diffusion.models.native.backbone import NativeBackbone
 from context_diffusion.models.native.model import NativeModel
@@ -31,10 +30,9 @@ def load_backbone(
         from context_diffusion.models.flux2.backbone import Flux2Backbone
         from context_diffusion.models.flux2.loading import load_flux2
 
-        assert isinstance(model.contexts, ReferenceImage)
         # A lane that fills its chunk needs no padding, nor the mask that slower attention kernels take.
         padded = CHUNKS[model.kind, device.type][0] > 1
-        return Flux2Backbone(load_flux2(model.parts, device, offload), model.contexts, padded), None
+        return Flux2Backbone(load_flux2(model.parts, device, offload), model, padded), None
     from context_diffusion.models.stable_diffusion.backbone import StableBackbone
     from context_diffusion.models.stable_diffusion.loading import load
 

@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("job", type=Path, metavar="JOB", help="a job file with {day} in its paths")
     today = datetime.now(UTC).date().isoformat()
     parser.add_argument("--day", default=today, help="the value of {day}; default: today, UTC")
-    share_help = "the largest share of failed rows that is no error; default: %(default)s"
+    share_help = "the largest accepted share of failed rows; default: %(default)s"
     parser.add_argument("--max-failed-share", type=float, default=0.01, help=share_help)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, interrupted)

@@ -167,7 +167,8 @@ class ContextDiffusion:
     ) -> Iterator[tuple[Request, Result | Failure]]:
         """Generate requests of any settings in shared batches; yield each with its outcome as it finishes.
 
-        chunk: as for `engine`; default: the smallest that holds all of them, so that few pay for few."""
+        chunk: as for `engine`; default: the smallest that holds all of them, so that few images cost
+        little."""
         engine = self.engine(chunk or self._fitting_chunk(requests))
         engine.callback = callback
         return engine.run(requests)

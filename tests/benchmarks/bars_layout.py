@@ -10,8 +10,12 @@ own and 1 to 3 contexts."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
@@ -20,12 +24,13 @@ from bars_rows import GROUP, Row, given_model, held_out_rows, named, region_dist
 
 from context_diffusion.core.records import Pixels
 from context_diffusion.core.settings import Settings
-from context_diffusion.evaluation.layout import boundary_f1, layout_score
+from context_diffusion.evaluation.layout import layout_score
 from context_diffusion.evaluation.style import chamfer, palette
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training.data.layouts import Tone
 from context_diffusion.training.data.styles import Style, dress
 from context_diffusion.training.samples import make
+from support.measures import boundary_f1
 
 
 @torch.no_grad()

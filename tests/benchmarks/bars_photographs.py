@@ -8,7 +8,10 @@ the query, the colours the context."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cv2
 import numpy as np
@@ -20,11 +23,11 @@ from PIL import Image
 from context_diffusion.core.records import Pixels
 from context_diffusion.core.settings import Settings
 from context_diffusion.evaluation.layout import layout_score
-from context_diffusion.evaluation.shuffled_controls import named_first
 from context_diffusion.evaluation.style import chamfer, palette
 from context_diffusion.inputs.decode import resize
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.training.samples import make
+from support.measures import named_first
 
 QUERIES = ["horse", "coffee", "chelsea", "rocket", "camera", "coins", "astronaut", "moon"]
 CONTEXTS = [

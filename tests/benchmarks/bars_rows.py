@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import skimage.color
@@ -19,13 +22,13 @@ from numpy.typing import NDArray
 
 from context_diffusion.core.records import Pixels, Request
 from context_diffusion.core.settings import Settings
-from context_diffusion.evaluation.shuffled_controls import named_first
 from context_diffusion.inputs.control_maps import controls_of
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.resolution.resolve import model_folder
 from context_diffusion.training.data.layouts import Rng, Tone, make_layout
 from context_diffusion.training.data.pools import make_query
 from context_diffusion.training.data.styles import Style, dress, make_style
+from support.measures import named_first
 
 GROUP = 8
 SEED = 2**41

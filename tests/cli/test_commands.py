@@ -25,7 +25,7 @@ from support.http_server import serving
 from support.hub_server import hub_of
 from support.manifests import job_values, write_manifest, write_pictures
 from support.ports import free_port
-from support.processes import COMMAND, ENVIRONMENT
+from support.processes import COMMAND, ENVIRONMENT, PATIENCE_S
 
 STORAGE = Storage(deadline_s=1)
 UNDETECTED = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # typer's own way to name the shell
@@ -35,7 +35,7 @@ NAMES = {*typer.main.get_command(app).commands}  # type: ignore[attr-defined]
 def call(*arguments: str, **more: str) -> tuple[int, str, str]:
     """-> exit code, stdout, stderr."""
     done = subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT | more, timeout=150
+        [*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT | more, timeout=PATIENCE_S
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -328,13 +328,13 @@ def test_weights_are_here_or_kept_or_to_come(tmp_path: Path, monkeypatch: pytest
 def test_a_file_of_several_jobs_lists_those_that_ran_even_if_the_first_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from context_diffusion.cli import main
+    from context_diffusion.cli import run_command
 
     ended = {"output": "x", "exit": 75, "error": "the store is away"}
-    monkeypatch.setattr(main, "_run_job", lambda *_: ended)
+    monkeypatch.setattr(run_command, "_run_job", lambda *_: ended)
     jobs = [{"kind": "generate", "manifest": "rows.csv", "output": str(tmp_path / name)} for name in "ab"]
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     with pytest.raises(typer.Exit) as exit_:
-        main.run(str(tmp_path / "jobs.json"))
+        run_command.run(str(tmp_path / "jobs.json"))
     assert exit_.value.exit_code == 75
     assert json.loads(capsys.readouterr().out)["jobs"] == [ended]

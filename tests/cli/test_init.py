@@ -10,11 +10,12 @@ import pytest
 
 from context_diffusion.cli import main
 from context_diffusion.cli.job_template import job_text, write_job
-from context_diffusion.cli.main import _result_lines
+from context_diffusion.cli.run_command import _result_lines
 from context_diffusion.core.errors import ConfigError, JobError, ManifestError
 from context_diffusion.core.generate_job import GenerateJob
-from context_diffusion.core.job_file import check_job, load_job, parse
+from context_diffusion.core.job_file import check_job, parse
 from context_diffusion.inputs.from_folders import Pairing
+from support.job_files import load_job
 from support.manifests import write_pictures
 
 

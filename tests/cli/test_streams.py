@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from support.manifests import job_values, write_manifest
-from support.processes import COMMAND, ENVIRONMENT
+from support.processes import COMMAND, ENVIRONMENT, PATIENCE_S
 from support.user_images import write_base
 
 ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
@@ -51,7 +51,7 @@ def call(
 ) -> tuple[int, dict[str, Any], bytes]:
     """-> the code, stdout's last line, stderr."""
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT | environment, timeout=280
+        command, stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT | environment, timeout=PATIENCE_S
     )
     return done.returncode, json.loads(done.stdout.splitlines()[-1]), done.stderr or b""
 
@@ -119,7 +119,7 @@ def test_a_run_in_a_notebook_tells_plain_lines(job: str, tmp_path: Path) -> None
         stdout=subprocess.PIPE,
         stderr=terminal,
         env=ENVIRONMENT | {"TERM": "xterm"},
-        timeout=280,
+        timeout=PATIENCE_S,
     )
     os.close(terminal)
     assert b"\x1b[" in os.read(own, 65536)

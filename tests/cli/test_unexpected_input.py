@@ -231,6 +231,19 @@ def test_nan_is_null(tmp_path: Path) -> None:
     assert plan.rows == 1
 
 
+@pytest.mark.parametrize("nothing", ["", "nan", "NaN", "null", " nan "])
+def test_nan_is_null_in_the_text_of_a_csv_too(tmp_path: Path, nothing: str) -> None:
+    """pandas writes it so where `na_rep` says so."""
+    (tmp_path / "m.csv").write_text(
+        f"query,context,guidance_scale,seed,context_weights,width\na.png,a.png,{','.join([nothing] * 4)}\n"
+    )
+    _, [row] = planned(tmp_path, "m.csv")
+    assert (row["error_code"], row["error_message"]) == (None, None)
+    used = json.loads(row["settings"])
+    assert (used["guidance_scale"], used["context_weights"], used["width"]) == (1.5, None, None)
+    assert used["seed"] is not None
+
+
 def test_a_nullable_key_may_be_missing_in_the_first_row(tmp_path: Path) -> None:
     lines = [
         {"query": "a.png", "context": "a.png"},

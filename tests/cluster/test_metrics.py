@@ -23,6 +23,7 @@ from context_diffusion.cluster.metrics import METRICS, exported
 from support.clusters import TOKEN, Cluster, call, start_cluster, write_job
 from support.monitoring import PROMETHEUS, alerts, dashboard, names
 from support.output_reader import read_output
+from support.processes import PATIENCE_S
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -124,7 +125,7 @@ def test_every_name_that_is_asked_for_is_there_and_the_counts_are_the_jobs(
         code, _, log = call(watched, "submit", job, "--wait", "--log-format", "json")
         assert code == 3, log
         expected = counted_on_disk(out)
-        deadline = time.monotonic() + 60  # what the processes told last arrives a little later
+        deadline = time.monotonic() + PATIENCE_S  # what the processes told last arrives a little later
         while seen.counts() != expected and time.monotonic() < deadline:
             time.sleep(0.5)
     assert seen.counts() == expected

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from context_diffusion.cluster.dataflow import MAX_ENGINES, TASK_CPUS, Resources, share_resources
+from context_diffusion.cluster.resources import MAX_ENGINES, TASK_CPUS, Resources, share_resources
 from context_diffusion.core.errors import ClusterError
 from context_diffusion.core.generate_job import GenerateJob
 

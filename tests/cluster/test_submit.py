@@ -14,6 +14,7 @@ import yaml
 
 from support.clusters import Cluster, call, write_job
 from support.output_reader import read_output
+from support.processes import PATIENCE_S
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -48,7 +49,7 @@ def test_while_it_runs_it_is_joined_then_stopped_and_goes_on_as_another_attempt(
     code, _, log = call(cluster, "submit", job, "--set", "seed=2")
     assert code == 2
     assert first["submission_id"] in log
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE_S
     while not list((tmp_path / "out").glob("data/*")):
         assert time.monotonic() < deadline
         time.sleep(0.2)

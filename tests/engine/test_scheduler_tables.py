@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from context_diffusion.core.errors import ErrorCode, ModelError, RowError
+from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.settings import SchedulerName
 from context_diffusion.engine.scheduler_tables import SAMPLERS, make_table
 from support.diffusers_reference import REFERENCES
@@ -195,9 +195,28 @@ def test_a_sampler_that_the_models_scheduler_config_does_not_fit_is_refused_by_n
     assert caught.value.code == ErrorCode.INVALID_SETTING
 
 
-def test_what_is_not_linear_is_refused() -> None:
-    with pytest.raises(ModelError, match="clip_sample"):
-        make_table("ddim", 10, config("epsilon", "leading") | {"clip_sample": True})
+CLIPPING = ("ddim", "ddim_trailing", "ddpm", "tcd", "lcm")
+BOUNDED = {
+    "clip_sample": CLIPPING,
+    "thresholding": (*CLIPPING, "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_sde"),
+}
+
+
+@pytest.mark.parametrize("option", list(BOUNDED))
+@pytest.mark.parametrize("scheduler", [name for name in SAMPLERS if name != "flow_euler"])
+def test_what_is_not_linear_is_refused_by_name_and_what_a_sampler_does_not_read_is_ignored(
+    option: str, scheduler: SchedulerName
+) -> None:
+    plain = config("epsilon", "leading", **STABLE_DIFFUSION)
+    if scheduler not in BOUNDED[option]:
+        table = make_table(scheduler, 10, plain | {option: True})
+        assert torch.equal(table.coefficients, make_table(scheduler, 10, plain).coefficients)
+        return
+    with pytest.raises(
+        RowError, match=f"scheduler {scheduler}: .* has {option}, .* choose .*euler"
+    ) as caught:
+        make_table(scheduler, 10, plain | {option: True})
+    assert caught.value.code == ErrorCode.INVALID_SETTING
 
 
 @pytest.mark.parametrize("scheduler", ["lcm", "tcd"])

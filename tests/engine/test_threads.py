@@ -19,12 +19,13 @@ from context_diffusion.core.records import Pixels, Request, Result
 from context_diffusion.models.flux2.prompts import full_prompt
 from context_diffusion.models.resolution.resolve import BUNDLED
 from context_diffusion.pipeline import ContextDiffusion, make_engine
-from support.diffusers_reference import reference, row
+from support.diffusers_reference import Model, reference, row
 from support.klein_rows import MOST_LEVELS, by_diffusers, klein_row, levels_apart, request_of
 from support.threads import threads_that_switch_often
 from support.tiny import picture, request, tiny_model
-from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
+from support.tiny_diffusers import SIDE, make_base, make_controlnet, make_image_encoder, make_ip_adapter
 from support.tiny_flux2 import save_tiny_klein
+from support.tiny_loras import make_lora
 
 RUNS = 20
 THREADS = (2, 4)
@@ -49,6 +50,26 @@ MIXED: list[dict[str, Any]] = [
 ]
 
 
+def mask(seed: int) -> Pixels:
+    """Return a mask of a context at the output's size: grey patches, of which the bright ones act."""
+    return picture(seed, SIDE, SIDE)[..., :1].repeat(3, 2)
+
+
+# What later settings of rows add: masks, blocks, LoRAs, image to image, windows of each ControlNet.
+SETTINGS: list[dict[str, Any]] = [
+    {"contexts": 2, "masks": (mask(1), mask(2)), "guidance_scale": 5.0, "num_inference_steps": 2},
+    {"contexts": 2, "lora": "ink", "lora_scale": 0.5, "control_guidance_end": [0.4, 1.0]},
+    {"strength": 0.7, "scheduler": "euler", "context_blocks": {"up": 1.0}},
+    {
+        "contexts": 3,
+        "control": [],
+        "guidance_rescale": 0.7,
+        "negative_prompt": "grey",
+        "num_inference_steps": 2,
+    },
+]
+
+
 def generate(model: Any, rows: list[Request], threads: int, runs: int) -> list[list[Pixels]]:
     job = GenerateJob.model_validate(
         {
@@ -62,7 +83,8 @@ def generate(model: Any, rows: list[Request], threads: int, runs: int) -> list[l
     engine = make_engine(job, pytest.fail)
     images = []
     for _ in range(runs):
-        results = engine.generate(rows)
+        with threads_that_switch_often():
+            results = engine.generate(rows)
         assert all(isinstance(result, Result) for result in results), results
         images.append([result.image for result in results if isinstance(result, Result)])
     return images
@@ -79,18 +101,24 @@ def assert_equal_bits(model: Any, rows: list[Request]) -> list[Pixels]:
     return expected
 
 
-@pytest.mark.parametrize("xl", [False, True], ids=["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    ("xl", "mixed"),
+    [(False, MIXED), (True, MIXED), (False, SETTINGS)],
+    ids=["sd15", "sdxl", "later settings"],
+)
 def test_threads_change_no_row_of_stable_diffusion_and_each_is_what_diffusers_makes(
-    tmp_path: Path, xl: bool
+    tmp_path: Path, xl: bool, mixed: list[dict[str, Any]]
 ) -> None:
     base = make_base(tmp_path, xl)
-    model = {
+    model: Model = {
         "base": base,
         "controlnet": [make_controlnet(tmp_path, xl, seed) for seed in (1, 2)],
         "image_encoder": make_image_encoder(tmp_path),
         **make_ip_adapter(tmp_path, base, plus=True, xl=xl),
     }
-    rows = [row(number, **settings) for number, settings in enumerate(MIXED)]
+    if mixed is SETTINGS:
+        model["loras"] = {"ink": make_lora(tmp_path, base, "ink", 1)}
+    rows = [row(number, **settings) for number, settings in enumerate(mixed)]
     for image, request_ in zip(assert_equal_bits(model, rows), rows, strict=True):
         _, theirs = reference(model, request_, xl)
         assert np.abs(image.astype(int) - theirs.astype(int)).max() <= 1, request_.id

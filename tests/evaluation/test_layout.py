@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from context_diffusion.evaluation.layout import boundary_f1, layout_score
-from context_diffusion.evaluation.shuffled_controls import auc, named_first
+from context_diffusion.evaluation.layout import layout_score
+from context_diffusion.evaluation.shuffled_controls import auc
 from support.held_out import held_out_rows
+from support.measures import boundary_f1, named_first
 
 
 def test_the_layout_score_tells_the_query_of_a_picture_from_another_one() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from context_diffusion.evaluation.shuffled_controls import auc, named_first
+from context_diffusion.evaluation.shuffled_controls import auc
+from support.measures import named_first
 
 
 def test_auc_is_the_chance_to_be_above_with_ties_by_half() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from context_diffusion.evaluation.shuffled_controls import auc, named_first
+from context_diffusion.evaluation.shuffled_controls import auc
 from context_diffusion.evaluation.style import chamfer, palette, style_score, textures
 from context_diffusion.training.data.layouts import make_layout
 from context_diffusion.training.data.styles import Style, dress, make_lut
 from support.held_out import held_out_rows
+from support.measures import named_first
 
 
 def test_the_style_score_tells_the_contexts_of_a_picture_from_others() -> None:

@@ -29,7 +29,7 @@ def test_a_run_that_slept_while_another_finished_changes_nothing(tmp_path: Path)
     out = tmp_path / "out"
     job = job_values(write_manifest(tmp_path / "in", 120), out, rows_per_part=6)
     sleeper = start(job, "slow")
-    wait_for_parts(out, 3, seconds=90)
+    wait_for_parts(out, 3)
     asleep = _members(sleeper.pid)
     for pid in asleep:
         os.kill(pid, signal.SIGSTOP)
@@ -82,7 +82,7 @@ def test_a_node_that_dies_loses_nothing(tmp_path: Path, cluster: Cluster) -> Non
     out = tmp_path / "out"
     job = job_values(write_manifest(tmp_path / "in", 120), out, rows_per_part=6)
     process = start(job, "slow")
-    wait_for_parts(out, 3, seconds=90)
+    wait_for_parts(out, 3)
     cluster.remove_node(
         next(node for node in cluster.list_all_nodes() if not node.head), allow_graceful=False
     )

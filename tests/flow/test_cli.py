@@ -18,13 +18,13 @@ import pytest
 from context_diffusion.cluster.supervisor import _members
 from support.manifests import job_values, write_manifest
 from support.output_reader import read_output
-from support.processes import COMMAND, ENVIRONMENT, children
+from support.processes import COMMAND, ENVIRONMENT, PATIENCE_S, children
 
 
 def call(*arguments: str) -> tuple[int, dict[str, Any], str]:
     """-> exit code, the JSON of stdout's last line, stderr."""
     done = subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=150
+        [*COMMAND, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=PATIENCE_S
     )
     lines = done.stdout.strip().splitlines()
     assert len(lines) <= 1, "stdout holds results only"
@@ -166,14 +166,14 @@ def test_a_stopped_run_says_so_leaves_no_process_and_goes_on(
             signal.SIGINT, signal.SIG_DFL
         ),  # a shell's background jobs ignore it
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + PATIENCE_S
     while not list((tmp_path / "out").glob("data/*")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     driver = children(process.pid)[0]
     os.kill(process.pid if victim == "supervisor" else driver, number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE_S)
     summary = json.loads(out.strip().splitlines()[-1])
     assert process.returncode == summary["exit"] == code
     assert 0 < summary["rows"] < 60
@@ -192,14 +192,14 @@ def test_after_sigterm_the_shards_that_were_begun_are_finished_in_their_grace_an
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
-    data, deadline = tmp_path / "out" / "data", time.monotonic() + 120
+    data, deadline = tmp_path / "out" / "data", time.monotonic() + PATIENCE_S
     while not data.exists() or not list(data.iterdir()):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     before, told = len(list(data.iterdir())), time.monotonic()
     os.kill(process.pid, signal.SIGTERM)
-    _, log = process.communicate(timeout=120)
+    _, log = process.communicate(timeout=PATIENCE_S)
     print(
         f"grace {grace}: {time.monotonic() - told:.1f} s, {len(list(data.iterdir())) - before} shards"
     )  # for the log

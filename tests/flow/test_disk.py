@@ -61,7 +61,7 @@ def test_a_disk_that_becomes_read_only_ends_with_75_and_later_all_is_made(
     out = mount("size=100m") / "out"
     job = job_values(write_manifest(tmp_path / "in", ROWS), out, rows_per_part=6)
     process = start(job, "slow")
-    wait_for_parts(out, 3, seconds=90)
+    wait_for_parts(out, 3)
     while True:  # no file may be open for writing at that moment
         try:
             mount("remount,ro")

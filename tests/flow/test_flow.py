@@ -101,7 +101,7 @@ def test_a_killed_driver_loses_nothing_and_touches_nothing_that_is_done(tmp_path
     out = tmp_path / "out"
     job = job_values(write_manifest(tmp_path / "in", 200), out, rows_per_part=10)
     process = start(job, "slow")
-    wait_for_parts(out, 4, seconds=120)
+    wait_for_parts(out, 4)
     end(process)
     done = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.glob("data/*.parquet")}
     assert 4 <= len(done) < 20

@@ -12,7 +12,7 @@ import pytest
 
 from support.manifests import job_values, write_manifest
 from support.output_reader import read_output
-from support.processes import TESTS
+from support.processes import PATIENCE_S, TESTS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -39,7 +39,7 @@ def test_a_pool_that_asks_for_more_engines_than_there_will_ever_be_still_ends(tm
         env=os.environ | {"PYTHONPATH": path, "RAY_worker_niceness": "0"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["ok"] == 200

@@ -37,7 +37,7 @@ def run(folder: Path, *words: str) -> tuple[int, dict[str, Any], str]:
         "score": ["layout", "style"],
     }
     (folder / "job.yaml").write_text(yaml.safe_dump_all([generate, evaluate], sort_keys=False))
-    options = ["--set", "cluster={num_cpus: 2, no_progress_timeout_s: 60}"]
+    options = ["--set", "cluster={num_cpus: 2, no_progress_timeout_s: 120}"]
     command = [*COMMAND, "run", str(folder / "job.yaml"), *options, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=420)
     [line] = done.stdout.strip().splitlines()

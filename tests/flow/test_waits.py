@@ -21,7 +21,7 @@ from context_diffusion.core.errors import ClusterError
 from context_diffusion.generation.fault_ledger import Ledger
 from support.manifests import job_values, write_manifest
 from support.ports import free_port
-from support.processes import COMMAND, ENVIRONMENT, ended, start
+from support.processes import COMMAND, ENVIRONMENT, PATIENCE_S, ended, start
 
 pytestmark = pytest.mark.ray
 STRICT = {"cluster": {"no_progress_timeout_s": 30}}
@@ -64,7 +64,7 @@ def test_a_cluster_that_others_hold_is_told(tmp_path: Path) -> None:
     holding = subprocess.Popen([sys.executable, "-c", hold])
     try:
         ray.init()
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE_S
         while ray.available_resources().get("CPU", 0) > 0.5:
             assert time.monotonic() < until
             time.sleep(0.2)

@@ -96,7 +96,7 @@ def test_a_chunk_that_no_device_has_is_refused_before_anything_is_planned(
     tmp_path: Path, cluster: dict[str, Any]
 ) -> None:
     wanted = job(write_manifest(tmp_path / "in", 2), tmp_path / "out", cluster=cluster)
-    words = rf"cluster.chunk: {cluster['chunk']} is no size of a chunk.* native on cpu: 1, 2, 3, 4"
+    words = rf"cluster.chunk: {cluster['chunk']} is not a size of a chunk.* native on cpu: 1, 2, 3, 4"
     with pytest.raises(ConfigError, match=words):
         open_plan(wanted, Output(wanted.output, STORAGE), STORAGE)
     with pytest.raises(ConfigError, match=words):

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from context_diffusion.core.errors import ManifestError, OutputConflictError, StorageError
 from context_diffusion.core.generate_job import GenerateJob
-from context_diffusion.core.job_file import load_job
 from context_diffusion.generation.plan import open_plan, part_rows
 from context_diffusion.generation.shards import read_shards
 from context_diffusion.generation.stages.read_shard import ReadShard
 from context_diffusion.inputs.rows import RowRules
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
+from support.job_files import load_job
 from support.manifests import job_values, rows, write_manifest, write_pictures
 
 STORAGE = Storage(deadline_s=1)

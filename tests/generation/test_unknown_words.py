@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from context_diffusion import ContextDiffusion
-from context_diffusion.cli import main
+from context_diffusion.cli import main, run_command
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.records import Failure, Request, Result
 from context_diffusion.generation.validate import validate_job
@@ -64,7 +64,7 @@ def test_a_job_of_the_bundled_model_tells_the_words_without_an_effect(
     assert [row["unknown_words"] for row in data_of(page)["rows"]] == WORDS
     assert "  rows with unknown words: 3" in progress_of(output).lines
 
-    main._report_end(job, "job.yaml", summary)
+    run_command._report_end(job, "job.yaml", summary)
     lines = capfd.readouterr().err.splitlines()
     assert [line for line in lines if "does not know" in line] == [
         "3 rows have words in the prompt that the model does not know, such as: dragon, castle, b, knights"
@@ -76,7 +76,7 @@ def test_a_model_that_reads_any_word_has_none(tmp_path: Path, capfd: pytest.Capt
     assert all(row["unknown_words"] is None for _, part in output.read_parts() for row in part.to_pylist())
     assert output.unknown_words(9) == []
     summary = rebuild(output)
-    main._report_end(job, "job.yaml", summary)
+    run_command._report_end(job, "job.yaml", summary)
     assert "words in the prompt" not in Path(output.report).read_text() + capfd.readouterr().err
 
 

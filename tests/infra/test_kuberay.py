@@ -16,8 +16,8 @@ import jsonschema
 import pytest
 import yaml
 
-from context_diffusion.core.job_file import load_job
 from context_diffusion.core.model_parts import PRESETS
+from support.job_files import load_job
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "infra" / "kuberay"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 
 from context_diffusion.cli import main
 from context_diffusion.core.errors import ConfigError
@@ -31,6 +32,7 @@ from context_diffusion.models.resolution.resolve import find_model
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.pipeline import ContextDiffusion
 from context_diffusion.storage.filesystem import Storage
+from support.local_job import run_job
 from support.manifests import job_values, write_manifest
 from support.tiny import picture
 from support.tiny_diffusers import (
@@ -40,6 +42,7 @@ from support.tiny_diffusers import (
     make_ip_adapter,
     make_safety_checker,
 )
+from support.tiny_flux2 import save_tiny_klein
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "sd15": {"num_inference_steps": 30, "guidance_scale": 7.5, "scheduler": "dpmpp_2m", "context_scale": 0.6},
@@ -50,21 +53,27 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "context_scale": 0.6,
         "controlnet_conditioning_scale": [0.5],
     },
-}
-KLEIN: dict[str, dict[str, Any]] = {
     "flux2-klein": {"num_inference_steps": 4, "guidance_scale": 1.0, "scheduler": "flow_euler"},
     "flux2-klein-base": {"num_inference_steps": 50, "guidance_scale": 4.0, "scheduler": "flow_euler"},
 }
+CONTROL = {"sd15": ["canny"], "sdxl": ["canny"], "flux2-klein": [], "flux2-klein-base": []}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of presets whose newest one is taken
 SCHEDULER = {"sd15": "PNDMScheduler", "sdxl": "EulerDiscreteScheduler"}  # of the published bases
+# diffusers' loader, of huggingface_hub 1
+LOADER = pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")
 
 
-@pytest.fixture(params=["sd15", "sdxl"])
+@pytest.fixture(params=list(PRESETS))
 def preset(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A preset's name, its parts in the hub's cache, at its commits, as tiny ones."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     parts, xl = PRESETS[request.param], request.param == "sdxl"
+    if request.param.startswith("flux2"):
+        own = save_tiny_klein(tmp_path / "klein", distilled=request.param == "flux2-klein")
+        put(tmp_path, parts.base, parts.revision, own)
+        return request.param
     base = Path(make_base(tmp_path, xl))
     config = base / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": SCHEDULER[request.param]}))
@@ -84,7 +93,11 @@ def preset(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 def put(folder: Path, part: str, revision: dict[str, str], files: Path) -> None:
     owner, name, *inside = part.split("/")
-    snapshot = folder / "hub" / f"models--{owner}--{name}" / "snapshots" / revision[f"{owner}/{name}"]
+    cache = folder / "hub" / f"models--{owner}--{name}"
+    commit = revision.get(f"{owner}/{name}", COMMIT)
+    (cache / "refs").mkdir(parents=True, exist_ok=True)
+    (cache / "refs" / "main").write_text(commit)
+    snapshot = cache / "snapshots" / commit
     place = snapshot.joinpath(*inside)
     place.parent.mkdir(parents=True, exist_ok=True)
     if files.is_file():
@@ -101,9 +114,13 @@ def test_a_job_that_leaves_all_out_is_planned_with_the_presets_own_settings_and_
         {"kind": "generate", "manifest": manifest, "output": str(tmp_path / "out"), "model": preset}
     )
     plan = open_plan(job, Output(job.output, Storage()), Storage())
-    assert plan.job.control_kinds == ["canny"]
+    assert plan.job.control_kinds == CONTROL[preset]
     planned = json.loads((tmp_path / "out" / "plan.json").read_text())["job"]["settings"]
     assert {name: planned[name] for name in PUBLISHED[preset]} == PUBLISHED[preset]
+    if not CONTROL[preset]:
+        with pytest.raises(ConfigError, match=r"control: gray: .* has no ControlNet"):
+            resolved_job(job.model_copy(update={"control": "gray"}), plan.model.defaults)
+        return
     given = job.model_copy(
         update={"control": "gray", "settings": Settings.model_validate({"guidance_scale": 2.0})}
     )
@@ -113,27 +130,42 @@ def test_a_job_that_leaves_all_out_is_planned_with_the_presets_own_settings_and_
     assert own.settings.num_inference_steps == PUBLISHED[preset]["num_inference_steps"]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The `local_dir_use_symlinks` argument"
-)  # diffusers' loader, of huggingface_hub 1
+@LOADER
+def test_the_output_records_the_presets_own_settings(preset: str, tmp_path: Path) -> None:
+    """Of a row without settings."""
+    for number, name in enumerate(("query", "context")):
+        Image.fromarray(picture(number)).save(tmp_path / f"{name}.png")
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text(json.dumps({"id": "a", "query": "query.png", "context": ["context.png"]}))
+    job = GenerateJob.model_validate(
+        {"kind": "generate", "manifest": str(manifest), "output": str(tmp_path / "out"), "model": preset}
+    )
+    [written] = run_job(job)
+    assert written["status"] == "ok", written["error_message"]
+    assert {name: written[name] for name in PUBLISHED[preset]} == PUBLISHED[preset]
+    assert written["control"] == ("+".join(CONTROL[preset]) or "disabled")
+
+
+@LOADER
 def test_the_python_api_uses_them_too(preset: str) -> None:
     model = ContextDiffusion.from_pretrained(preset, device="cpu")
     query, context = picture(1), picture(2)
     [request] = model.requests(query, [context], None, None, None, "crop", {"seed": 1})
     used = request.settings.model_dump()
     assert {name: used[name] for name in PUBLISHED[preset]} == PUBLISHED[preset]
-    [control] = request.controls
-    assert control.kind == "canny"
-    assert np.array_equal(control.pixels, control_map(request.query, "canny"))
+    assert [control.kind for control in request.controls] == CONTROL[preset]
+    for control in request.controls:
+        assert np.array_equal(control.pixels, control_map(request.query, control.kind))
     [own] = model.requests(query, [context], None, None, None, "crop", {"num_inference_steps": 3})
     assert own.settings.num_inference_steps == 3
     assert own.settings.guidance_scale == PUBLISHED[preset]["guidance_scale"]
     image = model(query, [context], num_inference_steps=1)
-    assert image.size == (model.backbone.image_size, model.backbone.image_size)
+    side = model.backbone.image_size if CONTROL[preset] else query.shape[0]
+    assert image.size == (side, side)
 
 
 def test_presets_have_settings_of_their_own_size_and_controlnets_that_are_known() -> None:
-    assert {*PUBLISHED, *KLEIN} == set(PRESETS)
+    assert set(PUBLISHED) == set(CONTROL) == set(PRESETS)
     for parts in PRESETS.values():
         assert set(parts.controlnets) <= set(CONTROLNETS)
 
@@ -187,6 +219,23 @@ def test_what_is_given_goes_before_the_models_and_null_is_given() -> None:
         2.0,
     )
     assert resolved_settings(defaults, settings) == settings
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"_class_name": "PNDMScheduler"}, "dpmpp_2m"),
+        ({"_class_name": "DDIMScheduler"}, "ddim"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++"}, "dpmpp_2m"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "dpmpp_sde"),
+    ],
+)
+def test_a_base_is_used_with_its_own_scheduler(tmp_path: Path, config: dict[str, Any], expected: str) -> None:
+    base = make_base(tmp_path)
+    file = Path(base) / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    assert find_model(base).defaults.settings["scheduler"] == expected
 
 
 def test_the_bundled_model_reads_gray_maps() -> None:

@@ -10,10 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from context_diffusion.core.errors import ConfigError
-from context_diffusion.core.job_file import check_job, load_job
+from context_diffusion.core.job_file import check_job
 from context_diffusion.core.training_job import Architecture, TrainJob
 from context_diffusion.models.native.build import build
 from context_diffusion.training.samples import make
+from support.job_files import load_job
 from support.tiny import SIZES, make_tiny, request
 from support.training_steps import changed_by_a_step
 

@@ -119,7 +119,7 @@ TABLES = {
     "evaluate": table({"": EvaluateJob, "limits.": Limits}),
     "finetune": table({"": FinetuneJob, "diffusion.": FinetuneSteps}),
     "exits": listed(
-        "| exit code | what it says of OUTPUT | what to do |",
+        "| exit code | what it says about OUTPUT | what to do |",
         {code: " | ".join(told) for code, told in EXITS.items()},
     ),
     "codes": listed(

@@ -19,7 +19,7 @@ from support.ports import free_port, free_ports
 
 PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "ceph-authtool", "monmaptool")
 ACCESS, SECRET = "test", "testtest-testtest"
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 # No authentication within, nothing on any other address, one copy of everything, and short waits.
 CONFIG = """

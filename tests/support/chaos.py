@@ -28,11 +28,10 @@ from typing import Any
 from context_diffusion.cluster.supervisor import _members
 from support.manifests import job_values, write_manifest
 from support.output_reader import plan_rows, read_output
-from support.processes import COMMAND, ENVIRONMENT, children
+from support.processes import COMMAND, ENVIRONMENT, PATIENCE_S, children
 from support.tiny import tiny_model
 
 ROWS = 48
-PATIENCE_S = 300.0
 # Who is killed: words of its command line, one of them, and the signal. "supervisor" is the command itself.
 # Workers of
 # tasks are named after a task only while it runs, some milliseconds: idle ones will do.

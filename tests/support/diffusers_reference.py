@@ -106,8 +106,13 @@ def reference(
 
 def image_of(pipe: Any, latents: torch.Tensor) -> Pixels:
     """What a pipeline decodes latents to."""
+    config = pipe.vae.config
+    scaled = latents / config.scaling_factor
+    if "XL" in type(pipe).__name__ and config.latents_mean and config.latents_std:
+        mean, std = (torch.tensor(part)[:, None, None] for part in (config.latents_mean, config.latents_std))
+        scaled = scaled * std + mean
     with torch.inference_mode():
-        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+        decoded = pipe.vae.decode(scaled).sample
     return np.asarray(pipe.image_processor.postprocess(decoded, output_type="pil")[0])
 
 

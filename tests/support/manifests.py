@@ -58,7 +58,7 @@ def write_manifest(folder: Path, count: int = 24, changes: dict[int, dict[str, A
 
 
 def job_values(manifest: str, output: Path | str, **more: Any) -> dict[str, Any]:
-    cluster = {"num_cpus": 2, "no_progress_timeout_s": 60} | more.pop("cluster", {})
+    cluster = {"num_cpus": 2, "no_progress_timeout_s": 120} | more.pop("cluster", {})
     return {
         "kind": "generate",
         "manifest": manifest,

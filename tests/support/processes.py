@@ -20,6 +20,8 @@ from support.ceph import ACCESS, SECRET
 
 TESTS = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "context_diffusion"]
+# How long a busy machine may take: a test that passes never waits so long, one that fails has failed anyway.
+PATIENCE_S = 300.0
 ENVIRONMENT = os.environ | {"RAY_worker_niceness": "0", "NO_COLOR": "1"}  # of the command line
 
 
@@ -43,7 +45,7 @@ def start(job: dict[str, Any], engine: str, **options: bool) -> subprocess.Popen
     return process
 
 
-def ended(process: subprocess.Popen[str], timeout: float = 120) -> dict[str, Any]:
+def ended(process: subprocess.Popen[str], timeout: float = PATIENCE_S) -> dict[str, Any]:
     """What the driver said last."""
     assert process.stdout
     assert process.stderr
@@ -67,7 +69,7 @@ def end(process: subprocess.Popen[str]) -> None:
     end_session(process.pid)
 
 
-def wait_for_parts(out: Path, count: int, seconds: float = 60) -> None:
+def wait_for_parts(out: Path, count: int, seconds: float = PATIENCE_S) -> None:
     """Until OUTPUT has so many finished parts."""
     deadline = time.monotonic() + seconds
     while len(list(out.glob("data/*.parquet"))) < count:

@@ -44,7 +44,6 @@ def finished(
         "images_per_second": 2.0,
         "seconds": 11.5,
         "occupancy": 0.93,
-        "seconds_by_stage": {"load": 1.25, "denoise": 9.0},
     }
     output.storage.replace(output.summary, json.dumps(told).encode())
     rebuild(output)

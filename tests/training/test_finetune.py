@@ -26,7 +26,7 @@ from context_diffusion.training import diffusion
 from context_diffusion.training.data.encoded_pools import encode
 from context_diffusion.training.data.pools import Pools
 from context_diffusion.training.data.user_batches import Mixed
-from context_diffusion.training.data.user_images import read_pictures
+from context_diffusion.training.data.user_images import read_user_images
 from context_diffusion.training.finetune import UserData
 from context_diffusion.training.loop.checkpoints import load_checkpoint, save_checkpoint
 from context_diffusion.training.loop.distributed import Workers
@@ -184,7 +184,7 @@ def test_a_manifest_is_trained_on_with_its_queries_and_prompts(tmp_path: Path) -
         tmp_path / "own.jsonl", tmp_path / "out", base, held_out=0.4, diffusion={"prompt_dropout": 0.0}
     )
     assert run_training(wanted)["pictures"] == 6
-    model, pictures = tiny_model(), read_pictures(wanted, SIZES.image_size)
+    model, pictures = tiny_model(), read_user_images(wanted, SIZES.image_size)
     own = UserData(wanted, model, pictures, Pools(wanted, SIZES.image_size))
     samples = own.training.samples(np.random.default_rng(1), 4, 0.0, 0.0, np.arange(4))
     assert samples.prompts == ["ocean dots"] * 4
@@ -224,7 +224,7 @@ def test_a_worker_without_pictures_and_a_batch_without_contexts(
         diffusion={"context_dropout": 1.0},
     )
     model = copy.deepcopy(tiny_model())
-    pictures = read_pictures(wanted, SIZES.image_size)
+    pictures = read_user_images(wanted, SIZES.image_size)
     run = diffusion.Run(wanted, model, tmp_path, {})
     assert torch.isfinite(
         run.train_step(UserData(wanted, model, pictures, Pools(wanted, SIZES.image_size)).training)
@@ -248,7 +248,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(
         run = diffusion.Run(wanted, model, tmp_path, {})
         monkeypatch.setattr(run.optimizer, "step", lambda *_: None)
         monkeypatch.setattr(run.clipping, "bound", lambda: None)
-        pictures = read_pictures(wanted, SIZES.image_size)
+        pictures = read_user_images(wanted, SIZES.image_size)
         losses.append(
             run.train_step(UserData(wanted, model, pictures, Pools(wanted, SIZES.image_size)).at(0)).item()
         )
@@ -262,7 +262,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(
 
 def test_a_batch_keeps_its_share_of_old_styles_and_workers_share_it_row_by_row(tmp_path: Path) -> None:
     wanted = job(write_styles(tmp_path / "own"), tmp_path, write_base(tmp_path / "base"), controls=["canny"])
-    pictures = read_pictures(wanted, SIZES.image_size)
+    pictures = read_user_images(wanted, SIZES.image_size)
     source = UserData(wanted, tiny_model(), pictures, Pools(wanted, SIZES.image_size)).at(0)
     assert isinstance(source, Mixed)
 

@@ -15,17 +15,18 @@ import torch
 from PIL import Image
 
 from context_diffusion.core.errors import ConfigError, ManifestError
-from context_diffusion.core.job_file import check_job, load_job
+from context_diffusion.core.job_file import check_job
 from context_diffusion.core.training_job import FinetuneJob
 from context_diffusion.training.data.pools import shift_exposure
 from context_diffusion.training.data.user_batches import Gallery
-from context_diffusion.training.data.user_images import Example, Pictures, read_pictures
+from context_diffusion.training.data.user_images import Example, UserImages, read_user_images
+from support.job_files import load_job
 from support.manifests import write_pictures
 from support.user_images import job, write_styles
 
 
-def read(data: object, **more: Any) -> Pictures:
-    return read_pictures(job(data, Path("out"), **more), 64)
+def read(data: object, **more: Any) -> UserImages:
+    return read_user_images(job(data, Path("out"), **more), 64)
 
 
 def test_a_folder_a_style_every_format_and_no_target_is_its_own_context(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def submit(
 ) -> None:
     """Run a job on a cluster through Ray's Jobs API.
 
-    A job that is running is joined; one that has ended is resumed.
+    A job that is still running is followed; one that has ended is resumed.
 
     Example: context-diffusion submit jobs/demo.yaml --address http://127.0.0.1:8265 --wait
     """

@@ -11,12 +11,15 @@ from context_diffusion.core.errors import EXIT_OK, EXIT_ROWS_FAILED
 
 Grid = Annotated[
     list[str],
-    typer.Option(metavar="SETTING=VALUE,...", help="setting of the columns; given twice, of the rows"),
+    typer.Option(
+        metavar="SETTING=VALUE,...",
+        help="a setting that varies by column; if given twice, the second varies by row",
+    ),
 ]
-SheetFile = Annotated[str, typer.Option(metavar="FILE.png", help="file of the contact sheet")]
+SheetFile = Annotated[str, typer.Option(metavar="FILE.png", help="the contact sheet to write")]
 MoreAxes = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SETTING=VALUE,...]", help="setting of the rows, same as --grid"),
+    typer.Argument(metavar="[SETTING=VALUE,...]", help="the setting that varies by row, as a second --grid"),
 ]
 RowId = Annotated[str | None, typer.Option(metavar="ID", help="id of the row; default: the first row")]
 
@@ -24,7 +27,7 @@ ImageFile = Annotated[
     str, typer.Argument(metavar="FILE", help="an image that a job generated, a path or URL")
 ]
 NewFile = Annotated[
-    str | None, typer.Option(metavar="FILE2", help="file of the new image: .png, .webp or .jpg")
+    str | None, typer.Option(metavar="NEW_FILE", help="the new image to write: .png, .webp or .jpg")
 ]
 Prefixes = Annotated[
     list[str] | None,

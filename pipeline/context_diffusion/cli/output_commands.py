@@ -67,7 +67,7 @@ def compact(
     output: Folder,
     to: Annotated[str, typer.Option(metavar="DIR", help="an empty folder, a path or URL")],
     rows: Annotated[
-        int, typer.Option(min=1, help="most rows of a file; fewer if it would exceed 256 MiB")
+        int, typer.Option(min=1, help="maximum rows per file; fewer if it would exceed 256 MiB")
     ] = 10_000,
 ) -> None:
     """Copy a finished OUTPUT into few large Parquet files that contain the images.

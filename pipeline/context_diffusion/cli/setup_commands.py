@@ -27,7 +27,7 @@ Prompts = Annotated[
     typer.Option(metavar="FILE", help="a text file with one prompt per line, paired as the images are"),
 ]
 ContextsPerRow = Annotated[
-    int | None, typer.Option(min=1, help="number of contexts; default: 1, of a sub-folder all")
+    int | None, typer.Option(min=1, help="number of contexts; default: 1, or all of a sub-folder")
 ]
 PairSeed = Annotated[int, typer.Option(help="seed of random choices")]
 
@@ -42,7 +42,10 @@ def doctor(
         str, typer.Option(help="the model whose weights are checked, as `model:` of a job")
     ] = "bundled",
     address: Annotated[
-        str | None, typer.Option(help="address of a cluster or of its dashboard; default: the environment's")
+        str | None,
+        typer.Option(
+            help="address of a cluster or of its dashboard; default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS"
+        ),
     ] = None,
 ) -> None:
     """Check the environment of a job.

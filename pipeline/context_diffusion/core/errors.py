@@ -146,7 +146,7 @@ REMEDIES: dict[ErrorCode, str] = {
     "not an HTML error page",
     ErrorCode.TRUNCATED_IMAGE: "download the file again: it is truncated or damaged",
     ErrorCode.TOO_MANY_PIXELS: "raise `limits.max_pixels`, or scale the image down",
-    ErrorCode.INVALID_REFERENCE: "enlarge or crop the image to what the message says that the model reads",
+    ErrorCode.INVALID_REFERENCE: "enlarge or crop the image to the limits that the message gives",
     ErrorCode.INVALID_MASK: "crop or redraw the mask to the aspect ratio of the output",
     ErrorCode.NO_QUERY: "fill in the cell, or name its column in `columns`",
     ErrorCode.NO_CONTEXT: "give one or more images as a list; in CSV as a JSON list",

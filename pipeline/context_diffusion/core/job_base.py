@@ -23,6 +23,14 @@ def problem_of(details: Mapping[str, Any]) -> str:
     return str(details["msg"]).removeprefix("Value error, ").replace("Input should", "should")
 
 
+def dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested keys to dotted names: {"settings": {"seed": 1}} -> {"settings.seed": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 OutputFolder = Annotated[str, Field(min_length=1), AfterValidator(writable_url)]
 
 

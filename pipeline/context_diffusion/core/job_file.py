@@ -81,17 +81,6 @@ def parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def load_job(path: str, overrides: list[str] | None = None) -> StrictModel:
-    """Read and check a file of one job, with overrides such as `settings.seed=7`.
-
-    Raises ConfigError with all errors, one per line.
-    """
-    jobs = load_jobs(path, overrides)
-    if len(jobs) > 1:
-        raise ConfigError(f"{path}: has {len(jobs)} jobs, expected one")
-    return jobs[0]
-
-
 def load_jobs(path: str, overrides: list[str] | None = None) -> list[StrictModel]:
     """Read and check a file of one or several jobs: YAML documents, or a list. An override applies to each
     job whose kind has the key.

@@ -274,4 +274,4 @@ def check_chunk(chunk: int | None, kind: ModelKind, on_cpu: bool) -> None:
     known = "; ".join(
         f"{kind} on {device}: {', '.join(map(str, sorted(sizes)))}" for device, sizes in tables.items()
     )
-    raise ConfigError(f"cluster.chunk: {chunk} is no size of a chunk; there are, in lanes, {known}")
+    raise ConfigError(f"cluster.chunk: {chunk} is not a size of a chunk; sizes in lanes: {known}")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +126,19 @@ class Shard:
     group: int = 0
     offset: int = 0
     size: int = 0
+
+
+def check_contexts(count: int, slots: int | None, **values: Sequence[Any] | None) -> None:
+    """Check the number of a row's contexts, and of what it gives for each of them. Raises RowError.
+
+    slots: contexts that the model takes; None: any number. values: by name; None or empty: not given."""
+    if slots is not None and count > slots:
+        message = f"{count} contexts, the model takes at most {slots}"
+        raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
+    for name, given in values.items():
+        if given and len(given) != count:
+            message = f"{name} has {len(given)} values for {count} contexts"
+            raise RowError(ErrorCode.INVALID_SETTING, message)
 
 
 def part_name(number: int) -> str:

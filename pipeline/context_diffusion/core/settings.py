@@ -4,7 +4,6 @@ names."""
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
@@ -66,9 +65,9 @@ def _check_scale(scale: Any, place: str) -> None:
     for number in scale if isinstance(scale, list) else [scale]:
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
         if not is_number or not 0 <= number <= MAX_BLOCK_SCALE:
-            found = repr(number) if is_number else f"a {type(number).__name__}"
+            value = repr(number) if is_number else f"a {type(number).__name__}"
             raise ValueError(
-                f"{place} should be a number from 0 to {MAX_BLOCK_SCALE:g} or a list of them, not {found}"
+                f"{place} should be a number from 0 to {MAX_BLOCK_SCALE:g} or a list of them, not {value}"
             )
 
 
@@ -165,19 +164,23 @@ class Settings(StrictModel):
                 )
         return self
 
+    def by_controlnet(self, name: str, networks: int) -> list[float]:
+        """Return the value of a control setting for each of so many ControlNets. Raises ValueError where its
+        list has another length."""
+        value = getattr(self, name)
+        values: list[float] = value if isinstance(value, list) else [value] * networks
+        if len(values) != networks:
+            raise ValueError(f"{name}: {len(values)} values for {networks} ControlNets")
+        return values
+
     def control_windows(self, networks: int | None) -> list[tuple[float, float]]:
         """Return the start and the end of each ControlNet's window. networks: how many there are; None: as
         many as the lists say. Raises ValueError where the lists say another number."""
-        given = {name: getattr(self, name) for name in ("control_guidance_start", "control_guidance_end")}
-        lengths = {name: len(value) for name, value in given.items() if isinstance(value, list)}
-        count = networks if networks is not None else max(lengths.values(), default=1)
-        for name, length in lengths.items():
-            if length != count:
-                other = f"the model has {count} ControlNets" if networks is not None else f"the other {count}"
-                raise ValueError(f"{name} has {length} values, {other}")
-        starts, ends = (
-            value if isinstance(value, list) else itertools.repeat(value, count) for value in given.values()
-        )
+        names = ("control_guidance_start", "control_guidance_end")
+        if networks is None:
+            given = (getattr(self, name) for name in names)
+            networks = max(len(value) if isinstance(value, list) else 1 for value in given)
+        starts, ends = (self.by_controlnet(name, networks) for name in names)
         return list(zip(starts, ends, strict=True))
 
 

@@ -1,7 +1,8 @@
 """What the engine asks of a model: encode a row's conditions once, predict for the lanes, decode.
 
 Every method treats its samples one by one: no batch-wide statistic. A lane is one guidance branch of a row.
-`predict` runs in each step: it makes nothing on the host, reads no tensor there and keeps nothing on modules.
+`predict` runs in each step: it allocates nothing on the host, reads no tensor there and keeps nothing on
+modules.
 
 P lanes  H W pixels
 """
@@ -72,7 +73,7 @@ class Backbone(Protocol):
         """Return the shape of the row's latents, without a batch dimension."""
 
     def schedule(self, request: Request) -> dict[str, Any]:
-        """Return what the row's scheduler is told beside the number of steps, as keyword arguments of
+        """Return what the row's scheduler needs beside the number of steps, as keyword arguments of
         diffusers' `set_timesteps`: JSON values."""
 
     def encode(self, request: Request, branches: list[Branch], cache: Cache) -> Encoded:

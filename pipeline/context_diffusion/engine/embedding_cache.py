@@ -52,7 +52,7 @@ class Cache:
 
     def _keep(self, key: str, value: Any) -> None:
         with self._lock:
-            if key in self._values:  # made again, after a thread's failure let two others begin
+            if key in self._values:  # computed again, after a thread's failure let two others begin
                 self.size -= self._values.pop(key)[1]
             self._values[key] = value, size_of(value)
             self.size += self._values[key][1]
@@ -65,7 +65,7 @@ def _kind(key: str) -> str:
 
 
 def size_of(value: Any) -> int:
-    """Bytes of the tensors in it."""
+    """Return the bytes of all tensors in a value."""
     if isinstance(value, Tensor):
         return value.nbytes
     parts: Iterable[Any] = (

@@ -43,8 +43,8 @@ AT_HAND = 1024  # rows that `run` gives to the engine at once
 class Engine:
     """Generates images of requests.
 
-    backbone: on its device. sizes: of chunks, in lanes. callback: told of each step of each row. unsafe:
-    asked of each finished image. threads: calls of the model at once, on a CPU. max_wait: steps for which the
+    backbone: on its device. sizes: of chunks, in lanes. callback: called after each step of each row. unsafe:
+    checks each finished image. threads: calls of the model at once, on a CPU. max_wait: steps for which the
     oldest row at hand may be passed over by rows of fuller chunks. compiled: the backbone's networks are.
     """
 
@@ -64,7 +64,7 @@ class Engine:
         self.sizes, self.patience = ChunkSizes(sizes), Patience(max_wait)
         self.cache, self.occupancy = Cache(CACHE_BYTES), Occupancy()
         self._on_cpu = device.type == "cpu"
-        self.most_chunks = threads if self._on_cpu else 1  # that go on at once
+        self.most_chunks = threads if self._on_cpu else 1  # that advance at once
         # Each thread sets its own number of torch's threads: another engine of this process may just have
         # changed it.
         self._pool: Executor = (
@@ -78,7 +78,7 @@ class Engine:
         self._order = 0
         self._finishing: dict[Row, Finishing] = {}
         self._failed: list[Outcome] = []
-        self._recent: list[Chunk] = []  # that went on in the step before
+        self._recent: list[Chunk] = []  # that advanced in the step before
 
     def add(self, request: Request) -> None:
         """Take a request. What is wrong with it is its own outcome."""
@@ -105,7 +105,7 @@ class Engine:
         return not self._rows and not self._failed
 
     def stats(self) -> EngineStats:
-        """May be called from any thread."""
+        """Return the statistics. Safe to call from any thread."""
         reserved = None if self._on_cpu else torch.cuda.memory_reserved(self.device)
         hits, misses = dict(self.cache.hits), dict(self.cache.misses)
         return EngineStats(len(self._rows), hits, misses, reserved, self.occupancy.steps)
@@ -140,7 +140,7 @@ class Engine:
             return ended
 
     def _choose(self) -> list[Chunk]:
-        """Choose the chunks that go on; prepare rows for them, and place those that are prepared."""
+        """Choose the chunks that advance; prepare rows for them, and place those that are prepared."""
         overdue = self.patience.overdue(self._oldest)
         options = options_of(self.chunks, self._unplaced(), self._recent, self.most_chunks)
         chosen = [self._chunk(option) for option in choose(options, self.most_chunks, overdue)]
@@ -265,8 +265,8 @@ class Engine:
         return [(row.request, TOO_LARGE if error else alone.future.result())]
 
     def _out_of_memory(self, chunk: Chunk) -> list[Outcome]:
-        """After a step of a chunk ran out of memory: all rows begin again, in smaller chunks, or in one chunk
-        at a time; where there are none, the rows of this one fail."""
+        """Restart all rows after a step of a chunk ran out of memory: in smaller chunks, else in one chunk at
+        a time; if neither is possible, the rows of this chunk fail."""
         failed: list[Row] = []
         self.sizes.shrink(chunk.size)
         if all(self.sizes.of(row.lanes) >= chunk.size for row in chunk.rows):
@@ -279,8 +279,8 @@ class Engine:
         return [(row.request, TOO_LARGE) for row in failed]
 
     def _resize(self, close: bool) -> None:
-        """Give rows without a place the size that chunks have now. close: those in chunks finish there; else
-        they begin again."""
+        """Set the present chunk size on rows without a place. close: rows in chunks finish there; else they
+        begin again."""
         for chunk in self.chunks:
             chunk.closed = close
         if not close:

@@ -24,26 +24,26 @@ class Branch:
 
 
 def words_lead(settings: Settings) -> bool:
-    """Whether what the prompt says goes before what contexts show: unless they are guided by more."""
+    """Return whether the prompt takes precedence over the contexts: unless their guidance scale is larger."""
     text_scale, context_scale = _scales(settings)
     return text_scale >= context_scale
 
 
 def _scales(settings: Settings) -> tuple[float, float]:
-    """Of the prompt and of the contexts."""
+    """Return the scales of the prompt and of the contexts."""
     text_scale, context_scale = max(settings.guidance_scale, 1.0), settings.context_guidance_scale
     return text_scale, text_scale if context_scale is None else max(context_scale, 1.0)
 
 
 def guidance_branches(settings: Settings, has_prompt: bool) -> list[Branch]:
-    """The branches of a row, 1 to 3. Without a prompt of its own (that differs from the negative one) e_CT is
+    """Return the branches of a row, 1 to 3. has_prompt: it differs from the negative one; if not, e_CT is
     e_C."""
     text_scale, context_scale = _scales(settings)
     if not has_prompt:
         text_scale = 0.0
-    found = [
+    branches = [
         Branch(1.0 - context_scale, contexts=False, prompt=False),
         Branch(context_scale - text_scale, contexts=True, prompt=False),
         Branch(text_scale, contexts=True, prompt=True),
     ]
-    return [branch for branch in found if branch.weight != 0.0]
+    return [branch for branch in branches if branch.weight != 0.0]

@@ -1,7 +1,7 @@
 """The buffers of a chunk: all that a step reads, at fixed places on the device, for rows of one shape group.
 
 A row takes a place for each of its lanes; its own state lies at the first of them. Buffers are written when a
-row is placed, so that a step makes nothing on the host and copies nothing to the device.
+row is placed, so that a step allocates nothing on the host and copies nothing to the device.
 
 P places  S steps of the longest table that fits
 """

@@ -46,7 +46,7 @@ class Preparation:
 
     def fill(self, chunk: Chunk, rows: list[Row], placed: int, in_order: bool) -> bool:
         """Place prepared rows in a chunk, and begin to prepare others for it. Returns whether it has all its
-        rows: with one still being prepared it would go on with an empty lane.
+        rows: with one still being prepared it would advance with an empty lane.
 
         rows: without a place, that could go to it, the oldest first. placed: rows in chunks. in_order: an
         overdue row is not passed over by later ones that fit."""
@@ -170,5 +170,5 @@ def control_factors(steps: int, settings: Settings, networks: int) -> Tensor:
 def control_window(steps: int, start: float, end: float) -> range:
     """Return the steps at which the ControlNet acts: diffusers keeps step i where i/n >= start and (i+1)/n <=
     end."""
-    kept = [i for i in range(steps) if not (i / steps < start or (i + 1) / steps > end)]
-    return range(kept[0], kept[-1] + 1) if kept else range(0)
+    inside = [i for i in range(steps) if not (i / steps < start or (i + 1) / steps > end)]
+    return range(inside[0], inside[-1] + 1) if inside else range(0)

@@ -90,7 +90,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class StepUpdate:
-    """What a callback is told after a step of a row; preview() decodes what the model holds to be the image
+    """What a callback receives after a step of a row; preview() decodes what the model holds to be the image
     now."""
 
     request: Request
@@ -106,7 +106,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory() -> None:
-    """Give the memory of a GPU that is not in use back to the driver, after it has run out."""
+    """Return unused memory of a GPU to the driver, after it has run out."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

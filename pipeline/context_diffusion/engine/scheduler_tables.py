@@ -10,6 +10,7 @@ SAMPLERS."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ import diffusers
 import torch
 from torch import Tensor
 
-from context_diffusion.core.errors import ErrorCode, ModelError, RowError
+from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.settings import SchedulerName
 
-# Its class in diffusers, and what its name says over the model's scheduler_config, which holds for all else.
+# By name: its class in diffusers, and the options that replace those of the model's scheduler_config.
 SAMPLERS: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddim_trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
@@ -41,6 +42,7 @@ SAMPLERS: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {}),
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
+NOT_LINEAR = ("clip_sample", "thresholding")  # options of diffusers' schedulers that bound the x0
 X, OUT, BEFORE, NOISE = range(4)  # the unit values of a probe
 
 
@@ -48,9 +50,9 @@ X, OUT, BEFORE, NOISE = range(4)  # the unit values of a probe
 class Table:
     """The coefficients of S steps, from the row's first one on.
 
-    timesteps: (S,) what the model is told. coefficients: (S, 7) float64, columns scale_in, p, q, a, b, c, d.
-    init_scale: what pure noise is multiplied with at the start. noised: factors of image and noise where the
-    first step starts from an image (image to image)."""
+    timesteps: (S,), as the model reads them. coefficients: (S, 7) float64, columns scale_in, p, q, a, b, c,
+    d. init_scale: what pure noise is multiplied with at the start. noised: factors of image and noise where
+    the first step starts from an image (image to image)."""
 
     timesteps: Tensor
     coefficients: Tensor
@@ -68,26 +70,25 @@ def make_scheduler(
     schedule: Mapping[str, Any] | None = None,
 ) -> Any:
     """Make the diffusers scheduler that a sampler stands for, with its timesteps. Raises RowError where the
-    model's scheduler_config and the sampler do not go together or have no such number of steps, ModelError
-    for a config whose step is not linear.
+    model's scheduler_config and the sampler do not go together or have no such number of steps.
 
     schedule: further arguments of `set_timesteps`."""
-    if config.get("clip_sample") or config.get("thresholding"):
-        raise ModelError("scheduler_config: clip_sample and thresholding are not linear; set both to false")
     if reason := _unsuitable(scheduler, config):
         raise RowError(ErrorCode.INVALID_SETTING, f"scheduler {scheduler}: {reason}")
-    name, own = SAMPLERS[scheduler]
+    class_name, overrides = SAMPLERS[scheduler]
     try:
-        made = getattr(diffusers, name).from_config(dict(config) | {"clip_sample": False} | own)
-        made.set_timesteps(num_inference_steps, **(schedule or {}))
+        sampler = getattr(diffusers, class_name).from_config(
+            dict(config) | {"clip_sample": False} | overrides
+        )
+        sampler.set_timesteps(num_inference_steps, **(schedule or {}))
     except (ValueError, ImportError) as error:
         message = f"scheduler {scheduler} with {num_inference_steps} steps: {' '.join(str(error).split())}"
         raise RowError(ErrorCode.INVALID_SETTING, message) from None
-    return made
+    return sampler
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler_config is that of a flow-matching model."""
+    """Return whether a scheduler_config is that of a flow-matching model."""
     flow_class = str(config.get("_class_name", "")).startswith("FlowMatch")
     return (
         flow_class
@@ -97,14 +98,23 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 
 
 def _unsuitable(scheduler: SchedulerName, config: Mapping[str, Any]) -> str | None:
-    """Why the sampler cannot follow the model's scheduler_config; None where it can."""
+    """Return why the sampler cannot follow the model's scheduler_config; None where it can."""
     if is_flow(config) != (scheduler == "flow_euler"):
         suitable = [name for name in SAMPLERS if (name == "flow_euler") == is_flow(config)]
         kind = "a flow" if is_flow(config) else str(config.get("prediction_type", "epsilon"))
         return f"the model predicts {kind}; choose {', '.join(suitable)}"
+    if option := _not_linear(scheduler, config):
+        linear = [name for name in SAMPLERS if name != "flow_euler" and not _not_linear(name, config)]
+        return f"the model's scheduler_config has {option}, which is not linear; choose {', '.join(linear)}"
     if scheduler.startswith("dpmpp") and (order := config.get("solver_order", 2)) > 2:
         return f"the model's scheduler_config has solver_order {order}, supported are 1 and 2"
     return None
+
+
+def _not_linear(scheduler: SchedulerName, config: Mapping[str, Any]) -> str | None:
+    """The option of the model's scheduler_config that makes a step of the sampler's class not linear."""
+    known = inspect.signature(getattr(diffusers, SAMPLERS[scheduler][0])).parameters
+    return next((option for option in NOT_LINEAR if config.get(option) and option in known), None)
 
 
 def make_table(
@@ -114,8 +124,9 @@ def make_table(
     first: int = 0,
     schedule: Mapping[str, Any] | None = None,
 ) -> Table:
-    """Of a sampler over so many steps, from step `first` on: a multistep sampler has no x0 before it.
-    config: a diffusers scheduler_config. schedule: see make_scheduler. Raises as make_scheduler does."""
+    """Return the table of a sampler over so many steps, from step `first` on: a multistep sampler has no x0
+    before it. config: a diffusers scheduler_config. schedule: see make_scheduler. Raises as make_scheduler
+    does."""
     config_text, schedule_text = (
         json.dumps(dict(values or {}), sort_keys=True, default=str) for values in (config, schedule)
     )
@@ -142,7 +153,7 @@ def _cached(name: SchedulerName, steps: int, config_text: str, first: int, sched
 
 
 def _noised(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
-    """The factors of image and noise at a timestep."""
+    """Return the factors of image and noise at a timestep."""
     unit, zero = torch.ones(1), torch.zeros(1)
     if hasattr(scheduler, "scale_noise"):
         return float(scheduler.scale_noise(unit, timestep, zero)), float(
@@ -152,7 +163,7 @@ def _noised(scheduler: Any, timestep: Tensor) -> tuple[float, float]:
 
 
 def _probe(scheduler: Any, timestep: Tensor, number: int) -> list[float]:
-    """The coefficients of the step that the scheduler is at; it goes one step on.
+    """Return the coefficients of the scheduler's present step, and advance it by one.
 
     Elements 0 to 3 ask at even steps, 4 to 7 at odd ones: unit x, unit output, unit x0 before, and nothing
     but the noise. The x0 before of those that ask was made in the step before, when the others asked."""
@@ -167,11 +178,11 @@ def _probe(scheduler: Any, timestep: Tensor, number: int) -> list[float]:
     )
     before = _last_x0(scheduler)
     draws = "generator" in scheduler.step.__code__.co_varnames
-    made = scheduler.step(
+    output = scheduler.step(
         out, timestep, x, **({"generator": torch.Generator().manual_seed(0)} if draws else {})
     )
     noise = torch.randn(8, 1, generator=torch.Generator().manual_seed(0)).double()
-    after, x0 = made.prev_sample.double(), _x0(scheduler, made, timestep, x, out)
+    after, x0 = output.prev_sample.double(), _x0(scheduler, output, timestep, x, out)
     d = after[mine + NOISE] / noise[mine + NOISE]
     after = after - d * noise
     c = 0.0 if before is None else float(after[mine + BEFORE] / before[mine + BEFORE])
@@ -187,17 +198,17 @@ def _probe(scheduler: Any, timestep: Tensor, number: int) -> list[float]:
 
 
 def _last_x0(scheduler: Any) -> Tensor | None:
-    """What a multistep scheduler remembers."""
-    kept = getattr(scheduler, "model_outputs", [None])[-1]
-    return None if kept is None else kept.double()
+    """Return the x0 that a multistep scheduler remembers; None for any other."""
+    x0 = getattr(scheduler, "model_outputs", [None])[-1]
+    return None if x0 is None else x0.double()
 
 
-def _x0(scheduler: Any, made: Any, timestep: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """The x0 of the step just made, under the name that its class has for it."""
+def _x0(scheduler: Any, output: Any, timestep: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """Return the x0 of a step, under the name that the output's class has for it. output: of the step."""
     for name in ("pred_original_sample", "denoised"):
-        if hasattr(made, name):
-            return getattr(made, name).double()
-    if hasattr(made, "pred_noised_sample"):  # TCD does not return the x0 that it predicts, as DDIM does
+        if hasattr(output, name):
+            return getattr(output, name).double()
+    if hasattr(output, "pred_noised_sample"):  # TCD does not return the x0 that it predicts, as DDIM does
         ddim = diffusers.DDIMScheduler.from_config(scheduler.config)
         ddim.set_timesteps(1)
         return ddim.step(out, timestep, x).pred_original_sample.double()

@@ -19,7 +19,7 @@ WINDOW = 64  # waiting rows of a group that are looked at
 
 @dataclass(frozen=True)
 class Option:
-    """A chunk that could go on, or be opened. chunk: None for one to open, for rows of `group` in `size`
+    """A chunk that could advance, or be opened. chunk: None for one to open, for rows of `group` in `size`
     lanes. fill: share of its lanes that would be used. oldest: the order of its oldest row. recent: it went
     on in the step before."""
 
@@ -68,7 +68,7 @@ def _option(group: Hashable, size: int, chunk: Chunk | None, rows: list[Row], re
 
 def choose(options: Iterable[Option], count: int, overdue: int | None) -> list[Option]:
     """Return up to `count` options: the one with the overdue row, then the fullest, and among equally full
-    ones those that are open and went on before, so that few are begun at once."""
+    ones those that are open and advanced before, so that few are begun at once."""
 
     def rank(option: Option) -> tuple[bool, float, bool, bool, int]:
         return option.oldest == overdue, option.fill, option.recent, option.chunk is not None, -option.oldest
@@ -107,13 +107,13 @@ class Patience:
         self._waited = 0
 
     def overdue(self, oldest: int | None) -> int | None:
-        """Return the oldest row's order if it must go on now, until it is finished."""
+        """Return the oldest row's order if it must advance now, until it is finished."""
         if oldest != self._oldest:
             self._oldest, self._waited = oldest, 0
         return oldest if self._waited >= self.limit else None
 
     def stepped(self, advanced: bool) -> None:
-        """Count a step, in which the oldest row went on or did not."""
+        """Count a step, in which the oldest row advanced or did not."""
         if not advanced:
             self._waited += 1
             self.longest = max(self.longest, self._waited)

@@ -1,5 +1,4 @@
-"""One engine thread, fed by many callers: each hands in its rows, waits for them, gets them back in its
-order."""
+"""One engine thread for many callers: each submits its rows and gets their results in the same order."""
 
 from __future__ import annotations
 
@@ -24,15 +23,15 @@ class EngineService:
     def __init__(self, engine: Engine, broken: Callable[[BaseException], None] | None = None) -> None:
         self.engine, self.broken = engine, broken
         self._inbox: queue.SimpleQueue[tuple[Request, Done]] = queue.SimpleQueue()
-        # Keyed by the request object: two callers may hand in equal requests.
+        # Keyed by the request object: two callers may submit equal requests.
         self._futures: dict[int, Done] = {}
         self._error: BaseException | None = None
         self._lock = threading.Lock()  # of the inbox and the error: nothing enters once the engine is broken
         threading.Thread(target=self._loop, name="engine", daemon=True).start()
 
     def generate(self, requests: list[Request]) -> list[Result | Failure]:
-        """Block until all are finished; results in the order of the requests. Raises what broke the
-        engine."""
+        """Generate requests; return their results in the same order when all are finished. Raises the error
+        that broke the engine."""
         futures: list[Done] = [Future() for _ in requests]
         with self._lock:
             if self._error:
@@ -57,7 +56,7 @@ class EngineService:
                 self.broken(error)
 
     def _take(self) -> None:
-        """Move what callers handed in to the engine; wait where there is nothing to do."""
+        """Pass submitted requests to the engine; wait if there are none."""
         while self.engine.idle or not self._inbox.empty():
             request, future = self._inbox.get()
             self._futures[id(request)] = future

@@ -169,9 +169,9 @@ class Pace:
 
 @contextmanager
 def same_bits(device: torch.device) -> Iterator[None]:
-    """Within it a row's bits don't depend on its place in a call. On a CPU: one thread of torch's, whose
-    number changes them. On a GPU: no TF32, whose kernels add up in another order at another place (3 of 24
-    rows, seen on an H200)."""
+    """Ensure that a row's bits do not depend on its place in a call: on a CPU by one thread of torch, whose
+    number changes them; on a GPU without TF32, whose kernels add up in another order at another place (3 of
+    24 rows, seen on an H200)."""
     if device.type == "cuda":
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             yield

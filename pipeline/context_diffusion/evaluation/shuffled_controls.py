@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from context_diffusion.evaluation.pairs import Pair, source_key
 
@@ -50,11 +50,6 @@ def _next_different(
         if partner:
             partners[pair.id, pair.index] = partner
     return partners
-
-
-def named_first(scores: NDArray[np.float64]) -> float:
-    """Return the share of rows whose own candidate, on the diagonal, has the highest score (N, N)."""
-    return float((scores.argmax(1) == np.arange(len(scores))).mean())
 
 
 def auc(true: ArrayLike, false: ArrayLike) -> float:

@@ -20,7 +20,7 @@ from context_diffusion.outputs.output_folder import Output
 
 SHARDS, SHARDS_OF_KINDS = 2, 8  # that an engine works on at once: of rows of one kind, of several
 # Rows that differ in one of these share no call of the model.
-KINDS = ("width", "height", "lora", "lora_scale", CONTEXT_MASKS)
+CALL_SETTINGS = ("width", "height", "lora", "lora_scale", CONTEXT_MASKS)
 
 
 def shards_per_actor(job: GenerateJob, files: Iterable[ManifestFile], contexts: ContextPreprocessing) -> int:
@@ -31,10 +31,10 @@ def shards_per_actor(job: GenerateJob, files: Iterable[ManifestFile], contexts: 
     if job.cluster.shards_per_actor is not None:
         return job.cluster.shards_per_actor
     names = column_names(job.columns)
-    columns = {names[name] for name in KINDS}
+    columns = {names[name] for name in CALL_SETTINGS}
     by_query = job.fit == "keep" and not job.settings.width and not job.settings.height
     by_row = any(columns & {*file.columns, *partitions(file.uri)} for file in files)
-    by_axis = not job.matrix.keys().isdisjoint(KINDS)
+    by_axis = not job.matrix.keys().isdisjoint(CALL_SETTINGS)
     by_reference = isinstance(contexts, ReferenceImage)  # of any size
     return SHARDS_OF_KINDS if by_query or by_row or by_axis or by_reference else SHARDS
 

@@ -41,7 +41,7 @@ from context_diffusion.outputs.image_metadata import (
     settings_of,
     sources_of,
 )
-from context_diffusion.outputs.output_folder import Output
+from context_diffusion.outputs.output_folder import Output, base_of
 from context_diffusion.storage.filesystem import Storage
 
 
@@ -59,7 +59,7 @@ class ImageOrigin:
     @property
     def base(self) -> str:
         """The folder of relative sources: the manifest's, or without an OUTPUT the image's own."""
-        return self.output.base() if self.output else parent(self.uri)
+        return base_of(self.record) if self.record else parent(self.uri)
 
     @property
     def planned(self) -> GenerateJob | None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from context_diffusion.core.errors import ConfigError, OutputConflictError
 from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.job_base import dotted
 from context_diffusion.core.model_parts import check_chunk
 from context_diffusion.core.schema import CONTROL_IMAGE, output_digest
 from context_diffusion.core.sweep import combinations
@@ -67,7 +68,7 @@ def part_rows(rows: int, rows_per_part: int, images: int = 1) -> int:
     return max(1, min(rows_per_part, max(4, -(-rows // 8))) // images)
 
 
-def resolve(job: GenerateJob, commits: dict[str, str] | None = None) -> tuple[GenerateJob, ResolvedModel]:
+def resolve_job(job: GenerateJob, commits: dict[str, str] | None = None) -> tuple[GenerateJob, ResolvedModel]:
     """Return the job with its model's defaults filled in, and the model. commits: known commits by hub id.
 
     Raises ConfigError, ModelError."""
@@ -93,7 +94,7 @@ def open_plan(
         _write_plan(job, output, storage)
     record = output.read_plan()
     _check_columns(record, output)
-    job, model = resolve(job, record["model"]["commits"])
+    job, model = resolve_job(job, record["model"]["commits"])
     changed = _changed_keys(record, job)
     may_change = {*(["manifest"] if extend else []), *(CORRECTED if retry_failed else [])}
     forbidden = {key: values for key, values in changed.items() if key.split(".")[0] not in may_change}
@@ -135,7 +136,7 @@ def check_maps(job: GenerateJob, model: ResolvedModel, scanned: Scan) -> None:
 
 
 def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
-    job, model = resolve(job)
+    job, model = resolve_job(job)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scanned = Scan(job, files, storage)
     check_maps(job, model, scanned)
@@ -167,24 +168,11 @@ def _write_plan(job: GenerateJob, output: Output, storage: Storage) -> None:
     output.storage.create(output.plan, json.dumps(record, indent=2).encode())
 
 
-def _flat(keys: dict[str, Any]) -> dict[str, Any]:
-    """Flatten nested keys to the dotted names of `--set`: {"settings": {"seed": 1}} -> {"settings.seed":
-    1}."""
-    flat: dict[str, Any] = {}
-    for key, value in keys.items():
-        flat |= (
-            {f"{key}.{inner}": v for inner, v in _flat(value).items()}
-            if isinstance(value, dict)
-            else {key: value}
-        )
-    return flat
-
-
 def _changed_keys(record: Any, job: GenerateJob) -> dict[str, str]:
     """Return the dotted keys that affect pixels or shards and differ between the plan's job and this one,
     with both values."""
-    planned = _flat(GenerateJob.model_validate(record["job"]).pixel_keys())
-    current = _flat(job.pixel_keys())
+    planned = dotted(GenerateJob.model_validate(record["job"]).pixel_keys())
+    current = dotted(job.pixel_keys())
     return {
         key: f"{key}: {planned.get(key)!r} planned, {current.get(key)!r} now"
         for key in sorted(current | planned)

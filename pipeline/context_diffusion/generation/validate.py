@@ -27,7 +27,7 @@ from context_diffusion.core.sweep import combinations
 from context_diffusion.core.uris import normal, protocol
 from context_diffusion.generation.estimate import try_rows
 from context_diffusion.generation.local_model import write_sheet
-from context_diffusion.generation.plan import check_maps, check_output, part_rows, resolve
+from context_diffusion.generation.plan import check_maps, check_output, part_rows, resolve_job
 from context_diffusion.generation.stages.load_images import LoadImages
 from context_diffusion.generation.stages.read_shard import ReadShard, row_rules
 from context_diffusion.inputs.manifest_files import ManifestFile, expand, open_file, scan_texts
@@ -72,7 +72,7 @@ def validate_job(job: GenerateJob, sample: int, pictures: str | None = None) -> 
     with which a run would end: 3 where sampled rows fail, 4 where more would fail than max_failed allows.
     Raises JobError for what stops the job, StorageError where OUTPUT cannot be written."""
     storage = Storage(job.storage_options)
-    job, model = resolve(job)
+    job, model = resolve_job(job)
     files = [open_file(uri, storage) for uri in expand(job.manifests, storage)]
     scan = Scan(job, files, storage)
     check_maps(job, model, scan)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from context_diffusion.core.errors import ErrorCode, ManifestError, RowError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_base import Limits, problem_of
-from context_diffusion.core.records import derive_id, derive_seed
+from context_diffusion.core.records import check_contexts, derive_id, derive_seed
 from context_diffusion.core.schema import (
     CONTEXT,
     CONTEXT_MASKS,
@@ -34,6 +34,8 @@ from context_diffusion.core.settings import Settings
 from context_diffusion.core.sweep import Matrix, check_combinations, combinations
 from context_diffusion.inputs.image_sources import as_source, as_sources
 from context_diffusion.inputs.text_rows import Row
+
+NULLS = ("nan", "null")  # of a CSV's numbers and lists, in any case
 
 
 @dataclass(frozen=True)
@@ -166,15 +168,8 @@ def _check_contexts(read: Row, settings: Settings, rules: RowRules, names: dict[
         read[CONTEXT] = None
         message = f"{names[CONTEXT]} has {count} images, at most {rules.limits.max_contexts} are allowed"
         raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
-    if rules.context_slots is not None and count > rules.context_slots:
-        message = f"{count} contexts, the model takes at most {rules.context_slots}"
-        raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
-    weights = rules.matrix.get("context_weights", [settings.context_weights])
-    for name, each in (("context_weights", weights), (CONTEXT_MASKS, [read[CONTEXT_MASKS]])):
-        for values in each:
-            if values and len(values) != count:
-                message = f"{name} has {len(values)} values for {count} contexts"
-                raise RowError(ErrorCode.INVALID_SETTING, message)
+    for weights in rules.matrix.get("context_weights", [settings.context_weights]):
+        check_contexts(count, rules.context_slots, context_weights=weights, context_masks=read[CONTEXT_MASKS])
 
 
 def _check_id(id_: str) -> None:
@@ -197,7 +192,8 @@ def _prompt(value: Any, name: str, limits: Limits) -> str | None:
 
 def _settings(row: Row, names: dict[str, str], rules: RowRules, id_: str) -> Settings:
     """Return the row's settings over the job's, with a seed. This is where settings are validated, once."""
-    cells = {name: _plain(row[names[name]], name) for name in SETTINGS if row.get(names[name]) is not None}
+    given = {name: _plain(row.get(names[name]), name) for name in SETTINGS}
+    cells = {name: value for name, value in given.items() if value is not None}
     try:
         settings = Settings.model_validate(rules.settings.model_dump() | cells)
     except ValidationError as error:
@@ -219,8 +215,11 @@ def _settings(row: Row, names: dict[str, str], rules: RowRules, id_: str) -> Set
 
 
 def _plain(value: Any, name: str) -> Any:
-    """Convert a cell to what Settings accepts: CSV text is parsed, whole floats become integers."""
+    """Convert a cell to what Settings accepts: CSV text is parsed, NaN is null, whole floats become
+    integers."""
     if isinstance(value, str) and name not in ("scheduler", "context_blocks", "lora"):
+        if value.strip().lower() in NULLS:
+            return None
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):

@@ -81,12 +81,12 @@ class LaneAttention:
         query = _heads(attn.to_q(hidden_states), attn.heads)
         attended = self._attend(query, lanes.text, lanes.bias, attn.heads)
         if lanes.context_scale is not None:
-            shown = (
+            from_contexts = (
                 self._attend_masked(query, lanes, attn.heads)
                 if lanes.context_masks
                 else self._attend(query, lanes.contexts, lanes.context_bias, attn.heads)
             )
-            attended = attended + lanes.context_scale[:, self.place, None, None] * shown
+            attended = attended + lanes.context_scale[:, self.place, None, None] * from_contexts
         return _projected(attn, attended)
 
     def _attend_masked(self, query: Tensor, lanes: LaneInputs, heads: int) -> Tensor:

@@ -35,7 +35,7 @@ def wants_compilation(compile_key: Compile, device: torch.device) -> bool:
 
 
 def _missing() -> str | None:
-    """What torch.compile lacks on this machine to compile for a GPU."""
+    """Return what torch.compile lacks on this machine to compile for a GPU."""
     from torch.utils._triton import has_triton
 
     if not has_triton():

@@ -15,17 +15,16 @@ from torch import nn
 from context_diffusion.core.errors import ModelError
 from context_diffusion.core.event_log import LOG
 from context_diffusion.core.model_parts import Parts
-from context_diffusion.models.resolution.hub import fetch_file, split
-from context_diffusion.models.resolution.resolve import read_json
+from context_diffusion.models.resolution.hub import fetch_file, read_json, split
 from context_diffusion.models.resolution.single_file import (
     CLIP,
     UNET,
     VAES,
     XL_CLIP,
-    fetch_configuration,
     is_single_file,
     read_checkpoint,
 )
+from context_diffusion.models.resolution.single_file_configuration import fetch_configuration
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
@@ -86,9 +85,9 @@ class ComponentLoader:
                 str(path), config=str(folder), local_files_only=True, dtype=self.dtype, **components
             )
         except Exception as error:  # the loader may raise any exception on bad files
-            lacking = "lacks weights that the configuration {} has" if "meta tensor" in str(error) else ""
-            told = (lacking or "cannot be loaded with the configuration {}").format(parts.configuration)
-            raise ModelError(f"model: {parts.base} {told}: {error}") from error
+            lacking = "lacks weights of the configuration" if "meta tensor" in str(error) else ""
+            problem = lacking or "cannot be loaded with the configuration"
+            raise ModelError(f"model: {parts.base} {problem} {parts.configuration}: {error}") from error
         check_weights(pipe, parts, set(components))
         return pipe
 
@@ -96,10 +95,10 @@ class ComponentLoader:
 def check_weights(pipe: Any, parts: Parts, replaced: set[str]) -> None:
     """Raise ModelError for a single file that lacks weights of its configuration, and warn of one with more.
 
-    replaced: components that are not the file's. diffusers leaves the latter out, and the former empty, or
-    random where accelerate is not installed."""
+    replaced: components that are not the file's. diffusers ignores surplus weights, and leaves missing ones
+    empty, or random where accelerate is not installed."""
     checkpoint = read_checkpoint(parts.base, parts.revision)
-    told = f"model: {parts.base} does not fit the configuration {parts.configuration}"
+    mismatch = f"model: {parts.base} does not fit the configuration {parts.configuration}"
     prefixes = {"unet": (UNET,), "vae": VAES, "text_encoder": (CLIP, XL_CLIP)}
     for name, component in pipe.components.items():
         if name in replaced or not isinstance(component, nn.Module):
@@ -108,6 +107,6 @@ def check_weights(pipe: Any, parts: Parts, replaced: set[str]) -> None:
         stored = checkpoint.count(*prefixes.get(name, ())) or len(weights)  # those of open_clip are others
         lacking = max(len(weights) - stored, sum(weight.is_meta for weight in weights))
         if lacking:
-            raise ModelError(f"{told}: it lacks {lacking} of the {len(weights)} weights of its {name}")
+            raise ModelError(f"{mismatch}: it lacks {lacking} of the {len(weights)} weights of its {name}")
         if name == "unet" and stored > len(weights):
-            LOG.warn(f"{told}: {stored - len(weights)} weights of its U-Net have no place there")
+            LOG.warn(f"{mismatch}: {stored - len(weights)} weights of its U-Net have no place in it")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from context_diffusion.core.errors import ErrorCode, RowError
-from context_diffusion.core.records import Pixels, Request
+from context_diffusion.core.records import Pixels, Request, check_contexts
 from context_diffusion.engine.lane_buffers import pinned
 from context_diffusion.image_tensors import channels_first
 
@@ -37,36 +37,29 @@ class Context:
 
 
 def weighted_contexts(request: Request, slots: int) -> list[Context]:
-    """In the order of their content, so that their order in the row cannot change a bit. Raises RowError
-    where they are more than the model has slots, or the weights or masks are not theirs."""
+    """Return the contexts with weights and masks, sorted by content, so that their order in the row cannot
+    change a bit. Raises RowError where they are more than the model's slots, or not as many as the weights or
+    masks."""
     given = request.settings.context_weights or [1.0] * len(request.contexts)
     masks = request.masks or (None,) * len(request.contexts)
-    for name, values in (("context_weights", given), ("context_masks", masks)):
-        if len(values) != len(request.contexts):
-            message = f"{name} has {len(values)} values for {len(request.contexts)} contexts"
-            raise RowError(ErrorCode.INVALID_SETTING, message)
-    if len(request.contexts) > slots:
-        raise RowError(
-            ErrorCode.TOO_MANY_CONTEXTS, f"{len(request.contexts)} contexts, the model takes at most {slots}"
-        )
-    found = (
+    check_contexts(len(request.contexts), slots, context_weights=given, context_masks=request.masks)
+    contexts = (
         Context(content_key(pixels), pixels, weight, mask)
         for pixels, weight, mask in zip(request.contexts, given, masks, strict=True)
     )
-    return sorted(found, key=lambda context: (context.key, context.weight, content_key(context.mask)))
+    return sorted(contexts, key=lambda context: (context.key, context.weight, content_key(context.mask)))
 
 
 def control_scales(request: Request, networks: int) -> list[float]:
-    """Of each ControlNet. Raises RowError where the row's control maps or scales are not as many."""
-    scales = request.settings.controlnet_conditioning_scale
-    scales = scales if isinstance(scales, list) else [scales] * networks
-    for what, count in (
-        ("control maps", len(request.controls)),
-        ("values of controlnet_conditioning_scale", len(scales)),
-    ):
-        if count != networks:
-            raise RowError(ErrorCode.INVALID_SETTING, f"{count} {what}, the model has {networks} ControlNets")
-    return scales
+    """Return the scale of each ControlNet. Raises RowError where the row's control maps or scales are not as
+    many."""
+    if (count := len(request.controls)) != networks:
+        message = f"{count} control maps, the model has {networks} ControlNets"
+        raise RowError(ErrorCode.INVALID_SETTING, message)
+    try:
+        return request.settings.by_controlnet("controlnet_conditioning_scale", networks)
+    except ValueError as error:
+        raise RowError(ErrorCode.INVALID_SETTING, str(error)) from None
 
 
 def content_key(pixels: Pixels | None) -> str:
@@ -77,13 +70,14 @@ def content_key(pixels: Pixels | None) -> str:
 
 
 def slots_of(tokens: list[Tensor], weights: list[float], slots: int) -> tuple[Tensor, Tensor]:
-    """Tokens (1, K, D) each -> (1, slots, K, D) with the weights (1, slots), zeros where there is none."""
-    shown = torch.cat(tokens)
-    filled = shown.new_zeros(1, slots, *shown.shape[1:])
-    filled[0, : len(shown)] = shown
-    padded = torch.zeros(1, slots, device=shown.device)
-    padded[0, : len(weights)] = torch.tensor(weights)
-    return filled, padded
+    """Pad each context's tokens (1, K, D) to (1, slots, K, D), and their weights to (1, slots), with
+    zeros."""
+    joined = torch.cat(tokens)
+    padded_tokens = joined.new_zeros(1, slots, *joined.shape[1:])
+    padded_tokens[0, : len(joined)] = joined
+    padded_weights = torch.zeros(1, slots, device=joined.device)
+    padded_weights[0, : len(weights)] = torch.tensor(weights)
+    return padded_tokens, padded_weights
 
 
 def latent_size(request: Request, factor: int) -> tuple[int, int]:

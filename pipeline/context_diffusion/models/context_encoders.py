@@ -1,7 +1,7 @@
 """The context encoder: a vision tower of CLIP, SigLIP or DINOv2, by folder or hub id, or the small one that
 is trained along.
 
-The only place that knows how they differ. N pictures  S pixels a side  P patches  D_v width
+The only place that knows how they differ. N images  S pixels a side  P patches  D_v width
 """
 
 from __future__ import annotations

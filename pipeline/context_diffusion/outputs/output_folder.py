@@ -55,7 +55,7 @@ class Output:
 
         Relative URIs in rows and image metadata are relative to it.
         """
-        return parent(self.read_json(self.plan)["manifest"][0]["uri"])
+        return base_of(self.read_json(self.plan))
 
     def read_plan(self) -> Any:
         """Read plan.json. Raises OutputConflictError if an older version of the package wrote it."""
@@ -165,6 +165,11 @@ class Output:
     def count(self) -> Counts:
         """Count rows (ids) and images over all finished parts."""
         return sum((counts_of(part) for _, part in self.read_parts(COUNTED)), Counts())
+
+
+def base_of(plan: Any) -> str:
+    """Return the folder that relative URIs are relative to. plan: the content of plan.json."""
+    return parent(plan["manifest"][0]["uri"])
 
 
 def counts_of(part: pa.Table) -> Counts:

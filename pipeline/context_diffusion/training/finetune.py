@@ -23,7 +23,7 @@ from context_diffusion.training.data.batches import SAMPLE_SETTINGS, BatchSource
 from context_diffusion.training.data.encoded_pools import Generated, encode, encode_controls, looks, summarise
 from context_diffusion.training.data.pools import Pools
 from context_diffusion.training.data.user_batches import Gallery, Mixed
-from context_diffusion.training.data.user_images import Example, Pictures, read_pictures
+from context_diffusion.training.data.user_images import Example, UserImages, read_user_images
 from context_diffusion.training.diffusion import train_diffusion
 from context_diffusion.training.loop.checkpoints import Metrics, save_model
 from context_diffusion.training.loop.distributed import Workers
@@ -39,14 +39,14 @@ def finetune(job: FinetuneJob, device: torch.device) -> dict[str, Any] | None:
     workers = Workers.here()
     folder = Path(job.output)
     model = NativeModel.from_pretrained(model_folder(job.model)).to(device)
-    pictures = read_pictures(job, model.image_size)
+    images = read_user_images(job, model.image_size)
     folder.mkdir(parents=True, exist_ok=True)
     if workers.first:
-        tell(pictures)
+        _report_skipped(images)
     pools = Pools(job, model.image_size)
     try:
         summary = train_diffusion(
-            job, model, UserData(job, model, pictures, pools), folder, Metrics(folder, workers.first)
+            job, model, UserData(job, model, images, pools), folder, Metrics(folder, workers.first)
         )
     finally:
         pools.close()
@@ -57,39 +57,37 @@ def finetune(job: FinetuneJob, device: torch.device) -> dict[str, Any] | None:
         "output": str(folder),
         "model": str(folder / "model"),
         **summary,
-        "styles": pictures.styles,
-        "pictures": len(pictures.pixels),
-        "skipped": len(pictures.skipped),
-        "skipped_names": list(pictures.skipped)[:SKIPPED_NAMES],
+        "styles": images.styles,
+        "pictures": len(images.pixels),
+        "skipped": len(images.skipped),
+        "skipped_names": list(images.skipped)[:SKIPPED_NAMES],
     }
 
 
-def tell(pictures: Pictures) -> None:
+def _report_skipped(images: UserImages) -> None:
     log = logging.getLogger(__name__)
-    for reason in pictures.skipped.values():
+    for reason in images.skipped.values():
         log.warning("skipped: %s", reason)
-    if not pictures.validation:
-        log.warning(
-            "too few pictures to hold any out: the validation loss is that of the training's own pictures"
-        )
+    if not images.validation:
+        log.warning("too few images to hold any out: the validation loss is that of the training images")
 
 
 class UserData:
     """A user's images and generated data, as training data of the loop (training/data/batches.py: Data)."""
 
-    def __init__(self, job: FinetuneJob, model: NativeModel, pictures: Pictures, pools: Pools) -> None:
+    def __init__(self, job: FinetuneJob, model: NativeModel, images: UserImages, pools: Pools) -> None:
         self.job = job
         self.model = model
-        self.pictures = pictures
+        self.images = images
         self.generated = Generated(model, pools, job.pool_steps)
-        self.summaries = summarise(model, pictures.pixels)
-        self.looks = looks(model, pictures.pixels)
-        self.training = self.gallery(pictures.training)
-        self.held = self.gallery(pictures.validation) if pictures.validation else self.training
-        self.origin = {"model": digest(model_folder(job.model)), "data": pictures.digest}
+        self.summaries = summarise(model, images.pixels)
+        self.looks = looks(model, images.pixels)
+        self.training = self.gallery(images.training)
+        self.held = self.gallery(images.validation) if images.validation else self.training
+        self.origin = {"model": digest(model_folder(job.model)), "data": images.digest}
 
     def gallery(self, examples: list[Example]) -> Gallery:
-        pixels = self.pictures.pixels
+        pixels = self.images.pixels
         latents = encode(self.model, [pixels[example.target] for example in examples])
         return Gallery(
             pixels,
@@ -117,7 +115,7 @@ class UserData:
             example = self.held.examples[number % len(self.held.examples)]
             query = self.held.query(example, rng)
             kind = self.held.draw_kind(rng)
-            contexts = tuple(self.pictures.pixels[k] for k in self.held.contexts(example, rng))
+            contexts = tuple(self.images.pixels[k] for k in self.held.contexts(example, rng))
             settings = SAMPLE_SETTINGS.model_copy(update={"seed": number})
             prompt = example.prompt or None
             requests.append(
@@ -125,5 +123,5 @@ class UserData:
                     f"own-{number}", 0, query, controls_of(query, [kind]), contexts, prompt, None, settings
                 )
             )
-            targets.append(self.pictures.pixels[example.target])
+            targets.append(self.images.pixels[example.target])
         return requests, targets

@@ -104,19 +104,19 @@ NAMES: dict[Kind, dict[str, list[str]]] = {"colours": PALETTE_WORDS, "texture": 
 
 class Prompts(NamedTuple):
     """Prompts of images. words: NativeModel.known_words; names: (N,) bool by kind, whether they name it;
-    picture: (N,)."""
+    image: (N,)."""
 
     words: Tensor
     names: dict[Kind, Tensor]
-    picture: Tensor
+    image: Tensor
 
 
 def remember(
-    model: NativeModel, seed: int, styles: int = 640, pictures: int = 5, steps: int = STEPS
+    model: NativeModel, seed: int, styles: int = 640, images_per_style: int = 5, steps: int = STEPS
 ) -> dict[str, float]:
     """Fill model.memory; return for each kind how often its limits are right on the data they were set by."""
     memory = model.memory.cpu()
-    pool = make_pool(seed, styles, pictures, model.image_size)
+    pool = make_pool(seed, styles, images_per_style, model.image_size)
     rng = np.random.default_rng((seed, 29))
     chosen = choose(pool.styles, rng, len(memory.colours), len(memory.reliefs))
     described = describe_pool(pool, memory.reliefs.shape[1])
@@ -126,7 +126,7 @@ def remember(
     shares: dict[str, float] = {}
     for kind, (_, stored, seen) in described.items():
         keys = _learn(
-            memory, kind, prompts, stored[prompts.picture // pictures], seen[prompts.picture], steps, seed
+            memory, kind, prompts, stored[prompts.image // images_per_style], seen[prompts.image], steps, seed
         )
         getattr(memory, f"{kind}_keys").copy_(keys(stored[chosen[kind]]))
         shares[kind] = _set_limits(memory, kind, prompts, seen, pool, rng)
@@ -136,7 +136,7 @@ def remember(
 
 @torch.no_grad()
 def _prompts(model: NativeModel, pool: Pool, rng: Rng) -> Prompts:
-    words, pictures = [], []
+    words, images = [], []
     for number in rng.permutation(np.repeat(np.arange(len(pool.targets)), EACH)):
         style = pool.styles[number // (len(pool.targets) // len(pool.styles))]
         prompt = describe(rng, style, pool.families[pool.layout_of[number]]).split()
@@ -145,9 +145,9 @@ def _prompts(model: NativeModel, pool: Pool, rng: Rng) -> Prompts:
             FILLERS, int(rng.integers(0, 4))
         ).tolist()
         words.append("" if rng.random() < SILENT else " ".join(prompt))
-        pictures.append(int(number))
+        images.append(int(number))
     named = {kind: torch.tensor([_names(prompt, NAMES[kind]) for prompt in words]) for kind in KINDS}
-    return Prompts(model.known_words(list(words)).cpu(), named, torch.tensor(pictures))
+    return Prompts(model.known_words(list(words)).cpu(), named, torch.tensor(images))
 
 
 def _names(prompt: str, names: dict[str, list[str]]) -> bool:
@@ -171,7 +171,7 @@ def _learn(
     optimizer = torch.optim.AdamW(learned.parameters(), LEARNING_RATE, weight_decay=1e-2)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
-        rows = torch.randint(len(prompts.picture), (BATCH,), generator=generator)
+        rows = torch.randint(len(prompts.image), (BATCH,), generator=generator)
         read_stored = memory.read_kept[kind](prompts.words[rows])
         read_seen = memory.read_seen[kind](prompts.words[rows])
         loss = _contrast(read_stored @ keys(stored[rows]).T) + _contrast(
@@ -197,15 +197,16 @@ def _set_limits(
     that do, a context in the same style from one in another. Returns the smaller of the two shares that are
     right."""
     row = KINDS.index(kind)
-    pictures = len(pool.targets) // len(pool.styles)
+    images_per_style = len(pool.targets) // len(pool.styles)
     names = prompts.names[kind]
-    memory.limits[row, 0], first = parted(memory.told(kind, prompts.words), names)
+    memory.limits[row, 0], first = parted(memory.information(kind, prompts.words), names)
     named = np.array([style.palette if kind == "colours" else style.texture for style in pool.styles])
-    same = prompts.picture.numpy() // pictures
+    same = prompts.image.numpy() // images_per_style
     other = rng.integers(0, len(pool.styles), len(same))
     contrary = names & torch.from_numpy(named[same] != named[other])
     alike, unlike = (
-        torch.from_numpy(styles * pictures + rng.integers(0, pictures, len(same))) for styles in (same, other)
+        torch.from_numpy(styles * images_per_style + rng.integers(0, images_per_style, len(same)))
+        for styles in (same, other)
     )
     fits = [
         memory.fits_seen(kind, prompts.words[rows], seen[context[rows]])

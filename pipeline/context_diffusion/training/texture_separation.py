@@ -113,7 +113,7 @@ def slopes(fields: Tensor) -> Tensor:
 
 def draw_examples(seed: int, numbers: NDArray[np.int64], side: int) -> SplitExamples:
     """Draw examples by their numbers; each depends on the seed and its number alone."""
-    examples = [_picture(np.random.default_rng((seed, 31, int(number))), side) for number in numbers]
+    examples = [_example(np.random.default_rng((seed, 31, int(number))), side) for number in numbers]
     images, structure, texture = (np.stack(part) for part in zip(*examples, strict=True))
     return images, structure.astype(np.float16), texture.astype(np.float16)
 
@@ -129,7 +129,7 @@ def split_of(examples: SplitExamples, device: torch.device) -> Split:
     return Split(tones, *(torch.from_numpy(part).to(device).float() for part in (structure, texture)))
 
 
-def _picture(rng: Rng, side: int) -> tuple[Pixels, Tone, Tone]:
+def _example(rng: Rng, side: int) -> tuple[Pixels, Tone, Tone]:
     tone = varied_layout(rng, side)
     style = make_style(rng)
     if style.texture == "flat" and rng.random() > FLATTENED:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from context_diffusion.core.records import Pixels
 from context_diffusion.models.native.colour_transport import (
+    fine_chroma,
     lab_of,
     mixed_palettes,
     palette_of,
@@ -17,7 +18,8 @@ from context_diffusion.models.native.colour_transport import (
     transported,
 )
 from context_diffusion.models.native.draft import colours_of, tones_of
-from context_diffusion.models.native.draft_image import draft_image, synthesise
+from context_diffusion.models.native.draft_image import draft_image, synthesise, texture_of
+from context_diffusion.models.native.texture_separation import ReliefModel
 from support.tiny import picture
 
 HUES = [(200, 90, 80), (70, 140, 90), (80, 110, 200), (150, 120, 30)]  # of about one lightness
@@ -27,10 +29,8 @@ def tensor(pixels: Pixels) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
 
 
-def drawn(
-    query: Pixels, *contexts: Pixels, texture: Tensor | None = None, weights: tuple[float, ...] = ()
-) -> Tensor:
-    """Return the draft (3, H, W) in [0, 1]."""
+def drawn(query: Pixels, *contexts: Pixels, weights: tuple[float, ...] = ()) -> Tensor:
+    """Return the draft (3, H, W) in [0, 1], with the texture of the first context."""
     shares = list(weights or (1.0,) * len(contexts))
     images = [tensor(context) for context in contexts]
     colours = sum(
@@ -38,7 +38,7 @@ def drawn(
     )
     palette = mixed_palettes([palette_of(image) for image in images], shares)
     height, width = query.shape[:2]
-    texture = torch.zeros(height, width) if texture is None else texture
+    texture = synthesise(texture_of(ReliefModel(), images[0], min(height, width)), height, width, 0)
     return draft_image(tensor(query), tones_of(tensor(query)), colours, palette, texture)[0]  # type: ignore[arg-type]
 
 
@@ -46,6 +46,12 @@ def patches(seed: int = 0) -> Pixels:
     """Return a context of four hues of about one lightness."""
     numbers = np.random.default_rng(seed).integers(0, 4, (16, 16))
     return np.array(HUES, np.uint8)[numbers].repeat(8, 0).repeat(8, 1)
+
+
+def strokes(seed: int = 0) -> Pixels:
+    """Return a context of strokes of 4 pixels in four hues of about one lightness."""
+    numbers = np.random.default_rng(seed).integers(0, 4, (32, 32))
+    return np.array(HUES, np.uint8)[numbers].repeat(4, 0).repeat(4, 1)
 
 
 def letters(side: int = 128) -> Pixels:
@@ -90,8 +96,8 @@ def test_black_text_on_white_has_no_coloured_fringe() -> None:
 
 
 def test_a_texture_is_not_mirrored_in_a_larger_image() -> None:
-    noise = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
-    made = synthesise(noise - noise.mean(), 512, 512, 0)
+    noise = torch.randn(1, 128, 128, generator=torch.Generator().manual_seed(0))
+    [made] = synthesise(noise - noise.mean(), 512, 512, 0)
     assert made.shape == (512, 512)
     assert made.std() == pytest.approx(1.0, abs=0.1)
     for fold in (128, 256, 384):
@@ -100,7 +106,7 @@ def test_a_texture_is_not_mirrored_in_a_larger_image() -> None:
 
 
 def test_the_seed_places_the_texture_and_the_same_seed_places_it_again() -> None:
-    noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(synthesise(noise, 96, 64, 5), synthesise(noise, 96, 64, 5))
     assert not torch.allclose(synthesise(noise, 96, 64, 5), synthesise(noise, 96, 64, 6), atol=0.1)
 
@@ -122,5 +128,26 @@ def test_contexts_count_by_their_weights() -> None:
 
 def test_transport_gives_a_query_the_contexts_colours() -> None:
     palette = palette_of(tensor(patches()))
-    made = transported(lab_of(tensor(picture(4, 128, 128)) / 255), palette).flatten(2)[0]
-    assert (made.mean(1) - palette.mean(0)).abs().max() < 4
+    made = transported(lab_of(tensor(picture(4, 128, 128)) / 255), palette.colours).flatten(2)[0]
+    assert (made.mean(1) - palette.colours.mean(0)).abs().max() < 4
+
+
+def test_a_flat_ground_takes_strokes_of_several_hues_as_strokes() -> None:
+    """It had one slow gradient of all the hues (58 from top to bottom): they were ordered by place alone."""
+    lab = lab_of(drawn(letters(), strokes())[None])
+    above, below = lab[:, 1:, 2:14], lab[:, 1:, -14:-2]  # of the letters
+    assert (above.mean((2, 3)) - below.mean((2, 3))).norm() < 25
+    assert above.std((2, 3)).min() > 0.5 * lab_of(tensor(strokes()) / 255)[:, 1:].std((2, 3)).min()
+
+
+def test_fine_chroma_has_neither_large_areas_nor_what_lightness_tells() -> None:
+    areas = np.array(HUES, np.uint8)[[[0, 1], [2, 3]]].repeat(64, 0).repeat(64, 1)
+    rows = np.arange(128)[:, None] // 4 % 2
+    by_lightness = np.where(rows[..., None], (230, 200, 120), (40, 20, 60)).repeat(128, 1).astype(np.uint8)
+    chroma = {
+        name: fine_chroma(lab_of(tensor(image) / 255)).square().mean().sqrt()
+        for name, image in {"areas": areas, "by lightness": by_lightness, "strokes": strokes()}.items()
+    }
+    assert chroma["strokes"] > 15
+    assert chroma["areas"] < 0.4 * chroma["strokes"]
+    assert chroma["by lightness"] < 1

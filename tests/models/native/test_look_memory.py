@@ -189,7 +189,7 @@ def test_a_memory_is_made_the_same_twice_and_kept(tmp_path: Path) -> None:
     for folder in ("first", "second"):
         torch.manual_seed(0)
         model = make_tiny(SIZES)
-        found = remember(model, seed=5, styles=24, pictures=4, steps=20)
+        found = remember(model, seed=5, styles=24, images_per_style=4, steps=20)
         assert set(found) == set(KINDS)
         assert all(0.4 <= share <= 1 for share in found.values())
         model.save_pretrained(tmp_path / folder, torch.float32)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.models.stable_diffusion.backbone import StableBackbone
 from support.diffusers_reference import Model, compare, reference, row
-from support.tiny_diffusers import make_base, make_controlnet, make_image_encoder, make_ip_adapter
+from support.local_job import run_job
+from support.tiny import picture
+from support.tiny_diffusers import SIDE, make_base, make_controlnet, make_image_encoder, make_ip_adapter
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +138,60 @@ def test_each_input_moves_the_reference_itself(models: Any, xl: bool) -> None:
         if np.abs(reference(model, row(1, **change), xl)[1] - base).max() < 20
     ]
     assert not still
+
+
+@pytest.mark.parametrize("xl", [False, True], ids=["sd15", "sdxl"])
+def test_the_mean_and_std_of_latents_are_read_where_diffusers_reads_them(tmp_path: Path, xl: bool) -> None:
+    """By its XL pipelines alone, where an autoencoder's configuration has both."""
+    base = make_base(tmp_path, xl)
+    rows = [
+        row(1, control=[]),
+        row(2, control=[], strength=0.6),
+        row(3, control=["canny"]),
+        row(4, control=["canny"], strength=0.7),
+    ]
+    model = {"base": base, "controlnet": [make_controlnet(tmp_path, xl)]}
+    config = Path(base) / "vae" / "config.json"
+    mean = {"latents_mean": [0.1, -0.3, 0.2, 0.4]}
+    own = json.loads(config.read_text()) | mean | {"latents_std": [1.3, 0.8, 2.0, 0.7]}
+    config.write_text(json.dumps(own))
+    compare(model, rows, xl)
+
+
+@pytest.mark.parametrize("xl", [False, True], ids=["sd15", "sdxl"])
+def test_a_controlnet_of_maps_in_bgr_reads_them_so(tmp_path: Path, xl: bool) -> None:
+    net = make_controlnet(tmp_path, xl)
+    config = Path(net) / "config.json"
+    order = {"controlnet_conditioning_channel_order": "bgr"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | order))
+    model = {"base": make_base(tmp_path, xl), "controlnet": [net, make_controlnet(tmp_path, xl, 2)]}
+    rows = [row(1, control=["none", "canny"]), row(2, control=["tile", "none"], guidance_scale=1.0)]
+    compare(model, rows, xl)
+
+
+def test_an_image_that_was_decoded_in_tiles_is_recorded_so_in_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After memory did not suffice for the whole image."""
+    decode = StableBackbone.decode
+    whole: list[bool] = []
+
+    def short(backbone: StableBackbone, latents: torch.Tensor, tiled: bool = False) -> torch.Tensor:
+        whole.append(not tiled)
+        if not tiled and latents.shape[3] > SIDE // 2:
+            raise torch.OutOfMemoryError("too large")
+        return decode(backbone, latents, tiled)
+
+    monkeypatch.setattr(StableBackbone, "decode", short)
+    Image.fromarray(picture(1)).save(tmp_path / "a.png")
+    rows = [
+        {"id": str(width), "query": "a.png", "context": ["a.png"], "width": width}
+        for width in (SIDE, 2 * SIDE)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {"kind": "generate", "manifest": str(tmp_path / "rows.jsonl"), "output": str(tmp_path / "out")}
+    settings = {"num_inference_steps": 1}
+    model = {"base": make_base(tmp_path)}
+    written = run_job(GenerateJob.model_validate(values | {"model": model, "settings": settings}))
+    assert {row["id"]: row["vae_tiled"] for row in written} == {str(SIDE): False, str(2 * SIDE): True}
+    assert sorted(whole) == [False, True, True]

@@ -243,13 +243,13 @@ def test_threads_and_neighbours_change_no_bit(small: Model) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"lora": "inc"}, "lora: 'inc' is no name of model.loras; did you mean 'ink'"),
+    ({"lora": "inc"}, "lora: 'inc' is not a name of model.loras; did you mean 'ink'"),
     ({"context_blocks": {"up": {"block_7": 1.0}}}, "up.block_7 is none of the U-Net's blocks with "
      "cross-attention, down.block_1, mid, up.block_0"),
     ({"context_blocks": {"left": 1.0}}, "'left' is none of the U-Net's blocks"),
     ({"context_blocks": {"down": {"block_1": [1.0, 1.0, 1.0]}}}, "down.block_1 has 3 scales, the block has"),
     ({"context_blocks": "layout"}, "down.block_2 is none of the U-Net's"),
-    ({"control_guidance_start": [0.1, 0.2, 0.3]}, "has 3 values, the model has 2 ControlNets"),
+    ({"control_guidance_start": [0.1, 0.2, 0.3]}, "3 values for 2 ControlNets"),
     ({"masks": (half("left"),), "contexts": 2}, "context_masks has 1 values for 2 contexts"),
 ]  # fmt: skip
 

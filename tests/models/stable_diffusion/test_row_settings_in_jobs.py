@@ -88,7 +88,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "nulls": {"context_blocks": {"up": {"block_0": None, "block_7": None}, "mid": 1.0, "down": float("nan")}},
 }
 FAILED = {
-    "unknown": ("invalid_setting", "lora: 'inks' is no name of model.loras; did you mean 'ink'?"),
+    "unknown": ("invalid_setting", "lora: 'inks' is not a name of model.loras; did you mean 'ink'?"),
     "flat": ("invalid_mask", "flat.png has 128 x 64 pixels, another aspect ratio than the output's 64 x 64"),
     "one mask": ("invalid_setting", "context_masks has 1 values for 2 contexts"),
     "no block": ("invalid_setting", "up.block_5 is none of the U-Net's blocks with cross-attention"),
@@ -96,8 +96,8 @@ FAILED = {
     "deep": ("invalid_setting", "a.a should be a number from 0 to 10 or a list of them, not a dict"),
     "long": ("invalid_setting", "lora: 'zzz"),
     "half a list": ("invalid_setting", "context_masks is not a JSON list: '[left.png'"),
-    "three windows": ("invalid_setting", "control_guidance_end: 3 values for 2 control maps"),
-    "one scale": ("invalid_setting", "controlnet_conditioning_scale: 1 values for 2 control maps"),
+    "three windows": ("invalid_setting", "control_guidance_end: 3 values for 2 ControlNets"),
+    "one scale": ("invalid_setting", "controlnet_conditioning_scale: 1 values for 2 ControlNets"),
     "nine": ("too_many_contexts", "9 contexts, the model takes at most 8"),
     "no blocks": (
         "invalid_setting",
@@ -190,11 +190,11 @@ def test_validate_finds_rows_that_the_model_refuses(model: Any, tmp_path: Path) 
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"settings": {"lora": "inc"}}, "settings.lora: 'inc' is no name of model.loras; did you mean 'ink'?"),
+    ({"settings": {"lora": "inc"}}, "settings.lora: 'inc' is not a name of model.loras; did you mean 'ink'?"),
     ({"settings": {"context_blocks": {"up": {"block_9": 1.0}}}}, "settings.context_blocks: up.block_9 is"),
     ({"settings": {"context_blocks": "style"}, "control": CONTROL}, "up.block_1 is none of the U-Net's"),
     ({"settings": {"control_guidance_end": [0.1, 0.2, 0.3]}}, "control_guidance_end: 3 values for 2 "),
-    ({"matrix": {"lora": ["ink", "chalk"]}}, "matrix: lora: 'chalk' is no name of model.loras"),
+    ({"matrix": {"lora": ["ink", "chalk"]}}, "matrix: lora: 'chalk' is not a name of model.loras"),
     ({"matrix": {"control_guidance_end": [[0.5, 1, 1]]}}, "matrix: control_guidance_end: 3 values for"),
     ({"matrix": {"context_blocks": ["all", {"down": {"block_4": 1.0}}]}}, "context_blocks: down.block_4"),
 ]  # fmt: skip
@@ -221,7 +221,7 @@ def test_a_wrong_job_ends_before_its_first_shard(
         ({"context_blocks": {"up": {"block_1": None}}}, "names no block"),
         ({"context_blocks": {"up": {"block_1": True}}}, "not a bool"),
         ({"context_blocks": "{up: 1}"}, "is not JSON"),
-        ({"control_guidance_start": [0.1, 0.2], "control_guidance_end": [0.5]}, "_guidance_end has 1 values"),
+        ({"control_guidance_start": [0.1, 0.2], "control_guidance_end": [0.5]}, "_guidance_end: 1 values"),
         ({"control_guidance_start": [0.1, 0.6], "control_guidance_end": 0.5}, "must be below"),
         ({"guidance_rescale": 1.5}, "less than or equal to 1"),
         ({"lora_scale": 11}, "less than or equal to 10"),

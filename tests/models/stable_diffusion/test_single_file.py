@@ -459,7 +459,7 @@ def test_weights_that_the_configuration_has_and_the_file_lacks_are_named(
     more = tmp_path / "more.safetensors"
     save_file(weights | {f"{UNET}time_embed.cond_proj.weight": torch.zeros(2, 2)}, more)
     ContextDiffusion.from_pretrained({"base": str(more), "config": config}, device="cpu")
-    assert "1 weights of its U-Net have no place there" in capsys.readouterr().err
+    assert "1 weights of its U-Net have no place in it" in capsys.readouterr().err
     wrong = tmp_path / "wrong.safetensors"
     save_file(weights | {f"{UNET}out.2.bias": torch.zeros(7)}, wrong)
     with pytest.raises(ModelError, match=r"wrong\.safetensors cannot be loaded with the configuration"):

@@ -21,9 +21,9 @@ from support.report_outputs import finished
 def test_the_job_is_described_without_what_concerns_access(tmp_path: Path) -> None:
     output = finished(tmp_path, 6, {}, storage_options={"s3": {"endpoint_url": "http://internal"}})
     last = sample_rows(output, 6).last_image
-    facts = job_facts(output, {}, last)
+    plan = output.read_plan()
+    facts = job_facts(output, plan, {}, last)
     about = dict(facts["about"])
-    plan = output.read_json(output.plan)
     assert about["model"] == plan["model"]["name"]
     assert about["revision"] == plan["model"]["revision"]
     assert about["last image"].endswith(" UTC")

@@ -18,6 +18,7 @@ from PIL import Image
 
 from context_diffusion.core.errors import RowError, StorageError
 from context_diffusion.outputs.finalize import verify
+from context_diffusion.outputs.output_folder import Output
 from context_diffusion.outputs.report.build import PAGE_BYTES, rebuild, write_report
 from context_diffusion.outputs.report.row_sample import BINS, EVEN, EXTREME, FAILED, sample_rows
 from context_diffusion.outputs.report.thumbnails import MAX_UNAVAILABLE, ImageReader
@@ -148,11 +149,15 @@ def parsed(page: str) -> Scripts:
     return seen
 
 
+def reader(output: Output) -> ImageReader:
+    return ImageReader(output, output.read_plan())
+
+
 def test_what_a_manifest_says_stays_text(tmp_path: Path) -> None:
     output = finished(tmp_path, 12)
     output.storage.replace(
         output.summary,
-        json.dumps({"codes": {}, "images_per_second": ATTACK, "seconds_by_stage": {ATTACK: 1}}).encode(),
+        json.dumps({"codes": {}, "images_per_second": ATTACK}).encode(),
     )
     rebuild(output)
     page = Path(output.report).read_text()
@@ -252,7 +257,7 @@ def test_what_the_job_may_not_read_is_not_shown(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png(1))
     (tmp_path / "out" / "in").mkdir(parents=True)
     (tmp_path / "out" / "in" / "open.png").write_bytes(png(2))
-    pictures = ImageReader(parts(tmp_path / "out", [{"id": "a"}], 1))
+    pictures = reader(parts(tmp_path / "out", [{"id": "a"}], 1))
     assert pictures.source_thumbnail(str(tmp_path / "out" / "in" / "open.png"))
     assert pictures.source_thumbnail(str(tmp_path / "secret.png")) is None
     assert pictures.source_thumbnail(str(tmp_path / "out" / "in" / ".." / ".." / "secret.png")) is None
@@ -261,7 +266,7 @@ def test_what_the_job_may_not_read_is_not_shown(tmp_path: Path) -> None:
 
 def test_a_file_name_leads_nowhere_but_to_its_outputs_pictures(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(png(1))
-    pictures = ImageReader(parts(tmp_path / "out", [{"id": "a"}], 1))
+    pictures = reader(parts(tmp_path / "out", [{"id": "a"}], 1))
     for name in (
         "../secret.png",
         "images/part-00000/../../../secret.png",
@@ -288,7 +293,7 @@ def test_a_store_that_is_away_is_not_waited_for_again_and_again(
         raise StorageError(f"{uri}: away")
 
     monkeypatch.setattr(Storage, "read_input", away)
-    pictures = ImageReader(parts(tmp_path, [{"id": "a"}], 1))
+    pictures = reader(parts(tmp_path, [{"id": "a"}], 1))
     assert [pictures.source_thumbnail(str(tmp_path / "in" / f"{number}.png")) for number in range(9)] == [
         None
     ] * 9
@@ -301,5 +306,5 @@ def test_a_rebuilt_report_keeps_what_the_run_knew_and_the_output_whole(tmp_path:
     assert summary["images_per_second"] == 2.0
     assert output.read_json(output.summary) == summary
     page = Path(output.report).read_text()
-    assert "<dt>denoise</dt>" in page
+    assert "93 <small>%</small>" in page
     assert verify(output) == []

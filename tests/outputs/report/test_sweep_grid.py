@@ -68,7 +68,11 @@ def sheets(folder: Path, count: int = 2, **more: Any) -> list[list[list[str]]]:
             str(written[name]) for name in ("id", "guidance_scale", "strength", "scheduler", "seed")
         )
 
-    return Tables(contact_sheets(output, named, lambda uri, _frame: f"source:{uri}")).tables
+    return Tables(
+        contact_sheets(
+            output, output.read_plan()["job"].get("matrix") or {}, named, lambda uri, _frame: f"source:{uri}"
+        )
+    ).tables
 
 
 def test_each_picture_stands_under_its_own_settings(tmp_path: Path) -> None:

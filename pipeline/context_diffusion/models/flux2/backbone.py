@@ -35,29 +35,31 @@ from context_diffusion.models.flux2.references import (
     references_of,
 )
 from context_diffusion.models.flux2.transformer import LaneTokens, predict, prepare, rotation
-from context_diffusion.models.resolution.defaults import FLUX2_CONTEXTS, flux2_defaults
+from context_diffusion.models.resolution.defaults import FLUX2_CONTEXTS
+from context_diffusion.models.resolution.resolve import ResolvedModel
 
 
 class Flux2Backbone:
-    """Implement engine/backbone.py. padded: references are padded to few lengths, so that more rows share a
-    call."""
+    """Implement engine/backbone.py. model: loaded. resolved: what it was loaded from. padded: references are
+    padded to few lengths, so that more rows share a call."""
 
     context_slots = FLUX2_CONTEXTS
     noise_scale = 1.0
     tiles = True
     num_controlnets = 0
 
-    def __init__(self, model: Flux2, contexts: ReferenceImage, padded: bool) -> None:
+    def __init__(self, model: Flux2, resolved: ResolvedModel, padded: bool) -> None:
+        assert isinstance(resolved.contexts, ReferenceImage)
         pipe, parts = model.pipe, model.parts
         self.transformer = pipe.transformer
         prepare(self.transformer)
         self.text = PromptEncoder(pipe.tokenizer, pipe.text_encoder.model, parts.base, model.offloaded)
         self.images = ImageCodec(pipe.vae)
         self.template, self.padded = parts.prompt_template, padded
-        self.contexts: ContextPreprocessing = contexts
+        self.contexts: ContextPreprocessing = resolved.contexts
         self.scheduler_config: dict[str, Any] = dict(pipe.scheduler.config)
-        self.image_size = pipe.default_sample_size * pipe.vae_scale_factor
-        self.defaults = flux2_defaults(pipe.config.is_distilled)
+        self.image_size = resolved.image_size
+        self.refusal = resolved.defaults.refusal
 
     @property
     def denoisers(self) -> list[nn.Module]:
@@ -69,7 +71,7 @@ class Flux2Backbone:
 
     def branches(self, request: Request) -> list[Branch]:
         settings = request.settings
-        if reason := self.defaults.refusal(settings):
+        if reason := self.refusal(settings):
             raise RowError(ErrorCode.INVALID_SETTING, reason)
         scale = settings.guidance_scale
         if scale > 1:

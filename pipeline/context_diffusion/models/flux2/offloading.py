@@ -45,7 +45,7 @@ class Offloaded:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Have the weights on the device within it."""
+        """Return a context in which the weights are on the device."""
         for weight, values in self._host:
             weight.data = values.to(self.device, non_blocking=True)
         try:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from context_diffusion.core.errors import ErrorCode, RowError
-from context_diffusion.core.records import Pixels, Request
+from context_diffusion.core.records import Pixels, Request, check_contexts
 from context_diffusion.models.conditioning import to_tensor
 
 APART = 10  # between the time coordinates of two references
@@ -40,17 +39,12 @@ def references_of(request: Request, most: int) -> References:
     Raises RowError where there are more, or the weights are not those of the contexts."""
     settings, contexts = request.settings, request.contexts
     given = settings.context_weights or [1.0] * len(contexts)
-    if len(given) != len(contexts):
-        message = f"context_weights has {len(given)} values for {len(contexts)} contexts"
-        raise RowError(ErrorCode.INVALID_SETTING, message)
-    if len(contexts) + 1 > most:
-        message = f"{len(contexts)} contexts, the model takes at most {most - 1} beside the query"
-        raise RowError(ErrorCode.TOO_MANY_CONTEXTS, message)
+    check_contexts(len(contexts), most - 1, context_weights=given)
     weighted = [
         (image, weight * settings.context_scale) for image, weight in zip(contexts, given, strict=True)
     ]
-    kept = [(request.query, 1.0), *[(image, weight) for image, weight in weighted if weight > 0]]
-    return References(tuple(image for image, _ in kept), tuple(weight for _, weight in kept))
+    references = [(request.query, 1.0), *[(image, weight) for image, weight in weighted if weight > 0]]
+    return References(tuple(image for image, _ in references), tuple(weight for _, weight in references))
 
 
 def padded_length(tokens: int) -> int:

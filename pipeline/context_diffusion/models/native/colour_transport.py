@@ -7,13 +7,18 @@ is the query's lightness (He et al. 2013), computed at a small size (He and Sun 
 chance, and every value is found by sorting or by sums over a fixed window, so that a row has equal bits in
 any batch.
 
-N images  H W pixels  n samples
+Hues that change within a few pixels, as brush strokes do, are texture: a query takes the coarse colours, in
+which such hues are averaged, gets the fine ones with the texture (models/native/draft_image.py), and the
+chroma of both together is brought to that of the contexts at last.
+
+N images  H W pixels  n samples  S side of a context
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +29,15 @@ SAMPLES = 4096  # pixels of the contexts
 AXES = 10  # rotations of the three axes of Lab
 STRETCH = (0.01, 0.99)  # quantiles of the query's lightness that become 0 and 100
 PLACE = (0.6, 3.0, 3.0)  # Lab units over the image: what pixels of equal colour are ordered by
+PLACE_LAST = 0.1  # factor of PLACE in the last transport, where the texture orders most pixels
 RADII, EPSILONS = (5, 2), (40.0, 15.0)  # of the two passes of the guided filter; squared units of lightness
 MIN_RISE = 0.2  # of lightness with the query's: less makes a query of few tones vanish
 MAX_LIFT = 15.0  # lightness by which an image is lifted where that needs room
 HUES = 60.0  # squared chroma within a tone from which a context has several hues per tone
+GRAIN = 0.04  # std, in sides of a context, of the blur that coarse chroma is of
+TONES, TONE = 32, 8.0  # groups of equally light pixels; lightness within which they share one mean chroma
+DENSE = 3.0  # typical fine chroma that counts half
+MATCHED = 0.7  # share of the way to the contexts' chroma that the last transport goes
 RGB_TO_XYZ = (
     (0.4124564, 0.3575761, 0.1804375),
     (0.2126729, 0.7151522, 0.0721750),
@@ -65,25 +75,58 @@ def _mixed(values: Tensor, matrix: Sequence[Sequence[float]]) -> Tensor:
     return torch.stack([sum(share * values[:, k] for k, share in enumerate(row)) for row in matrix], 1)  # type: ignore[misc]
 
 
-def palette_of(context: Tensor) -> Tensor:
-    """Return the colours of a context, uint8 (1, 3, S, S), Lab (SAMPLES, 3)."""
+class Palette(NamedTuple):
+    """Colours of contexts, Lab (n, 3) each: all, and the coarse ones."""
+
+    colours: Tensor
+    coarse: Tensor
+
+
+def palette_of(context: Tensor) -> Palette:
+    """Return SAMPLES colours of a context, uint8 (1, 3, S, S)."""
     side = math.isqrt(SAMPLES)
     small = F.interpolate(
         context.float() / 255, (side, side), mode="bilinear", align_corners=False, antialias=True
     )
-    return lab_of(small).flatten(2)[0].T.contiguous()
+    lab = lab_of(small)
+    coarse = torch.cat([lab[:, :1], lab[:, 1:] - fine_chroma(lab)], 1)
+    return Palette(*(part.flatten(2)[0].T.contiguous() for part in (lab, coarse)))
 
 
-def mixed_palettes(palettes: list[Tensor], weights: list[float]) -> Tensor:
-    """Take from each palette (SAMPLES, 3) the share of its weight, evenly over the image. Returns about
-    SAMPLES rows."""
+def mixed_palettes(palettes: list[Palette], weights: list[float]) -> Palette:
+    """Take from each palette of SAMPLES colours the share of its weight, evenly over the image. Returns about
+    SAMPLES colours."""
     total = sum(weights)
     parts = []
     for palette, weight in zip(palettes, weights, strict=True):
         count = round(SAMPLES * weight / total)
-        chosen = (torch.arange(count, device=palette.device).double() + 0.5) * (SAMPLES / max(count, 1))
-        parts.append(palette[chosen.long()])
-    return torch.cat(parts)
+        chosen = (torch.arange(count, device=palette.colours.device).double() + 0.5) * (
+            SAMPLES / max(count, 1)
+        )
+        parts.append(Palette(*(colours[chosen.long()] for colours in palette)))
+    return Palette(*(torch.cat(colours) for colours in zip(*parts, strict=True)))
+
+
+def fine_chroma(lab: Tensor) -> Tensor:
+    """Return how the chroma of Lab (N, 3, S, S) differs, within a few pixels, from that of equally light
+    pixels; (N, 2, S, S). Fainter where only a few pixels differ: these are objects, not texture."""
+    difference = lab[:, 1:] - _mean_chroma(lab)
+    coarse = blurred(difference.flatten(0, 1)[:, None], GRAIN * min(lab.shape[2:]))
+    fine = difference - coarse[:, 0].unflatten(0, (len(lab), 2))
+    typical = fine.square().sum(1).flatten(1).median(1).values[:, None, None, None]
+    return fine * (typical / (typical + DENSE**2))
+
+
+def _mean_chroma(lab: Tensor) -> Tensor:
+    """Return the mean chroma of the pixels that are about as light as each, (N, 2, S, S)."""
+    values = lab.flatten(2)
+    order = values[:, :1].argsort(dim=2, stable=True)
+    groups = F.adaptive_avg_pool1d(values.gather(2, order.expand(-1, 3, -1)), TONES)
+    near = torch.exp(-(groups[:, :1, None] - groups[:, :1, :, None]).square() / (2 * TONE**2))
+    means = (near * groups[:, 1:, None]).sum(3) / near.sum(3)
+    count = values.shape[2]
+    ranked = means[:, :, torch.arange(count, device=lab.device) * TONES // count]
+    return torch.zeros_like(ranked).scatter(2, order.expand(-1, 2, -1), ranked).unflatten(2, lab.shape[2:])
 
 
 def hues_per_tone(palette: Tensor) -> float:
@@ -110,13 +153,7 @@ def transported(query: Tensor, palette: Tensor) -> Tensor:
 
     Two passes: the first from the query's colours, the second from what smoothing left of the first."""
     height, width = query.shape[2:]
-    factor = min(1.0, SIDE / min(height, width))
-    size = max(round(height * factor), 1), max(round(width * factor), 1)
-    small = (
-        F.interpolate(query, size, mode="bilinear", align_corners=False, antialias=True)
-        if factor < 1
-        else query
-    )
+    small = _reduced(query)
     guide, full_guide = small[:, :1], query[:, :1]
     result, small_result = query, small
     for radius, epsilon in zip(RADII, EPSILONS, strict=True):
@@ -130,6 +167,25 @@ def transported(query: Tensor, palette: Tensor) -> Tensor:
         )
         result = result + slope * full_guide + offset
     return result
+
+
+def matched_chroma(lab: Tensor, colours: Tensor) -> Tensor:
+    """Bring the chroma of Lab (1, 3, H, W) towards the distribution of colours (n, 3); its lightness
+    stays."""
+    small = _reduced(lab)
+    points = (small + PLACE_LAST * _places(small)).flatten(2)[0].T
+    moved = _box(_transport(points, colours).T.reshape(small.shape) - small, 1)[:, 1:]
+    moved = F.interpolate(moved, lab.shape[2:], mode="bilinear", align_corners=False)
+    return torch.cat([lab[:, :1], lab[:, 1:] + MATCHED * moved], 1)
+
+
+def _reduced(images: Tensor) -> Tensor:
+    """Return (1, C, H, W) with SIDE pixels on the shorter side, smaller images as they are."""
+    factor = SIDE / min(images.shape[2:])
+    if factor >= 1:
+        return images
+    size = [max(round(side * factor), 1) for side in images.shape[2:]]
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def _places(images: Tensor) -> Tensor:
@@ -161,21 +217,22 @@ def _along(points: Tensor, axes: Tensor) -> Tensor:
 
 
 def _rotations() -> list[list[list[float]]]:
-    """AXES rotations that cover the directions evenly: the first and the last are Lab's own axes."""
-    golden, found = math.pi * (3 - math.sqrt(5)), []
+    """Return AXES rotations that cover the directions evenly: the first and the last are Lab's own axes."""
+    golden = math.pi * (3 - math.sqrt(5))
+    rotations = []
     for number in range(AXES):
         turn, tilt = golden * number, math.acos(1 - number / AXES)
         if number in (0, AXES - 1):
             turn = tilt = 0.0
         c, s, d, e = math.cos(turn), math.sin(turn), math.cos(tilt), math.sin(tilt)
-        found.append(
+        rotations.append(
             [
                 [d, -e * c, -e * s],
                 [e * c, d * c * c + s * s, (d - 1) * c * s],
                 [e * s, (d - 1) * c * s, d * s * s + c * c],
             ]
         )
-    return found
+    return rotations
 
 
 def guided_coefficients(guide: Tensor, values: Tensor, radius: int, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -200,3 +257,13 @@ def risen(lab: Tensor, guide: Tensor) -> Tensor:
         rise < MIN_RISE
     )  # black leaves no room below it
     return torch.cat([light.clamp(0, 100), lab[:, 1:]], 1)
+
+
+def blurred(images: Tensor, std: float) -> Tensor:
+    """Blur (N, 1, H, W) by a Gaussian of `std` pixels."""
+    reach = min(round(3 * std), images.shape[2] - 1, images.shape[3] - 1)
+    places = torch.arange(-reach, reach + 1, device=images.device)
+    weights = torch.exp(-places.square() / (2 * std**2))
+    weights = weights / weights.sum()
+    padded = F.pad(images, (reach,) * 4, mode="reflect")
+    return F.conv2d(F.conv2d(padded, weights[None, None, None]), weights[None, None, :, None])

@@ -21,13 +21,12 @@ from context_diffusion.models.conditioning import (
     to_tensor,
     weighted_contexts,
 )
-from context_diffusion.models.native.colour_transport import mixed_palettes, palette_of
+from context_diffusion.models.native.colour_transport import Palette, mixed_palettes, palette_of
 from context_diffusion.models.native.draft import (
     CHANNELS,
     PICTURE_KINDS,
     STEPS,
     TEXTURED,
-    VIVID,
     WAYS,
     Layout,
     Look,
@@ -35,7 +34,7 @@ from context_diffusion.models.native.draft import (
     draft,
     tones_of,
 )
-from context_diffusion.models.native.draft_image import draft_image, synthesise
+from context_diffusion.models.native.draft_image import draft_image, synthesise, texture_of
 from context_diffusion.models.native.look_memory import (
     KINDS,
     Kind,
@@ -46,9 +45,8 @@ from context_diffusion.models.native.look_memory import (
 )
 from context_diffusion.models.native.model import NativeModel
 from context_diffusion.models.native.preconditioning import EncodedDraft
-from context_diffusion.models.native.texture_separation import ReliefModel
 from context_diffusion.models.native.words import NamedColour, PromptWords, read_words
-from context_diffusion.models.normalization import lightness_of, resized
+from context_diffusion.models.normalization import lightness_of
 
 Detail = dict[str, Tensor]  # what a finished image is made of: see NativeDrafts.of
 BLANK = Look(torch.zeros(1, WAYS, STEPS, 4), torch.zeros(1, 1, 1))
@@ -104,8 +102,8 @@ class NativeDrafts:
         strength = self.model.detail_scale * share * min(control_scales(request, 1)[0], 1.0)
         # Image to image starts from the query: the less noise it has had, the more of the decoded image is
         # the answer.
-        kept = 1.0 if request.settings.strength is None else request.settings.strength
-        rest_scale = 1 - kept + kept * self.model.rest_scale
+        noise_share = 1.0 if request.settings.strength is None else request.settings.strength
+        rest_scale = 1 - noise_share + noise_share * self.model.rest_scale
         detail = detail | {
             "share": encoded.pixels.new_full((1, 1, 1, 1), strength),
             "rest_scale": encoded.pixels.new_full((1, 1, 1, 1), rest_scale),
@@ -138,7 +136,7 @@ class NativeDrafts:
             return Wanted(contexts, {})
         read = self.words(prompt, cache)
         words = cache.get(f"words:{prompt}", lambda: self.model.known_words([read.text]))
-        # Colours that the prompt names go before those that the memory has for its words.
+        # Colours that the prompt names take precedence over those that the memory has for its words.
         said = [kind for kind in KINDS if self.model.memory.says(kind, words)]
         kinds = [kind for kind in said if not (read.colours and kind == "colours")]
         if contexts:
@@ -163,8 +161,8 @@ class NativeDrafts:
         """Return named colours, none if the contexts show them already."""
         if not (named and contexts):
             return named
-        shown = shows_colours(named_colours(named), self._mean_colours(contexts, cache).cpu())
-        return () if shown else named
+        repeats_them = shows_colours(named_colours(named), self._mean_colours(contexts, cache).cpu())
+        return () if repeats_them else named
 
     def _described(self, kind: Kind, contexts: list[Context], cache: Cache) -> Tensor:
         """Return the description (1, numbers) of one kind of look, over all contexts together."""
@@ -232,7 +230,6 @@ class NativeDrafts:
         self, request: Request, tones: Tensor, wanted: Wanted, looks: list[Look], cache: Cache
     ) -> Tensor:
         """Return the draft as an image (1, 3, H, W). tones: of draft.tones_of, (1, WAYS, H, W)."""
-        memory, (height, width) = self.model.memory, request.query.shape[:2]
         weights = torch.tensor([context.weight for context in wanted.contexts], device=self.model.device)
         if wanted.replaces_colours:
             colours, palette = self._replacing_colours(wanted)[None], None
@@ -242,30 +239,31 @@ class NativeDrafts:
                 cache.get(f"palette:{c.key}", partial(self._palette, c.pixels)) for c in wanted.contexts
             ]
             palette = mixed_palettes(palettes, weights.tolist())
+        query = to_tensor(request.query, self.model.device)
+        return draft_image(query, tones, colours, palette, self._texture(request, wanted, weights, cache))
+
+    def _texture(self, request: Request, wanted: Wanted, weights: Tensor, cache: Cache) -> Tensor:
+        """Return the texture of a draft, (3, H, W)."""
+        memory, (height, width) = self.model.memory, request.query.shape[:2]
         seed, side = request.settings.seed or 0, min(height, width)
         if (number := wanted.recalled.get("texture")) is not None:
             measured = min(side, memory.reliefs.shape[1])
-            texture = synthesise(memory.relief(number, measured, measured)[0], height, width, seed)
-        else:
-            parts = [
-                cache.get(f"texture:{c.key}:{side}", partial(self._texture, c.pixels, side))
-                for c in wanted.contexts
-            ]
-            shares = (weights / weights.sum()).tolist()
-            drawn = [synthesise(part[0], height, width, seed) for part in parts]
-            texture = (
-                average_textures(torch.stack(drawn)[None], weights.new_tensor([shares]))[0]
-                if drawn
-                else tones.new_zeros(height, width)
-            )
-        query = to_tensor(request.query, self.model.device)
-        return draft_image(query, tones, colours, palette, texture)
+            lightness = synthesise(memory.relief(number, measured, measured), height, width, seed)
+            return torch.cat([lightness, lightness.new_zeros(2, height, width)])
+        if not wanted.contexts:
+            return weights.new_zeros(3, height, width)
+        measured_textures = [
+            cache.get(f"texture:{c.key}:{side}", partial(self._measured_texture, c.pixels, side))
+            for c in wanted.contexts
+        ]
+        drawn = torch.stack([synthesise(texture, height, width, seed) for texture in measured_textures])
+        return average_textures(drawn.transpose(0, 1), (weights / weights.sum())[None])
 
-    def _palette(self, pixels: Any) -> Tensor:
+    def _palette(self, pixels: Any) -> Palette:
         return palette_of(to_tensor(pixels, self.model.device))
 
-    def _texture(self, pixels: Any, side: int) -> Tensor:
-        return _texture(self.model.relief, to_tensor(pixels, self.model.device), side)
+    def _measured_texture(self, pixels: Any, side: int) -> Tensor:
+        return texture_of(self.model.relief, to_tensor(pixels, self.model.device), side)
 
     def _make_draft(
         self, layout: Layout, wanted: Wanted, looks: list[Look], image: Tensor
@@ -287,14 +285,3 @@ class NativeDrafts:
 
     def _tones(self, control: Control) -> Layout:
         return self.model.layout(to_tensor(control.given, self.model.device), [control.kind])
-
-
-def _texture(relief: ReliefModel, images: Tensor, side: int) -> Tensor:
-    """Measure the texture of contexts, uint8 (N, 3, S, S), at the scale of images of `side` pixels.
-
-    Returns (N, s, s) in ranks, of mean 0, where s is `side` or, for larger images, S: enlarged pixels would
-    have no fine texture.
-    """
-    small = resized(images.float(), min(side, images.shape[-1])).round().clamp(0, 255)
-    texture = VIVID * relief.texture(tones_of(small)) if relief.learned else torch.zeros_like(small[:, 0])
-    return texture - texture.mean((1, 2), keepdim=True)

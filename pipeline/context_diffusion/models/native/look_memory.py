@@ -1,10 +1,10 @@
-"""What a prompt says of colours and of texture, and looks that training has seen to say it with: of those
-that fit the words best the seed takes one (after retrieval-augmented diffusion, Blattmann et al. 2022, arXiv
-2204.11824). A draft is drawn with it as with a context's.
+"""The looks, colours and textures seen in training, that a prompt's words describe. Of those that fit the
+words best the seed selects one (after retrieval-augmented diffusion, Blattmann et al. 2022, arXiv
+2204.11824). A draft uses it like the look of a context.
 
-How well words and a look fit is learned by contrast (InfoNCE, van den Oord et al. 2018), so that it is the
-logarithm of how much likelier the look is with the words than without, but for a constant: what lies low
-contradicts them; and words after which all looks are as likely as before tell nothing of them.
+How well words and a look fit is learned by contrast (InfoNCE, van den Oord et al. 2018), so that it is, up to
+a constant, the logarithm of how much likelier the look is with the words than without: a low value means that
+they contradict each other, and words that leave all looks equally likely describe none.
 
 B prompts  N looks  V words of the tokenizer
 """
@@ -37,12 +37,12 @@ from context_diffusion.models.texture_features import (
 Kind = Literal["colours", "texture"]
 KINDS: tuple[Kind, ...] = ("colours", "texture")
 PLACES = 16  # of a curve of colours
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of what is finer than a ninth of a picture
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of what is finer than a ninth of an image
 NUMBERS = {"colours": 3 * PLACES, "texture": 2 * len(PERIODS) * len(SHARES) + 2 + len(QUANTILES)}
 COMPARED, HIDDEN = 32, 128
-NEAREST = 4  # looks of which the seed takes one
+NEAREST = 4  # looks of which the seed selects one
 RELIEF = 256.0  # steps of a kept relief to one of tone
-# times as strong as training had it is a texture that words ask for: the query's own stands beside it
+# factor of the strength in training of a texture that words ask for: the query's own is there too
 VIVID = 1.5
 
 DARKER, LIGHTER = 45.0, 40.0  # lightness from a named colour to the ends of its curve
@@ -59,15 +59,15 @@ def make_network(width: int) -> nn.Sequential:
 
 class LookMemory(ModelMixin, ConfigMixin):
     """A component of the native model. vocabulary: V; looks, textures: how many are kept; side: pixels of a
-    texture. One that has learned nothing takes no words for told, and nothing is recalled.
+    texture. Before training, no words name a look, and nothing is recalled.
 
-    Words are compared with looks in two views: as they are kept here, and as pictures show them, where a
-    layout has its part in it."""
+    Words are compared with looks in two views: as they are kept here, and as images show them, which depends
+    on the layout too."""
 
     config_name = "config.json"
     colours: Tensor  # (looks, WAYS, STEPS, 4): draft.Look's
     reliefs: Tensor  # int8 (textures, side, side), of tone
-    limits: Tensor  # (KINDS, 2), nats: what words tell of it at least, and what fits them at least
+    limits: Tensor  # (KINDS, 2), nats: at least how clearly words name it, and at least how well it fits them
 
     @register_to_config
     def __init__(self, vocabulary: int = 128, looks: int = 512, textures: int = 128, side: int = 128) -> None:
@@ -83,40 +83,42 @@ class LookMemory(ModelMixin, ConfigMixin):
         self.register_buffer("limits", torch.tensor([[torch.inf, -torch.inf]] * len(KINDS)))
 
     def fits(self, kind: Kind, words: Tensor) -> Tensor:
-        """NativeModel.known_words' (B, V) -> (B, N): how well each kept look fits them."""
+        """Return how well each kept look fits words, (B, N). words: of NativeModel.known_words, (B, V)."""
         return self.read_kept[kind](words.to(self.dtype)).float() @ getattr(self, f"{kind}_keys").float().T
 
-    def told(self, kind: Kind, words: Tensor) -> Tensor:
-        """(B, V) -> (B,): nats that they tell of it, the divergence of the looks' chances from equal ones."""
+    def information(self, kind: Kind, words: Tensor) -> Tensor:
+        """Return how clearly words (B, V) name a look, (B,) in nats: the divergence of the looks' chances
+        from equal ones."""
         chances = self.fits(kind, words).log_softmax(1)
         return (chances.exp() * chances).sum(1) + math.log(chances.shape[1])
 
     def fits_seen(self, kind: Kind, words: Tensor, described: Tensor) -> Tensor:
-        """Words (B, V), descriptions of what contexts show (B, numbers) -> (B,)."""
+        """Return how well words (B, V) fit descriptions of what contexts show (B, numbers), as (B,)."""
         read, seen = self.read_seen[kind](words.to(self.dtype)), self.see[kind](described.to(self.dtype))
         return (read * seen).sum(1).float()
 
     def says(self, kind: Kind, words: Tensor) -> bool:
-        """Whether words (1, V) tell of it."""
-        return bool(self.told(kind, words).item() > self.limits[KINDS.index(kind), 0].item())
+        """Return whether words (1, V) name a look of the kind."""
+        return bool(self.information(kind, words).item() > self.limits[KINDS.index(kind), 0].item())
 
     def contradict(self, kind: Kind, words: Tensor, described: Tensor) -> bool:
-        """Whether words (1, V) are not what contexts show, (1, numbers)."""
+        """Return whether words (1, V) contradict what contexts show, (1, numbers)."""
         return bool(self.fits_seen(kind, words, described).item() < self.limits[KINDS.index(kind), 1].item())
 
     def recall(self, kind: Kind, words: Tensor, seed: int) -> int:
-        """The number of a look for words (1, V): by the seed one of those that fit best."""
+        """Return the number of a look for words (1, V): by the seed one of those that fit best."""
         fits = self.fits(kind, words)[0]
         nearest = fits.topk(min(NEAREST, len(fits))).indices
         return int(nearest[seed // len(nearest) ** KINDS.index(kind) % len(nearest)])
 
     def relief(self, number: int, height: int, width: int) -> Tensor:
-        """(1, H, W), in tone; mirrored where a picture is larger."""
+        """Return a kept texture, (1, H, W), in tone; mirrored where the image is larger."""
         return mirrored(self.reliefs[number][None].float(), height, width) * (VIVID / RELIEF)
 
 
 def describe_colours(colours: Tensor) -> Tensor:
-    """draft.Look's (N, WAYS, STEPS, 4) -> (N, numbers): the curve by rank, coarsely."""
+    """Describe draft.Look's colours (N, WAYS, STEPS, 4) by numbers (N, numbers): the curve by rank,
+    coarsely."""
     curve = curves_of(colours.float())[:, 0].transpose(1, 2)
     return F.adaptive_avg_pool1d(curve, PLACES).flatten(1)
 
@@ -137,22 +139,22 @@ def named_colours(colours: Sequence[NamedColour]) -> Tensor:
     light = torch.from_numpy(np.interp(tones, [0, *middles, 1], np.clip(stops, *ENDS)))
     # A colour keeps half of the way to the next one.
     edges = (middles[:, None] + np.array([-0.25, 0.25]) / count).ravel()
-    own, a, b = (
+    named_light, a, b = (
         torch.from_numpy(np.interp(tones, edges, np.repeat(part, 2))) for part in named.double().T.numpy()
     )
     # Towards black and white chroma falls, as in the space of colours.
-    chroma = torch.minimum(light / own, (100 - light) / (100 - own)).clamp(0, 1)
+    chroma = torch.minimum(light / named_light, (100 - light) / (100 - named_light)).clamp(0, 1)
     curve = rgb_of(torch.stack([light, a * chroma, b * chroma])[None].float())[0].permute(1, 2, 0)
     return torch.cat([curve, torch.ones_like(curve[..., :1])], -1) / STEPS
 
 
 def shows_colours(named: Tensor, colours: Tensor) -> bool:
     """Return whether contexts of these colours show the named ones, both (WAYS, STEPS, 4)."""
-    wanted, shown = (
+    wanted, present = (
         lab_of(curves_of(part[None].float())[:, 0].permute(2, 0, 1)[None] / 2 + 0.5)[0, :, 0].T
         for part in (named, colours)
     )
-    return float((shown[:, None] - wanted).square().sum(2).sqrt().amin(1).mean()) < ALIKE
+    return float((present[:, None] - wanted).square().sum(2).sqrt().amin(1).mean()) < ALIKE
 
 
 def _lab_of(colours: Sequence[NamedColour]) -> Tensor:
@@ -176,17 +178,17 @@ def _spread(lightness: Tensor) -> list[float]:
 
 
 def describe_relief(lightness: Tensor) -> Tensor:
-    """(N, 1, S, S) in [0, 1] -> (N, numbers): models/texture_features.py's, whatever way it is turned, and
-    how its values are spread."""
-    found = describe_textures(lightness)
-    energies = found[:, :-2].unflatten(1, (len(PERIODS), ANGLES, len(SHARES)))
+    """Describe textures (N, 1, S, S) in [0, 1] by numbers (N, numbers): those of models/texture_features.py
+    in any orientation, and how the values are spread."""
+    features = describe_textures(lightness)
+    energies = features[:, :-2].unflatten(1, (len(PERIODS), ANGLES, len(SHARES)))
     fine = fine_of(F.adaptive_avg_pool2d(lightness, SIDE)).flatten(1)
     spread = torch.quantile(fine / (fine.std(1, keepdim=True) + 0.003), fine.new_tensor(QUANTILES), dim=1).T
     return torch.cat(
         [
             energies.mean(2).flatten(1),
             (energies.amax(2) - energies.mean(2)).flatten(1),
-            found[:, -2:],
+            features[:, -2:],
             spread,
         ],
         1,

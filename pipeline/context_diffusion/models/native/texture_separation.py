@@ -1,8 +1,8 @@
-"""A picture's relief: its texture alone, in tones, told from its layout (structure and texture, after Meyer
-2001; here a network learned which is which by pictures of layouts and styles of all kinds:
-training/texture_separation.py).
+"""An image's relief: its texture alone, in tones, separated from its layout (structure and texture, after
+Meyer 2001). A network learned the separation from images of many kinds of layouts and styles
+(training/texture_separation.py).
 
-Every function treats its pictures one by one. N pictures  H W pixels
+Every function treats its images one by one. N images  H W pixels
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 GROUPS = 8  # of normalisation: widths are multiples of it
-FOLD = 2  # pixels a side that are one place
-SMALL = 0.3  # times the network's own unit: what is added to tones is about a third of them
-FAINT = 0.02  # deviation, in ranks: what is no stronger is an error; a flat picture's is about that
+FOLD = 2  # pixels a side of one place of the network's grid
+SMALL = 0.3  # factor of the network's output: what is added to tones is about a third of them
+FAINT = 0.02  # std, in ranks, up to which a texture is taken for an error: about that of a flat image
 
 
 class Block(nn.Module):
-    """A residual block that is modulated by what it sees of the whole picture: a texture is everywhere."""
+    """A residual block that is modulated by the mean over the whole image, since a texture is everywhere."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class Block(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        found = F.silu(self.norm_second(self.first(F.silu(self.norm_first(x)))))
-        return self.skip(x) + self.second(found * (1 + self.whole(found.mean((2, 3)))[..., None, None]))
+        hidden = F.silu(self.norm_second(self.first(F.silu(self.norm_first(x)))))
+        return self.skip(x) + self.second(hidden * (1 + self.whole(hidden.mean((2, 3)))[..., None, None]))
 
 
 class ReliefModel(ModelMixin, ConfigMixin):
@@ -63,13 +63,13 @@ class ReliefModel(ModelMixin, ConfigMixin):
 
     @property
     def learned(self) -> bool:
-        """Whether it says anything: fresh weights call all of a picture its structure."""
+        """Whether it has been trained: with fresh weights all of an image is structure."""
         weight = self.conv_out.weight
         return weight.is_meta or bool(weight.any())  # where shapes alone are asked for
 
     def forward(self, tones: Tensor) -> tuple[Tensor, Tensor]:
-        """draft.tones_of's (N, 2, H, W) -> structure and texture in ranks, (N, H, W) each. They don't add up
-        to the tones: a camera's noise and uneven light are neither, nor are outlines."""
+        """Separate draft.tones_of's tones (N, 2, H, W) into structure and texture in ranks, (N, H, W) each.
+        They do not add up to the tones: a camera's noise and uneven light are neither, nor are outlines."""
         height, width = tones.shape[2:]
         multiple = FOLD * 2 ** (self.levels - 1)
         padded = F.pad(tones.to(self.dtype), (0, -width % multiple, 0, -height % multiple), mode="replicate")
@@ -81,12 +81,12 @@ class ReliefModel(ModelMixin, ConfigMixin):
             x = block(x)
         for block in self.up:
             x = block(torch.cat([F.interpolate(x, scale_factor=2.0, mode="nearest"), skips.pop()], 1))
-        found = F.pixel_shuffle(self.conv_out(F.silu(self.norm(x))), FOLD)[..., :height, :width].float()
-        return tones[:, 0] + SMALL * found[:, 0], SMALL * found[:, 1]
+        parts = F.pixel_shuffle(self.conv_out(F.silu(self.norm(x))), FOLD)[..., :height, :width].float()
+        return tones[:, 0] + SMALL * parts[:, 0], SMALL * parts[:, 1]
 
     def texture(self, tones: Tensor) -> Tensor:
-        """(N, 2, H, W) -> (N, H, W), about 0: nothing where there is hardly any (shrinkage as in Wiener's
-        filter)."""
-        found = self(tones)[1]
-        deviation = found.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
-        return (1 - (FAINT / deviation).square()).clamp(min=0) * (found - found.mean((1, 2), keepdim=True))
+        """Return the texture (N, H, W) of tones (N, 2, H, W), about 0; faint texture is removed (shrinkage as
+        in Wiener's filter)."""
+        texture = self(tones)[1]
+        std = texture.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)
+        return (1 - (FAINT / std).square()).clamp(min=0) * (texture - texture.mean((1, 2), keepdim=True))

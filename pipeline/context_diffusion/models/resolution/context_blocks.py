@@ -64,10 +64,10 @@ class ContextBlocks:
                 blocks += [(place, scale) for place in on_side]
                 continue
             labels = {_label(place): place for place in on_side}
-            for name, own in scale.items():
+            for name, block_scale in scale.items():
                 if f"{side}.{name}" not in labels:
                     raise ValueError(f"{side}.{name} is none of the U-Net's {self._known()}")
-                blocks.append((labels[f"{side}.{name}"], own))
+                blocks.append((labels[f"{side}.{name}"], block_scale))
         return blocks
 
     def _known(self) -> str:

@@ -62,11 +62,12 @@ SCHEDULERS: dict[str, SchedulerName] = {
     "DDPMScheduler": "ddpm",
     "EulerDiscreteScheduler": "euler",
     "EulerAncestralDiscreteScheduler": "euler_a",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",  # of its other algorithms: see _own_scheduler
     "TCDScheduler": "tcd",
     "LCMScheduler": "lcm",
     "FlowMatchEulerDiscreteScheduler": "flow_euler",
 }
+MULTISTEP = "dpmsolver++"  # the algorithm of dpmpp_2m, and the default of its class
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Defaults:
                 return f"context_blocks: {error}"
         if settings.lora is not None and settings.lora not in self.loras:
             known = did_you_mean(settings.lora, self.loras) if self.loras else "the model has none"
-            return f"lora: {settings.lora!r} is no name of model.loras; {known}"
+            return f"lora: {settings.lora!r} is not a name of model.loras; {known}"
         return None
 
 
@@ -153,7 +154,7 @@ def stable_diffusion_defaults(
     settings = SDXL if xl else SD15
     if unet.get("time_cond_proj_dim"):  # a latent consistency model
         settings = settings | (LCM_SDXL if xl else LCM)
-    if name := SCHEDULERS.get(str(scheduler.get("_class_name"))):
+    if name := _own_scheduler(scheduler):
         settings = settings | {"scheduler": name}
     if few_steps:
         settings = settings | few_steps.settings
@@ -175,15 +176,22 @@ def stable_diffusion_defaults(
     )
 
 
+def _own_scheduler(config: Mapping[str, Any]) -> SchedulerName | None:
+    """Return the scheduler of a base's scheduler_config; None: no name here stands for it."""
+    algorithm = config.get("algorithm_type", MULTISTEP)
+    if config.get("_class_name") == "DPMSolverMultistepScheduler" and algorithm != MULTISTEP:
+        return "dpmpp_sde" if algorithm == f"sde-{MULTISTEP}" else None
+    return SCHEDULERS.get(str(config.get("_class_name")))
+
+
 def flux2_defaults(distilled: bool) -> Defaults:
     """Return the defaults of a FLUX.2 [klein], which has no ControlNet."""
     settings = KLEIN if distilled else KLEIN_BASE
     family, unused = "a FLUX.2 [klein]", FLUX2_UNUSED
     if distilled:
         family, unused = "a distilled FLUX.2 [klein]", FLUX2_UNUSED | {"guidance_scale": 1.0}
-    own = settings | {"scheduler": FLUX2_SCHEDULER}
     return Defaults(
-        own,
+        settings | {"scheduler": FLUX2_SCHEDULER},
         (),
         (),
         family,
@@ -232,7 +240,7 @@ def resolved_control(defaults: Defaults, given: str | Sequence[str] | None) -> l
     for kind, name, types in zip(kinds, defaults.controlnets, defaults.control_types, strict=False):
         if types is not None and kind not in types:
             raise ConfigError(
-                f"control: {kind} is no control type of the union ControlNet {name}, which takes "
+                f"control: {kind} is not a control type of the union ControlNet {name}, which takes "
                 f"{', '.join(types)}"
             )
     return kinds
@@ -242,9 +250,10 @@ def refusal(defaults: Defaults, networks: int, settings: Settings) -> str | None
     """Return why a model does not take the settings where so many of its ControlNets run; None where it
     does."""
     for name in CONTROL_SETTINGS if networks else ():
-        value = getattr(settings, name)
-        if isinstance(value, list) and len(value) != networks:
-            return f"{name}: {len(value)} values for {networks} control maps"
+        try:
+            settings.by_controlnet(name, networks)
+        except ValueError as error:
+            return str(error)
     return defaults.refusal(settings)
 
 

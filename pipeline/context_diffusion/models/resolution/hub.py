@@ -1,14 +1,16 @@
-"""Files of a part of a model: in a folder, or on the Hugging Face Hub at a commit. No torch.
+"""Files of a part of a model: in a folder, or on the Hugging Face Hub at a commit. Knows no torch.
 
 The hub's own cache and locks ensure that a file is downloaded once per node; HF_HUB_OFFLINE is respected.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import (
     HfApi,
@@ -81,6 +83,23 @@ def fetch(part: str, name: str, revision: dict[str, str], patterns: Sequence[str
             return Path(hf_hub_download(repo, inside, revision=revision.get(repo)))
         wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
         return Path(snapshot_download(repo, revision=revision.get(repo), allow_patterns=wanted)) / folder
+
+
+def read_json(part: str, name: str, revision: dict[str, str]) -> dict[str, Any]:
+    """Read a part's JSON file; download it if needed. Raises ModelError."""
+    return parsed_json(fetch(part, name, revision), f"{part}/{name}")
+
+
+def parsed_json(path: Path, name: str) -> dict[str, Any]:
+    """Return the mapping in a JSON file. name: the part with the file's name, for messages. Raises
+    ModelError."""
+    try:
+        parsed = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: {name} cannot be read ({error})") from error
+    if not isinstance(parsed, dict):
+        raise ModelError(f"model: {name} is a JSON {type(parsed).__name__}, expected a mapping")
+    return parsed
 
 
 def fetch_file(part: str, revision: dict[str, str]) -> Path:

@@ -31,6 +31,7 @@ from context_diffusion.inputs.context_images import (
     SquareCrop,
     image_processor,
 )
+from context_diffusion.models.resolution.base_networks import check_networks
 from context_diffusion.models.resolution.controlnets import CONTROLNETS, control_types
 from context_diffusion.models.resolution.defaults import (
     Defaults,
@@ -39,8 +40,16 @@ from context_diffusion.models.resolution.defaults import (
     stable_diffusion_defaults,
 )
 from context_diffusion.models.resolution.few_steps import few_steps_of
-from context_diffusion.models.resolution.hub import commit_of, fetch, fetch_optional, split
-from context_diffusion.models.resolution.single_file import check_path, is_single_file, with_configuration
+from context_diffusion.models.resolution.hub import (
+    commit_of,
+    fetch,
+    fetch_optional,
+    parsed_json,
+    read_json,
+    split,
+)
+from context_diffusion.models.resolution.single_file import check_path, is_single_file
+from context_diffusion.models.resolution.single_file_configuration import with_configuration
 
 BUNDLED = Path(__file__).parents[1] / "native" / "bundled"
 NATIVE = "ContextDiffusion"  # _class_name in a native model's index
@@ -163,15 +172,13 @@ def _native(name: str, folder: Path, index: dict[str, Any], parts: Parts | None 
 def _stable_diffusion(name: str, parts: Parts, index: dict[str, Any], known: dict[str, str]) -> ResolvedModel:
     """Resolve a Stable Diffusion and its parts. index: the model_index.json of its configuration. known:
     commits by hub id."""
-    unet, vae, scheduler = (
-        read_json(parts.configuration, f"{folder}/{file}", parts.revision)
-        for folder, file in (
-            ("unet", "config.json"),
-            ("vae", "config.json"),
-            ("scheduler", "scheduler_config.json"),
-        )
+    unet, own_vae, scheduler = (
+        read_json(parts.configuration, file, parts.revision)
+        for file in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     )
+    vae = read_json(parts.vae, "config.json", parts.revision) if parts.vae else own_vae
     xl = "StableDiffusionXL" in str(index.get("_class_name"))
+    check_networks(parts, index, unet, vae, xl)
     image_size = latent_side(unet.get("sample_size"), xl) * latent_factor(vae)
     few_steps = few_steps_of(parts, xl, unet)
     if few_steps:
@@ -221,9 +228,9 @@ def _check_depth_estimator(parts: Parts) -> None:
     config = read_json(parts.depth_estimator, "config.json", parts.revision)
     classes = config.get("architectures") or [config.get("_class_name", "model of an unknown class")]
     if not any(str(name).endswith("ForDepthEstimation") for name in classes):
-        found = f"depth_estimator {parts.depth_estimator} is a {classes[0]}"
         raise ModelError(
-            f"model: {found}, expected a transformers model for depth estimation such as {DEPTH_MODEL}"
+            f"model: depth_estimator {parts.depth_estimator} is a {classes[0]}, expected a transformers "
+            f"model for depth estimation such as {DEPTH_MODEL}"
         )
 
 
@@ -246,27 +253,16 @@ def _preprocessing(parts: Parts, index: dict[str, Any]) -> ImageProcessor:
         return image_processor(None, 224, parts.base)
     side = read_json(parts.image_encoder, "config.json", parts.revision)["image_size"]
     if path := fetch_optional(parts.image_encoder, PREPROCESSOR, parts.revision):
-        return image_processor(_parsed(path, parts.image_encoder), side, parts.image_encoder)
+        config = parsed_json(path, f"{parts.image_encoder}/{PREPROCESSOR}")
+        return image_processor(config, side, parts.image_encoder)
     if any(index.get("feature_extractor") or []):
-        path = fetch_optional(parts.configuration, f"feature_extractor/{PREPROCESSOR}", parts.revision)
+        name = f"feature_extractor/{PREPROCESSOR}"
+        path = fetch_optional(parts.configuration, name, parts.revision)
         with suppress(ModelError):  # made for another encoder: the base's safety checker, at another size
             if path:
-                return image_processor(_parsed(path, parts.base), side, parts.base)
+                config = parsed_json(path, f"{parts.configuration}/{name}")
+                return image_processor(config, side, parts.base)
     return image_processor(None, side, parts.image_encoder)
-
-
-def read_json(part: str, name: str, revision: dict[str, str]) -> dict[str, Any]:
-    return _parsed(fetch(part, name, revision), part)
-
-
-def _parsed(path: Path, part: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model: {part}: {path.name} cannot be read ({error})") from error
-    if not isinstance(parsed, dict):
-        raise ModelError(f"model: {part}: {path.name} is a JSON {type(parsed).__name__}, expected a mapping")
-    return parsed
 
 
 def _revision(parts: Parts) -> str:

@@ -1,5 +1,5 @@
 """Single-file checkpoints of Stable Diffusion, as communities publish them: what a file holds, read from its
-safetensors header, and the configuration that says how it is built. Knows no torch and reads no weights."""
+safetensors header. Knows no torch and reads no weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from context_diffusion.core.errors import ModelError
-from context_diffusion.core.model_parts import PRESETS, Parts
-from context_diffusion.models.resolution.hub import Shapes, cached_file, commit_of, fetch, remote_shapes
+from context_diffusion.models.resolution.hub import Shapes, cached_file, remote_shapes
 
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -25,23 +23,12 @@ OPEN_CLIP = "cond_stage_model.model.token_embedding.weight"
 XL_CLIP = "conditioner.embedders.0.transformer.text_model."
 XL_OPEN_CLIP = "conditioner.embedders.1.model.positional_embedding"
 REFINER = "conditioner.embedders.0.model."
-# Keys by which community checkpoints say how they were trained: options of scheduler_config.json.
-TRAINED_WITH = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
-
-# The files that say how a checkpoint is built, and those that must be among them.
-SMALL_FILES = ("*.json", "*.txt")
-CONFIGURATION = (
-    "model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
-    "scheduler/scheduler_config.json",
-)  # fmt: skip
-VOCABULARIES = ("tokenizer.json", "vocab.json")
-
 MAX_HEADER = 100_000_000  # bytes, the format's own limit; a larger number is the start of something else
 SIGNATURES = {
     b"PK": "a pickle under another name; pickles are not loaded, convert it to safetensors",
     b"\x80": "a pickle under another name; pickles are not loaded, convert it to safetensors",
     b"version ": "a Git LFS pointer in place of the weights; run `git lfs pull`",
-    b"<": "a web page; download the file again, where needed with an account",
+    b"<": "a web page; download the file again, if needed with an account",
     b"GGUF": "a GGUF file, which is not supported",
 }
 # What else a .safetensors file may hold: a pattern of its keys, and what to do.
@@ -132,54 +119,6 @@ def check_path(base: str) -> None:
         )
 
 
-def with_configuration(parts: Parts, commits: dict[str, str]) -> Parts:
-    """Return the parts with the configuration that their single file is built by; other bases unchanged.
-
-    commits: known commits by hub id. Fetches the configuration's files and checks that they suit the file.
-    Raises ModelError."""
-    if not is_single_file(parts.base):
-        if parts.config is not None:
-            raise ModelError(
-                f"model: config {parts.config} is for a base that is one {SUFFIX} file; {parts.base} has its "
-                "own configuration: leave it out"
-            )
-        return parts
-    checkpoint = read_checkpoint(parts.base, parts.revision)
-    if not checkpoint.count(*VAES) and parts.vae is None:
-        raise ModelError(f"model: {parts.base} has no VAE: name one, model: {{base: ..., vae: FOLDER}}")
-    if parts.config is None:
-        parts = _with_default(parts, checkpoint, commits)
-    _check(checkpoint, parts)
-    return parts
-
-
-def _with_default(parts: Parts, checkpoint: Checkpoint, commits: dict[str, str]) -> Parts:
-    if checkpoint.preset is None:
-        raise ModelError(
-            f"model: {parts.base} is a {checkpoint.family} checkpoint, whose versions differ in size and "
-            "prediction type: set model: {base: ..., config: FOLDER} to a folder or hub id of its version in "
-            "diffusers' format"
-        )
-    preset = PRESETS[checkpoint.preset]
-    commit = commit_of(preset.base, commits.get(preset.base) or preset.revision[preset.base])
-    revision = parts.revision | {preset.base: commit}
-    try:
-        fetch_configuration(preset.base, revision)
-    except ModelError as error:
-        raise ModelError(
-            f"model: the configuration of {parts.base}, a {checkpoint.family} checkpoint, is that of "
-            f"{preset.base}, which is not in the cache: set model: {{base: ..., config: FOLDER}} to a folder "
-            f"in diffusers' format, or run `context-diffusion warm` once with a network ({error})"
-        ) from error
-    return parts.model_copy(update={"config": preset.base, "revision": revision})
-
-
-def fetch_configuration(config: str, revision: dict[str, str]) -> Path:
-    """Return the folder of a configuration's files, without weights; download them if needed. Raises
-    ModelError."""
-    return fetch(config, "", revision, SMALL_FILES)
-
-
 def read_checkpoint(base: str, revision: dict[str, str]) -> Checkpoint:
     """Read what a single file holds from its header; of a file on the hub only the header is fetched.
 
@@ -238,59 +177,12 @@ def _shapes(path: Path, base: str) -> Shapes:
         shapes = {key: tuple(entry["shape"]) for key, entry in tensors.items()}
         whole = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        told = f"model: {base} is damaged or not a safetensors file: its header cannot be read"
-        raise ModelError(f"{told}; download it again") from error
+        raise ModelError(
+            f"model: {base} is damaged or not a safetensors file: its header cannot be read; download it "
+            "again"
+        ) from error
     if size < whole:
         raise ModelError(
             f"model: {base} was cut short: it has {size:,} of {whole:,} bytes; download it again"
         )
     return shapes
-
-
-def _check(checkpoint: Checkpoint, parts: Parts) -> None:
-    """Check that a configuration is whole and suits the checkpoint. Raises ModelError."""
-    config = str(parts.config)
-    folder = fetch_configuration(config, parts.revision)
-    more = ("text_encoder_2/config.json",) if checkpoint.xl else ()
-    missing = [name for name in (*CONFIGURATION, *more) if not (folder / name).is_file()]
-    for name in ("tokenizer", "tokenizer_2") if checkpoint.xl else ("tokenizer",):
-        if not any((folder / name / vocabulary).is_file() for vocabulary in VOCABULARIES):
-            missing.append(f"{name}/{VOCABULARIES[0]}")
-    told = f"model: config {config}"
-    if missing:
-        raise ModelError(
-            f"{told} lacks {', '.join(missing)}: expected the configuration of a {checkpoint.family} in "
-            "diffusers' format; if it is a hub id, the cache may hold only a part: run once with a network"
-        )
-    index, unet, scheduler = (
-        _parsed(folder / name) for name in (CONFIGURATION[0], CONFIGURATION[1], CONFIGURATION[4])
-    )
-    kind = str(index.get("_class_name"))
-    known = kind.startswith(("StableDiffusion", "LatentConsistencyModel"))
-    if not known or ("StableDiffusionXL" in kind) != checkpoint.xl:
-        raise ModelError(
-            f"{told} is that of a {kind}, but {parts.base} is a {checkpoint.family} checkpoint: name the "
-            "configuration of one"
-        )
-    width = unet.get("cross_attention_dim")
-    channels = unet.get("block_out_channels", [320])[0]
-    if (channels, width) != (checkpoint.channels, checkpoint.text_width) and isinstance(width, int):
-        raise ModelError(
-            f"{told} describes a U-Net of {channels} channels that reads text of width {width}; that of "
-            f"{parts.base} has {checkpoint.channels} and {checkpoint.text_width}: name the configuration of "
-            "the model that it was made from"
-        )
-    marks = {mark: option for mark, option in TRAINED_WITH.items() if mark in checkpoint.shapes}
-    if any(scheduler.get(name) != value for name, value in marks.values()):
-        options = ", ".join(f"{name}: {json.dumps(value)}" for name, value in marks.values())
-        raise ModelError(
-            f"{told} has another noise schedule than {parts.base}, whose keys {', '.join(marks)} say "
-            f"{options}: set `config:` to a folder whose scheduler/scheduler_config.json says so"
-        )
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model: {path} cannot be read ({error})") from error

@@ -39,7 +39,7 @@ class Group(NamedTuple):
 
 
 class StableBackbone:
-    """Implement engine/backbone.py. model: loaded. resolved: the same before it was."""
+    """Implement engine/backbone.py. model: loaded. resolved: what it was loaded from."""
 
     def __init__(self, model: StableDiffusion, resolved: ResolvedModel) -> None:
         assert isinstance(resolved.contexts, ImageProcessor)
@@ -62,6 +62,7 @@ class StableBackbone:
         self.guidance_width: int | None = self.unet.config.time_cond_proj_dim
         self.scheduler_config: dict[str, Any] = dict(pipe.scheduler.config)
         self.latent_factor = latent_factor(self.vae.config)
+        self.statistics = latent_statistics(self.vae.config, self.device) if model.xl else None
         self.image_size = resolved.image_size
         self.contexts: ContextPreprocessing = resolved.contexts
         self.tiles = True
@@ -162,6 +163,9 @@ class StableBackbone:
     def encode_query(self, request: Request, generator: torch.Generator) -> Tensor:
         pixels = to_tensor(request.query, self.device) / 255 * 2 - 1
         latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample(generator)
+        if self.statistics:
+            mean, std = self.statistics
+            latents = (latents - mean) / std
         return (latents * self.vae.config.scaling_factor).float()
 
     def predict(self, latents: Tensor, timesteps: Tensor, lanes: Any, control: Any, group: Group) -> Tensor:
@@ -191,7 +195,21 @@ class StableBackbone:
         )[0]
 
     def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        scaled = latents / self.vae.config.scaling_factor
+        if self.statistics:
+            mean, std = self.statistics
+            scaled = scaled * std + mean
+        scaled = scaled.to(self.vae.dtype)
         decode = self.vae.tiled_decode if tiled else self.vae.decode
         images = decode(scaled, return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1)
+
+
+def latent_statistics(config: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and the std of each channel of an autoencoder's latents, (1, C, 1, 1), where its
+    configuration has both: diffusers' XL pipelines read them, those of 1.x and 2.x do not."""
+    parts = config.get("latents_mean"), config.get("latents_std")
+    if None in parts:
+        return None
+    mean, std = (torch.tensor(part, device=device)[None, :, None, None].float() for part in parts)
+    return mean, std

@@ -19,28 +19,26 @@ import torch
 from diffusers import ControlNetModel, ControlNetUnionModel
 from torch import Tensor, nn
 
-from context_diffusion.core.errors import ErrorCode, ModelError, RowError
+from context_diffusion.core.errors import ErrorCode, RowError
 from context_diffusion.core.records import Control, Request
 from context_diffusion.engine.backbone import Conditions
 from context_diffusion.engine.embedding_cache import Cache
 from context_diffusion.models.attention import LaneInputs, attend_by_lanes, keys_and_values
 from context_diffusion.models.component_loading import ComponentLoader
 from context_diffusion.models.conditioning import content_key, to_tensor
+from context_diffusion.models.resolution.base_networks import check_controlnet
 from context_diffusion.models.resolution.controlnets import UNION_TYPES, is_union
-from context_diffusion.models.resolution.resolve import read_json
+from context_diffusion.models.resolution.hub import read_json
 from context_diffusion.models.stable_diffusion.depth_maps import DepthEstimator
 
+CHANNEL_ORDER = "controlnet_conditioning_channel_order"  # of the maps that a ControlNet was trained on
 
-def load_controlnets(loader: ComponentLoader, names: list[str], text_width: int) -> list[Any]:
-    """Load the ControlNets of a base that reads text of a width; one that is named twice is loaded once.
-    Raises ModelError."""
+
+def load_controlnets(loader: ComponentLoader, names: list[str], unet: Any) -> list[Any]:
+    """Load the ControlNets of a base's U-Net; one that is named twice is loaded once. Raises ModelError."""
     loaded = {name: _load(loader, name) for name in dict.fromkeys(names)}
     for name, network in loaded.items():
-        if (width := network.config.cross_attention_dim) != text_width:
-            raise ModelError(
-                f"model: controlnet {name} reads text of width {width}, that of base {loader.parts.base} is "
-                "different"
-            )
+        check_controlnet(name, network.config, unet.config)
     return [loaded[name] for name in names]
 
 
@@ -56,7 +54,8 @@ class ControlNetworks:
 
     def __init__(self, loaded: list[Any], depth: DepthEstimator | None) -> None:
         distinct = list({id(network): network for network in loaded}.values())
-        self.places = [next(n for n, one in enumerate(distinct) if one is network) for network in loaded]
+        place_of = {id(network): place for place, network in enumerate(distinct)}
+        self.places = [place_of[id(network)] for network in loaded]
         self.embeddings = [MapEmbedding(network) for network in distinct]
         self.networks = [_stepping(network) for network in distinct]
         self.layers = [attend_by_lanes(network) for network in self.networks]
@@ -121,6 +120,7 @@ class MapEmbedding:
 
     def __init__(self, network: Any) -> None:
         self.embed = network.controlnet_cond_embedding
+        self.reversed = network.config.get(CHANNEL_ORDER) == "bgr"
         self.union = network if isinstance(network, ControlNetUnionModel) else None
         self.types = None if self.union is None else _type_embeddings(self.union)
 
@@ -136,6 +136,7 @@ class MapEmbedding:
 
     def __call__(self, pixels: Tensor, kind: str) -> Tensor:
         """Embed a map, uint8 (1, 3, H, W), to (1, C, h, w)."""
+        pixels = pixels.flip(1) if self.reversed else pixels
         embedded = self.embed((pixels / 255).to(self.embed.conv_in.weight.dtype))
         if self.union is None:
             return embedded
@@ -165,6 +166,7 @@ def _stepping(network: Any) -> Any:
     plain ControlNet in it."""
     if isinstance(network, ControlNetUnionModel):
         network = _plain(network)
+    network.register_to_config(**{CHANNEL_ORDER: "rgb"})  # MapEmbedding has followed it
     network.controlnet_cond_embedding = nn.Identity()
     return network
 

@@ -60,7 +60,8 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
     if parts.vae:
         components["vae"] = loader.component(diffusers.AutoencoderKL, parts.vae)
     pipe = loader.base(kind_of_pipe, **components)
-    controlnets = load_controlnets(loader, parts.controlnets, pipe.unet.config.cross_attention_dim)
+    _check_text(pipe, parts.base, xl)
+    controlnets = load_controlnets(loader, parts.controlnets, pipe.unet)
     fuse_loras(pipe, parts, "unet.")
     row_loras = load_row_loras(pipe, parts)
     if parts.ip_adapter and parts.ip_adapter_weight_name:
@@ -75,6 +76,29 @@ def load(parts: Parts, device: torch.device) -> StableDiffusion:
     depth = load_depth_estimator(loader, parts.depth_estimator, device) if parts.depth_estimator else None
     unsafe = SafetyChecker(checker) if checker else None
     return StableDiffusion(pipe, controlnets, parts, xl, row_loras, unsafe, depth)
+
+
+def _check_text(pipe: Any, base: str, xl: bool) -> None:
+    """Raise ModelError where the base's tokenizers, text encoders and U-Net do not go together: its rows
+    would all fail."""
+    encoders = [pipe.text_encoder, pipe.text_encoder_2] if xl else [pipe.text_encoder]
+    tokenizers = [pipe.tokenizer, pipe.tokenizer_2] if xl else [pipe.tokenizer]
+    for number, (tokenizer, encoder) in enumerate(zip(tokenizers, encoders, strict=True), 1):
+        length = encoder.config.max_position_embeddings
+        if tokenizer.model_max_length > length:  # transformers makes an empty one where a folder is missing
+            name = "tokenizer" if number == 1 else f"tokenizer_{number}"
+            raise ModelError(
+                f"model: the {name} of {base} gives more than the {length} tokens that its text encoder "
+                f"reads: download its {name}/ again"
+            )
+    width, read = (
+        sum(encoder.config.hidden_size for encoder in encoders),
+        pipe.unet.config.cross_attention_dim,
+    )
+    if isinstance(read, int) and read != width:
+        raise ModelError(
+            f"model: the U-Net of {base} reads text of width {read}, its text encoders give {width}"
+        )
 
 
 def _vae_dtype(dtype: torch.dtype, device: torch.device, upcast: bool) -> torch.dtype:

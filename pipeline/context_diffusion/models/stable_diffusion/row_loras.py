@@ -89,8 +89,8 @@ def _copy(pipe: Any) -> Any:
     """Copy a diffusers pipeline with its U-Net and text encoders. All weights are shared."""
     names = [name for name in ("unet", "text_encoder", "text_encoder_2") if getattr(pipe, name, None)]
     networks = {name: _sharing_copy(getattr(pipe, name)) for name in names}
-    own = ("force_zeros_for_empty_prompt", "requires_safety_checker")
-    options = {name: pipe.config[name] for name in own if name in pipe.config}
+    names_of_options = ("force_zeros_for_empty_prompt", "requires_safety_checker")
+    options = {name: pipe.config[name] for name in names_of_options if name in pipe.config}
     return type(pipe)(**pipe.components | networks | options)
 
 

@@ -45,12 +45,14 @@ def rebuild(output: Output) -> dict[str, Any]:
 def write_report(output: Output, summary: dict[str, Any]) -> None:
     """Write report.html, one file that opens from disk without a network: it contains its thumbnails."""
     sample = sample_rows(output, summary["images"])
-    facts = job_facts(output, summary, sample.last_image)
-    images = ImageReader(output)
+    plan = output.read_plan()
+    facts = job_facts(output, plan, summary, sample.last_image)
+    images = ImageReader(output, plan)
     by_shard = groupby(sample.positions, lambda position: position[0])
     chosen = [(shard, [number for _, number in positions]) for shard, positions in by_shard]
     sheets = contact_sheets(
         output,
+        plan["job"].get("matrix") or {},
         lambda row: _data_url(images.output_thumbnail(row)),
         lambda uri, frame: _data_url(images.source_thumbnail(uri, frame)),
     )

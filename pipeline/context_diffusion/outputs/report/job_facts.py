@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from context_diffusion.core.generate_job import GenerateJob
+from context_diffusion.core.job_base import dotted
 from context_diffusion.outputs.output_folder import Output
 
 # Without those that concern machines or access: storage_options, cluster, limits, allow.
@@ -19,13 +20,14 @@ Facts = dict[str, Any]
 WORDS = 30  # without an effect, that the page lists
 
 
-def job_facts(output: Output, summary: dict[str, Any], last_image: datetime | None) -> Facts:
+def job_facts(output: Output, plan: Any, summary: dict[str, Any], last_image: datetime | None) -> Facts:
     """Return what the page shows of the job.
+
+    plan: the content of plan.json.
 
     about: pairs of name and text; settings: pairs of key and text; seconds: from the job's start to its last
     image; retry: the command for failed rows; unknown_words: some of those that had no effect.
     """
-    plan = output.read_json(output.plan)
     model, versions = plan.get("model", {}), plan.get("versions", {})
     started = datetime.fromisoformat(plan["created_at"]) if plan.get("created_at") else None
     uris = [file["uri"] for file in plan["manifest"]]
@@ -41,7 +43,7 @@ def job_facts(output: Output, summary: dict[str, Any], last_image: datetime | No
     known = {name: text for name, text in about.items() if text}
     return {
         "about": list(known.items()),
-        "settings": _flat(values),
+        "settings": _texts(values),
         "seconds": (last_image - started).total_seconds() if last_image and started else None,
         "unknown_words": output.unknown_words(WORDS) if summary.get("unknown_words") else [],
         "retry": retry_command(summary.get("job_file")),
@@ -58,12 +60,10 @@ def _time(moment: datetime | None) -> str | None:
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" if moment else None
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _texts(values: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the dotted keys and values as text, without empty ones."""
-    pairs: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            pairs += _flat(value, f"{prefix}{key}.")
-        elif value not in (None, [], ""):
-            pairs.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)))
-    return pairs
+    return [
+        (key, value if isinstance(value, str) else json.dumps(value))
+        for key, value in dotted(values).items()
+        if value not in (None, [], "")
+    ]

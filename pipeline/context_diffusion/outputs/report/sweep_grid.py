@@ -63,14 +63,13 @@ class Grid:
 
 
 def contact_sheets(
-    output: Output, output_thumbnail: OutputThumbnail, source_thumbnail: SourceThumbnail
+    output: Output, matrix: Matrix, output_thumbnail: OutputThumbnail, source_thumbnail: SourceThumbnail
 ) -> Markup:
     """Render the HTML of the sheets; empty if the job has no matrix.
 
     output_thumbnail: the thumbnail of a row of data/; source_thumbnail: that of a query or context by its URI
     and frame. Both return a data: URL, or None if the image is missing.
     """
-    matrix: Matrix = output.read_json(output.plan)["job"].get("matrix") or {}
     if not matrix:
         return Markup()
     grid = Grid.of(matrix)

@@ -19,7 +19,7 @@ from context_diffusion.core.job_base import Fit, Limits
 from context_diffusion.core.uris import resolve
 from context_diffusion.inputs.decode import Size, decode_resized, open_image
 from context_diffusion.inputs.image_sources import INLINE, read_bytes
-from context_diffusion.outputs.output_folder import Output
+from context_diffusion.outputs.output_folder import Output, base_of
 from context_diffusion.storage.filesystem import Storage
 
 OUTPUT_SIDE = 256  # pixels of the longer side of an output's thumbnail
@@ -32,15 +32,15 @@ OUTPUT_FILE = re.compile(r"(images/part-\d{5,}|webdataset/part-\d{5,}\.tar)/[A-Z
 
 
 class ImageReader:
-    """Reads the images of one OUTPUT. It may be used by several threads."""
+    """Reads the images of one OUTPUT. plan: the content of its plan.json. It may be used by several
+    threads."""
 
-    def __init__(self, output: Output) -> None:
-        plan = output.read_plan()
+    def __init__(self, output: Output, plan: Any) -> None:
         job = GenerateJob.model_validate(plan["job"])
         self._output = output
         self._limits = job.limits
         self._fit = job.fit
-        self._base = output.base()
+        self._base = base_of(plan)
         self._allow = plan["allow"]
         self._storage = Storage(job.storage_options, deadline_s=SOURCE_TIMEOUT_S)
         self._unavailable = 0

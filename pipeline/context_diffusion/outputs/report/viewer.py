@@ -67,7 +67,7 @@ class Viewer:
             else {}
         )
         summary |= {"output": self.output.root, **counts}
-        facts = job_facts(self.output, summary, self.index.last_image())
+        facts = job_facts(self.output, self.output.read_plan(), summary, self.index.last_image())
         data = {
             "served": True,
             "entries": entries,

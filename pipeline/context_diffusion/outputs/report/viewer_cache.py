@@ -28,7 +28,7 @@ class ViewerCache:
 
     def __init__(self, output: Output) -> None:
         self._output = output
-        self._images = ImageReader(output)
+        self._images = ImageReader(output, output.read_plan())
         self._rows: LRUCache[Position, Row] = LRUCache(CACHED_ROWS)
         self._thumbnails: LRUCache[Hashable, bytes] = LRUCache(THUMBNAIL_BYTES, len)
         self._parts: LRUCache[int, pa.Table] = LRUCache(PART_BYTES, lambda part: part.nbytes)

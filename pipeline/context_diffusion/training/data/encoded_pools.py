@@ -97,12 +97,12 @@ def encode_pool(model: NativeModel, pool: Pool) -> EncodedPool:
     )
 
 
-def encode(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
+def encode(model: NativeModel, pixels: Sequence[Pixels] | Pixels) -> Tensor:
     """Encode images, uint8 (H, W, 3) each, to float16 latents (N, C, h, w); each worker encodes its share."""
     return _in_parts(
         model,
-        len(pictures),
-        lambda part: [model.encode_pixels(as_images(model, [pictures[i] for i in part]))],
+        len(pixels),
+        lambda part: [model.encode_pixels(as_images(model, [pixels[i] for i in part]))],
     )[0]
 
 
@@ -119,7 +119,7 @@ def encode_controls(
         return model.encode_control(images, list(kinds)).half(), Layout(*(part.half() for part in layouts))
 
 
-def summarise(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Summaries | None:
+def summarise(model: NativeModel, pixels: Sequence[Pixels] | Pixels) -> Summaries | None:
     """Summarise images, uint8 (H, W, 3) each, by NativeModel.summarise_images at the encoder's own size, as
     float16.
 
@@ -129,22 +129,20 @@ def summarise(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Summar
     side = model.context_size
 
     def see(part: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        return model.summarise_images(
-            as_images(model, [resize(pictures[i], side, side, "crop") for i in part])
-        )
+        return model.summarise_images(as_images(model, [resize(pixels[i], side, side, "crop") for i in part]))
 
-    return tuple(_in_parts(model, len(pictures), see))
+    return tuple(_in_parts(model, len(pixels), see))
 
 
-def looks(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Look:
+def looks(model: NativeModel, pixels: Sequence[Pixels] | Pixels) -> Look:
     """Measure the looks of images, uint8 (H, W, 3) each, for drafts, as float16; each worker measures its
     share."""
 
     def see(part: NDArray[np.int64]) -> Look:
         with torch.autocast(model.device.type, enabled=False):
-            return model.look(as_images(model, [pictures[i] for i in part]))
+            return model.look(as_images(model, [pixels[i] for i in part]))
 
-    return Look(*_in_parts(model, len(pictures), see))
+    return Look(*_in_parts(model, len(pixels), see))
 
 
 def picked(parts: Seen, rows: NDArray[np.int64] | list[int]) -> Seen:
@@ -163,9 +161,9 @@ def drafts(layouts: Layout, looks: Look, counts: NDArray[np.int64]) -> Tensor:
     return draft(layouts, Look(*slots), filled.float().to(layouts.tones.device))
 
 
-def as_images(model: NativeModel, pictures: Sequence[Pixels] | Pixels) -> Tensor:
+def as_images(model: NativeModel, pixels: Sequence[Pixels] | Pixels) -> Tensor:
     """Turn images, uint8 (H, W, 3) each, into uint8 (N, 3, H, W) on the model's device."""
-    return channels_first(pictures).contiguous().to(model.device)
+    return channels_first(pixels).contiguous().to(model.device)
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ class Ahead(Generic[Value]):
             self._executor.shutdown(cancel_futures=True)
 
 
-KINDS = ("gray", "none", "canny", "soft_edges")
+CONTROL_KINDS = ("gray", "none", "canny", "soft_edges")
 
 KIND_SHARES = (0.55, 0.25, 0.1, 0.1)
 
@@ -134,19 +134,24 @@ def make_query(rng: Rng, tone: Tone) -> NDArray[np.uint8]:
     return shift_exposure(rng, image)
 
 
-def make_pool(seed: int, styles: int, pictures: int, size: int = 128, held_out: bool = False) -> Pool:
+def make_pool(seed: int, styles: int, images_per_style: int, size: int = 128, held_out: bool = False) -> Pool:
     """Draw a pool, by its seed alone."""
     cv2.setNumThreads(1)
     rng = np.random.default_rng(seed)
     chosen, parents, varied = _styles(rng, styles, held_out)
-    layouts = [make_layout(rng, size, held_out) for _ in range(max(pictures * 2, styles * pictures // 4))]
-    layout_of = np.concatenate([rng.permutation(len(layouts))[:pictures] for _ in range(styles)])
-    targets = np.stack([dress(layouts[k][1], chosen[i // pictures], rng) for i, k in enumerate(layout_of)])
+    layouts = [
+        make_layout(rng, size, held_out)
+        for _ in range(max(images_per_style * 2, styles * images_per_style // 4))
+    ]
+    layout_of = np.concatenate([rng.permutation(len(layouts))[:images_per_style] for _ in range(styles)])
+    targets = np.stack(
+        [dress(layouts[k][1], chosen[i // images_per_style], rng) for i, k in enumerate(layout_of)]
+    )
     queries, controls, kinds = [], [], []
     for _, tone in layouts:
         for _ in range(2):
             query = make_query(rng, tone)
-            kind = str(rng.choice(KINDS, p=KIND_SHARES))
+            kind = str(rng.choice(CONTROL_KINDS, p=KIND_SHARES))
             queries.append(query)
             controls.append(control_map(query, kind))
             kinds.append(kind)
@@ -186,19 +191,19 @@ def draw_batch(pool: Pool, rng: Rng, size: int, context_dropout: float, prompt_d
 
     If the target's style is a variant, half of the time the contexts have the original style and the prompt
     names the difference."""
-    pictures = len(pool.targets) // len(pool.styles)
+    images_per_style = len(pool.targets) // len(pool.styles)
     targets = rng.integers(0, len(pool.targets), size)
     contexts, counts, prompts = np.zeros((size, 3), np.int64), np.zeros(size, np.int64), []
     for i, target in enumerate(targets):
-        style = target // pictures
+        style = target // images_per_style
         context_style = style
         must = None
         if pool.parents[style] != style and rng.random() < 0.5:
             context_style = pool.parents[style]
             must = pool.varied[style]
-        others = rng.permutation(pictures)
-        others = others[others != target % pictures][:3]
-        contexts[i] = context_style * pictures + others
+        others = rng.permutation(images_per_style)
+        others = others[others != target % images_per_style][:3]
+        contexts[i] = context_style * images_per_style + others
         counts[i] = 0 if must is None and rng.random() < context_dropout else rng.integers(1, 4)
         prompt = describe(rng, pool.styles[style], pool.families[pool.layout_of[target]], must, pool.held_out)
         prompts.append(prompt if must or rng.random() >= prompt_dropout else "")
@@ -213,7 +218,8 @@ class Pools:
         self.job = job
         self.image_size = image_size
         self._ahead = Ahead(
-            partial(make_pool, styles=job.styles, pictures=job.pictures, size=image_size), job.processes
+            partial(make_pool, styles=job.styles, images_per_style=job.pictures, size=image_size),
+            job.processes,
         )
         self._current: tuple[int, Pool] | None = None
         self._validation: Pool | None = None

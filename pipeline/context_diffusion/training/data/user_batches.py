@@ -17,7 +17,7 @@ from context_diffusion.models.native.draft import Layout, Look
 from context_diffusion.training.data.batches import CONTEXTS, BatchSource, Samples, Summaries
 from context_diffusion.training.data.encoded_pools import drafts, picked
 from context_diffusion.training.data.layouts import Rng
-from context_diffusion.training.data.pools import KIND_SHARES, KINDS, shift_exposure
+from context_diffusion.training.data.pools import CONTROL_KINDS, KIND_SHARES, shift_exposure
 from context_diffusion.training.data.styles import dress, make_style
 from context_diffusion.training.data.user_images import Example
 
@@ -77,9 +77,9 @@ class Gallery:
     def draw_kind(self, rng: Rng) -> str:
         """Draw a kind of control map among the job's, as often as in training from scratch."""
         shares = np.array(
-            [share * (kind in self.kinds) for kind, share in zip(KINDS, KIND_SHARES, strict=True)]
+            [share * (kind in self.kinds) for kind, share in zip(CONTROL_KINDS, KIND_SHARES, strict=True)]
         )
-        return str(rng.choice(KINDS, p=shares / shares.sum()))
+        return str(rng.choice(CONTROL_KINDS, p=shares / shares.sum()))
 
     def query(self, example: Example, rng: Rng) -> Pixels:
         """Return the example's query, or one made from the target: in grey, or its tones in a random

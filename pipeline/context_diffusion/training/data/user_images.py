@@ -37,7 +37,7 @@ class Example:
 
 
 @dataclass
-class Pictures:
+class UserImages:
     """A user's images and examples. pixels: uint8 (size, size, 3) each. skipped: why an image was not read,
     by its name."""
 
@@ -60,14 +60,14 @@ class Pictures:
 
 
 class _Reader:
-    """Read sources into `pictures.pixels`, equal images once, so that a target is never shown with its
+    """Read sources into `images.pixels`, equal images once, so that a target is never shown with its
     copy."""
 
-    def __init__(self, job: FinetuneJob, size: int, pictures: Pictures) -> None:
+    def __init__(self, job: FinetuneJob, size: int, images: UserImages) -> None:
         self.storage = Storage(job.storage_options)
         self.allow = job.allow
         self.size = size
-        self.pictures = pictures
+        self.images = images
         self._by_path: dict[str, int | None] = {}
         self._by_digest: dict[bytes, int] = {}
 
@@ -83,32 +83,32 @@ class _Reader:
             data = read_bytes(source, allow, Limits(), self.storage)
             pixels = decode_resized(data, Limits(), path or name, lambda *_: (self.size, self.size), "crop")
             digest = hashlib.sha256(pixels.tobytes()).digest()
-            index = self._by_digest.setdefault(digest, len(self.pictures.pixels))
-            if index == len(self.pictures.pixels):
-                self.pictures.pixels.append(pixels)
+            index = self._by_digest.setdefault(digest, len(self.images.pixels))
+            if index == len(self.images.pixels):
+                self.images.pixels.append(pixels)
         except RowError as error:
-            self.pictures.skipped[path or name] = str(error)
+            self.images.skipped[path or name] = str(error)
         if by_path:
             self._by_path[path] = index
         return index
 
 
-def read_pictures(job: FinetuneJob, size: int) -> Pictures:
+def read_user_images(job: FinetuneJob, size: int) -> UserImages:
     """Read job.data, cropped to squares of `size` pixels. Raises ManifestError if there are too few
     images."""
-    pictures = Pictures()
-    reader = _Reader(job, size, pictures)
+    images = UserImages()
+    reader = _Reader(job, size, images)
     if reader.storage.is_folder(job.data):
         _read_folder(job, reader)
     else:
         _read_manifest(job, reader)
-    return pictures
+    return images
 
 
 def _read_folder(job: FinetuneJob, read: _Reader) -> None:
     root = normal(job.data)
     storage = read.storage
-    pictures = read.pictures
+    images = read.images
     few = []
     names = [name for name in sorted(storage.list(root)) if not name.startswith(".")]
     styles = [name for name in names if storage.is_folder(f"{root}/{name}")]
@@ -128,11 +128,11 @@ def _read_folder(job: FinetuneJob, read: _Reader) -> None:
         members = np.random.default_rng(job.seed).permutation(readable)
         held = min(int(len(members) * job.held_out), len(members) - 2)
         trained = members[held:]
-        pictures.validation += [Example(int(target), trained) for target in members[:held]]
-        pictures.training += [Example(int(target), trained[trained != target]) for target in trained]
-    pictures.styles = len(styles)
+        images.validation += [Example(int(target), trained) for target in members[:held]]
+        images.training += [Example(int(target), trained[trained != target]) for target in trained]
+    images.styles = len(styles)
     if few:
-        reasons = "".join(f"\n  {reason}" for reason in list(pictures.skipped.values())[:10])
+        reasons = "".join(f"\n  {reason}" for reason in list(images.skipped.values())[:10])
         raise ManifestError(
             "data: a style needs at least two different readable images, since one shows the style of the "
             f"other; {root} has fewer in {', '.join(few)}. Add images or remove the folder{reasons}"
@@ -140,7 +140,7 @@ def _read_folder(job: FinetuneJob, read: _Reader) -> None:
 
 
 def _read_manifest(job: FinetuneJob, read: _Reader) -> None:
-    pictures = read.pictures
+    images = read.images
     examples = []
     count = 0
     for name, base, row in _rows(job, read.storage):
@@ -148,14 +148,14 @@ def _read_manifest(job: FinetuneJob, read: _Reader) -> None:
         try:
             examples.append(_example(row, name, base, job, read))
         except RowError as error:
-            pictures.skipped[name] = str(error)
+            images.skipped[name] = str(error)
     if not examples:
-        reasons = "".join(f"\n  {reason}" for reason in list(pictures.skipped.values())[:10])
+        reasons = "".join(f"\n  {reason}" for reason in list(images.skipped.values())[:10])
         raise ManifestError(f"data: none of the {count} rows of {job.data} can be trained on{reasons}")
     order = np.random.default_rng(job.seed).permutation(len(examples))
     held = min(int(len(examples) * job.held_out), len(examples) - 1)
-    pictures.validation = [examples[i] for i in order[:held]]
-    pictures.training = [examples[i] for i in order[held:]]
+    images.validation = [examples[i] for i in order[:held]]
+    images.training = [examples[i] for i in order[held:]]
 
 
 def _rows(job: FinetuneJob, storage: Storage) -> Iterator[tuple[str, str, Row]]:
