@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from context_diffusion.cli import main
+from context_diffusion.cli import run_command
 from context_diffusion.cli.job_template import job_text, write_job
 from context_diffusion.cli.run_command import _result_lines
 from context_diffusion.core.errors import ConfigError, JobError, ManifestError
@@ -115,11 +115,11 @@ def test_a_job_that_is_refused_says_nothing_of_failed_rows_in_its_output(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shown: list[str] = []
-    monkeypatch.setattr(main, "_report_failures", lambda *_: shown.append("failures"))
-    monkeypatch.setattr(main, "_report_unknown_words", lambda *_: shown.append("words"))
+    monkeypatch.setattr(run_command, "_report_failures", lambda *_: shown.append("failures"))
+    monkeypatch.setattr(run_command, "_report_unknown_words", lambda *_: shown.append("words"))
     job = GenerateJob(kind="generate", manifest="rows.parquet", output="out")
     summary = {"failed": 4, "rows": 12, "unknown_words": 1, "error": "out belongs to another job"}
-    main._report_end(job, "job.yaml", summary | {"exit": 2})
+    run_command._report_end(job, "job.yaml", summary | {"exit": 2})
     assert shown == []
-    main._report_end(job, "job.yaml", summary | {"exit": 4})
+    run_command._report_end(job, "job.yaml", summary | {"exit": 4})
     assert shown == ["failures", "words"]

@@ -102,7 +102,7 @@ def _run_job(
 
 def _report_end(job: StrictModel, file: str, summary: dict[str, Any]) -> None:
     """Write a job's failed rows, and its error or its end, to the log."""
-    if isinstance(job, GenerateJob) and summary["exit"] != EXIT_JOB:
+    if isinstance(job, GenerateJob) and summary.get("exit") != EXIT_JOB:
         if summary.get("failed"):
             _report_failures(job, file, summary)
         if summary.get("unknown_words"):
