@@ -34,12 +34,10 @@ def test_nothing_of_the_draft_is_lost_and_what_was_changed_is_added_in_part() ->
     ("told", "share"),
     [
         ({}, 1.0),
-        ({"context_scale": 0.25}, 0.25),
         ({"controlnet_conditioning_scale": 0.5}, 0.5),
-        ({"context_scale": 2.0}, 1.0),
     ],
 )
-def test_a_row_is_given_as_much_as_its_contexts_and_its_layout_say(
+def test_a_row_is_given_as_much_of_its_draft_as_its_layout_says(
     told: dict[str, float], share: float
 ) -> None:
     model = dataclasses.replace(tiny_model(), detail_scale=0.8)
@@ -52,6 +50,24 @@ def test_a_row_is_given_as_much_as_its_contexts_and_its_layout_say(
     plain = backbone.decode(torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0)))
     expected = give_back(plain, **detail)
     torch.testing.assert_close(finish(plain), expected, atol=1e-6, rtol=0)
+
+
+def test_a_smaller_context_scale_leaves_the_query_more_of_its_look() -> None:
+    """It mixed the draft with what the U-Net made of a fainter draft, which was dark and grey."""
+    backbone = NativeBackbone(tiny_model())
+    rows = {scale: request(1, contexts=2, context_scale=scale) for scale in (0.01, 0.25, 1.0, 2.0)}
+    drafts = {scale: backbone.drafts.image_of(row) for scale, row in rows.items()}
+    query = torch.from_numpy(rows[1.0].query.copy()).permute(2, 0, 1)[None] / 255
+    torch.testing.assert_close(drafts[0.25], torch.lerp(query, drafts[1.0], 0.25))
+    torch.testing.assert_close(drafts[0.01], query, atol=0.01, rtol=0)
+    assert torch.equal(drafts[2.0], drafts[1.0])
+    row, cache = rows[0.25], Cache(10**8)
+    branches = backbone.branches(row)
+    finish = backbone.encode(row, branches, cache).finish
+    assert finish is not None
+    contexts = weighted_contexts(row, backbone.model.context_slots)
+    _, detail = backbone.drafts.of(row, branches[-1], contexts, cache)
+    torch.testing.assert_close(finish(detail["copies"]), drafts[0.25])
 
 
 def test_without_contexts_or_tones_there_is_no_draft_to_give() -> None:

@@ -90,16 +90,15 @@ class NativeDrafts:
         The detail has the images `drafts` and `copies`, the autoencoder's reconstruction, the `share` of the
         draft in the image and the `rest_scale` of what the diffusion model changed; it is empty where there
         is no draft."""
-        scale = min(request.settings.context_scale, 1.0)
+        scale = request.settings.context_scale
         weighted = [context for context in contexts if context.weight and scale]
         wanted = self._wanted(request, branch, weighted, cache)
         if wanted.is_empty:
-            return self._lane(self._no_draft(request), 1.0), {}
+            return self._lane(self._no_draft(request)), {}
         encoded, detail = self._draft_of(request, wanted, cache)
-        share = 1.0 if wanted.replaces_colours else scale
         if not detail:
-            return self._lane(encoded, share), {}
-        strength = self.model.detail_scale * share * min(control_scales(request, 1)[0], 1.0)
+            return self._lane(encoded), {}
+        strength = self.model.detail_scale * min(control_scales(request, 1)[0], 1.0)
         # Image to image starts from the query: the less noise it has had, the more of the decoded image is
         # the answer.
         noise_share = 1.0 if request.settings.strength is None else request.settings.strength
@@ -108,12 +107,12 @@ class NativeDrafts:
             "share": encoded.pixels.new_full((1, 1, 1, 1), strength),
             "rest_scale": encoded.pixels.new_full((1, 1, 1, 1), rest_scale),
         }
-        return self._lane(encoded, share), detail
+        return self._lane(encoded), detail
 
-    def _lane(self, encoded: EncodedDraft, share: float) -> Conditions:
+    def _lane(self, encoded: EncodedDraft) -> Conditions:
         return {
-            "draft": share * encoded.pixels.to(self.model.dtype),
-            "draft_latents": share * encoded.latents.to(self.model.dtype),
+            "draft": encoded.pixels.to(self.model.dtype),
+            "draft_latents": encoded.latents.to(self.model.dtype),
         }
 
     def _no_draft(self, request: Request) -> EncodedDraft:
@@ -224,7 +223,8 @@ class NativeDrafts:
             image = self._image(request, layout.tones.float(), wanted, looks, cache)
             return self._make_draft(layout, wanted, looks, image)
 
-        return cache.get(f"draft:{key}:{wanted.key}:{seed}", make)
+        scale = request.settings.context_scale
+        return cache.get(f"draft:{key}:{wanted.key}:{scale}:{seed}", make)
 
     def _image(
         self, request: Request, tones: Tensor, wanted: Wanted, looks: list[Look], cache: Cache
@@ -240,7 +240,10 @@ class NativeDrafts:
             ]
             palette = mixed_palettes(palettes, weights.tolist())
         query = to_tensor(request.query, self.model.device)
-        return draft_image(query, tones, colours, palette, self._texture(request, wanted, weights, cache))
+        image = draft_image(query, tones, colours, palette, self._texture(request, wanted, weights, cache))
+        # Contexts of a smaller scale leave the query more of its own look.
+        scale = 1.0 if wanted.replaces_colours else min(request.settings.context_scale, 1.0)
+        return torch.lerp(query.float() / 255, image, scale)
 
     def _texture(self, request: Request, wanted: Wanted, weights: Tensor, cache: Cache) -> Tensor:
         """Return the texture of a draft, (3, H, W)."""
