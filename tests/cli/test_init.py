@@ -11,7 +11,7 @@ import pytest
 from context_diffusion.cli import run_command
 from context_diffusion.cli.job_template import job_text, write_job
 from context_diffusion.cli.run_command import _result_lines
-from context_diffusion.core.errors import ConfigError, JobError, ManifestError
+from context_diffusion.core.errors import ConfigError, JobError, ManifestError, ModelError
 from context_diffusion.core.generate_job import GenerateJob
 from context_diffusion.core.job_file import check_job, parse
 from context_diffusion.inputs.from_folders import Pairing
@@ -82,6 +82,8 @@ def test_nothing_is_overwritten_or_left_half_done(folder: Path) -> None:
     (folder / "out/plan.json").unlink()
     with pytest.raises(ConfigError):
         write_job(pairing, "more.parquet", "new.yaml", "", "out")
+    with pytest.raises(ModelError, match="'sd16' not found: expected a folder, a hub id or one of bundled, "):
+        write_job(pairing, "more.parquet", "new.yaml", "sd16", "out")
     with pytest.raises(ManifestError, match="equal numbers"):
         write_job(Pairing("photos", "paintings", "zip"), "more.parquet", "new.yaml", "bundled", "out")
     assert not (folder / "new.yaml").exists()

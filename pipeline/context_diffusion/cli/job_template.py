@@ -12,6 +12,7 @@ from context_diffusion.core.errors import JobError
 from context_diffusion.core.job_file import check_job, parse
 from context_diffusion.core.uris import normal, parent
 from context_diffusion.inputs.from_folders import Pairing, write_manifest
+from context_diffusion.models.resolution.resolve import check_name
 from context_diffusion.outputs.output_folder import Output
 from context_diffusion.storage.filesystem import Storage
 
@@ -48,7 +49,8 @@ model: {model}  # bundled: small, needs no GPU; flux2-klein, sdxl, sd15: for a G
 def write_job(pairing: Pairing, manifest: str, job_file: str, model: str, output: str) -> dict[str, Any]:
     """Write the manifest and the job file. Existing files are never overwritten.
 
-    Returns the manifest's URI and number of rows, and the job file's URI. Raises JobError, ManifestError.
+    Returns the manifest's URI and number of rows, and the job file's URI. Raises JobError, ManifestError,
+    ModelError.
     """
     storage = Storage()
     job_uri = normal(job_file)
@@ -60,6 +62,7 @@ def write_job(pairing: Pairing, manifest: str, job_file: str, model: str, output
     if storage.exists(Output(normal(output), storage).plan):
         raise JobError(f"--output {output} holds the images of another job: choose another name")
     check_job({"kind": "generate", "manifest": manifest, "output": output, "model": model}, job_file)
+    check_name(model)
     written = write_manifest(pairing, manifest)
     # A job with `allow` reads nothing else, so the manifest's own folder is named too.
     allow = [parent(written["manifest"]), *written["allow"]] if written["allow"] else []

@@ -37,9 +37,7 @@ def test_nothing_of_the_draft_is_lost_and_what_was_changed_is_added_in_part() ->
         ({"controlnet_conditioning_scale": 0.5}, 0.5),
     ],
 )
-def test_a_row_is_given_as_much_of_its_draft_as_its_layout_says(
-    told: dict[str, float], share: float
-) -> None:
+def test_a_row_is_given_as_much_of_its_draft_as_its_layout_says(told: dict[str, float], share: float) -> None:
     model = dataclasses.replace(tiny_model(), detail_scale=0.8)
     backbone, one = NativeBackbone(model), request(1, contexts=2, **told)
     cache, branches = Cache(10**8), backbone.branches(one)

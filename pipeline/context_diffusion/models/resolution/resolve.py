@@ -108,6 +108,15 @@ def model_folder(model: str) -> Path:
     return folder
 
 
+def check_name(model: str) -> None:
+    """Raise ModelError for what is no known name, no folder that exists, no file's name and no hub id."""
+    if model in (*PRESETS, "bundled") or Path(model).is_dir() or is_single_file(model):
+        return
+    if model.startswith((".", "/", "~")) or "/" not in model:
+        names = ", ".join(["bundled", *PRESETS])
+        raise ModelError(f"model: {model!r} not found: expected a folder, a hub id or one of {names}")
+
+
 def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> ResolvedModel:
     """Resolve a name, a folder or a hub id; only small files are downloaded.
 
@@ -117,15 +126,11 @@ def find_model(model: str | Parts, commits: dict[str, str] | None = None) -> Res
         model = model.base
     check_path(model if isinstance(model, str) else model.base)
     if isinstance(model, str) and model not in PRESETS:
+        check_name(model)
         if model == "bundled" or Path(model).is_dir():
             index = read_json(str(model_folder(model)), "model_index.json", {})
             if index.get("_class_name") == NATIVE:
                 return _native(model, model_folder(model), index)
-        elif not is_single_file(model) and (model.startswith((".", "/", "~")) or "/" not in model):
-            raise ModelError(
-                f"model: {model!r} not found: expected a folder, a hub id or one of bundled, "
-                f"{', '.join(PRESETS)}"
-            )
     given = Parts(base=model) if isinstance(model, str) else model
     parts = parts_of(given)
     known = (commits or {}) | parts.revision
