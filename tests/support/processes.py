@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,12 +46,15 @@ def start(job: dict[str, Any], engine: str, **options: bool) -> subprocess.Popen
     return process
 
 
-def ended(process: subprocess.Popen[str], timeout: float = PATIENCE_S) -> dict[str, Any]:
-    """What the driver said last."""
+def ended(process: subprocess.Popen[str], timeout: float = 3 * PATIENCE_S) -> dict[str, Any]:
+    """Wait for the driver to end, which is killed after `timeout` seconds. Returns what it said last."""
     assert process.stdout
     assert process.stderr
+    watchdog = threading.Timer(timeout, end, [process])
+    watchdog.start()
     lines = process.stdout.read().strip().splitlines()
-    process.wait(timeout=timeout)
+    process.wait()
+    watchdog.cancel()
     process.stderr.seek(0)
     assert lines, f"the driver ended with {process.returncode} and no word: {process.stderr.read()[-3000:]}"
     return json.loads(lines[-1])
