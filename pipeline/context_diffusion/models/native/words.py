@@ -39,11 +39,13 @@ OTHER_WORDS = {
     "dots": "dot polka polkadot polkadots spot spots spotty speckle speckles speckled",
     "checks": "check checker checkers checkered checkerboard chequer chequers chessboard gingham grid grids "
     "plaid squares tartan",
-    "grain": "coarse grains gritty noise noisy sandpaper",
-    "hatching": "crosshatch crosshatched crosshatching engraved engraving etched etching hatch hatches",
+    "grain": "coarse concrete grains gravel gritty leather noise noisy rock rocky sandpaper stone stony",
+    "hatching": "canvas cloth crosshatch crosshatched crosshatching engraved engraving etched etching fabric "
+    "hatch hatches knitted linen weave woven",
     "lines": "line lined",
     "gradient": "fade faded fades gradients graded ombre shading",
-    "brush": "brushes brushstroke brushstrokes daubs impasto oil paint painterly painting strokes stroke",
+    "brush": "acrylic brushes brushstroke brushstrokes daubs gouache impasto oil paint painterly painting "
+    "strokes stroke watercolor watercolour",
     "glass": "crystal crystals facets mosaics polygons shards stained tiled tiles",
     "waves": "ripple ripples rippling undulating wave",
     "flat": "even smoothly solid uniform",
