@@ -238,5 +238,35 @@ def test_a_base_is_used_with_its_own_scheduler(tmp_path: Path, config: dict[str,
     assert find_model(base).defaults.settings["scheduler"] == expected
 
 
+@pytest.mark.parametrize(
+    ("config", "scheduler"),
+    [(None, "flow_euler"), ({}, "flow_euler"), ({"prediction_type": "flow_prediction"}, "euler")],
+)
+def test_a_scheduler_that_does_not_suit_the_model_ends_the_job_before_it_starts(
+    tmp_path: Path, config: dict[str, Any] | None, scheduler: str
+) -> None:
+    """Each row failed with invalid_setting, after the engines had started; validate did not see it."""
+    model = "bundled"
+    if config is not None:
+        model = make_base(tmp_path)
+        file = Path(model) / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    defaults = find_model(model).defaults
+    job = GenerateJob.model_validate(
+        {
+            "kind": "generate",
+            "manifest": "rows.csv",
+            "output": "out",
+            "control": "disabled",
+            "settings": {"scheduler": scheduler},
+        }
+    )
+    with pytest.raises(ConfigError, match=rf"settings\.scheduler: {scheduler} does not suit a .*; choose "):
+        resolved_job(job, defaults)
+    row = Settings.model_validate({"scheduler": scheduler})
+    assert "does not suit" in (defaults.refusal(row) or "")
+    assert defaults.refusal(Settings.model_validate({"scheduler": defaults.schedulers[0]})) is None
+
+
 def test_the_bundled_model_reads_gray_maps() -> None:
     assert find_model("bundled").defaults == native_defaults(8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -17,6 +17,8 @@ SchedulerName = Literal[
     "dpmpp_sde", "tcd", "lcm", "flow_euler"
 ]  # fmt: skip
 
+FLOW_SCHEDULERS = ("flow_euler",)  # of flow-matching models, and of no others
+
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Fractions = Annotated[list[Fraction], Field(min_length=1)]
@@ -24,6 +26,16 @@ ControlScale = Annotated[float, Field(ge=0, le=10)]
 Side = Annotated[int, Field(ge=64, le=2048, multiple_of=16)]
 CONTEXT_BLOCKS = ("all", "style", "layout", "style+layout")
 MAX_BLOCK_SCALE = 10.0
+
+
+def suitable_schedulers(scheduler_config: Mapping[str, Any]) -> tuple[SchedulerName, ...]:
+    """Return the schedulers that go with what a model predicts: a flow, or noise, x0 or v."""
+    is_flow = (
+        str(scheduler_config.get("_class_name", "")).startswith("FlowMatch")
+        or scheduler_config.get("prediction_type") == "flow_prediction"
+        or bool(scheduler_config.get("use_flow_sigmas"))
+    )
+    return tuple(name for name in get_args(SchedulerName) if (name in FLOW_SCHEDULERS) == is_flow)
 
 
 def _checked_blocks(value: str | dict[str, Any]) -> str | dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from context_diffusion.core.errors import ErrorCode, RowError
-from context_diffusion.core.settings import SchedulerName
+from context_diffusion.core.settings import FLOW_SCHEDULERS, SchedulerName, suitable_schedulers
 
 # By name: its class in diffusers, and the options that replace those of the model's scheduler_config.
 SAMPLERS: dict[SchedulerName, tuple[str, dict[str, Any]]] = {
@@ -87,24 +87,14 @@ def make_scheduler(
     return sampler
 
 
-def is_flow(config: Mapping[str, Any]) -> bool:
-    """Return whether a scheduler_config is that of a flow-matching model."""
-    flow_class = str(config.get("_class_name", "")).startswith("FlowMatch")
-    return (
-        flow_class
-        or config.get("prediction_type") == "flow_prediction"
-        or bool(config.get("use_flow_sigmas"))
-    )
-
-
 def _unsuitable(scheduler: SchedulerName, config: Mapping[str, Any]) -> str | None:
     """Return why the sampler cannot follow the model's scheduler_config; None where it can."""
-    if is_flow(config) != (scheduler == "flow_euler"):
-        suitable = [name for name in SAMPLERS if (name == "flow_euler") == is_flow(config)]
-        kind = "a flow" if is_flow(config) else str(config.get("prediction_type", "epsilon"))
-        return f"the model predicts {kind}; choose {', '.join(suitable)}"
+    suitable = suitable_schedulers(config)
+    if scheduler not in suitable:
+        predicted = "a flow" if scheduler not in FLOW_SCHEDULERS else config.get("prediction_type", "epsilon")
+        return f"the model predicts {predicted}; choose {', '.join(suitable)}"
     if option := _not_linear(scheduler, config):
-        linear = [name for name in SAMPLERS if name != "flow_euler" and not _not_linear(name, config)]
+        linear = [name for name in suitable if not _not_linear(name, config)]
         return f"the model's scheduler_config has {option}, which is not linear; choose {', '.join(linear)}"
     if scheduler.startswith("dpmpp") and (order := config.get("solver_order", 2)) > 2:
         return f"the model's scheduler_config has solver_order {order}, supported are 1 and 2"

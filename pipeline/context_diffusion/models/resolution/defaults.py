@@ -18,7 +18,7 @@ from context_diffusion.core.generate_job import GenerateJob, control_kinds
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import no_map
 from context_diffusion.core.schema import CONTROL_SETTINGS
-from context_diffusion.core.settings import SchedulerName, Settings, did_you_mean
+from context_diffusion.core.settings import SchedulerName, Settings, did_you_mean, suitable_schedulers
 from context_diffusion.core.sweep import combinations
 from context_diffusion.inputs.control_maps import CONTROLS
 from context_diffusion.models.resolution.context_blocks import ContextBlocks, context_blocks
@@ -77,7 +77,7 @@ class Defaults:
     settings: row settings by name. control: a map for each ControlNet; None: it is unknown what they were
     trained on; empty: the model has none. controlnets: their names, for messages. family: the kind of model,
     for messages. unused: settings that the model has no use for, with the value that means so. schedulers:
-    those that the model can use; empty: any that its scheduler_config goes with. blocks: of its U-Net, for
+    those that go with what it predicts. blocks: of its U-Net, for
     `context_blocks`. loras: the names that the setting `lora` may have. control_types: the kinds of maps that
     each ControlNet takes; None: any. estimates_depth: the model has a depth estimator. context_slots:
     contexts that a row may have; None: any number. reads_query: as a reference, in place of a ControlNet."""
@@ -87,7 +87,7 @@ class Defaults:
     controlnets: tuple[str, ...] = ("its own",)
     family: str = ""
     unused: Mapping[str, Any] = field(default_factory=dict)
-    schedulers: tuple[SchedulerName, ...] = ()
+    schedulers: tuple[SchedulerName, ...] = suitable_schedulers({})
     blocks: ContextBlocks | None = None
     loras: tuple[str, ...] = ()
     control_types: tuple[tuple[str, ...] | None, ...] = ()
@@ -108,7 +108,7 @@ class Defaults:
 
     def refusal(self, settings: Settings) -> str | None:
         """Return why the model does not take the settings; None where it does."""
-        if self.schedulers and settings.scheduler not in self.schedulers:
+        if settings.scheduler not in self.schedulers:
             known = ", ".join(self.schedulers)
             return f"scheduler: {settings.scheduler} does not suit {self.family}; choose {known}"
         for name, neutral in self.unused.items():
@@ -168,8 +168,9 @@ def stable_diffusion_defaults(
         settings,
         control,
         tuple(parts.controlnets),
-        family="" if adapted else "a Stable Diffusion without IP-Adapter",
+        family="a Stable Diffusion" if adapted else "a Stable Diffusion without IP-Adapter",
         unused={} if adapted else {"context_blocks": "all"},
+        schedulers=suitable_schedulers(scheduler),
         blocks=context_blocks(unet, xl) if adapted else None,
         loras=tuple(parts.loras),
         context_slots=CONTEXT_SLOTS,
