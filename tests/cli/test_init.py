@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from context_diffusion.cli import run_command
 from context_diffusion.cli.job_template import job_text, write_job
+from context_diffusion.cli.main import app
 from context_diffusion.cli.run_command import _result_lines
 from context_diffusion.core.errors import ConfigError, JobError, ManifestError, ModelError
 from context_diffusion.core.generate_job import GenerateJob
@@ -84,6 +86,10 @@ def test_nothing_is_overwritten_or_left_half_done(folder: Path) -> None:
         write_job(pairing, "more.parquet", "new.yaml", "", "out")
     with pytest.raises(ModelError, match="'sd16' not found: expected a folder, a hub id or one of bundled, "):
         write_job(pairing, "more.parquet", "new.yaml", "sd16", "out")
+    with pytest.raises(
+        ModelError, match="'owner/' not found: expected a folder, a hub id or one of bundled, "
+    ):
+        write_job(pairing, "more.parquet", "new.yaml", "owner/", "out")
     with pytest.raises(ManifestError, match="equal numbers"):
         write_job(Pairing("photos", "paintings", "zip"), "more.parquet", "new.yaml", "bundled", "out")
     assert not (folder / "new.yaml").exists()
@@ -125,3 +131,10 @@ def test_a_job_that_is_refused_says_nothing_of_failed_rows_in_its_output(
     assert shown == []
     run_command._report_end(job, "job.yaml", summary | {"exit": 4})
     assert shown == ["failures", "words"]
+
+
+def test_commands_quote_a_job_files_name(folder: Path) -> None:
+    done = CliRunner().invoke(app, ["init", "photos", "paintings", "--job", "my job.yaml"])
+    assert done.exit_code == 0
+    assert "context-diffusion run 'my job.yaml'\n" in done.stderr
+    assert "context-diffusion validate 'my job.yaml' --sample" in done.stderr

@@ -114,6 +114,22 @@ def test_what_is_no_mapping_is_said(tmp_path: Path, text: str) -> None:
         load_job(str(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("kind: [generate]", r"kind: \['generate'\] is unknown"),
+        ("? {a: 1}\n: 2", "a list or mapping is no key"),
+        ("kind: generate\nsettings: &again {seed: *again}", "Circular"),
+        ("a: " + "[" * 3000 + "]" * 3000, "recursion"),
+        ("seed: " + "1" * 5000, "digits"),
+    ],
+)
+def test_odd_yaml_is_refused_in_a_message(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"job.yaml: .*{told}"):
+        load_jobs(str(tmp_path / "job.yaml"))
+
+
 def test_what_the_drivers_process_is_given_leaves_a_presets_parts_to_the_preset() -> None:
     job = check_job(GOOD | {"model": {"base": "sd15", "vae": "mine/vae", "safety_checker": None}})
     assert isinstance(job, GenerateJob)

@@ -16,7 +16,8 @@ from context_diffusion.core.model_parts import Parts
 from context_diffusion.models.resolution.base_networks import check_controlnet
 from context_diffusion.models.resolution.resolve import find_model
 from context_diffusion.pipeline import ContextDiffusion
-from support.tiny_diffusers import make_base, make_controlnet
+from support.tiny import picture
+from support.tiny_diffusers import SIDE, make_base, make_controlnet
 
 BASE = "base"
 
@@ -49,6 +50,7 @@ def changed(base: Path, folder: Path, file: str, **values: Any) -> str:
         ("unet/config.json", {"encoder_hid_dim_type": "text_proj"}, "has encoder_hid_dim_type"),
         ("unet/config.json", {"only_cross_attention": [True, False]}, "has only_cross_attention"),
         ("unet/config.json", {"up_block_types": ["SimpleCrossAttnUpBlock2D"] * 2}, "has SimpleCrossAttn"),
+        ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "its autoencoder is a AutoencoderTiny"),
         ("vae/config.json", {"out_channels": 6}, "decodes to 6 channels"),
         ("model_index.json", {"text_encoder": [None, None], "tokenizer": [None, None]}, "no tokenizer"),
         ("model_index.json", {"vae": None}, "has no vae"),
@@ -114,6 +116,7 @@ def test_a_unet_of_another_text_is_refused_when_it_is_loaded(
         ({"cross_attention_dim": 48}, "its cross_attention_dim is 48"),
         ({"class_embed_type": "timestep"}, "class_embed_type, which is not supported"),
         ({"only_cross_attention": True}, "only_cross_attention"),
+        ({"conditioning_channels": 4}, "reads maps of 4 channels, control maps have 3"),
         ({"global_pool_conditions": True}, "global_pool_conditions: it reads no layout"),
     ],
 )
@@ -132,3 +135,23 @@ def test_a_controlnet_that_does_not_fit_is_refused_when_it_is_loaded(
 def test_a_value_for_all_blocks_is_that_of_each() -> None:
     unet = {"block_out_channels": (32, 64), "layers_per_block": [2, 2], "in_channels": 4}
     check_controlnet("net", {"block_out_channels": [32, 64], "layers_per_block": 2, "in_channels": 4}, unet)
+
+
+def test_a_small_controlnet_of_xl_attends_to_no_text_and_fits_any(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    config = dict(ControlNetModel.load_config(make_controlnet(tmp_path, xl=True)))
+    count = len(config["down_block_types"])
+    config |= {
+        "down_block_types": ["DownBlock2D"] * count,
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [0] * count,
+        "cross_attention_dim": None,
+    }
+    ControlNetModel.from_config(config).save_pretrained(tmp_path / "small")
+    model = ContextDiffusion.from_pretrained(
+        {"base": str(bases[True]), "controlnet": str(tmp_path / "small")}, device="cpu"
+    )
+    query = picture(0, SIDE, SIDE)
+    settings = {"context_scale": 0.0, "num_inference_steps": 1}
+    assert model(query, [query], "a boat", control="canny", **settings).size == (SIDE, SIDE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,19 @@ def test_of_failed_rows_each_reason_is_shown_once(tmp_path: Path) -> None:
         output.storage.create(output.part(shard), to_parquet(pa.Table.from_pylist([row])))
     assert [row["id"] for row in output.failures(3)] == ["1", "3", "5"]
     assert [row["error_message"] for row in output.failures(9)] == ["gone", "torn", "wide", "tall"]
+
+
+def test_a_job_whose_rows_all_fail_alike_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"id": "a", "status": "failed", "error_code": "missing_file", "error_message": "gone"}
+    read: list[int] = []
+
+    def parts(_self: Output, _columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+        for shard in range(9):
+            read.append(shard)
+            yield shard, pa.Table.from_pylist([row] * 500)
+
+    monkeypatch.setattr(Output, "read_parts", parts)
+    assert len(Output(str(tmp_path), Storage()).failures(3)) == 1
+    assert read == [0, 1]

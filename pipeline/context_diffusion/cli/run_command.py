@@ -141,7 +141,7 @@ def _report_failures(job: GenerateJob, file: str, summary: dict[str, Any]) -> No
     for row in failures:
         message = one_line(row["error_message"], 300)
         lines.append(f"  {one_line(row['id'], 100)}: {row['error_code']}: {message}")
-    lines += [f"fix the causes, then run: context-diffusion run {file} --retry-failed"]
+    lines += [f"fix the causes, then run: context-diffusion run {shlex.quote(file)} --retry-failed"]
     text = "\n".join(lines)
     LOG.emit("rows_failed", text, "warning", failed=summary["failed"], first=failures, report=report)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any, Literal
 
 import typer
@@ -94,8 +95,9 @@ def init(
     summary = write_job(pairing, rows, job, model, output)
     stderr.print(f"{summary['rows']} rows: {summary['manifest']}")
     stderr.print(f"job file: {job}")
-    stderr.print(f"check it: context-diffusion validate {job} --sample 2 --pictures sample.png")
-    stderr.print(f"run it:   context-diffusion run {job}")
+    command_job = shlex.quote(job)
+    stderr.print(f"check it: context-diffusion validate {command_job} --sample 2 --pictures sample.png")
+    stderr.print(f"run it:   context-diffusion run {command_job}")
     print_summary({**summary, "exit": EXIT_OK})
 
 

@@ -48,6 +48,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a list or mapping is no key", key.start_mark
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"duplicate key {key.value!r}", key.start_mark
@@ -126,7 +130,8 @@ def _documents(path: str) -> list[dict[str, Any]]:
         raise ConfigError(f"{path}: not a YAML or JSON file: it is not UTF-8 text: {error}") from error
     try:
         documents = list(yaml.load_all(text, Loader=_Loader))
-    except yaml.YAMLError as error:
+        json.dumps(documents, default=str)  # a value that contains itself is an error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML or JSON: {error}") from error
     if len(documents) == 1 and isinstance(documents[0], list):
         documents = documents[0]
@@ -157,7 +162,7 @@ def check_job(values: dict[str, Any], where: str = "job") -> StrictModel:
 
     where: how messages name the job."""
     kind = values.get("kind")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"{where}: kind: {kind!r} is unknown; {did_you_mean(str(kind), KINDS)}")
     try:
         return KINDS[kind].model_validate(values)

@@ -32,6 +32,7 @@ from context_diffusion.storage.parquet_files import NotParquetError, read_parque
 PART = re.compile(r"part-(\d{5,})\.parquet$")
 
 READERS = 16  # threads that read parts
+FAILURES_READ = 1000  # failed rows, at most, of which examples are named
 AHEAD = 256  # parts read ahead of their use, at most
 
 COUNTED = ["id", "index", "status", "error_code", "flagged", "unsafe", "unknown_words"]
@@ -142,13 +143,16 @@ class Output:
 
     def failures(self, most: int) -> list[dict[str, str]]:
         """Return id, error_code and error_message of the first failed rows, each message once, at most
-        `most`."""
+        `most`, of the first FAILURES_READ."""
         columns = ["id", "error_code", "error_message"]
         failures: dict[tuple[str, str], dict[str, str]] = {}
+        count = 0
         for _, part in self.read_parts([*columns, "status"]):
-            for row in part.filter(pc.equal(part["status"], "failed")).select(columns).to_pylist():
+            rows = part.filter(pc.equal(part["status"], "failed")).select(columns).to_pylist()
+            for row in rows:
                 failures.setdefault((row["error_code"], row["error_message"]), row)
-            if len(failures) >= most:
+            count += len(rows)
+            if len(failures) >= most or count >= FAILURES_READ:
                 break
         return list(failures.values())[:most]
 

@@ -132,6 +132,16 @@ def test_transport_gives_a_query_the_contexts_colours() -> None:
     assert (made.mean(1) - palette.colours.mean(0)).abs().max() < 4
 
 
+def test_a_light_ground_takes_no_chroma_of_a_dark_colour() -> None:
+    """It became lavender where a context is half navy, half cream."""
+    context = np.full((128, 128, 3), (250, 240, 220), np.uint8)
+    context[:, :64] = (10, 30, 90)
+    query = np.full((128, 128, 3), 255, np.uint8)
+    query[40:88, 40:88] = 0
+    lab = lab_of(drawn(query, context)[None])
+    assert lab[:, 2][lab[:, 0] > 75].min() > -10
+
+
 def test_a_flat_ground_takes_strokes_of_several_hues_as_strokes() -> None:
     """It had one slow gradient of all the hues (58 from top to bottom): they were ordered by place alone."""
     lab = lab_of(drawn(letters(), strokes())[None])

@@ -21,6 +21,11 @@ def pictures(count: int = 3, side: int = 32) -> torch.Tensor:
     return torch.from_numpy(shown).permute(0, 3, 1, 2) / 255
 
 
+def detail_of(backbone: NativeBackbone, row: Request) -> dict[str, torch.Tensor]:
+    contexts = weighted_contexts(row, backbone.model.context_slots)
+    return backbone.drafts.of(row, backbone.branches(row)[-1], contexts, Cache(10**8))[1]
+
+
 def test_nothing_of_the_draft_is_lost_and_what_was_changed_is_added_in_part() -> None:
     drafts, copies = pictures() * 0.8, pictures().mean((2, 3), keepdim=True).expand(3, 3, 32, 32)
     torch.testing.assert_close(give_back(copies, drafts, copies, 1.0, 1.0), drafts)
@@ -59,13 +64,20 @@ def test_a_smaller_context_scale_leaves_the_query_more_of_its_look() -> None:
     torch.testing.assert_close(drafts[0.25], torch.lerp(query, drafts[1.0], 0.25))
     torch.testing.assert_close(drafts[0.01], query, atol=0.01, rtol=0)
     assert torch.equal(drafts[2.0], drafts[1.0])
-    row, cache = rows[0.25], Cache(10**8)
-    branches = backbone.branches(row)
-    finish = backbone.encode(row, branches, cache).finish
+    row = rows[0.25]
+    finish = backbone.encode(row, backbone.branches(row), Cache(10**8)).finish
     assert finish is not None
-    contexts = weighted_contexts(row, backbone.model.context_slots)
-    _, detail = backbone.drafts.of(row, branches[-1], contexts, cache)
-    torch.testing.assert_close(finish(detail["copies"]), drafts[0.25])
+    torch.testing.assert_close(finish(detail_of(backbone, row)["copies"]), drafts[0.25])
+
+
+def test_only_the_ratios_of_weights_matter_however_small() -> None:
+    """Weights that float32 has no numbers for failed the row."""
+    backbone = NativeBackbone(tiny_model())
+    expected = backbone.drafts.image_of(request(1, contexts=2, context_weights=[1.0, 0.5]))
+    for scale in (8.0, 2.0**-30, 2.0**-170):
+        row = request(1, contexts=2, context_weights=[scale, scale / 2])
+        assert torch.equal(backbone.drafts.image_of(row), expected), scale
+        assert not torch.stack(list(detail_of(backbone, row).values())[:2]).isnan().any()
 
 
 def test_without_contexts_or_tones_there_is_no_draft_to_give() -> None:

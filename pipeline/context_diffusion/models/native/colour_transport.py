@@ -171,10 +171,11 @@ def transported(query: Tensor, palette: Tensor) -> Tensor:
 
 def matched_chroma(lab: Tensor, colours: Tensor) -> Tensor:
     """Bring the chroma of Lab (1, 3, H, W) towards the distribution of colours (n, 3); its lightness
-    stays."""
+    stays, so that a pixel gets little of the chroma of a colour of other lightness."""
     small = _reduced(lab)
     points = (small + PLACE_LAST * _places(small)).flatten(2)[0].T
-    moved = _box(_transport(points, colours).T.reshape(small.shape) - small, 1)[:, 1:]
+    moved = _transport(points, colours).T.reshape(small.shape) - small
+    moved = _box(moved[:, 1:] * torch.exp(-moved[:, :1].square() / (2 * TONE**2)), 1)
     moved = F.interpolate(moved, lab.shape[2:], mode="bilinear", align_corners=False)
     return torch.cat([lab[:, :1], lab[:, 1:] + MATCHED * moved], 1)
 

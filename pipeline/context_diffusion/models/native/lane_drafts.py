@@ -4,6 +4,7 @@ look that the model remembers for the prompt's words where they ask for another
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,9 +91,7 @@ class NativeDrafts:
         The detail has the images `drafts` and `copies`, the autoencoder's reconstruction, the `share` of the
         draft in the image and the `rest_scale` of what the diffusion model changed; it is empty where there
         is no draft."""
-        scale = request.settings.context_scale
-        weighted = [context for context in contexts if context.weight and scale]
-        wanted = self._wanted(request, branch, weighted, cache)
+        wanted = self._wanted(request, branch, _acting(contexts, request), cache)
         if wanted.is_empty:
             return self._lane(self._no_draft(request)), {}
         encoded, detail = self._draft_of(request, wanted, cache)
@@ -201,10 +200,9 @@ class NativeDrafts:
 
     def image_of(self, request: Request) -> Tensor:
         """Return a row's draft alone, (1, 3, H, W) in [0, 1]. Raises ValueError for a row without a draft."""
-        contexts = weighted_contexts(request, self.model.context_slots)
-        weighted = [context for context in contexts if context.weight and request.settings.context_scale]
+        contexts = _acting(weighted_contexts(request, self.model.context_slots), request)
         cache = Cache(2**26)
-        wanted = self._wanted(request, Branch(1.0, contexts=True, prompt=True), weighted, cache)
+        wanted = self._wanted(request, Branch(1.0, contexts=True, prompt=True), contexts, cache)
         if wanted.is_empty:
             raise ValueError(
                 f"row {request.id}: no draft without contexts and a control map that shows tones"
@@ -288,3 +286,11 @@ class NativeDrafts:
 
     def _tones(self, control: Control) -> Layout:
         return self.model.layout(to_tensor(control.given, self.model.device), [control.kind])
+
+
+def _acting(contexts: list[Context], request: Request) -> list[Context]:
+    """Return the contexts that a draft is made of, with weights relative to the largest."""
+    if not request.settings.context_scale:
+        return []
+    largest = max((context.weight for context in contexts), default=0.0)
+    return [replace(context, weight=context.weight / largest) for context in contexts if context.weight]

@@ -13,7 +13,9 @@ NEEDED = ("unet", "vae", "scheduler", "tokenizer", "text_encoder")
 XL_NEEDED = (*NEEDED, "tokenizer_2", "text_encoder_2")
 LATENT_CHANNELS = 4  # the default of diffusers' autoencoder
 PIXEL_CHANNELS = 3
-SHARED = ("cross_attention_dim", "in_channels", "block_out_channels", "layers_per_block")
+AUTOENCODER = "AutoencoderKL"
+SHARED = ("in_channels", "block_out_channels", "layers_per_block")
+TEXT_WIDTH = "cross_attention_dim"  # read where a block attends to the text
 # Options that add inputs, and that make attention another one than that of Stable Diffusion.
 UNREAD = (
     "class_embed_type",
@@ -44,6 +46,8 @@ def check_networks(
 def _mismatches(parts: Parts, unet: Mapping[str, Any], vae: Mapping[str, Any], xl: bool) -> Iterator[str]:
     """Yield what distinguishes a base's networks from those of a text-to-image model."""
     autoencoder = f"autoencoder {parts.vae}" if parts.vae else "its autoencoder"
+    if (kind := vae.get("_class_name", AUTOENCODER)) != AUTOENCODER:
+        yield f"{autoencoder} is a {kind}, not an {AUTOENCODER}"
     latents = vae.get("latent_channels", LATENT_CHANNELS)
     for verb, name in (("reads", "in_channels"), ("predicts", "out_channels")):
         if (channels := unet.get(name, LATENT_CHANNELS)) != latents:
@@ -59,19 +63,29 @@ def _mismatches(parts: Parts, unet: Mapping[str, Any], vae: Mapping[str, Any], x
 def check_controlnet(name: str, network: Mapping[str, Any], unet: Mapping[str, Any]) -> None:
     """Raise ModelError for a ControlNet that does not fit a U-Net, or that acts in another way than by maps.
     network, unet: their configurations."""
-    for option in SHARED:
+    for option in (*SHARED, *([TEXT_WIDTH] if _attends(network) else [])):
         own, base = _by_block(network, option), _by_block(unet, option)
         if own != base:
             raise ModelError(
                 f"model: controlnet {name} does not fit the base: its {option} is {own}, that of the base "
                 f"{base}"
             )
+    if (channels := network.get("conditioning_channels", PIXEL_CHANNELS)) != PIXEL_CHANNELS:
+        raise ModelError(
+            f"model: controlnet {name} reads maps of {channels} channels, control maps have {PIXEL_CHANNELS}"
+        )
     if network.get("global_pool_conditions"):
         raise ModelError(
             f"model: controlnet {name} has global_pool_conditions: it reads no layout, which is not supported"
         )
     if reason := _other_inputs(network):
         raise ModelError(f"model: controlnet {name} has {reason}, which is not supported")
+
+
+def _attends(network: Mapping[str, Any]) -> bool:
+    """Return whether a ControlNet attends to the text, as the small ones of XL do not."""
+    kinds = (*(network.get("down_block_types") or ()), network.get("mid_block_type", "CrossAttn"))
+    return any("CrossAttn" in str(kind) for kind in kinds)
 
 
 def _by_block(config: Mapping[str, Any], option: str) -> Any:

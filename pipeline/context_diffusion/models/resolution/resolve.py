@@ -112,7 +112,7 @@ def check_name(model: str) -> None:
     """Raise ModelError for what is no known name, no folder that exists, no file's name and no hub id."""
     if model in (*PRESETS, "bundled") or Path(model).is_dir() or is_single_file(model):
         return
-    if model.startswith((".", "/", "~")) or "/" not in model:
+    if model.startswith((".", "/", "~")) or "/" not in model.rstrip("/"):
         names = ", ".join(["bundled", *PRESETS])
         raise ModelError(f"model: {model!r} not found: expected a folder, a hub id or one of {names}")
 
