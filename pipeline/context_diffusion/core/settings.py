@@ -17,7 +17,7 @@ SchedulerName = Literal[
     "dpmpp_sde", "tcd", "lcm", "flow_euler"
 ]  # fmt: skip
 
-FLOW_SCHEDULERS = ("flow_euler",)  # of flow-matching models, and of no others
+FLOW_SCHEDULERS: tuple[SchedulerName, ...] = ("flow_euler",)  # of flow-matching models, and of no others
 
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]

@@ -60,10 +60,10 @@ def draft_image(
     added = _by_curves((tones + texture * rate).clamp(0, 1), curves) - plain
     added = added * added.new_tensor([1.0, *[CHROMA * (1 - hues)] * 2])[:, None, None]
     borders = border_strength(lab[:, :1])
-    kept = 1 - SPARED * borders
-    result = result + TEXTURE * kept * added
+    share = 1 - SPARED * borders  # of the texture, less at borders
+    result = result + TEXTURE * share * added
     if palette is not None:
-        textured = result[:, 1:] + FINE_CHROMA * kept * chroma
+        textured = result[:, 1:] + FINE_CHROMA * share * chroma
         result = matched_chroma(torch.cat([result[:, :1], textured], 1), palette.colours)
     fine = lab[:, :1] - blurred(lab[:, :1], FINE * min(lab.shape[2:]))
     fine = fine * fine.square() / (fine.square() + HALO**2)

@@ -64,11 +64,11 @@ def check_controlnet(name: str, network: Mapping[str, Any], unet: Mapping[str, A
     """Raise ModelError for a ControlNet that does not fit a U-Net, or that acts in another way than by maps.
     network, unet: their configurations."""
     for option in (*SHARED, *([TEXT_WIDTH] if _attends(network) else [])):
-        own, base = _by_block(network, option), _by_block(unet, option)
-        if own != base:
+        value, base_value = _by_block(network, option), _by_block(unet, option)
+        if value != base_value:
             raise ModelError(
-                f"model: controlnet {name} does not fit the base: its {option} is {own}, that of the base "
-                f"{base}"
+                f"model: controlnet {name} does not fit the base: its {option} is {value}, that of the "
+                f"base {base_value}"
             )
     if (channels := network.get("conditioning_channels", PIXEL_CHANNELS)) != PIXEL_CHANNELS:
         raise ModelError(

@@ -18,7 +18,13 @@ from context_diffusion.core.generate_job import GenerateJob, control_kinds
 from context_diffusion.core.model_parts import Parts
 from context_diffusion.core.records import no_map
 from context_diffusion.core.schema import CONTROL_SETTINGS
-from context_diffusion.core.settings import SchedulerName, Settings, did_you_mean, suitable_schedulers
+from context_diffusion.core.settings import (
+    FLOW_SCHEDULERS,
+    SchedulerName,
+    Settings,
+    did_you_mean,
+    suitable_schedulers,
+)
 from context_diffusion.core.sweep import combinations
 from context_diffusion.inputs.control_maps import CONTROLS
 from context_diffusion.models.resolution.context_blocks import ContextBlocks, context_blocks
@@ -77,10 +83,10 @@ class Defaults:
     settings: row settings by name. control: a map for each ControlNet; None: it is unknown what they were
     trained on; empty: the model has none. controlnets: their names, for messages. family: the kind of model,
     for messages. unused: settings that the model has no use for, with the value that means so. schedulers:
-    those that go with what it predicts. blocks: of its U-Net, for
-    `context_blocks`. loras: the names that the setting `lora` may have. control_types: the kinds of maps that
-    each ControlNet takes; None: any. estimates_depth: the model has a depth estimator. context_slots:
-    contexts that a row may have; None: any number. reads_query: as a reference, in place of a ControlNet."""
+    those that go with what it predicts. blocks: of its U-Net, for `context_blocks`. loras: the names that the
+    setting `lora` may have. control_types: the kinds of maps that each ControlNet takes; None: any.
+    estimates_depth: the model has a depth estimator. context_slots: contexts that a row may have; None: any
+    number. reads_query: as a reference, in place of a ControlNet."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     control: tuple[str, ...] | None = ("gray",)
@@ -197,7 +203,7 @@ def flux2_defaults(distilled: bool) -> Defaults:
         (),
         family,
         unused,
-        (FLUX2_SCHEDULER,),
+        FLOW_SCHEDULERS,
         context_slots=FLUX2_CONTEXTS,
         reads_query=True,
     )
